@@ -1,0 +1,1 @@
+"""Adapters between the generator and an evaluation harness, one file for each harness."""

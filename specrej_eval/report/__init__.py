@@ -1,0 +1,1 @@
+"""Turns what runs have written into tables. Reads files only; never loads a model."""
