@@ -1,6 +1,6 @@
 """Announces specrej-eval to the evaluation harnesses at the moment one of them is imported.
 
-`specrej_eval.pth` (and on Python 3.15+ `specrej_eval.start`) calls `install()` at interpreter start. That adds one finder to
+`specrej_eval.pth` (on Python 3.15+ `specrej_eval.start`) calls `install()` at interpreter start. That adds one finder to
 `sys.meta_path`. It answers only for the modules named in HOOKS, lets the real import happen, and then calls
 `specrej_eval.harness.startup_hooks`. No harness, no torch, and nothing else of ours is imported before that.
 
@@ -15,10 +15,10 @@ HOOKS = {
 }
 
 
-def install():
-    """Add the finder (once), and serve targets that are already imported. Never raises."""
+def install(force=False):
+    """Add the finder (once), and serve targets already imported. Never raises. `force` overrides the off switch."""
     try:
-        if not enabled():
+        if not (force or enabled()):
             return
         if not installed():
             sys.meta_path.insert(0, HookFinder())
@@ -86,7 +86,7 @@ class HookFinder:
 
 
 class HookLoader:
-    """The real loader, with our hook run after exec_module. The module gets the real loader back before it is executed."""
+    """The real loader, then our hook. The module gets the real loader back before it is executed."""
 
     def __init__(self, loader):
         self._loader = loader

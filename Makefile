@@ -1,0 +1,53 @@
+# make demo        set up .venv (once), then compare Speculative Rejection, sampling and Best-of-N inside lm-eval
+# make test        set up .venv (once), then lint, types and tests: what CI runs
+# make test-slow   the same with the long tests
+# make lint        style and types only
+# make clean       remove .venv, results and caches
+#
+# PYTHON=python3.12 make demo     another interpreter (3.11 to 3.13)
+# TORCH_INDEX=URL make demo       take torch from this package index, such as the CPU-only one on PyTorch's install page
+
+PYTHON ?= python3
+TORCH_INDEX ?=
+
+VENV := $(CURDIR)/.venv
+READY := $(VENV)/.ready
+PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
+export PATH := $(VENV)/bin:$(PATH)
+# The demo and the tests need nothing that has to be downloaded, and must not wait for a network that is not there.
+export HF_HUB_OFFLINE := 1
+export HF_DATASETS_OFFLINE := 1
+
+.PHONY: demo test test-slow lint clean
+.DELETE_ON_ERROR:
+
+demo: $(READY)
+	lm_eval --model specrej --model_args alpha=0.5 --tasks specrej_arithmetic --include_path tasks --log_samples --output_path results/demo
+	lm_eval --model best_of_n --model_args n=1 --tasks specrej_arithmetic --include_path tasks --log_samples --output_path results/demo/sampling
+	lm_eval --model best_of_n --model_args n=16 --tasks specrej_arithmetic --include_path tasks --log_samples --output_path results/demo/best_of_16
+	specrej-eval report results/demo
+
+test: lint
+	pytest -m "not full"
+
+test-slow: lint
+	pytest
+
+lint: $(READY)
+	ruff check .
+	ruff format --check .
+	mypy
+
+clean:
+	rm -rf .venv results build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find specrej_eval tests benchmarks autoload -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# torch goes first and alone, so that TORCH_INDEX decides about torch and about nothing else.
+$(READY): pyproject.toml constraints.txt hatch_build.py $(wildcard autoload/*)
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if (3, 11) <= v < (3, 14) else "specrej-eval needs Python 3.11, 3.12 or 3.13, and $(PYTHON) is %d.%d; try PYTHON=python3.12 make ..." % v)'
+	@test -n "$(TORCH_INDEX)" || ls /dev/nvidia[0-9]* >/dev/null 2>&1 || \
+		echo "No GPU found. Where torch comes with its CUDA libraries by default, TORCH_INDEX=URL of the CPU-only index saves the download."
+	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) install --quiet $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) -c constraints.txt torch
+	$(PIP) install --quiet -c constraints.txt -e ".[dev]"
+	@touch $@

@@ -1,0 +1,112 @@
+"""The `specrej-eval` command: finds the subcommand, then imports the one module that carries it out.
+
+A subcommand is one entry of COMMANDS and a module with `add_arguments(parser)` and `run(args) -> exit code`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from specrej_eval.errors import SpecRejError, nearest
+
+
+class Command(NamedTuple):
+    module: str
+    summary: str
+    examples: tuple[str, ...] = ()
+    pass_through: bool = False  # the module takes the remaining words as they are: run(words)
+
+
+COMMANDS = {
+    "lm-eval": Command(
+        "specrej_eval.harness.lm_eval_cli",
+        "run lm-eval's own command with our models registered, whether or not the startup hook works",
+        pass_through=True,
+    ),
+    "report": Command(
+        "specrej_eval.report.summary",
+        "print one table of the runs found under a folder",
+        ("specrej-eval report results/demo", "specrej-eval report results --format markdown"),
+    ),
+    "doctor": Command(
+        "specrej_eval.doctor",
+        "check the installation: versions, startup hook, devices, attention backends, demo weights",
+        ("specrej-eval doctor",),
+    ),
+    "path": Command(
+        "specrej_eval.paths",
+        "print the folder of our lm-eval tasks or alpaca_eval configurations",
+        ("specrej-eval path tasks", 'lm_eval --include_path "$(specrej-eval path tasks)" ...'),
+    ),
+}
+
+EXAMPLES = """\
+examples:
+  specrej-eval doctor
+  specrej-eval lm-eval --model specrej --model_args alpha=0.5 --tasks specrej_arithmetic \\
+      --include_path "$(specrej-eval path tasks)" --log_samples --output_path results/demo
+  specrej-eval report results/demo
+
+`specrej-eval COMMAND --help` tells more about one command.
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    words = list(sys.argv[1:] if argv is None else argv)
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(help_text(), end="")
+        return 0 if words else 2
+    if words[0] in ("-V", "--version"):
+        from importlib.metadata import version
+
+        print(f"specrej-eval {version('specrej-eval')}")
+        return 0
+
+    name, rest = words[0], words[1:]
+    if name not in COMMANDS:
+        close = nearest(name, COMMANDS)
+        hint = f"did you mean `specrej-eval {close}`?" if close else f"known commands: {', '.join(COMMANDS)}"
+        print(f"specrej-eval: unknown command {name!r}; {hint}", file=sys.stderr)
+        return 2
+
+    try:
+        return dispatch(name, rest)
+    except SpecRejError as error:
+        print(f"specrej-eval {name}: {error}", file=sys.stderr)
+        return 1
+    except BrokenPipeError:  # the reader went away, as in `specrej-eval report DIR | head`
+        sys.stderr.close()
+        return 1
+
+
+def dispatch(name: str, words: list[str]) -> int:
+    command = COMMANDS[name]
+    module = importlib.import_module(command.module)
+    if command.pass_through:
+        return int(module.run(words))
+    parser = argparse.ArgumentParser(
+        prog=f"specrej-eval {name}",
+        description=command.summary[0].upper() + command.summary[1:] + ".",
+        epilog="\n  ".join(("examples:", *command.examples)) if command.examples else None,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    module.add_arguments(parser)
+    return int(module.run(parser.parse_args(words)))
+
+
+def help_text() -> str:
+    width = max(map(len, COMMANDS))
+    listing = "\n".join(f"  {name:<{width}}  {command.summary}" for name, command in COMMANDS.items())
+    return (
+        "usage: specrej-eval COMMAND ...\n\n"
+        "Speculative Rejection and Best-of-N inside lm-evaluation-harness.\n\n"
+        f"commands:\n{listing}\n\n{EXAMPLES}"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,32 @@
+"""Where the files that are not code lie: in a wheel beside the package, in a checkout beside the package's folder."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from specrej_eval.errors import SpecRejError
+
+FOLDERS = ("tasks", "model_configs")
+PACKAGE = Path(__file__).resolve().parent
+
+
+def folder(name: str) -> Path:
+    """The folder of lm-eval tasks (`tasks`) or of alpaca_eval configurations (`model_configs`)."""
+    candidates = (PACKAGE / f"_{name}", PACKAGE.parent / name)  # a wheel's copy; an editable install's original
+    for candidate in candidates:
+        if candidate.is_dir():
+            return candidate
+    raise SpecRejError(
+        f"the folder {name!r} is missing; looked for {' and '.join(map(str, candidates))}",
+        hint="reinstall specrej-eval; its wheel contains this folder",
+    )
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", choices=FOLDERS, help="which folder to print")
+
+
+def run(args: argparse.Namespace) -> int:
+    print(folder(args.folder))
+    return 0
