@@ -1,0 +1,152 @@
+"""The KV budget of one prompt, in tokens: known before the first token and written into the result.
+
+``kv_budget_tokens = prompt + n * first_look``. Given two of the three the third follows; all three must agree.
+Integers only, no torch: results never depend on the machine, the batch or a restart (the reference cuts when *memory*
+is full, so its results depend on the GPU; we differ here on purpose). ``n=max`` is the paper's way, and says so.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from specrej_eval.config import MAX, RunConfig
+from specrej_eval.errors import ConfigError
+
+DEFAULT_N = 16
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Budget:
+    """The resolved numbers for one prompt."""
+
+    prompt_tokens: int
+    kv_budget_tokens: int
+    n: int
+    first_look: int
+    max_gen_toks: int
+
+    @property
+    def suffix_tokens(self) -> int:
+        """Tokens left for the rows' own suffixes once the shared prompt is held."""
+        return self.kv_budget_tokens - self.prompt_tokens
+
+    @property
+    def rows_to_the_end(self) -> int:
+        """Rows that can all reach max_gen_toks within the budget: the size of a wave."""
+        return self.max_rows(self.max_gen_toks)
+
+    def max_rows(self, tokens_per_row: int) -> int:
+        """Most rows that may hold ``tokens_per_row`` tokens each."""
+        return self.suffix_tokens // tokens_per_row
+
+    def next_look(self, rows: int) -> int:
+        """Tokens per row at which ``rows`` live rows have filled the budget, or reached max_gen_toks."""
+        return min(self.max_gen_toks, self.suffix_tokens // rows)
+
+    def kv_tokens(self, rows: int, tokens_per_row: int) -> int:
+        """Tokens held by the shared prompt and ``rows`` suffixes."""
+        return self.prompt_tokens + rows * tokens_per_row
+
+
+def default_first_look(n: int, max_gen_toks: int) -> int:
+    """max(8, max_gen_toks // 8), and for few rows enough that the budget still holds one row to the end."""
+    return max(8, max_gen_toks // 8, -(-max_gen_toks // n))
+
+
+def check_arguments(config: RunConfig, *, max_gen_toks_known: bool = True) -> None:
+    """What can be said of the budget before any prompt is seen (a prompt holds at least one token).
+
+    Args:
+        max_gen_toks_known: False where a task may still set its own ``max_gen_toks``.
+
+    Raises:
+        ConfigError: the arguments disagree, or cannot hold one row of max_gen_toks.
+    """
+    n, first_look, budget = config.n, config.first_look, config.kv_budget_tokens
+    if isinstance(n, int) and budget is not None:
+        if first_look is not None and n * first_look >= budget:
+            raise _disagree(n, first_look, budget, prompt_tokens=None)
+        if config.rejects and n >= budget:
+            raise ConfigError(
+                f"kv_budget_tokens={budget} cannot hold n={n} rows of one token beside the prompt.",
+                hint="raise kv_budget_tokens, or start fewer rows.",
+            )
+    if max_gen_toks_known:
+        suffix = budget - 1 if budget is not None else None
+        if suffix is None and isinstance(n, int) and first_look is not None:
+            suffix = n * first_look
+        if suffix is not None and suffix < config.max_gen_toks:
+            raise _too_small(suffix, config.max_gen_toks)
+
+
+def resolve(config: RunConfig, prompt_tokens: int, *, capacity_tokens: int | None = None) -> Budget:
+    """The numbers for a prompt of ``prompt_tokens`` tokens.
+
+    Args:
+        capacity_tokens: tokens that free memory holds; needed for ``n=max`` only.
+
+    Raises:
+        ConfigError: the arguments disagree for this prompt, or cannot hold one row of max_gen_toks.
+    """
+    n, first_look, kv_tokens = config.n, config.first_look, config.kv_budget_tokens
+    longest = config.max_gen_toks
+    if n == MAX:
+        if capacity_tokens is None:
+            raise ConfigError("n=max needs the memory's capacity, which this engine does not know.")
+        kv_tokens = capacity_tokens if kv_tokens is None else kv_tokens
+        n = None
+        if first_look is None:
+            first_look = default_first_look(DEFAULT_N, longest) if config.rejects else longest
+    if n is None and (first_look is None or kv_tokens is None):
+        n = DEFAULT_N
+    assert not isinstance(n, str)  # "max" was resolved above
+    if n is None:
+        assert first_look is not None and kv_tokens is not None
+        n = max(0, kv_tokens - prompt_tokens) // first_look
+        if n < 1:
+            raise ConfigError(
+                f"kv_budget_tokens={kv_tokens} holds the prompt of {prompt_tokens} tokens but not one row of "
+                f"first_look={first_look}.",
+                hint="raise kv_budget_tokens, or lower first_look.",
+            )
+    elif kv_tokens is None:
+        if first_look is None:
+            # rows that are never cut have no use for an early look: their budget holds them all to the end
+            first_look = default_first_look(n, longest) if config.rejects else longest
+        kv_tokens = prompt_tokens + n * first_look
+    else:
+        look = max(0, kv_tokens - prompt_tokens) // n
+        if first_look is not None and first_look != look:
+            raise _disagree(n, first_look, kv_tokens, prompt_tokens=prompt_tokens)
+        if look < 1 and config.rejects:
+            raise ConfigError(
+                f"kv_budget_tokens={kv_tokens} cannot hold the prompt of {prompt_tokens} tokens and n={n} rows.",
+                hint="raise kv_budget_tokens, or start fewer rows.",
+            )
+        first_look = max(1, look)
+    budget = Budget(
+        prompt_tokens=prompt_tokens,
+        kv_budget_tokens=kv_tokens,
+        n=n,
+        first_look=min(first_look, longest),
+        max_gen_toks=longest,
+    )
+    if budget.rows_to_the_end < 1:
+        raise _too_small(budget.suffix_tokens, longest)
+    return budget
+
+
+def _disagree(n: int, first_look: int, kv_tokens: int, *, prompt_tokens: int | None) -> ConfigError:
+    prompt = "the prompt" if prompt_tokens is None else f"a prompt of {prompt_tokens}"
+    return ConfigError(
+        f"n={n}, first_look={first_look} and kv_budget_tokens={kv_tokens} disagree: "
+        f"{prompt} + {n} * {first_look} = kv_budget_tokens must hold.",
+        hint="give two of the three; the third follows for each prompt.",
+    )
+
+
+def _too_small(suffix_tokens: int, max_gen_toks: int) -> ConfigError:
+    return ConfigError(
+        f"the KV budget leaves {suffix_tokens} tokens beside the prompt: not one row of max_gen_toks={max_gen_toks}.",
+        hint="raise kv_budget_tokens (or n, or first_look), or lower max_gen_toks.",
+    )

@@ -1,0 +1,60 @@
+"""One error family. Every message states the rule and the value; the hint says what to do next."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class SpecRejError(Exception):
+    """Base of all errors raised on purpose. ``hint`` is printed below the message."""
+
+    def __init__(self, message: str, *, hint: str | None = None) -> None:
+        super().__init__(message)
+        self.hint = hint
+
+    def __str__(self) -> str:
+        message = super().__str__()
+        return f"{message}\n  hint: {self.hint}" if self.hint else message
+
+
+class ConfigError(SpecRejError, ValueError):
+    """An argument, or a combination of arguments, breaks a rule."""
+
+
+class PromptError(SpecRejError, ValueError):
+    """A prompt cannot be decoded: empty, or longer than the context."""
+
+
+class CheckpointError(SpecRejError, OSError):
+    """A model folder is missing, broken, or of a kind we cannot use."""
+
+
+class MissingDependencyError(SpecRejError, ImportError):
+    """An optional package is not installed."""
+
+
+class RewardError(SpecRejError, RuntimeError):
+    """A reward model failed, or returned something that is not one finite number per row."""
+
+
+class KVBudgetExceededError(SpecRejError, RuntimeError):
+    """More tokens were about to be held than the KV budget allows: a defect of the scheduler."""
+
+
+class OutOfMemoryError(SpecRejError, MemoryError):
+    """Not even one row could be decoded in the memory there is."""
+
+
+def nearest(name: str, choices: Iterable[str]) -> str | None:
+    """The choice closest to ``name``, or None when nothing is close."""
+    matches = difflib.get_close_matches(name, list(choices), n=1, cutoff=0.6)
+    return matches[0] if matches else None
+
+
+def suggest(name: str, choices: Iterable[str]) -> str:
+    """A sentence that names the nearest choice and lists all of them."""
+    options = sorted(choices)
+    best = nearest(name, options)
+    listing = f"Known: {', '.join(options)}."
+    return f"Did you mean {best!r}? {listing}" if best else listing
