@@ -1,6 +1,6 @@
 """Announces specrej-eval to the evaluation harnesses at the moment one of them is imported.
 
-`specrej_eval.pth` (on Python 3.15+ `specrej_eval.start`) calls `install()` at interpreter start. That adds one finder to
+`specrej_eval.pth` (on Python 3.15+ `specrej_eval.start`) calls `install()` at interpreter start. It adds one finder to
 `sys.meta_path`. It answers only for the modules named in HOOKS, lets the real import happen, and then calls
 `specrej_eval.harness.startup_hooks`. No harness, no torch, and nothing else of ours is imported before that.
 
