@@ -7,6 +7,7 @@ import importlib
 import importlib.metadata
 import importlib.util
 import os
+import shutil
 import site
 import sys
 from collections.abc import Callable, Iterator
@@ -77,6 +78,11 @@ def check_startup_hook() -> Iterator[Finding]:
         yield Finding("ok", "import hook", f"watches {', '.join(autoload.HOOKS)}")
     else:
         yield Finding("note", "import hook", f"not installed in this interpreter; {fallback}")
+
+    script = shutil.which("lm_eval")
+    if script and Path(script).parent != Path(sys.executable).parent:
+        detail = f"{script} belongs to another environment than this {sys.executable}, and may not know us"
+        yield Finding("note", "lm_eval command", f"{detail}; {fallback}")
 
     try:
         importlib.import_module("lm_eval.models")
