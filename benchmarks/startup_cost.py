@@ -2,7 +2,7 @@
 
     python benchmarks/startup_cost.py [--runs 40]
 
-Prints the median of `python -c pass` with the hook, with the hook switched off, and without any startup file (`-S`, which also
+Prints the median of `python -c pass` with the hook, with the hook off, and without any startup file (`-S`, which also
 leaves out everybody else's), then what `-X importtime` says about our module. Timings are printed, never asserted.
 """
 
