@@ -1,4 +1,4 @@
-"""The import rules of the package, read from its source: who may import whom, and where heavy packages may be imported."""
+"""The import rules of the package, read from its source: who imports whom, and where heavy packages are imported."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ FILES = {
     "cli": "front",
     "doctor": "front",
 }
-# room -> rooms it may import, in functions too. The front may import everything, but at module level only what is light.
+# room -> rooms it may import, in functions too. The front may import everything, but heavy things only in functions.
 MAY_IMPORT = {
     "core": {"core"},
     "record": {"core", "record"},
