@@ -1,0 +1,20 @@
+"""Deterministic everywhere: the same examples and the same Monte Carlo draws on every machine and in every run.
+
+``SPECREJ_TEST_FULL=1`` asks for ten times as many examples and draws (minutes instead of seconds).
+"""
+
+import os
+
+from hypothesis import HealthCheck, settings
+
+# Nothing the tests need has to be downloaded; set before any test imports a library that reads these.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
+
+FULL = os.environ.get("SPECREJ_TEST_FULL") == "1"
+
+# derandomize: examples depend on the test alone; no deadline: two shared cores are no stop watch
+_ALWAYS = {"derandomize": True, "database": None, "deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
+settings.register_profile("fast", max_examples=150, **_ALWAYS)
+settings.register_profile("full", max_examples=1500, **_ALWAYS)
+settings.load_profile("full" if FULL else "fast")
