@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
 
+from specrej_eval import checkpoint, registry
+from specrej_eval.config import RunConfig
 from specrej_eval.core import Message, RowView
+from specrej_eval.errors import ConfigError, nearest, suggest
+
+LIKELIHOOD = "likelihood"
+AUTO = "auto"
+
+_PACKAGE = "specrej_eval.rewards"
+_NOT_CHECKPOINTS = ("likelihood", "callable_reward")
+"""Entries of this package that read no checkpoint, so they are no ``reward_family``."""
 
 
 class RewardModel(Protocol):
@@ -36,3 +47,150 @@ class RewardModel(Protocol):
                 generator applies ``on_nan``.)
         """
         ...
+
+
+class RewardFamily(Protocol):
+    """What the module of a checkpoint family offers (its file name is the family's name)."""
+
+    def matches(self, architectures: Sequence[str]) -> bool:
+        """Whether this family reads a checkpoint whose ``config.json`` names these classes (``reward_family=auto``)."""
+        ...
+
+    def check(self, name: str, checkpoint_config: Mapping[str, Any]) -> None:
+        """Raise ConfigError for what ``config.json`` already rules out."""
+        ...
+
+    def load(self, name: str, config: RunConfig, *, dtype: str, device: str, token: str | bool | None) -> RewardModel:
+        """Load tokenizer and weights."""
+        ...
+
+
+def check_reward(config: RunConfig, *, token: str | bool | None = None) -> None:
+    """Everything that can be said of the reward before any weights load.
+
+    Raises:
+        ConfigError: no reward named where one is needed, an unknown name or family, several labels, a callable that
+            cannot be imported.
+        CheckpointError: a folder that is missing or broken.
+    """
+    name = resolve_reward(config)
+    if config.reward_family != AUTO and config.reward_family not in families():
+        raise ConfigError(
+            f"unknown reward_family {config.reward_family!r}.", hint=suggest(config.reward_family, (AUTO, *families()))
+        )
+    if name == LIKELIHOOD:
+        return
+    from specrej_eval.rewards import callable_reward
+
+    if callable_reward.is_callable_name(name):
+        callable_reward.import_callable(name)
+        return
+    _check_is_checkpoint(name)
+    raw = checkpoint.read_config("reward_model", name, token=token)
+    folder = checkpoint.check_folder("reward_model", name)
+    if folder is not None:
+        checkpoint.check_weights("reward_model", folder)
+        checkpoint.check_tokenizer_files("reward_model", folder)
+    _family(name, config, raw).check(name, raw)
+
+
+def make_reward(config: RunConfig, *, device: str, token: str | bool | None = None) -> RewardModel:
+    """The reward model that the arguments name, loaded.
+
+    Args:
+        device: the language model's device; ``reward_device`` wins.
+        token: for a gated hub repository.
+
+    Raises:
+        ConfigError, CheckpointError: as ``check_reward``, which runs first.
+    """
+    check_reward(config, token=token)
+    name = resolve_reward(config)
+    if name == LIKELIHOOD:
+        from specrej_eval.rewards.likelihood import Likelihood
+
+        return Likelihood()
+    from specrej_eval.rewards import callable_reward
+
+    if callable_reward.is_callable_name(name):
+        return callable_reward.CallableReward(name)
+    family = _family(name, config, checkpoint.read_config("reward_model", name, token=token))
+    dtype = config.reward_dtype
+    if dtype == "auto" and name == str(checkpoint.DEMO_REWARD):
+        dtype = "float32"
+    return family.load(name, config, dtype=dtype, device=config.reward_device or device, token=token)
+
+
+def resolve_reward(config: RunConfig) -> str:
+    """``config.reward_model``, or what stands in for it.
+
+    None means the embedded reward model beside the embedded language model. One row alone (``n=1``) is never compared
+    with anything, so beside another language model it needs no reward, and gets the one that costs nothing.
+
+    Raises:
+        ConfigError: another language model, several rows, and no reward to compare them with.
+    """
+    if config.reward_model is not None:
+        return config.reward_model
+    if config.pretrained is None:
+        return str(checkpoint.DEMO_REWARD)
+    if config.n == 1:
+        return LIKELIHOOD
+    raise ConfigError(
+        f"reward_model must be given with pretrained={config.pretrained!r}: rows are compared by their reward.",
+        hint="reward_model= a checkpoint folder, a hub name, likelihood, or pkg.module:function; "
+        "n=1 samples plainly and needs none.",
+    )
+
+
+def families() -> tuple[str, ...]:
+    """Names of the checkpoint families; imports none of them."""
+    return tuple(name for name in registry.names(_PACKAGE) if name not in _NOT_CHECKPOINTS)
+
+
+def _check_is_checkpoint(name: str) -> None:
+    """Raises:
+    ConfigError: neither a folder, nor ``owner/name`` of the hub, nor a path.
+    """
+    if Path(name).expanduser().is_dir() or "/" in name:
+        if name.startswith(("http://", "https://")):
+            raise ConfigError(
+                f"reward_model={name!r}: a reward server is not supported in this version.",
+                hint="wrap its client in a function and give pkg.module:function.",
+            )
+        return
+    best = nearest(name, (LIKELIHOOD,))
+    forms = "a checkpoint folder, a hub name owner/name, likelihood, or pkg.module:function"
+    hint = f"did you mean {best!r}? " if best else ""
+    raise ConfigError(f"unknown reward_model {name!r}: there is no such folder.", hint=f"{hint}It can be {forms}.")
+
+
+def _family(name: str, config: RunConfig, raw: Mapping[str, Any]) -> RewardFamily:
+    """The family that reads a checkpoint: the one named, or the only one whose ``matches`` says so.
+
+    Raises:
+        ConfigError: none or several match.
+    """
+    if config.reward_family != AUTO:
+        return _load_family(config.reward_family)
+    architectures = checkpoint.architectures(raw)
+    found = {entry: family for entry in families() if (family := _load_family(entry)).matches(architectures)}
+    if len(found) == 1:
+        return next(iter(found.values()))
+    listed = ", ".join(architectures) or "none"
+    if found:
+        raise ConfigError(
+            f"reward_model={name!r} (architectures: {listed}) is claimed by several families: {', '.join(found)}.",
+            hint=f"choose one: reward_family={next(iter(found))}.",
+        )
+    raise ConfigError(
+        f"reward_model={name!r}: no reward family reads its architectures ({listed}).",
+        hint="a reward model has a trained head; a plain language model has none (reward_model=likelihood uses one "
+        f"as its own reward). Families: {', '.join(families())}; reward_family= names one.",
+    )
+
+
+def _load_family(name: str) -> RewardFamily:
+    module: Any = registry.load_module(_PACKAGE, name, argument="reward_family")
+    family: RewardFamily = module
+    return family
