@@ -1,0 +1,164 @@
+"""lm-eval's requests in our words: messages behind a prompt, arguments out of gen_kwargs, draws out of repeats."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from lm_eval.models.utils import normalize_gen_kwargs
+
+from specrej_eval.config import RunConfig, as_bool, checked_until
+from specrej_eval.core import Message
+from specrej_eval.errors import ConfigError, nearest
+
+SAMPLING = ("temperature", "top_p", "top_k", "min_p")
+KNOBS = (
+    "alpha",
+    "first_look",
+    "force_sampling_args",
+    "kv_budget_tokens",
+    "logprobs",
+    "n",
+    "on_greedy",
+    "on_nan",
+    "seed",
+    "strategy",
+)
+"""Arguments of ours that a task, or ``--gen_kwargs``, may set for its own requests."""
+
+_LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
+_NEUTRAL = {"num_beams": 1, "num_return_sequences": 1, "repetition_penalty": 1, "use_cache": True}
+
+
+class ChatPrompt(str):
+    """A prompt rendered by a chat template that still knows its messages.
+
+    lm-eval passes on the text alone, but a reward model has a template of its own and needs the messages. It survives
+    what lm-eval does to a prompt: copies, pickles (also dill's, in its request cache), JSON.
+    """
+
+    messages: tuple[Message, ...]
+    add_generation_prompt: bool
+
+    def __new__(cls, text: str, messages: Sequence[Message], add_generation_prompt: bool = True) -> ChatPrompt:
+        prompt = super().__new__(cls, text)
+        prompt.messages = tuple(messages)
+        prompt.add_generation_prompt = add_generation_prompt
+        return prompt
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return ChatPrompt, (str(self), self.messages, self.add_generation_prompt)
+
+
+def conversation_of(context: str) -> tuple[tuple[Message, ...], str]:
+    """What the reward model reads before an answer: the messages, and the start of the assistant's turn if any.
+
+    Without a chat template the messages are not to be had: the whole context, examples included, is one user turn.
+    """
+    if not isinstance(context, ChatPrompt):
+        return ({"role": "user", "content": context},), ""
+    messages = context.messages
+    if not context.add_generation_prompt and messages and messages[-1]["role"] == "assistant":
+        return messages[:-1], messages[-1]["content"]
+    return messages, ""
+
+
+@dataclass(frozen=True, slots=True)
+class Translated:
+    """What one request's gen_kwargs ask for."""
+
+    config: RunConfig
+    until: tuple[str, ...]
+    asks_greedy: bool
+    """The task asks for greedy decoding and nothing in our own arguments makes it greedy anyway."""
+    ignored: tuple[str, ...]
+    """Names we have no use for, such as ``num_beams``."""
+
+
+def translate(gen_kwargs: Mapping[str, Any], base: RunConfig) -> Translated:
+    """One request's arguments: ``base`` (model_args) with its gen_kwargs applied.
+
+    ``do_sample``, ``temperature`` and the names of the length limit are read as lm-eval reads them. A task that
+    samples brings its own sampling arguments (unless ``force_sampling_args``); one that asks for greedy decoding does
+    not: what becomes of it is ``on_greedy``.
+
+    Raises:
+        ConfigError: a bad value, a bad stop string, or an argument that a single request cannot change.
+    """
+    given = {name: value for name, value in gen_kwargs.items() if name != "until" and value is not None}
+    until = checked_until(gen_kwargs.get("until"))
+    fields = {field.name for field in dataclasses.fields(RunConfig)}
+    fixed = sorted(fields & given.keys() - {*KNOBS, *SAMPLING, *_LENGTHS})
+    if fixed:
+        raise ConfigError(
+            f"{', '.join(fixed)} cannot be set in gen_kwargs: the model is already loaded.", hint="use --model_args."
+        )
+    if "do_sample" in given:
+        given["do_sample"] = as_bool("do_sample", given["do_sample"])
+    kwargs = normalize_gen_kwargs(given, base.max_gen_toks)
+
+    changes = {name: given[name] for name in KNOBS if name in given}
+    changes["max_gen_toks"] = kwargs["max_gen_toks"]
+    if not kwargs["do_sample"]:
+        config = base.replace(**changes)
+        asks_greedy = config.temperature > 0
+        if asks_greedy and config.on_greedy == "greedy":
+            config = greedy(config)
+    else:
+        asks_greedy = False
+        if not as_bool("force_sampling_args", changes.get("force_sampling_args", base.force_sampling_args)):
+            changes.update({name: given[name] for name in SAMPLING if name in given})
+            if not float(changes.get("temperature", 1)):  # sampling at 0 is a contradiction: ours, as if left out
+                del changes["temperature"]
+            if changes.get("top_k") == -1:  # vLLM's way to switch it off
+                changes["top_k"] = 0
+        config = base.replace(**changes)
+    known = {*KNOBS, *SAMPLING, *_LENGTHS, "do_sample"}
+    ignored = tuple(sorted(name for name in given.keys() - known if given[name] != _NEUTRAL.get(name)))
+    return Translated(config, until, asks_greedy, ignored)
+
+
+def greedy(config: RunConfig) -> RunConfig:
+    """The same run as plain greedy decoding."""
+    return config.replace(strategy="best_of_n", n=1, temperature=0.0, first_look=None, kv_budget_tokens=None)
+
+
+def describe_ignored(names: Sequence[str]) -> str:
+    """The names of ignored gen_kwargs, each with the argument that may have been meant."""
+    described = []
+    for name in names:
+        meant = nearest(name, (*KNOBS, *SAMPLING, *_LENGTHS, "until"))
+        described.append(f"{name} (did you mean {meant}?)" if meant else name)
+    return ", ".join(described)
+
+
+@dataclass(frozen=True, slots=True)
+class Draw:
+    """One answer to produce: the ``repeat``-th of a request."""
+
+    instance: Any
+    repeat: int
+
+
+def draws_of(instances: Sequence[Any]) -> tuple[list[Draw], list[int]]:
+    """The answers to produce, and for each of lm-eval's requests the index of its answer.
+
+    A task with ``repeats`` sends the same object that many times, and each time is a draw of its own. Where ranks have
+    different numbers of requests lm-eval sends the last one more often still: padding, which gets the draws there are.
+    """
+    draws: list[Draw] = []
+    source: list[int] = []
+    seen: Counter[int] = Counter()
+    index: dict[tuple[int, int], int] = {}
+    for instance in instances:
+        repeat = seen[id(instance)] % max(1, instance.repeats or 1)
+        seen[id(instance)] += 1
+        key = (id(instance), repeat)
+        if key not in index:
+            index[key] = len(draws)
+            draws.append(Draw(instance, repeat))
+        source.append(index[key])
+    return draws, source
