@@ -10,10 +10,10 @@
 PYTHON ?= python3
 TORCH_INDEX ?=
 
-VENV := $(CURDIR)/.venv
+VENV := .venv
 READY := $(VENV)/.ready
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
-export PATH := $(VENV)/bin:$(PATH)
+export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 # The demo and the tests need nothing that has to be downloaded, and must not wait for a network that is not there.
 export HF_HUB_OFFLINE := 1
 export HF_DATASETS_OFFLINE := 1
