@@ -50,7 +50,7 @@ class Budget:
 
 def default_first_look(n: int, max_gen_toks: int) -> int:
     """max(8, max_gen_toks // 8), and for few rows enough that the budget still holds one row to the end."""
-    return max(8, max_gen_toks // 8, -(-max_gen_toks // n))
+    return min(max_gen_toks, max(8, max_gen_toks // 8, -(-max_gen_toks // n)))
 
 
 def check_arguments(config: RunConfig, *, max_gen_toks_known: bool = True) -> None:
@@ -63,8 +63,11 @@ def check_arguments(config: RunConfig, *, max_gen_toks_known: bool = True) -> No
         ConfigError: the arguments disagree, or cannot hold one row of max_gen_toks.
     """
     n, first_look, budget = config.n, config.first_look, config.kv_budget_tokens
+    if n is None and budget is None:
+        n = DEFAULT_N
     if isinstance(n, int) and budget is not None:
-        if first_look is not None and n * first_look >= budget:
+        # rows that are never cut run in waves, so their first_look may be the least there is although n rows do not fit
+        if first_look is not None and n * first_look >= budget and (config.rejects or first_look > 1):
             raise _disagree(n, first_look, budget, prompt_tokens=None)
         if config.rejects and n >= budget:
             raise ConfigError(
@@ -83,7 +86,7 @@ def resolve(config: RunConfig, prompt_tokens: int, *, capacity_tokens: int | Non
     """The numbers for a prompt of ``prompt_tokens`` tokens.
 
     Args:
-        capacity_tokens: tokens that free memory holds; needed for ``n=max`` only.
+        capacity_tokens: tokens that free memory holds; needed for ``n=max`` without kv_budget_tokens only.
 
     Raises:
         ConfigError: the arguments disagree for this prompt, or cannot hold one row of max_gen_toks.
@@ -91,9 +94,13 @@ def resolve(config: RunConfig, prompt_tokens: int, *, capacity_tokens: int | Non
     n, first_look, kv_tokens = config.n, config.first_look, config.kv_budget_tokens
     longest = config.max_gen_toks
     if n == MAX:
-        if capacity_tokens is None:
-            raise ConfigError("n=max needs the memory's capacity, which this engine does not know.")
-        kv_tokens = capacity_tokens if kv_tokens is None else kv_tokens
+        if kv_tokens is None:
+            if capacity_tokens is None:
+                raise ConfigError(
+                    "n=max needs the memory's capacity, which this engine does not know.",
+                    hint="give n as a number, or give kv_budget_tokens.",
+                )
+            kv_tokens = capacity_tokens
         n = None
         if first_look is None:
             first_look = default_first_look(DEFAULT_N, longest) if config.rejects else longest
@@ -102,6 +109,7 @@ def resolve(config: RunConfig, prompt_tokens: int, *, capacity_tokens: int | Non
     assert not isinstance(n, str)  # "max" was resolved above
     if n is None:
         assert first_look is not None and kv_tokens is not None
+        first_look = min(first_look, longest)
         n = max(0, kv_tokens - prompt_tokens) // first_look
         if n < 1:
             raise ConfigError(
@@ -113,22 +121,28 @@ def resolve(config: RunConfig, prompt_tokens: int, *, capacity_tokens: int | Non
         if first_look is None:
             # rows that are never cut have no use for an early look: their budget holds them all to the end
             first_look = default_first_look(n, longest) if config.rejects else longest
+        first_look = min(first_look, longest)
         kv_tokens = prompt_tokens + n * first_look
     else:
-        look = max(0, kv_tokens - prompt_tokens) // n
-        if first_look is not None and first_look != look:
-            raise _disagree(n, first_look, kv_tokens, prompt_tokens=prompt_tokens)
+        suffix = max(0, kv_tokens - prompt_tokens)
+        look = suffix // n
         if look < 1 and config.rejects:
             raise ConfigError(
                 f"kv_budget_tokens={kv_tokens} cannot hold the prompt of {prompt_tokens} tokens and n={n} rows.",
                 hint="raise kv_budget_tokens, or start fewer rows.",
             )
-        first_look = max(1, look)
+        look = max(1, look)
+        if first_look is None:
+            first_look = min(look, longest)
+        # whole tokens: n may follow from first_look or first_look from n, and what was resolved once is taken back
+        elif first_look not in (look, min(look, longest)) and n != suffix // first_look:
+            raise _disagree(n, first_look, kv_tokens, prompt_tokens=prompt_tokens)
+        first_look = min(first_look, longest)
     budget = Budget(
         prompt_tokens=prompt_tokens,
         kv_budget_tokens=kv_tokens,
         n=n,
-        first_look=min(first_look, longest),
+        first_look=first_look,
         max_gen_toks=longest,
     )
     if budget.rows_to_the_end < 1:
@@ -147,6 +161,7 @@ def _disagree(n: int, first_look: int, kv_tokens: int, *, prompt_tokens: int | N
 
 def _too_small(suffix_tokens: int, max_gen_toks: int) -> ConfigError:
     return ConfigError(
-        f"the KV budget leaves {suffix_tokens} tokens beside the prompt: not one row of max_gen_toks={max_gen_toks}.",
+        f"the KV budget leaves {max(0, suffix_tokens)} tokens beside the prompt: "
+        f"not one row of max_gen_toks={max_gen_toks}.",
         hint="raise kv_budget_tokens (or n, or first_look), or lower max_gen_toks.",
     )

@@ -215,7 +215,7 @@ def as_float(name: str, value: Any) -> float:
         if isinstance(value, bool):
             raise TypeError
         number = float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise ConfigError(f"{name} must be a number, got {value!r}.") from None
     if not math.isfinite(number):
         raise ConfigError(f"{name} must be finite, got {value!r}.")
@@ -227,7 +227,10 @@ def as_int(name: str, value: Any, *, also: str = "") -> int:
     try:
         if isinstance(value, bool):
             raise TypeError
-        number = int(value) if isinstance(value, int) else float(str(value).replace("_", ""))
+        try:
+            return int(value if isinstance(value, int) else str(value))  # a seed above 2**53 is no float
+        except ValueError:
+            number = float(str(value))
         if number != int(number):
             raise ValueError
     except (TypeError, ValueError, OverflowError):

@@ -20,7 +20,6 @@ from specrej_eval.config import RunConfig
 from specrej_eval.core import RowView
 from specrej_eval.strategies.base import State, make_strategy
 from specrej_eval.strategies.best_of_n import BestOfN
-from specrej_eval.strategies.speculative_rejection import SpeculativeRejection
 
 
 def config(**args) -> RunConfig:

@@ -36,7 +36,7 @@ class SpeculativeRejection:
             state, plan = wave(State(), budget)
             assert plan is not None  # a budget holds at least one row, and n is at least 1
             return state, plan
-        return State(rows_started=budget.n), Plan(keep=(), fresh=budget.n, num_tokens=budget.next_look(budget.n))
+        return State(rows_started=budget.n), Plan(keep=(), fresh=budget.n, num_tokens=budget.first_look)
 
     def step(
         self, state: State, rows: Sequence[RowView], scores: Sequence[float], budget: Budget
