@@ -40,7 +40,7 @@ class Prompt:
     conversation: tuple[Message, ...]
     """What the reward model reads before the response, as chat messages."""
     response_prefix: str = ""
-    """Start of the assistant's turn that is already part of the prompt; the reward model reads it before the response."""
+    """Start of the assistant's turn that the prompt already holds; the reward model reads it before the response."""
     prompt_hash: str = ""
     task: str = ""
     repeat: int = 0
@@ -93,7 +93,7 @@ class Trajectory:
     token_ids: list[int]
     """Ends with the EOS, or with the token that completes the stop string."""
     reward: float | None
-    """Last score; for a rejected row, that of the partial answer. None if the reward was not finite (``on_nan=drop``)."""
+    """Last score; of the partial answer, for a rejected row. None if it was not finite (``on_nan=drop``)."""
     finish_reason: FinishReason
     rounds_survived: int
     logprobs: list[float] | None = None

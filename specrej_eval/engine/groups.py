@@ -1,0 +1,140 @@
+"""A group of rows of one prompt with one length: their KV and everything else that is per row, on the device."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from specrej_eval.engine.kv_cache import Prefix, SuffixPool
+
+CPU_TOKEN_ALIGN = 16  # see SuffixPool
+
+
+class Group:
+    """Rows that share a prefix and a length. Row order inside a group means nothing; ``row_ids`` says who is where."""
+
+    def __init__(
+        self, prefix: Prefix, row_ids: list[int], *, pool: SuffixPool | None, cache: Any, capacity: int, device: Any
+    ) -> None:
+        self.prefix = prefix
+        self.row_ids = row_ids
+        self.pool = pool
+        """Suffix KV on the shared-prefix path."""
+        self.cache = cache
+        """A transformers cache on the replicated path; both None on the recompute path."""
+        self.length = 0
+        """Tokens fed: positions whose KV is stored."""
+        self.num_sampled = 0
+        """Tokens sampled; the last one has not been fed yet."""
+        rows = len(row_ids)
+        self.ids = torch.tensor(row_ids, dtype=torch.int64, device=device)  # (rows,)
+        self.tokens = torch.empty(rows, capacity, dtype=torch.int32, device=device)  # (rows, capacity)
+        self.logprobs: Tensor | None = None  # (rows, capacity), float32, if asked for
+        self.positions = torch.full((rows,), prefix.length, dtype=torch.int64, device=device)  # (rows,)
+        self.capacity = capacity
+        self._device = device
+
+    @classmethod
+    def start(
+        cls, prefix: Prefix, row_ids: list[int], *, capacity: int, device: torch.device, with_logprobs: bool = False
+    ) -> Group:
+        """Fresh rows behind a prefix; ``capacity`` = tokens each row may reach before the next ``select``."""
+        pool, cache = None, None
+        if prefix.keys:
+            pool = SuffixPool(len(row_ids), align=CPU_TOKEN_ALIGN if device.type == "cpu" else 1)
+            pool.reserve(capacity)
+        elif prefix.cache is not None:
+            cache = copy.deepcopy(prefix.cache)
+            cache.batch_repeat_interleave(len(row_ids))
+        group = cls(prefix, row_ids, pool=pool, cache=cache, capacity=capacity, device=device)
+        if with_logprobs:
+            group.logprobs = torch.empty(len(row_ids), capacity, dtype=torch.float32, device=device)
+        return group
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.row_ids)
+
+    def advance(self) -> None:
+        """The token just fed counts."""
+        self.length += 1
+        self.positions += 1
+        if self.pool is not None:
+            self.pool.advance()
+
+    def select(self, places: Sequence[int], row_ids: list[int], capacity: int) -> None:
+        """Gather the rows at ``places`` (duplicates fork) under new row ids, with room for ``capacity`` tokens."""
+        index = torch.tensor(list(places), dtype=torch.int64, device=self._device)
+        if self.pool is not None:
+            self.pool.select(index, capacity)
+        elif self.cache is not None:
+            self.cache.reorder_cache(index)
+        self.tokens = self._grown(self.tokens, index, capacity)
+        if self.logprobs is not None:
+            self.logprobs = self._grown(self.logprobs, index, capacity)
+        self.positions = self.positions[index]
+        self.row_ids = row_ids
+        self.ids = torch.tensor(row_ids, dtype=torch.int64, device=self._device)
+        self.capacity = max(self.capacity, capacity)
+
+    def _grown(self, buffer: Tensor, index: Tensor, capacity: int) -> Tensor:
+        new = buffer.new_empty(index.shape[0], max(self.capacity, capacity))
+        new[:, : self.num_sampled] = buffer[index, : self.num_sampled]
+        return new
+
+    def drop(self, places: Sequence[int]) -> None:
+        """Forget the rows at ``places``: each hole takes a row from the end, so nothing else moves."""
+        gone = set(places)
+        rows = self.num_rows - len(gone)
+        holes = sorted(place for place in gone if place < rows)
+        sources = [place for place in range(rows, self.num_rows) if place not in gone]
+        if self.cache is not None:
+            order = list(range(rows))
+            for hole, source in zip(holes, sources, strict=True):
+                order[hole] = source
+            self.cache.reorder_cache(torch.tensor(order, dtype=torch.int64, device=self._device))
+        hole_index = torch.tensor(holes, dtype=torch.int64, device=self._device)
+        source_index = torch.tensor(sources, dtype=torch.int64, device=self._device)
+        if self.pool is not None:
+            self.pool.drop(source_index, hole_index, rows)
+        for buffer in (self.tokens, self.logprobs, self.ids):
+            if buffer is not None and holes:
+                buffer[hole_index] = buffer[source_index]
+        for hole, source in zip(holes, sources, strict=True):
+            self.row_ids[hole] = self.row_ids[source]
+        self.row_ids = self.row_ids[:rows]
+        self.tokens, self.ids, self.positions = self.tokens[:rows], self.ids[:rows], self.positions[:rows]
+        if self.logprobs is not None:
+            self.logprobs = self.logprobs[:rows]
+
+    def split(self) -> Group:
+        """Keep the first half of the rows; return a group of the rest."""
+        at = self.num_rows // 2
+        rest = copy.copy(self)
+        if self.pool is not None:
+            rest.pool = self.pool.split(at)
+        elif self.cache is not None:
+            rest.cache = copy.deepcopy(self.cache)
+            rest.cache.reorder_cache(torch.arange(at, self.num_rows, device=self._device))
+            self.cache.reorder_cache(torch.arange(at, device=self._device))
+        rest.row_ids, self.row_ids = self.row_ids[at:], self.row_ids[:at]
+        for name in ("ids", "tokens", "positions", "logprobs"):
+            whole = getattr(self, name)
+            if whole is not None:
+                setattr(rest, name, whole[at:])
+                setattr(self, name, whole[:at])
+        return rest
+
+    def park(self) -> None:
+        """Move the KV to host memory."""
+        if self.pool is not None:
+            self.pool.to("cpu")
+
+    def unpark(self) -> None:
+        """Bring the KV back to the device."""
+        if self.pool is not None:
+            self.pool.to(self._device)

@@ -1,0 +1,169 @@
+"""Key/value storage: one prefix shared by all rows of a prompt, one dense suffix pool per group of rows.
+
+A *group* is rows of one prompt that started together (a wave, or the survivors of one): they all have the same length,
+so decoding them needs no page table and no padding mask. Suffix pools are ``(rows, kv_heads, capacity, head_dim)`` per
+layer; a cut gathers survivors into a pool of the next capacity; a finished row is overwritten by the last row.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from specrej_eval.errors import KVBudgetExceededError
+
+
+@dataclass(slots=True)
+class TokenAccount:
+    """Tokens one prompt may hold, and holds. Counts every sampled token, so it is never below what memory holds."""
+
+    limit: int
+    held: int
+    """Shared prompt + suffixes of all live rows."""
+    peak: int = 0
+
+    def hold(self, tokens: int) -> None:
+        """Count ``tokens`` more (fewer, if negative).
+
+        Raises:
+            KVBudgetExceededError: the limit would be passed.
+        """
+        if tokens > 0 and self.held + tokens > self.limit:
+            raise KVBudgetExceededError(f"{self.held} + {tokens} tokens exceed the KV budget of {self.limit}.")
+        self.held += tokens
+        self.peak = max(self.peak, self.held)
+
+
+@dataclass(slots=True)
+class Prefix:
+    """The prompt, prefilled once at batch 1."""
+
+    length: int
+    keys: dict[int, Tensor] = field(default_factory=dict)
+    """Per layer: (kv_heads, tokens, head_dim)."""
+    values: dict[int, Tensor] = field(default_factory=dict)
+    logits: Tensor | None = None
+    """(1, vocab), of the prompt's last token."""
+    token_ids: Tensor | None = None
+    """(tokens,): kept only where KV is not shared."""
+    cache: Any = None
+    """A transformers cache of batch 1: the replicated path copies it for every row."""
+
+    def store(self, layer: int, key: Tensor, value: Tensor, start: int) -> tuple[Tensor, Tensor]:
+        """Append a chunk and return all of the layer so far.
+
+        Args:
+            key, value: (1, kv_heads, chunk, head_dim), for positions from ``start`` on.
+
+        Returns:
+            Keys and values, (kv_heads, start + chunk, head_dim).
+        """
+        end = start + key.shape[2]
+        for store, new in ((self.keys, key), (self.values, value)):
+            if layer not in store:
+                store[layer] = new.new_empty(new.shape[1], self.length, new.shape[3])
+            store[layer][:, start:end] = new[0]
+        return self.keys[layer][:, :end], self.values[layer][:, :end]
+
+    def num_bytes(self) -> int:
+        return sum(tensor.nbytes for store in (self.keys, self.values) for tensor in store.values())
+
+
+class SuffixPool:
+    """Suffix KV of one group. Positions are counted from the first sampled token.
+
+    Args:
+        rows: rows held.
+        align: capacities are multiples of this many tokens. On CPU 16 keeps every row's slab 64-byte aligned, so that
+            a row's bits do not depend on where it lies in the pool.
+    """
+
+    def __init__(self, rows: int, *, align: int = 1) -> None:
+        self.rows = rows
+        self.length = 0
+        """Tokens stored per row."""
+        self.capacity = 0
+        self._align = align
+        self._keys: dict[int, Tensor] = {}  # per layer: (rows allocated, kv_heads, capacity, head_dim)
+        self._values: dict[int, Tensor] = {}
+
+    def reserve(self, tokens: int) -> None:
+        """Make room for ``tokens`` tokens per row, in all."""
+        tokens = -(-tokens // self._align) * self._align
+        if tokens <= self.capacity:
+            return
+        self.capacity = tokens
+        for store in (self._keys, self._values):
+            for layer, old in store.items():
+                new = old.new_empty(self.rows, old.shape[1], tokens, old.shape[3])
+                new[:, :, : self.length] = old[: self.rows, :, : self.length]
+                store[layer] = new  # one layer at a time: the peak is one layer's extra copy
+
+    def append(self, layer: int, key: Tensor, value: Tensor) -> None:
+        """Write the next position of a layer; ``advance`` makes it count. Writing it again is harmless.
+
+        Args:
+            key, value: (rows, kv_heads, 1, head_dim).
+        """
+        for store, new in ((self._keys, key), (self._values, value)):
+            if layer not in store:
+                store[layer] = new.new_empty(self.rows, new.shape[1], self.capacity, new.shape[3])
+            store[layer][: self.rows, :, self.length] = new[:, :, 0]
+
+    def layer(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Keys and values with the position just appended, (rows, kv_heads, length + 1, head_dim) views."""
+        end = self.length + 1
+        return self._keys[layer][: self.rows, :, :end], self._values[layer][: self.rows, :, :end]
+
+    def advance(self) -> None:
+        self.length += 1
+
+    def select(self, index: Tensor, capacity: int) -> None:
+        """Gather rows (duplicates fork) into pools with room for ``capacity`` tokens; layer by layer."""
+        rows = index.shape[0]
+        self.capacity = max(self.capacity, -(-capacity // self._align) * self._align)
+        for store in (self._keys, self._values):
+            for layer, old in store.items():
+                new = old.new_empty(rows, old.shape[1], self.capacity, old.shape[3])
+                new[:, :, : self.length] = old[:, :, : self.length].index_select(0, index.to(old.device))
+                store[layer] = new
+        self.rows = rows
+
+    def drop(self, sources: Tensor, holes: Tensor, rows: int) -> None:
+        """Move rows ``sources`` into ``holes`` and forget everything from ``rows`` on: O(rows dropped), no gather."""
+        if sources.numel():
+            for store in (self._keys, self._values):
+                for tensor in store.values():
+                    tensor[holes, :, : self.length] = tensor[sources, :, : self.length]
+        self.rows = rows
+
+    def split(self, at: int) -> SuffixPool:
+        """Keep rows [0, at); return a pool of the rest. Both are views of the same memory, and never overlap."""
+        rest = SuffixPool(self.rows - at, align=self._align)
+        rest.length, rest.capacity = self.length, self.capacity
+        rest._keys = {layer: tensor[at : self.rows] for layer, tensor in self._keys.items()}
+        rest._values = {layer: tensor[at : self.rows] for layer, tensor in self._values.items()}
+        self._keys = {layer: tensor[:at] for layer, tensor in self._keys.items()}
+        self._values = {layer: tensor[:at] for layer, tensor in self._values.items()}
+        self.rows = at
+        return rest
+
+    def to(self, device: torch.device | str) -> None:
+        """Park the pool on the host, or bring it back."""
+        for store in (self._keys, self._values):
+            for layer, tensor in store.items():
+                store[layer] = tensor[: self.rows].to(device)
+
+    def num_bytes(self) -> int:
+        return sum(tensor.nbytes for store in (self._keys, self._values) for tensor in store.values())
+
+
+def bytes_per_token(prefix: Prefix) -> int:
+    """KV bytes of one token, read off a prefilled prompt: 2 x layers x kv heads x head dim x itemsize.
+
+    Read, not computed from the config, so that models with unequal layers (or latent KV) are right too.
+    """
+    return prefix.num_bytes() // prefix.length

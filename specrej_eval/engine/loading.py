@@ -1,0 +1,321 @@
+"""Language model and tokenizer for the Python API: torch and transformers alone, no harness.
+
+Inside lm-eval its own ``HFLM`` loads the model, with the same arguments; ``check_checkpoint`` serves both.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+)
+
+from specrej_eval import checkpoint
+from specrej_eval.config import RunConfig, as_bool, as_dict
+from specrej_eval.errors import CheckpointError, ConfigError, MissingDependencyError, OutOfMemoryError
+
+SUPPORTED = (
+    "add_bos_token",
+    "device_map",
+    "gguf_file",
+    "max_memory",
+    "offload_folder",
+    "peft",
+    "quantization_config",
+    "revision",
+    "subfolder",
+    "token",
+    "tokenizer",
+    "use_fast_tokenizer",
+)
+"""Host arguments that say how to load."""
+
+ABOUT_PROMPTS = ("chat_template_args", "enable_thinking", "max_length", "prefix_token_id")
+"""Host arguments that say how prompts are made: not read here."""
+
+UNSUPPORTED = {
+    "autogptq": "GPTQ checkpoints load by themselves (their config.json names the method; pip install gptqmodel).",
+    "backend": "only causal language models are decoded; leave it out.",
+    "delta": "add the delta weights to the base model once, save the sum, and give its folder as pretrained=.",
+    "gptqmodel": "GPTQ checkpoints load by themselves (their config.json names the method; pip install gptqmodel).",
+    "logits_cache": "only lm-eval's log-likelihood requests use it; use --model specrej.",
+    "max_batch_size": "use batch_size (prompts in flight) and n (rows of one prompt).",
+    "max_cpu_memory": "use max_memory={...} with device_map=auto.",
+    "max_memory_per_gpu": "use max_memory={...} with device_map=auto.",
+    "mixed_precision_dtype": "use dtype.",
+    "parallelize": "use device_map=auto.",
+    "softmax_dtype": "only lm-eval's log-likelihood requests use it; use --model specrej.",
+    "think_end_token": "cut the reasoning off the answer's text yourself; use --model specrej to have lm-eval do it.",
+    "tp_plan": "use device_map=auto.",
+    "truncation": "a prompt longer than the context is an error here; shorten it yourself.",
+}
+"""Arguments of lm-eval's ``HFLM`` that have no meaning here, and what to use in their place."""
+
+_logger = logging.getLogger(__name__)
+
+
+def check_host_arguments(host: Mapping[str, Any]) -> None:
+    """Raises:
+    ConfigError: an argument that only lm-eval's loader understands; the hint says what to use.
+    """
+    for name, value in host.items():
+        if name in UNSUPPORTED and value is not None and value is not False:
+            if name == "backend" and value in ("default", "causal"):
+                continue
+            raise ConfigError(f"{name}={value!r} is not supported in the Python API.", hint=UNSUPPORTED[name])
+
+
+def check_checkpoint(config: RunConfig, host: Mapping[str, Any]) -> None:
+    """Everything that can be said of the language model before its weights load.
+
+    A hub name passes: what it names is checked when it is loaded.
+
+    Raises:
+        CheckpointError: a folder, ``config.json``, weight file, tokenizer, adapter or GGUF file that is missing or
+            broken; a checkpoint that is not a causal language model.
+        ConfigError: the checkpoint needs remote code, which is off; a device that is not there.
+        MissingDependencyError: a package that a GGUF file or an adapter needs.
+    """
+    if config.device is not None:
+        checkpoint.check_device("device", config.device)
+    if host.get("peft"):
+        _check_adapter(str(host["peft"]))
+    tokenizer = host.get("tokenizer")
+    if isinstance(tokenizer, str) and (tokenizer_folder := checkpoint.check_folder("tokenizer", tokenizer)):
+        checkpoint.check_tokenizer_files("tokenizer", tokenizer_folder)
+    name = policy_name(config)
+    if host.get("gguf_file"):
+        _check_gguf(name, str(host["gguf_file"]))
+        return
+    folder = checkpoint.check_folder("pretrained", name)
+    if folder is None:
+        return
+    subfolder = str(host.get("subfolder") or "")
+    _check_kind(name, checkpoint.read_config("pretrained", name, subfolder=subfolder), config)
+    checkpoint.check_weights("pretrained", folder / subfolder)
+    if not tokenizer:
+        checkpoint.check_tokenizer_files("pretrained", folder / subfolder)
+
+
+def policy_name(config: RunConfig) -> str:
+    """Folder or hub name of the language model; that of the embedded one if none is given."""
+    return config.pretrained if config.pretrained is not None else str(checkpoint.DEMO_POLICY)
+
+
+def policy_dtype(config: RunConfig) -> str:
+    """``config.dtype`` with ``auto`` resolved: float32 for the embedded pair; else ``auto``, the checkpoint's."""
+    return "float32" if config.dtype == "auto" and config.pretrained is None else config.dtype
+
+
+def policy_device(config: RunConfig) -> str:
+    """``config.device``, or cuda if there is one, else cpu."""
+    return config.device or ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def load_model_and_tokenizer(config: RunConfig, host: Mapping[str, Any]) -> tuple[Any, Any]:
+    """The language model, in eval mode on its device, and its tokenizer.
+
+    Args:
+        host: ``from_pretrained``'s arguments as in lm-eval's ``--model_args``; ``SUPPORTED`` lists them.
+
+    Raises:
+        ConfigError: an argument that only lm-eval's loader understands.
+        CheckpointError, MissingDependencyError: as ``check_checkpoint``, which runs first, and for what only loading
+            finds (the original error is chained).
+        OutOfMemoryError: the weights do not fit on the device.
+    """
+    check_host_arguments(host)
+    check_checkpoint(config, host)
+    if config.pretrained is None:
+        _logger.warning("no pretrained= given: the embedded demo language model (a toy) is used.")
+    name = policy_name(config)
+    shared = {
+        "revision": host.get("revision") or "main",
+        "subfolder": host.get("subfolder") or "",
+        "token": host.get("token"),
+        "trust_remote_code": config.trust_remote_code,
+    }
+    gguf_file = host.get("gguf_file")
+    if gguf_file is None and checkpoint.check_folder("pretrained", name) is None:
+        raw = checkpoint.read_config(
+            "pretrained", name, revision=shared["revision"], subfolder=shared["subfolder"], token=shared["token"]
+        )
+        _check_kind(name, raw, config)
+    tokenizer = _load_tokenizer(name, shared, host)
+    model = _load_model(name, shared, config, host)
+    if host.get("peft"):
+        model = _with_adapter(model, str(host["peft"]), tokenizer, token=shared["token"])
+    if not host.get("device_map"):
+        model = _placed(model, policy_device(config), name)
+    return model.eval(), tokenizer
+
+
+def _load_tokenizer(name: str, shared: Mapping[str, Any], host: Mapping[str, Any]) -> Any:
+    given = host.get("tokenizer")
+    if given is not None and not isinstance(given, str):
+        return given  # already one
+    arguments: dict[str, Any] = {"token": shared["token"], "trust_remote_code": shared["trust_remote_code"]}
+    if given is None:  # revision and subfolder are the model's; another repository has its own
+        arguments |= {"revision": shared["revision"], "subfolder": shared["subfolder"]}
+    if given is None and host.get("gguf_file"):
+        arguments["gguf_file"] = host["gguf_file"]
+    else:
+        arguments["use_fast"] = as_bool("use_fast_tokenizer", host.get("use_fast_tokenizer", True))
+    if host.get("add_bos_token") is not None:
+        arguments["add_bos_token"] = as_bool("add_bos_token", host["add_bos_token"])
+    try:
+        return AutoTokenizer.from_pretrained(given or name, **arguments)
+    except Exception as error:  # files, formats and remote code fail in many ways
+        raise _load_error("tokenizer" if given else "pretrained", given or name, error, what="tokenizer") from error
+
+
+def _load_model(name: str, shared: Mapping[str, Any], config: RunConfig, host: Mapping[str, Any]) -> Any:
+    arguments: dict[str, Any] = {**shared, "dtype": policy_dtype(config)}
+    for key in ("device_map", "gguf_file", "max_memory", "offload_folder"):
+        if host.get(key):
+            arguments[key] = host[key]
+    if config.attn_implementation is not None:
+        arguments["attn_implementation"] = config.attn_implementation
+    elif host.get("gguf_file"):
+        arguments["attn_implementation"] = "sdpa"  # else transformers looks for a GGUF attention kernel on the hub
+    if host.get("quantization_config"):
+        arguments["quantization_config"] = _quantization(host["quantization_config"])
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(name, output_loading_info=True, **arguments)
+    except torch.OutOfMemoryError as error:
+        raise _out_of_memory(name) from error
+    except Exception as error:  # files, formats and remote code fail in many ways
+        raise _load_error("pretrained", name, error, what="model") from error
+    if missing := sorted(info["missing_keys"]):
+        raise CheckpointError(
+            f"pretrained={name!r} has no weights for {', '.join(missing[:4])}{' ...' if len(missing) > 4 else ''}; "
+            "they would be random.",
+            hint="a shard is missing, or the checkpoint was saved without its language-model head.",
+        )
+    return model
+
+
+def _placed(model: Any, device: str, name: str) -> Any:
+    if getattr(model, "hf_device_map", None) or getattr(model, "is_quantized", False):
+        return model  # quantised weights were put on their device while they were loaded, and may not move
+    try:
+        return model.to(device)
+    except torch.OutOfMemoryError as error:
+        raise _out_of_memory(name) from error
+
+
+def _quantization(value: Any) -> Any:
+    if not isinstance(value, (str, Mapping)):
+        return value  # already a config of transformers
+    from transformers.quantizers.auto import AutoQuantizationConfig
+
+    try:
+        return AutoQuantizationConfig.from_dict(as_dict("quantization_config", value))
+    except (ValueError, TypeError) as error:
+        raise ConfigError(
+            f"quantization_config cannot be read: {error}",
+            hint='it needs a quant_method, e.g. {"quant_method": "bitsandbytes", "load_in_8bit": true}.',
+        ) from error
+
+
+def _with_adapter(model: Any, adapter: str, tokenizer: Any, *, token: Any) -> Any:
+    from peft import PeftModel
+
+    if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
+        model.resize_token_embeddings(len(tokenizer))  # an adapter trained with added tokens
+    try:
+        return PeftModel.from_pretrained(model, adapter, token=token)
+    except Exception as error:  # peft fails in many ways
+        raise _load_error("peft", adapter, error, what="adapter") from error
+
+
+def _check_kind(name: str, raw: Mapping[str, Any], config: RunConfig) -> None:
+    """Refuse what is not a causal language model, by its ``config.json``.
+
+    Raises:
+        CheckpointError: an encoder-decoder, an encoder, a classifier, a base model without a head, an unknown type.
+        ConfigError: its code comes with the checkpoint, and remote code is off.
+    """
+    classes = checkpoint.architectures(raw)
+    model_type = raw.get("model_type")
+    listed = f"{', '.join(classes) or 'no architectures'}; model_type {model_type}"
+    seq2seq = MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES
+    if raw.get("is_encoder_decoder") or (model_type in seq2seq and model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES):
+        raise CheckpointError(
+            f"pretrained={name!r} is an encoder-decoder ({listed}).", hint="only causal language models are decoded."
+        )
+    known = {entry for value in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() for entry in _as_tuple(value)}
+    if any(entry in known for entry in classes) or (not classes and model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES):
+        return
+    if "AutoModelForCausalLM" in (raw.get("auto_map") or {}):
+        if config.trust_remote_code:
+            return
+        raise ConfigError(
+            f"pretrained={name!r} ({listed}) comes with its own code.",
+            hint="trust_remote_code=True runs that code; read it first.",
+        )
+    if any("ForSequenceClassification" in entry or "Reward" in entry for entry in classes):
+        hint = "this looks like a reward model: give it as reward_model=, and a language model here."
+    else:
+        hint = "only causal language models are decoded: no encoders, no base models saved without a head."
+    raise CheckpointError(f"pretrained={name!r} is not a causal language model ({listed}).", hint=hint)
+
+
+def _as_tuple(value: Any) -> tuple[str, ...]:
+    return value if isinstance(value, tuple) else (str(value),)
+
+
+def _check_gguf(name: str, gguf_file: str) -> None:
+    missing = [package for package in ("accelerate", "gguf") if importlib.util.find_spec(package) is None]
+    if missing:
+        raise MissingDependencyError(
+            f"gguf_file={gguf_file!r} needs {' and '.join(missing)}.", hint=f"pip install {' '.join(missing)}"
+        )
+    folder = checkpoint.check_folder("pretrained", name)
+    if folder is None:
+        return
+    path = folder / gguf_file
+    if not path.is_file():
+        found = sorted(entry.name for entry in folder.glob("*.gguf"))
+        raise CheckpointError(
+            f"gguf_file: there is no file {str(path)!r}.",
+            hint=f"GGUF files there: {', '.join(found) or 'none'}; gguf_file is a name within pretrained=.",
+        )
+    with path.open("rb") as file:
+        if file.read(4) != b"GGUF":
+            raise CheckpointError(f"gguf_file: {str(path)!r} is not a GGUF file.", hint="is the download complete?")
+
+
+def _check_adapter(name: str) -> None:
+    if importlib.util.find_spec("peft") is None:
+        raise MissingDependencyError(f"peft={name!r} needs the package peft.", hint="pip install peft")
+    folder = checkpoint.check_folder("peft", name)
+    if folder is not None and not (folder / "adapter_config.json").is_file():
+        raise CheckpointError(f"peft: {str(folder / 'adapter_config.json')!r} is missing.", hint="is this an adapter?")
+    if folder is not None and not list(Path(folder).glob("adapter_model.*")):
+        raise CheckpointError(f"peft: there is no adapter_model file in {str(folder)!r}.")
+
+
+def _load_error(argument: str, name: str, error: Exception, *, what: str) -> CheckpointError | MissingDependencyError:
+    text = f"{argument}={name!r}: the {what} cannot be loaded: {type(error).__name__}: {error}"
+    if isinstance(error, ImportError):
+        return MissingDependencyError(text, hint="install the package that the message names.")
+    hint = None
+    if not Path(name).expanduser().is_dir():
+        hint = f"it was looked for on the hub. If a folder was meant: {checkpoint.folder_hint(name)}"
+    return CheckpointError(text, hint=hint)
+
+
+def _out_of_memory(name: str) -> OutOfMemoryError:
+    return OutOfMemoryError(
+        f"the weights of pretrained={name!r} do not fit on the device.",
+        hint="dtype=bfloat16, quantization_config, or device_map=auto.",
+    )

@@ -1,0 +1,260 @@
+"""The language model's forward passes: the only file that knows transformers' model classes.
+
+Three paths, the best that gives right numbers is taken (a probe at start compares logits with a plain forward):
+
+- ``shared_prefix``: our attention, the prompt's KV shared by all rows;
+- ``replicated``: the model's own attention and cache, the prompt's KV copied for every row (linear-attention hybrids,
+  alibi, models without an attention interface);
+- ``recompute``: no cache at all, every step reads the whole sequence (models whose cache cannot be copied).
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from specrej_eval.engine.attention import shared_prefix
+from specrej_eval.engine.groups import Group
+from specrej_eval.engine.kv_cache import Prefix
+
+logger = logging.getLogger(__name__)
+
+Path = Literal["shared_prefix", "replicated", "recompute"]
+PATHS: tuple[Path, ...] = ("shared_prefix", "replicated", "recompute")
+
+PREFILL_CHUNK = 512
+"""Prompt tokens per forward. Boundaries are counted from token 0, so a prompt's bits never depend on its company."""
+ROW_ALIGN = 16
+"""On CPU a batch is padded to a multiple of this many rows, so that every thread's share of a matmul has at least 4
+rows: with fewer, MKL takes another kernel and a row's bits would depend on its company."""
+_PROBE_TOKENS = 12
+_PROBE_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 8e-2, torch.float16: 2e-2}
+"""Of the largest logit."""
+
+
+class ModelRunner:
+    """Prefill and decode steps of one causal language model.
+
+    Args:
+        model: a transformers causal LM in eval mode. Its attention implementation is changed only inside ``active``.
+        path: force a path; None = the first that the probe finds right.
+    """
+
+    def __init__(self, model: Any, *, path: Path | None = None) -> None:
+        self.model = model
+        self.device: torch.device = model.get_input_embeddings().weight.device
+        self.dtype: torch.dtype = model.get_input_embeddings().weight.dtype
+        text_config = model.config.get_text_config(decoder=True)
+        self._text_config = text_config
+        self._num_layers = int(text_config.num_hidden_layers)
+        accepted = inspect.signature(model.forward).parameters
+        self._takes_positions = "position_ids" in accepted
+        self._takes_logits_to_keep = "logits_to_keep" in accepted
+        self.forward_passes = 0
+        self.path: Path = path or self._probe()
+
+    # ---- which path ----------------------------------------------------------------------------------------------
+
+    def _may_share(self) -> str | None:
+        """Why the shared-prefix path is out of the question; None if it may work."""
+        kinds = set(getattr(self._text_config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
+        if kinds:
+            return f"layers of type {', '.join(sorted(kinds))}"
+        if not getattr(self.model, "_supports_attention_backend", False) and not self._settable():
+            return "attention that cannot be exchanged"
+        return None
+
+    def _settable(self) -> bool:
+        check = getattr(type(self.model), "_can_set_attn_implementation", None)
+        return bool(check and check())
+
+    def _probe(self) -> Path:
+        reasons: list[str] = []
+        for path in PATHS:
+            reason = self._may_share() if path == "shared_prefix" else None
+            if reason is None:
+                reason = self._probe_error(path)
+            if reason is None:
+                if path != "shared_prefix":
+                    logger.warning(
+                        "%s is decoded on the slower %s path (%s). Results are the same.",
+                        type(self.model).__name__,
+                        path,
+                        "; ".join(reasons),
+                    )
+                return path
+            reasons.append(f"{path}: {reason}")
+        raise RuntimeError(f"no way to decode {type(self.model).__name__}: {'; '.join(reasons)}")
+
+    def _probe_error(self, path: Path) -> str | None:
+        """Decode a few forced tokens on ``path`` with a row dropped on the way; None if the logits are the model's."""
+        vocab = int(self._text_config.vocab_size)
+        rows, steps = 3, 4
+        ids = (torch.arange(_PROBE_TOKENS + rows * steps) * 7919 + 11) % vocab
+        prompt = ids[:_PROBE_TOKENS].tolist()
+        forced = ids[_PROBE_TOKENS:].reshape(rows, steps).to(self.device)
+        try:
+            with torch.inference_mode():
+                head = ids[:_PROBE_TOKENS].to(self.device).expand(rows, -1)
+                want = self.model(torch.cat([head, forced], 1), use_cache=False).logits[:, _PROBE_TOKENS - 1 :]
+                self.path = path
+                with self.active():
+                    prefix = self.prefill(prompt)
+                    assert prefix.logits is not None
+                    group = Group.start(prefix, list(range(rows)), capacity=steps, device=self.device)
+                    error = (prefix.logits - want[:1, 0]).abs().max()
+                    for step in range(steps):
+                        if step == 2:
+                            group.drop([0])
+                        live = torch.tensor(group.row_ids, device=self.device)
+                        group.tokens[:, step] = forced[live, step].to(group.tokens.dtype)
+                        logits = self.step([group], forced[live, step])
+                        group.advance()
+                        error = torch.maximum(error, (logits - want[live, step + 1]).abs().max())
+            tolerance = _PROBE_TOLERANCE.get(self.dtype, 8e-2) * float(want.abs().max().clamp_min(1e-6))
+            if not float(error) <= tolerance:
+                return f"logits differ by {float(error):.1e}"
+        except (RuntimeError, TypeError, ValueError, KeyError, AttributeError, IndexError, NotImplementedError) as exc:
+            if isinstance(exc, torch.OutOfMemoryError):
+                raise
+            return f"{type(exc).__name__}: {str(exc).splitlines()[0] if str(exc) else 'no message'}"
+        return None
+
+    def path_for(self, prompt_tokens: int, max_gen_toks: int) -> Path:
+        """The path for one prompt: rotary scaling that depends on the sequence's length needs care.
+
+        With ``dynamic`` and ``longrope`` scaling the angles change once a sequence outgrows the original context, so
+        keys cached before that are wrong after it; such prompts are recomputed.
+        """
+        original = self._rope_limit()
+        if original is not None and prompt_tokens + max_gen_toks > original and self.path != "recompute":
+            return "recompute"
+        return self.path
+
+    def _rope_limit(self) -> int | None:
+        rope = getattr(self._text_config, "rope_parameters", None) or getattr(self._text_config, "rope_scaling", None)
+        entries = [rope, *rope.values()] if isinstance(rope, dict) else []
+        for entry in entries:
+            if isinstance(entry, dict) and entry.get("rope_type", entry.get("type")) in ("dynamic", "longrope"):
+                limit = entry.get("original_max_position_embeddings") or getattr(
+                    self._text_config, "original_max_position_embeddings", None
+                )
+                return int(limit or self._text_config.max_position_embeddings)
+        return None
+
+    # ---- forward passes ------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def active(self) -> Iterator[None]:
+        """Our attention is the model's only in here, so the same object still serves log-likelihood requests."""
+        if self.path != "shared_prefix":
+            yield
+            return
+        saved = _attention_of(self.model.config)
+        try:
+            self.model.set_attn_implementation(shared_prefix.NAME)
+            yield
+        finally:
+            self.model.set_attn_implementation(saved)
+
+    def prefill(self, token_ids: Sequence[int], path: Path | None = None) -> Prefix:
+        """Read a prompt once, at batch 1. The prefix holds its KV and the logits of its last token."""
+        path = path or self.path
+        ids = torch.tensor([list(token_ids)], device=self.device)  # (1, tokens)
+        prefix = Prefix(length=ids.shape[1])
+        if path == "recompute":
+            prefix.token_ids = ids[0]
+            prefix.logits = self._logits(ids, None, 0)
+        elif path == "replicated":
+            prefix.token_ids = ids[0]
+            prefix.cache = DynamicCache(config=self.model.config)
+            prefix.logits = self._logits(ids, prefix.cache, 0)
+        else:
+            cache = shared_prefix.SharedPrefixCache(self._num_layers)
+            for start in range(0, prefix.length, PREFILL_CHUNK):
+                with shared_prefix.running(shared_prefix.Step(prefix=prefix, start=start)):
+                    prefix.logits = self._logits(ids[:, start : start + PREFILL_CHUNK], cache, start)
+        assert prefix.logits is not None
+        prefix.logits = prefix.logits.clone()  # (1, vocab); a view would keep the chunk's whole logits alive
+        return prefix
+
+    def step(self, groups: Sequence[Group], tokens: Tensor) -> Tensor:
+        """Feed every row its last token.
+
+        Args:
+            groups: rows in batch order; their pools get this position's KV (``Group.advance`` makes it count).
+            tokens: (rows of all groups,), int64.
+
+        Returns:
+            (rows, vocab) logits in the model's dtype.
+        """
+        shared = [group for group in groups if group.pool is not None]
+        if len(shared) == len(groups):
+            return self._step_shared(groups, tokens)
+        parts = []
+        first = 0
+        for group in groups:
+            mine = tokens[first : first + group.num_rows]
+            parts.append(self._step_shared([group], mine) if group.pool is not None else self._step_plain(group, mine))
+            first += group.num_rows
+        return torch.cat(parts)
+
+    def _step_shared(self, groups: Sequence[Group], tokens: Tensor) -> Tensor:
+        rows = tokens.shape[0]
+        positions = torch.cat([group.positions for group in groups])
+        missing = -rows % ROW_ALIGN if self.device.type == "cpu" else 0
+        if missing:
+            tokens = torch.cat([tokens, tokens[-1:].expand(missing)])
+            positions = torch.cat([positions, positions[-1:].expand(missing)])
+        pools = [(group.prefix, group.pool) for group in groups if group.pool is not None]
+        cache = shared_prefix.SharedPrefixCache(self._num_layers)
+        with shared_prefix.running(shared_prefix.Step(groups=pools)):
+            logits = self._forward(tokens[:, None], cache, positions[:, None])
+        return logits[:rows]
+
+    def _step_plain(self, group: Group, tokens: Tensor) -> Tensor:
+        length = group.prefix.length + group.length
+        if group.cache is not None:
+            positions = torch.full((tokens.shape[0], 1), length, device=self.device)
+            mask = torch.ones(tokens.shape[0], length + 1, dtype=torch.long, device=self.device)
+            return self._forward(tokens[:, None], group.cache, positions, mask)
+        assert group.prefix.token_ids is not None
+        head = group.prefix.token_ids.expand(tokens.shape[0], -1)
+        own = group.tokens[:, : group.length].to(head.dtype)
+        return self._logits(torch.cat([head, own, tokens[:, None]], dim=1), None, 0)
+
+    def _logits(self, ids: Tensor, cache: Any, start: int) -> Tensor:
+        positions = torch.arange(start, start + ids.shape[1], device=self.device)[None]
+        return self._forward(ids, cache, positions)
+
+    def _forward(self, ids: Tensor, cache: Any, positions: Tensor, mask: Tensor | None = None) -> Tensor:
+        kwargs: dict[str, Any] = {"use_cache": cache is not None}
+        if cache is not None:
+            kwargs["past_key_values"] = cache
+        if mask is not None:
+            kwargs["attention_mask"] = mask
+        if self._takes_positions:
+            kwargs["position_ids"] = positions
+        if self._takes_logits_to_keep:
+            kwargs["logits_to_keep"] = 1
+        self.forward_passes += 1
+        logits: Tensor = self.model(ids, **kwargs).logits
+        return logits[:, -1]
+
+
+def _attention_of(config: Any) -> Any:
+    """The attention implementations of a config and its sub-configs, in the form ``set_attn_implementation`` takes."""
+    if not getattr(config, "sub_configs", None):
+        return config._attn_implementation
+    saved = {"": config._attn_implementation}
+    for name in config.sub_configs:
+        if getattr(config, name, None) is not None:
+            saved[name] = _attention_of(getattr(config, name))
+    return saved

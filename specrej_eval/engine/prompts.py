@@ -1,0 +1,88 @@
+"""Strings and chat messages to prompts: tokenised once, BOS exactly once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from specrej_eval.core import Message, Prompt, prompt_hash
+from specrej_eval.errors import PromptError
+
+
+def encode_prompt(
+    tokenizer: Any,
+    prompt: str | Sequence[Message],
+    *,
+    repeat: int = 0,
+    add_bos_token: bool | None = None,
+    chat_template_args: Mapping[str, Any] | None = None,
+) -> Prompt:
+    """A raw context (str), or chat messages rendered with the tokenizer's own template.
+
+    Messages that end with an assistant turn are continued; that turn's text is the prompt's ``response_prefix``.
+
+    Args:
+        repeat: which draw of this prompt it is; part of the random stream's key.
+        add_bos_token: None = the tokenizer's own way. A string that begins with BOS never gets a second one.
+
+    Raises:
+        PromptError: empty text, no messages, a message without role or content, or no chat template.
+    """
+    if isinstance(prompt, str):
+        if not prompt:
+            raise PromptError("the prompt is an empty string.", hint="give a non-empty string or chat messages.")
+        return Prompt(
+            token_ids=tuple(encode_text(tokenizer, prompt, add_bos_token)),
+            conversation=({"role": "user", "content": prompt},),
+            prompt_hash=prompt_hash(prompt),
+            repeat=repeat,
+        )
+    messages = [checked_message(message, place) for place, message in enumerate(prompt)]
+    if not messages:
+        raise PromptError("the prompt holds no messages.", hint="give a string, or at least one user message.")
+    if not getattr(tokenizer, "chat_template", None):
+        raise PromptError(
+            "chat messages were given, but the tokenizer has no chat template.",
+            hint="give the prompt as a string, or use an instruction-tuned model.",
+        )
+    continued = messages[-1]["role"] == "assistant"
+    options: dict[str, Any] = {
+        "add_generation_prompt": not continued,
+        "continue_final_message": continued,
+        **(chat_template_args or {}),
+    }
+    rendered = tokenizer.apply_chat_template(messages, tokenize=False, **options)
+    encoding = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True, **options)
+    return Prompt(
+        token_ids=tuple(encoding["input_ids"]),
+        conversation=tuple(messages[:-1] if continued else messages),
+        response_prefix=messages[-1]["content"] if continued else "",
+        prompt_hash=prompt_hash(rendered),
+        repeat=repeat,
+    )
+
+
+def encode_text(tokenizer: Any, text: str, add_bos_token: bool | None = None) -> list[int]:
+    """Token ids of a raw context. As HFLM: the tokenizer decides on BOS, unless the text begins with it already."""
+    bos = getattr(tokenizer, "bos_token", None)
+    kwargs: dict[str, bool] = {}
+    if bos and text.startswith(bos):
+        kwargs["add_special_tokens"] = False
+    elif add_bos_token is not None:
+        kwargs["add_special_tokens"] = add_bos_token
+    ids: list[int] = tokenizer.encode(text, **kwargs)
+    return ids
+
+
+def checked_message(message: Any, place: int) -> dict[str, str]:
+    """A chat turn as a plain dict.
+
+    Raises:
+        PromptError: it is no mapping with a string role and a string content.
+    """
+    if not isinstance(message, Mapping) or not all(isinstance(message.get(key), str) for key in ("role", "content")):
+        raise PromptError(
+            f"message {place} must be a dict with a string 'role' and a string 'content', got {message!r}.",
+            hint='for example {"role": "user", "content": "..."}.',
+        )
+    return {"role": message["role"], "content": message["content"]}

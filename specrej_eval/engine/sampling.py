@@ -1,0 +1,165 @@
+"""Logits to token ids: pure functions, no global random state.
+
+A row's randomness is its own: one uniform per (stream key, row, step) from an integer hash (splitmix64's finaliser in
+int64 arithmetic, the same on CPU and GPU), consumed by inverse-CDF sampling. So a row's token does not depend on which
+other rows, prompts or ranks share its batch; ``torch.multinomial`` and fused samplers do not have that property.
+
+The order of the filters is transformers' (temperature, top_k, top_p, min_p), ties at the k-th logit included.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+# splitmix64 (Steele, Lea & Flood 2014), constants as signed 64-bit integers
+_GAMMA = -7046029254386353131
+_MIX_1 = -4658895280553007687
+_MIX_2 = -7723592293110705685
+
+ROW_CHUNK = 256
+"""Rows filtered at a time: bounds the float64 temporaries to ROW_CHUNK x vocab."""
+TIE_SLACK = 64
+"""Logits beyond the k-th that are looked at for ties."""
+TOP_P_CANDIDATES = 1024
+"""Most likely tokens looked at for top_p before the whole vocabulary is sorted."""
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    temperature: float = 1.0
+    top_k: int = 50
+    top_p: float = 1.0
+    min_p: float = 0.0
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature == 0
+
+
+def _shift_right(x: Tensor, bits: int) -> Tensor:
+    """Logical right shift of int64 (torch's is arithmetic)."""
+    return (x >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def _mix(x: Tensor) -> Tensor:
+    x = (x ^ _shift_right(x, 30)) * _MIX_1
+    x = (x ^ _shift_right(x, 27)) * _MIX_2
+    return x ^ _shift_right(x, 31)
+
+
+def uniform(keys: Tensor, rows: Tensor, steps: Tensor) -> Tensor:
+    """One float64 in (0, 1) per element; a function of (key, row, step) and nothing else.
+
+    Args:
+        keys, rows, steps: int64, broadcastable, any device.
+    """
+    x = _mix(keys + _GAMMA)
+    x = _mix(x ^ (rows * _GAMMA))
+    x = _mix(x + (steps + 1) * _GAMMA)
+    return (_shift_right(x, 11).double() + 0.5) * 2.0**-53
+
+
+def sample(logits: Tensor, uniforms: Tensor, params: SamplingParams) -> Tensor:
+    """Draw one token per row by inverse CDF over the filtered distribution.
+
+    Args:
+        logits: (rows, vocab) or (1, vocab), any float dtype; one row is shared by all uniforms.
+        uniforms: (rows,), float64 in (0, 1).
+
+    Returns:
+        (rows,), int64.
+    """
+    rows = uniforms.shape[0]
+    if params.greedy:
+        return logits.argmax(-1).expand(rows)
+    parts = []
+    for start in range(0, rows, ROW_CHUNK):
+        chunk = logits if logits.shape[0] == 1 else logits[start : start + ROW_CHUNK]
+        parts.append(_sample_chunk(chunk, uniforms[start : start + ROW_CHUNK], params))
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _sample_chunk(logits: Tensor, uniforms: Tensor, params: SamplingParams) -> Tensor:
+    probabilities, tokens = filtered(logits, params)
+    cdf = probabilities.cumsum(-1)  # (rows or 1, candidates)
+    targets = (uniforms * cdf[:, -1]).unsqueeze(-1)  # (rows, 1)
+    drawn = torch.searchsorted(cdf if cdf.shape[0] > 1 else cdf[0], targets, right=True)
+    # u < 1, but u * total may round up to the total: step back onto the last token of non-zero mass
+    last = (probabilities > 0).long().mul(torch.arange(1, cdf.shape[1] + 1, device=cdf.device)).amax(-1) - 1
+    drawn = torch.minimum(drawn.squeeze(-1), last)
+    if tokens is None:
+        return drawn
+    return tokens.expand(uniforms.shape[0], -1).gather(-1, drawn.unsqueeze(-1)).squeeze(-1)
+
+
+def filtered(logits: Tensor, params: SamplingParams) -> tuple[Tensor, Tensor | None]:
+    """Probabilities after temperature, top_k, top_p and min_p, in float64.
+
+    Returns:
+        (rows, candidates) probabilities, 0 where filtered out, not renormalised, and the candidates' token ids
+        (rows, candidates), or None where the candidates are the whole vocabulary in order.
+    """
+    vocab = logits.shape[-1]
+    scores = logits.float() / params.temperature
+    if 0 < params.top_k < vocab:
+        width = min(params.top_k + TIE_SLACK, vocab)
+        values, tokens = scores.topk(width, dim=-1)  # sorted, descending
+        kth = values[:, params.top_k - 1 : params.top_k]
+        if width < vocab and bool((values[:, -1:] == kth).any()):
+            return _filtered_by_sorting(scores, params)
+        values = values.masked_fill(values < kth, float("-inf"))
+        return _nucleus(values.double().softmax(-1), params), tokens
+    if params.top_p < 1:
+        if vocab > TOP_P_CANDIDATES:
+            values, tokens = scores.topk(TOP_P_CANDIDATES, dim=-1)
+            mass = (values.double() - scores.double().logsumexp(-1, keepdim=True)).exp()
+            if bool((mass.sum(-1) >= params.top_p).all()):
+                return _nucleus(mass, params), tokens
+        return _filtered_by_sorting(scores, params)
+    probabilities = scores.double().softmax(-1)
+    if params.min_p > 0:
+        floor = params.min_p * probabilities.amax(-1, keepdim=True)
+        probabilities = probabilities.masked_fill(probabilities < floor, 0.0)
+    return probabilities, None
+
+
+def _filtered_by_sorting(scores: Tensor, params: SamplingParams) -> tuple[Tensor, Tensor]:
+    """The slow way: the whole vocabulary sorted. Reached by long ties and by very flat distributions only."""
+    values, tokens = scores.sort(dim=-1, descending=True, stable=True)
+    if 0 < params.top_k < scores.shape[-1]:
+        values = values.masked_fill(values < values[:, params.top_k - 1 : params.top_k], float("-inf"))
+    return _nucleus(values.double().softmax(-1), params), tokens
+
+
+def _nucleus(probabilities: Tensor, params: SamplingParams) -> Tensor:
+    """top_p and min_p on (rows, candidates) probabilities sorted in descending order."""
+    if params.top_p < 1:
+        # the token that crosses top_p stays, as in transformers; the first always does
+        before = probabilities.cumsum(-1) - probabilities
+        probabilities = probabilities.masked_fill(before >= params.top_p, 0.0)
+    if params.min_p > 0:
+        floor = params.min_p * probabilities[:, :1]
+        probabilities = probabilities.masked_fill(probabilities < floor, 0.0)
+    return probabilities
+
+
+def logprobs_of(logits: Tensor, tokens: Tensor) -> Tensor:
+    """Log-prob of each drawn token under the untempered, unfiltered model.
+
+    Args:
+        logits: (rows, vocab) or (1, vocab).
+        tokens: (rows,), int64.
+
+    Returns:
+        (rows,), float32.
+    """
+    parts = []
+    for start in range(0, tokens.shape[0], ROW_CHUNK):
+        chunk = (logits if logits.shape[0] == 1 else logits[start : start + ROW_CHUNK]).float()
+        drawn = tokens[start : start + ROW_CHUNK].unsqueeze(-1)
+        picked = chunk.expand(drawn.shape[0], -1).gather(-1, drawn).squeeze(-1)
+        parts.append(picked - chunk.logsumexp(-1))
+    return parts[0] if len(parts) == 1 else torch.cat(parts)

@@ -1,0 +1,549 @@
+"""The engine over a transformers model: sessions of rows, decoded in one batch, one token per row and step.
+
+Nothing is ever re-tokenised or re-prefilled. Device-resident state; per step one byte per row comes to the host.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+import platform
+import resource
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import psutil
+import torch
+import transformers
+from torch import Tensor
+
+from specrej_eval.budget import Budget
+from specrej_eval.config import RunConfig
+from specrej_eval.core import FinishReason, Message, Plan, Prompt, RowView, stream_key
+from specrej_eval.engine import text
+from specrej_eval.engine.base import FinishedRow
+from specrej_eval.engine.groups import Group
+from specrej_eval.engine.kv_cache import Prefix, TokenAccount, bytes_per_token
+from specrej_eval.engine.model import ModelRunner, Path
+from specrej_eval.engine.prompts import encode_prompt
+from specrej_eval.engine.sampling import SamplingParams, logprobs_of, sample, uniform
+from specrej_eval.errors import OutOfMemoryError, PromptError
+
+logger = logging.getLogger(__name__)
+
+_EOS, _MAY_STOP = 1, 2
+"""What a token id can mean, besides being a token: bits of a lookup table."""
+MEMORY_FRACTION = 0.9
+"""Share of the free memory that ``n=max`` gives to the KV cache; the rest is for what a forward pass allocates."""
+
+
+@dataclass(slots=True)
+class _Record:
+    """A row on the host: filled in when it finishes, and at each look."""
+
+    row: int
+    token_ids: list[int] = field(default_factory=list)
+    finish_reason: FinishReason | None = None
+    logprobs: list[float] | None = None
+    mean_logprob: float | None = None
+    text: str = ""
+
+
+class Session:
+    """One prompt being decoded: its prefix, its groups of rows, and the records of all rows ever started."""
+
+    def __init__(
+        self,
+        prompt: Prompt,
+        config: RunConfig,
+        budget: Budget,
+        *,
+        until: tuple[str, ...],
+        with_logprobs: bool,
+        prefix: Prefix,
+        codes: Tensor,
+    ) -> None:
+        self.prompt = prompt
+        self.until = until
+        self.budget = budget
+        self.with_logprobs = with_logprobs
+        self.keep_logprobs = config.logprobs
+        self.prefix: Prefix | None = prefix
+        self.codes = codes
+        """(vocab,), uint8: what each token id means (EOS, may complete a stop string)."""
+        self.sampling = SamplingParams(config.temperature, config.top_k, config.top_p, config.min_p)
+        self.key = torch.tensor(stream_key(config.seed, prompt.task, prompt.prompt_hash, prompt.repeat))
+        self.account = TokenAccount(limit=budget.kv_budget_tokens, held=prompt.num_tokens)
+        self.groups: list[Group] = []
+        self.records: list[_Record] = []
+        self.in_pool: list[int] = []
+        """Rows live at the last ``follow``."""
+        self.prompt_tokens = prompt.num_tokens
+        self.decode_tokens = 0
+        self.prefill_seconds = 0.0
+        self.decode_seconds = 0.0
+        self.degraded = False
+
+    @property
+    def num_live(self) -> int:
+        return sum(group.num_rows for group in self.groups)
+
+    @property
+    def num_tokens(self) -> int:
+        return max((group.num_sampled for group in self.groups), default=0)
+
+    @property
+    def kv_tokens_peak(self) -> int:
+        return self.account.peak
+
+
+class TransformersEngine:
+    """Decodes any decoder-only model of transformers.
+
+    Args:
+        model: a causal LM in eval mode, on its device.
+        tokenizer: its tokenizer.
+        max_length: context length in tokens; None = read from the config.
+        think_end_token: text or id that ends a reasoning part (see ``text.Detokenizer``).
+        add_bos_token: None = the tokenizer's own way.
+        chat_template_args: passed to the tokenizer's chat template.
+        path: force one of the runner's paths; None = the best that gives the model's own logits.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        *,
+        max_length: int | None = None,
+        think_end_token: str | int | None = None,
+        add_bos_token: bool | None = None,
+        chat_template_args: Mapping[str, Any] | None = None,
+        path: Path | None = None,
+    ) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        self.runner = ModelRunner(model, path=path)
+        self.device = self.runner.device
+        self.max_length = max_length or context_length(model, tokenizer)
+        self.detokenizer = text.Detokenizer(tokenizer, think_end_token=think_end_token)
+        self._add_bos_token = add_bos_token
+        self._chat_template_args = chat_template_args
+        self.eos_ids = text.stop_ids(model, tokenizer)
+        self._codes: dict[tuple[str, ...], Tensor] = {}
+        self.oom_splits = 0
+        """Times a batch was split because memory ran out."""
+
+    # ---- sessions ------------------------------------------------------------------------------------------------
+
+    def encode(self, prompt: str | Sequence[Message], *, repeat: int = 0) -> Prompt:
+        """Tokenise. See ``base.Engine.encode``."""
+        return encode_prompt(
+            self.tokenizer,
+            prompt,
+            repeat=repeat,
+            add_bos_token=self._add_bos_token,
+            chat_template_args=self._chat_template_args,
+        )
+
+    def check(self, prompt: Prompt, config: RunConfig) -> None:
+        """See ``base.Engine.check``."""
+        if not prompt.num_tokens:
+            raise PromptError("the prompt holds no token.", hint="give a non-empty string or at least one message.")
+        if prompt.num_tokens + config.max_gen_toks > self.max_length:
+            raise PromptError(
+                f"a prompt of {prompt.num_tokens} tokens and max_gen_toks={config.max_gen_toks} exceed the context of "
+                f"{self.max_length} tokens.",
+                hint="shorten the prompt or lower max_gen_toks (inside lm-eval the prompt is cut on the left instead).",
+            )
+
+    def open(
+        self,
+        prompt: Prompt,
+        config: RunConfig,
+        budget: Budget,
+        *,
+        until: tuple[str, ...] = (),
+        with_logprobs: bool = False,
+    ) -> Session:
+        """Prefill a prompt. See ``base.Engine.open``.
+
+        Raises:
+            PromptError: the prompt is empty, or prompt + max_gen_toks exceed the context.
+        """
+        self.check(prompt, config)
+        started = time.perf_counter()
+        path = self.runner.path_for(prompt.num_tokens, config.max_gen_toks)
+        with torch.inference_mode(), self.runner.active():
+            prefix = self.runner.prefill(prompt.token_ids, path)
+        assert prefix.logits is not None
+        session = Session(
+            prompt,
+            config,
+            budget,
+            until=until,
+            with_logprobs=with_logprobs or config.logprobs,
+            prefix=prefix,
+            codes=self._token_codes(until, prefix.logits.shape[-1]),
+        )
+        self._synchronize()
+        session.prefill_seconds = time.perf_counter() - started
+        return session
+
+    def follow(self, session: Session, plan: Plan) -> None:
+        """Keep, fork and start rows. See ``base.Engine.follow``."""
+        assert session.prefix is not None
+        live = {row: (group, place) for group in session.groups for place, row in enumerate(group.row_ids)}
+        wanted: dict[int, list[tuple[int, int]]] = {}  # group -> (place, row id)
+        seen: set[int] = set()
+        for row in plan.keep:
+            group, place = live[row]
+            new_row = row if row not in seen else self._new_row(session, parent=row)
+            seen.add(row)
+            wanted.setdefault(id(group), []).append((place, new_row))
+        with torch.inference_mode():
+            for row in live.keys() - seen:
+                self._record_rows(session, *live[row], "rejected")
+            kept_groups = []
+            for group in session.groups:
+                chosen = wanted.get(id(group), [])
+                session.account.hold((len(chosen) - group.num_rows) * group.num_sampled)
+                if chosen:
+                    places, rows = [place for place, _ in chosen], [row for _, row in chosen]
+                    self._select(group, places, rows, group.num_sampled + plan.num_tokens)
+                    kept_groups.append(group)
+            session.groups = kept_groups
+            if plan.fresh:
+                rows = [self._new_row(session) for _ in range(plan.fresh)]
+                session.groups.append(
+                    Group.start(
+                        session.prefix,
+                        rows,
+                        capacity=plan.num_tokens,
+                        device=self.device,
+                        with_logprobs=session.with_logprobs,
+                    )
+                )
+        session.in_pool = sorted(row for group in session.groups for row in group.row_ids)
+        session.account.peak = session.account.held
+
+    def _select(self, group: Group, places: list[int], rows: list[int], capacity: int) -> None:
+        try:
+            group.select(places, rows, capacity)
+            return
+        except torch.OutOfMemoryError:
+            logger.debug("out of memory while gathering %d rows: gathered on the host", len(rows), exc_info=True)
+        self._free_memory()
+        group.park()
+        group.select(places, rows, capacity)
+
+    def _new_row(self, session: Session, parent: int | None = None) -> int:
+        """A fork gets a row id of its own, else it would draw its parent's uniforms again."""
+        del parent  # its tokens so far are gathered with the group's buffers
+        session.records.append(_Record(row=len(session.records)))
+        return len(session.records) - 1
+
+    def pool(self, session: Session) -> list[RowView]:
+        """Rows of the look. See ``base.Engine.pool``."""
+        with torch.inference_mode():
+            for group in session.groups:
+                self._fetch(session, group, range(group.num_rows))
+        return [
+            RowView(
+                row=row,
+                text=session.records[row].text,
+                token_ids=session.records[row].token_ids,
+                finish_reason=session.records[row].finish_reason,
+                mean_logprob=session.records[row].mean_logprob,
+            )
+            for row in session.in_pool
+        ]
+
+    def rows(self, session: Session) -> list[FinishedRow]:
+        """All rows. See ``base.Engine.rows``."""
+        return [
+            FinishedRow(
+                row=record.row,
+                token_ids=record.token_ids,
+                text=record.text,
+                finish_reason=record.finish_reason or "rejected",
+                logprobs=record.logprobs if session.keep_logprobs else None,
+            )
+            for record in session.records
+        ]
+
+    def close(self, session: Session) -> None:
+        """Free KV. See ``base.Engine.close``."""
+        session.groups = []
+        session.prefix = None
+
+    # ---- decoding ------------------------------------------------------------------------------------------------
+
+    def decode(self, sessions: Sequence[Session], num_tokens: int) -> None:
+        """One batch, ``num_tokens`` steps. See ``base.Engine.decode``."""
+        batch = [(session, group) for session in sessions for group in session.groups]
+        targets = {id(group): group.num_sampled + num_tokens for _, group in batch}
+        with torch.inference_mode(), self.runner.active():
+            self._decode_turn(batch, targets, alone=True)
+
+    def _decode_turn(self, batch: list[tuple[Session, Group]], targets: dict[int, int], *, alone: bool) -> None:
+        """Decode a batch to its targets; out of memory splits it into two that take turns.
+
+        A step changes nothing until its tokens are drawn, so after a failure it is simply taken again. Logical rows,
+        uniforms and rounds stay as they are; only where tensors live changes.
+        """
+        try:
+            for _, group in batch:
+                group.unpark()
+            self._decode_batch(batch, targets, stop_early=alone)
+            return
+        except torch.OutOfMemoryError:
+            logger.debug("out of memory with %d groups", len(batch), exc_info=True)
+        # outside the handler, so that the exception's traceback no longer holds the failed step's tensors
+        self._free_memory()
+        self.oom_splits += 1
+        halves = self._halves(batch, targets)
+        if halves is None:
+            self._give_up(*batch[0])
+            return
+        for half in halves:
+            for _, group in half:
+                group.park()
+        for half in halves:
+            live = [(session, group) for session, group in half if group in session.groups]
+            if live:
+                self._decode_turn(live, targets, alone=False)
+            for session, group in live:
+                if group in session.groups:
+                    group.park()
+
+    def _halves(
+        self, batch: list[tuple[Session, Group]], targets: dict[int, int]
+    ) -> tuple[list[tuple[Session, Group]], list[tuple[Session, Group]]] | None:
+        """Two batches that together are this one; None if it is a single row."""
+        batch[:] = [(session, group) for session, group in batch if group.num_rows]
+        if len(batch) > 1:
+            at = len(batch) // 2
+            return batch[:at], batch[at:]
+        session, group = batch[0]
+        if group.num_rows < 2:
+            return None
+        rest = group.split()
+        session.groups.append(rest)
+        targets[id(rest)] = targets[id(group)]
+        batch.append((session, rest))
+        return [(session, group)], [(session, rest)]
+
+    def _give_up(self, session: Session, group: Group) -> None:
+        """Not even one row fits: the row is given up and the result says ``degraded``.
+
+        Raises:
+            OutOfMemoryError: it was the session's last hope.
+        """
+        finished = any(record.finish_reason not in (None, "rejected") for record in session.records)
+        if session.num_live == group.num_rows and not finished:
+            raise OutOfMemoryError(
+                f"out of memory while decoding a single row at token {group.num_sampled}.",
+                hint="use a smaller model or dtype, a shorter prompt, or lower max_gen_toks.",
+            )
+        logger.warning("out of memory with a single row: row %d is given up", group.row_ids[0])
+        session.degraded = True
+        self._record_rows(session, group, 0, "rejected")
+        session.in_pool = [row for row in session.in_pool if row not in group.row_ids]
+        self._remove(session, group, [0])
+
+    def _decode_batch(self, batch: list[tuple[Session, Group]], targets: dict[int, int], *, stop_early: bool) -> None:
+        while True:
+            batch = [(s, g) for s, g in batch if g.num_rows and g.num_sampled < targets[id(g)]]
+            if not batch:
+                return
+            started = time.perf_counter()
+            logits = self._next_logits([group for _, group in batch])
+            tokens, logprobs = self._draw(batch, logits)
+            del logits
+            emptied = self._commit(batch, tokens, logprobs)
+            seconds = time.perf_counter() - started
+            rows = sum(group.num_rows for _, group in batch) or 1
+            for session, group in batch:
+                session.decode_seconds += seconds * (group.num_rows or 1) / rows
+            if stop_early and emptied:
+                return
+
+    def _next_logits(self, groups: Sequence[Group]) -> list[Tensor]:
+        """Per group (rows, vocab), or (1, vocab) where no token has been drawn yet: the prompt's own logits."""
+        fed = [group for group in groups if group.num_sampled]
+        stepped: list[Tensor] = []
+        if fed:
+            last = torch.cat([group.tokens[:, group.num_sampled - 1] for group in fed]).to(torch.int64)
+            logits = self.runner.step(fed, last)
+            stepped = list(logits.split([group.num_rows for group in fed]))
+        out = []
+        for group in groups:
+            if group.num_sampled:
+                out.append(stepped.pop(0))
+            else:
+                assert group.prefix.logits is not None
+                out.append(group.prefix.logits)
+        return out
+
+    def _draw(
+        self, batch: Sequence[tuple[Session, Group]], logits: list[Tensor]
+    ) -> tuple[list[Tensor], list[Tensor | None]]:
+        """Draw each row's next token from its own uniform. Per group: (rows,) ids and, if asked for, log-probs."""
+        tokens: list[Tensor] = []
+        logprobs: list[Tensor | None] = []
+        for (session, group), mine in zip(batch, logits, strict=True):
+            step = torch.tensor(group.num_sampled)  # 0-d on the host: a kernel argument, not a copy
+            drawn = sample(mine, uniform(session.key, group.ids, step), session.sampling)
+            tokens.append(drawn)
+            logprobs.append(logprobs_of(mine, drawn) if session.with_logprobs else None)
+        return tokens, logprobs
+
+    def _commit(
+        self, batch: Sequence[tuple[Session, Group]], tokens: list[Tensor], logprobs: list[Tensor | None]
+    ) -> bool:
+        """Make a step count, and let finished rows leave. True if a session has no live row left."""
+        codes = torch.cat([session.codes[mine] for (session, _), mine in zip(batch, tokens, strict=True)])
+        host_codes = codes.tolist()  # one byte per row: the only copy to the host in a step
+        emptied = False
+        first = 0
+        for (session, group), mine, lps in zip(batch, tokens, logprobs, strict=True):
+            rows = group.num_rows
+            session.account.hold(rows)
+            session.decode_tokens += rows
+            if group.num_sampled:
+                group.advance()
+            group.tokens[:, group.num_sampled] = mine.to(torch.int32)
+            if lps is not None and group.logprobs is not None:
+                group.logprobs[:, group.num_sampled] = lps
+            group.num_sampled += 1
+            self._finish_rows(session, group, host_codes[first : first + rows])
+            emptied |= session.num_live == 0
+            first += rows
+        return emptied
+
+    def _finish_rows(self, session: Session, group: Group, codes: list[int]) -> None:
+        at_cap = group.num_sampled >= session.budget.max_gen_toks
+        gone: list[int] = []
+        for place, code in enumerate(codes):
+            reason: FinishReason | None = None
+            if code & _EOS:
+                reason = "eos"
+            elif code & _MAY_STOP:
+                ids = group.tokens[place, : group.num_sampled].tolist()
+                if self.detokenizer.stop_position(ids, session.until) is not None:
+                    reason = "stop"
+            if reason is None and at_cap:
+                reason = "length"
+            if reason is not None:
+                self._record_rows(session, group, place, reason)
+                gone.append(place)
+        if gone:
+            self._remove(session, group, gone)
+
+    def _remove(self, session: Session, group: Group, places: list[int]) -> None:
+        session.account.hold(-len(places) * group.num_sampled)
+        group.drop(places)
+        if not group.num_rows:
+            session.groups = [other for other in session.groups if other is not group]
+
+    # ---- host side -----------------------------------------------------------------------------------------------
+
+    def _record_rows(self, session: Session, group: Group, place: int, reason: FinishReason) -> None:
+        session.records[group.row_ids[place]].finish_reason = reason
+        self._fetch(session, group, [place])
+
+    def _fetch(self, session: Session, group: Group, places: Sequence[int]) -> None:
+        """Copy rows' tokens (and log-probs) to their records. Once per look and once when a row finishes."""
+        index = torch.tensor(list(places), dtype=torch.int64, device=self.device)
+        ids = group.tokens[index, : group.num_sampled].tolist()
+        lps = None if group.logprobs is None else group.logprobs[index, : group.num_sampled].double()
+        means = None if lps is None or not group.num_sampled else lps.mean(-1).tolist()
+        for offset, place in enumerate(places):
+            record = session.records[group.row_ids[place]]
+            record.token_ids = ids[offset]
+            if lps is not None:
+                record.logprobs = lps[offset].tolist()
+                record.mean_logprob = means[offset] if means is not None else None
+            reason = None if record.finish_reason == "rejected" else record.finish_reason
+            record.text = self.detokenizer.visible(record.token_ids, reason, session.until)
+
+    def _token_codes(self, until: tuple[str, ...], vocab: int) -> Tensor:
+        """(vocab,) uint8 lookup table of what a token id means."""
+        if until not in self._codes:
+            codes = torch.zeros(vocab, dtype=torch.uint8)
+            if until:
+                codes |= torch.tensor(self.detokenizer.may_complete(until, vocab), dtype=torch.uint8) * _MAY_STOP
+            codes[[token for token in self.eos_ids if token < vocab]] |= _EOS
+            self._codes[until] = codes.to(self.device)
+        return self._codes[until]
+
+    # ---- memory and description ----------------------------------------------------------------------------------
+
+    def capacity_tokens(self, config: RunConfig, prompt_tokens: int) -> int:
+        """Tokens of KV in MEMORY_FRACTION of the memory that is free after a warm-up.
+
+        One factor per line in ``bytes_per_token``: 2 x layers x kv heads x head dim x itemsize.
+        """
+        length = min(max(prompt_tokens, 1), self.max_length - 1)
+        with torch.inference_mode(), self.runner.active():
+            prefix = self.runner.prefill([0] * length, "shared_prefix" if self.runner.path == "shared_prefix" else None)
+            if not prefix.keys:
+                raise OutOfMemoryError(
+                    f"n=max needs the KV size of a token, which the {self.runner.path} path does not show.",
+                    hint="give n (and kv_budget_tokens) as numbers for this model.",
+                )
+            per_token = bytes_per_token(prefix)
+            del prefix
+        self._free_memory()
+        if self.device.type == "cuda":
+            free, _ = torch.cuda.mem_get_info(self.device)
+        else:
+            free = psutil.virtual_memory().available
+        return int(free * MEMORY_FRACTION) // per_token // config.batch_size
+
+    def peak_bytes(self) -> int:
+        if self.device.type == "cuda":
+            return int(torch.cuda.max_memory_allocated(self.device))
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024  # kilobytes on Linux
+
+    def describe(self) -> dict[str, Any]:
+        name = platform.processor() or platform.machine()
+        if self.device.type == "cuda":
+            name = torch.cuda.get_device_name(self.device)
+        return {
+            "engine": "transformers",
+            "attention": self.runner.path,
+            "device": str(self.device),
+            "device_name": name,
+            "cpu_threads": torch.get_num_threads(),
+            "dtype": str(self.runner.dtype).removeprefix("torch."),
+            "max_length": self.max_length,
+            "eos_token_ids": list(self.eos_ids),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        }
+
+    def _synchronize(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def _free_memory(self) -> None:
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def context_length(model: Any, tokenizer: Any) -> int:
+    """The model's context in tokens, by the names configs use for it; else the tokenizer's; else 2048."""
+    config = model.config.get_text_config(decoder=True)
+    for name in ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len"):
+        value = getattr(config, name, None)
+        if isinstance(value, int) and value > 0:
+            return value
+    limit = getattr(tokenizer, "model_max_length", None)
+    return int(limit) if isinstance(limit, int) and limit < 10**9 else 2048

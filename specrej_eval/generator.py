@@ -1,0 +1,410 @@
+"""The only loop: prompt -> engine -> reward -> strategy -> result.
+
+It holds no tensor and no arithmetic on scores: engines decode, rewards score, strategies decide.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from tqdm import tqdm
+
+from specrej_eval import budget as budgets
+from specrej_eval.budget import Budget
+from specrej_eval.config import MAX, RunConfig, checked_until
+from specrej_eval.core import (
+    GenerationResult,
+    Ledger,
+    Message,
+    Plan,
+    Prompt,
+    Round,
+    RowView,
+    Trajectory,
+    finite_or_none,
+)
+from specrej_eval.engine.base import Engine
+from specrej_eval.errors import RewardError
+from specrej_eval.journal import Journal, request_key
+from specrej_eval.rewards.base import RewardModel
+from specrej_eval.scheduler import Scheduler
+from specrej_eval.strategies.base import State, Strategy, make_strategy
+from specrej_eval.trace import Tracer, make_tracer
+
+_DECIDING = (
+    "strategy",
+    "alpha",
+    "n",
+    "first_look",
+    "kv_budget_tokens",
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "max_gen_toks",
+    "seed",
+    "on_nan",
+    "partial_turn",
+    "logprobs",
+)
+"""Arguments that decide an answer: a journal entry is found again only if all of them are the same."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """One prompt to answer, with its arguments as they stand for it."""
+
+    prompt: Prompt
+    config: RunConfig
+    until: tuple[str, ...] = ()
+
+
+@dataclass(slots=True)
+class _Running:
+    """A prompt in flight: its engine session, its strategy's state, and what has been learned of its rows."""
+
+    index: int
+    request: Request
+    budget: Budget
+    strategy: Strategy
+    session: Any
+    state: State
+    look_at: int
+    """Tokens per live row at which the look is due."""
+    rewards: dict[int, float] = field(default_factory=dict)
+    survived: Counter[int] = field(default_factory=Counter)
+    rounds: list[Round] = field(default_factory=list)
+    ledger: Ledger = field(default_factory=Ledger)
+    archived: set[int] = field(default_factory=set)
+    nan_rewards: int = 0
+
+    @property
+    def remaining_tokens(self) -> int:
+        return 0 if not self.session.num_live else self.look_at - self.session.num_tokens
+
+
+class Generator:
+    """Answers prompts with one engine, one reward model and the strategy each request names.
+
+    Made by ``specrej_eval.load`` or by a harness adapter.
+
+    Args:
+        engine: decodes; see ``engine.base.Engine``.
+        reward: scores; see ``rewards.base.RewardModel``.
+        config: defaults for ``generate``; ``batch_size``, ``trace_path`` and ``journal`` hold for all requests.
+        identity: what else decides an answer (checkpoints, revisions), for the journal's fingerprint.
+    """
+
+    def __init__(
+        self, *, engine: Engine, reward: RewardModel, config: RunConfig, identity: Mapping[str, Any] | None = None
+    ) -> None:
+        self.engine = engine
+        self.reward = reward
+        self.config = config
+        self.totals = Ledger()
+        """Cost of everything answered so far."""
+        self.identity = dict(identity or {})
+        self._tracer: Tracer | None = None
+        self._journal: Journal | None = None
+
+    # ---- the public call -----------------------------------------------------------------------------------------
+
+    def generate(
+        self,
+        prompts: str | Sequence[str | Sequence[Message]],
+        *,
+        until: str | Sequence[str] | None = None,
+        max_gen_toks: int | None = None,
+        seed: int | None = None,
+    ) -> list[GenerationResult]:
+        """Answer prompts; results are in the prompts' order.
+
+        A prompt given twice is drawn twice, independently. Otherwise a result depends on its prompt and the seed, and
+        on no other prompt of the call.
+
+        Args:
+            prompts: each a string (raw context) or a list of chat messages (rendered with the model's template).
+            until: stop strings; the answer is cut before the first of them.
+            max_gen_toks: most tokens of an answer; None = the argument given to ``load``.
+            seed: None = the argument given to ``load``.
+
+        Raises:
+            ConfigError: a bad stop string, or a budget that does not fit a prompt; before anything is decoded.
+            PromptError: an empty or over-long prompt; before anything is decoded.
+            RewardError: the reward model failed; prompts finished before that are in the journal, if there is one.
+        """
+        changes = {"max_gen_toks": max_gen_toks, "seed": seed}
+        config = self.config.replace(**{name: value for name, value in changes.items() if value is not None})
+        stops = checked_until(list(until) if isinstance(until, (tuple, set)) else until)
+        listed: Sequence[str | Sequence[Message]] = [prompts] if isinstance(prompts, str) else prompts
+        seen: Counter[str] = Counter()
+        requests = []
+        for item in listed:
+            prompt = self.engine.encode(item)
+            repeat = seen[prompt.prompt_hash]
+            seen[prompt.prompt_hash] += 1
+            if repeat:
+                prompt = replace(prompt, repeat=repeat)
+            requests.append(Request(prompt=prompt, config=config, until=stops))
+        results = dict(self.run(requests, progress=len(requests) > 1))
+        return [results[index] for index in range(len(requests))]
+
+    # ---- the loop ------------------------------------------------------------------------------------------------
+
+    def run(self, requests: Sequence[Request], *, progress: bool = True) -> Iterator[tuple[int, GenerationResult]]:
+        """Answer requests; yields ``(index, result)`` as each finishes.
+
+        Every budget is resolved and every prompt checked before the first token is decoded.
+
+        Raises:
+            ConfigError, PromptError: before anything is decoded.
+            RewardError, OutOfMemoryError: what finished before has been yielded, traced and journalled.
+        """
+        work = self._checked(requests)
+        tracer = self._open_tracer()
+        journal = self._open_journal()
+        scheduler = Scheduler(self._not_in(journal, work), batch_size=self.config.batch_size)
+        bar = _Progress(len(requests), shown=progress)
+        running: list[_Running] = []
+        try:
+            for index, done in self._taken_from(journal, work):
+                bar.finished(done)
+                yield index, done
+            while True:
+                for index, request, budget in scheduler.admit(len(running)):
+                    running.append(self._open(index, request, budget))
+                if not running:
+                    break
+                num_tokens = scheduler.until_next_look(running)
+                if num_tokens:
+                    self.engine.decode([work.session for work in running], num_tokens)
+                for due in [work for work in running if not work.remaining_tokens]:
+                    result = self._look(due, tracer)
+                    if result is None:
+                        continue
+                    running.remove(due)
+                    self.totals.add(result.ledger)
+                    tracer.request(result)
+                    if journal is not None:
+                        journal.put(self._key(due.request), result)
+                    bar.finished(result)
+                    yield due.index, result
+                bar.step(running)
+        finally:
+            for work_left in running:
+                self.engine.close(work_left.session)
+            bar.close()
+
+    def _checked(self, requests: Sequence[Request]) -> list[tuple[int, Request, Budget]]:
+        checked = []
+        capacity: int | None = None
+        for index, request in enumerate(requests):
+            self.engine.check(request.prompt, request.config)
+            if request.config.n == MAX and capacity is None:
+                longest = max(other.prompt.num_tokens for other in requests)
+                capacity = self.engine.capacity_tokens(self.config, longest)
+            budget = budgets.resolve(request.config, request.prompt.num_tokens, capacity_tokens=capacity)
+            checked.append((index, request, budget))
+        return checked
+
+    def _open(self, index: int, request: Request, budget: Budget) -> _Running:
+        strategy = make_strategy(request.config)
+        session = self.engine.open(
+            request.prompt,
+            request.config,
+            budget,
+            until=request.until,
+            with_logprobs=self.reward.needs_logprobs,
+        )
+        state, plan = strategy.init(budget)
+        self.engine.follow(session, plan)
+        return _Running(
+            index=index,
+            request=request,
+            budget=budget,
+            strategy=strategy,
+            session=session,
+            state=state,
+            look_at=plan.num_tokens,
+        )
+
+    def _look(self, work: _Running, tracer: Tracer) -> GenerationResult | None:
+        """Score the pool, ask the strategy, follow it. The result if the prompt is done, else None."""
+        looked = time.perf_counter()
+        scored = work.ledger.seconds["reward"]
+        pool = self.engine.pool(work.session)
+        scores = self._score(work, pool)
+        peak = work.session.kv_tokens_peak
+        tokens = max((row.num_tokens for row in pool), default=0)
+        for row, score in zip(pool, scores, strict=True):
+            work.rewards[row.row] = score
+            if row.finished and row.row not in work.archived:
+                work.archived.add(row.row)
+                work.survived[row.row] += 1
+        work.state, plan = work.strategy.step(work.state, pool, scores, work.budget)
+        keep = set(plan.keep) if plan is not None else set()
+        kept_scores = [score for row, score in zip(pool, scores, strict=True) if row.row in keep]
+        rejected = sum(1 for row in pool if not row.finished and row.row not in keep)
+        round_ = Round(
+            rows=len(pool),
+            tokens=tokens,
+            cut=min(kept_scores, default=None) if rejected else None,
+            kept=len(keep),
+            finished=sum(row.finished for row in pool),
+            rejected=rejected,
+            kv_tokens=peak,
+        )
+        work.survived.update(keep)
+        work.rounds.append(round_)
+        tracer.round(work.request.prompt, len(work.rounds), round_)
+        self.engine.follow(work.session, plan or Plan(keep=(), fresh=0, num_tokens=1))
+        scoring = work.ledger.seconds["reward"] - scored
+        work.ledger.seconds["other"] += time.perf_counter() - looked - scoring
+        if plan is None:
+            return self._result(work)
+        work.look_at = work.session.num_tokens + plan.num_tokens
+        return None
+
+    def _score(self, work: _Running, pool: Sequence[RowView]) -> list[float]:
+        if not pool:
+            return []
+        reward, prompt = self.reward, work.request.prompt
+        started, tokens, calls = time.perf_counter(), reward.tokens_scored, reward.num_calls
+        scores = list(reward.score(prompt.conversation, pool, prompt.response_prefix))
+        work.ledger.seconds["reward"] += time.perf_counter() - started
+        work.ledger.reward_tokens += reward.tokens_scored - tokens
+        work.ledger.reward_calls += reward.num_calls - calls
+        for place, (row, score) in enumerate(zip(pool, scores, strict=True)):
+            if math.isfinite(score):
+                continue
+            if work.request.config.on_nan == "error":
+                raise RewardError(
+                    f"{reward.name} scored row {row.row} of a prompt with {score}; its text begins {row.text[:80]!r}.",
+                    hint="on_nan=drop ranks such rows last and counts them.",
+                )
+            work.nan_rewards += 1
+            scores[place] = -math.inf
+        return scores
+
+    def _result(self, work: _Running) -> GenerationResult:
+        session = work.session
+        trajectories = [
+            Trajectory(
+                row=row.row,
+                text=row.text,
+                token_ids=row.token_ids,
+                reward=finite_or_none(work.rewards.get(row.row)),
+                finish_reason=row.finish_reason,
+                rounds_survived=work.survived[row.row],
+                logprobs=row.logprobs,
+            )
+            for row in self.engine.rows(session)
+        ]
+        self.engine.close(session)
+        finished = [trajectory for trajectory in trajectories if trajectory.finish_reason != "rejected"]
+        # highest reward first, ties by row index; a reward that is not finite ranks last
+        best = min(finished, key=lambda item: (-math.inf if item.reward is None else item.reward) * -1)
+        ledger = work.ledger
+        ledger.prompt_tokens = session.prompt_tokens
+        ledger.decode_tokens = session.decode_tokens
+        ledger.rows_started = len(trajectories)
+        ledger.rows_finished = len(finished)
+        ledger.rows_rejected = len(trajectories) - len(finished)
+        ledger.seconds["prefill"] = session.prefill_seconds
+        ledger.seconds["decode"] = session.decode_seconds
+        ledger.peak_bytes = self.engine.peak_bytes()
+        config, budget = work.request.config, work.budget
+        return GenerationResult(
+            best=best,
+            trajectories=trajectories,
+            rounds=work.rounds,
+            ledger=ledger,
+            prompt_hash=work.request.prompt.prompt_hash,
+            task=work.request.prompt.task,
+            repeat=work.request.prompt.repeat,
+            resolved={
+                **{name: getattr(config, name) for name in _DECIDING},
+                "n": budget.n,
+                "first_look": budget.first_look,
+                "kv_budget_tokens": budget.kv_budget_tokens,
+                "until": list(work.request.until),
+            },
+            degraded=session.degraded,
+            nan_rewards=work.nan_rewards,
+        )
+
+    # ---- records -------------------------------------------------------------------------------------------------
+
+    def describe(self) -> dict[str, Any]:
+        """Engine, reward model and versions, for results and traces."""
+        from specrej_eval import __version__
+
+        return {"specrej_eval": __version__, "reward_model": self.reward.name, **self.engine.describe()}
+
+    def _open_tracer(self) -> Tracer:
+        if self._tracer is None:
+            self._tracer = make_tracer(self.config.trace_path)
+            self._tracer.run({"arguments": self.config.to_dict(), **self.describe()})
+        return self._tracer
+
+    def _open_journal(self) -> Journal | None:
+        if self._journal is None and self.config.journal is not None:
+            fingerprint = {
+                "pretrained": self.config.pretrained,
+                "reward_model": self.reward.name,
+                "reward_family": self.config.reward_family,
+                "dtype": self.config.dtype,
+                "reward_dtype": self.config.reward_dtype,
+                **self.identity,
+            }
+            self._journal = Journal(self.config.journal, fingerprint)
+        return self._journal
+
+    @staticmethod
+    def _key(request: Request) -> str:
+        arguments = {name: getattr(request.config, name) for name in _DECIDING}
+        return request_key(request.prompt, arguments, request.until)
+
+    def _not_in(
+        self, journal: Journal | None, work: Sequence[tuple[int, Request, Budget]]
+    ) -> list[tuple[int, Request, Budget]]:
+        return [item for item in work if journal is None or journal.get(self._key(item[1])) is None]
+
+    def _taken_from(
+        self, journal: Journal | None, work: Sequence[tuple[int, Request, Budget]]
+    ) -> Iterator[tuple[int, GenerationResult]]:
+        if journal is None:
+            return
+        # looked up before the loop appends to the journal
+        found = [(index, journal.get(self._key(request))) for index, request, _ in work]
+        for index, result in found:
+            if result is not None:
+                yield index, result
+
+
+class _Progress:
+    """A progress bar over prompts, with live rows, rejected share and tokens per second."""
+
+    def __init__(self, total: int, *, shown: bool) -> None:
+        self._bar = tqdm(total=total, disable=not shown, desc="specrej", unit="prompt")
+        self._started = time.perf_counter()
+        self._done = Ledger()
+
+    def finished(self, result: GenerationResult) -> None:
+        self._done.add(result.ledger)
+        self._bar.update(1)
+
+    def step(self, running: Sequence[_Running]) -> None:
+        live = sum(work.session.num_live for work in running)
+        tokens = self._done.decode_tokens + sum(work.session.decode_tokens for work in running)
+        speed = tokens / max(1e-9, time.perf_counter() - self._started)
+        rejected = self._done.rows_rejected / max(1, self._done.rows_started)
+        self._bar.set_postfix_str(f"{live} live rows, {rejected:.0%} rejected, {speed:,.0f} tok/s", refresh=False)
+
+    def close(self) -> None:
+        self._bar.close()

@@ -1,0 +1,132 @@
+"""The journal: finished requests, appended as they finish, taken from there by a rerun with the same configuration.
+
+One JSONL file. Its first line is the fingerprint of everything that decides an answer (model, reward, strategy,
+sampling, seed); a file with another fingerprint is refused, never silently reused. A last line cut short by a kill is
+dropped. Memory-dependent numbers (``n=max``) are part of each entry, so a resume takes them from here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from specrej_eval.core import GenerationResult, Ledger, Prompt, Round, Trajectory
+from specrej_eval.errors import ConfigError
+from specrej_eval.trace import open_append
+
+SCHEMA_VERSION = 1
+
+
+def request_key(prompt: Prompt, arguments: dict[str, Any], until: tuple[str, ...]) -> str:
+    """Identifies a request: its prompt, repeat, and every argument that decides its answer."""
+    ids = hashlib.sha256(json.dumps(list(prompt.token_ids)).encode()).hexdigest()
+    parts = [prompt.task, prompt.prompt_hash, prompt.repeat, ids, list(until), arguments]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
+
+
+class Journal:
+    """Reads what is there, then appends.
+
+    Args:
+        path: the file; made if missing.
+        fingerprint: what must not have changed since it was begun.
+
+    Raises:
+        ConfigError: the file belongs to another configuration (the message says what differs), is no journal, or
+            cannot be written.
+    """
+
+    def __init__(self, path: str, fingerprint: dict[str, Any]) -> None:
+        self.path = path
+        self._entries: dict[str, dict[str, Any]] = {}
+        whole_bytes = self._read(json.loads(json.dumps(fingerprint, default=str)))
+        if whole_bytes is not None and Path(path).stat().st_size > whole_bytes:
+            os.truncate(path, whole_bytes)  # a kill cut the last line short
+        self._file = open_append(path, argument="journal")
+        if not whole_bytes:
+            self._write({"journal": SCHEMA_VERSION, "fingerprint": fingerprint})
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def get(self, key: str) -> GenerationResult | None:
+        """The finished request, if this journal has it."""
+        entry = self._entries.get(key)
+        return None if entry is None else result_from_dict(entry)
+
+    def put(self, key: str, result: GenerationResult) -> None:
+        """Append a finished request and flush it to disk."""
+        self._write({"key": key, "result": result.to_dict()})
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        self._file.close()
+
+    def _read(self, fingerprint: dict[str, Any]) -> int | None:
+        """Fill the entries; return the bytes of whole lines, or None if there is no file yet."""
+        if not Path(self.path).is_file():
+            return None
+        whole = 0
+        with open(self.path, "rb") as file:
+            for number, line in enumerate(file):
+                if not line.endswith(b"\n"):
+                    break
+                try:
+                    record = json.loads(line)
+                except ValueError:
+                    record = None
+                if not isinstance(record, dict) or ("fingerprint" if number == 0 else "key") not in record:
+                    raise ConfigError(
+                        f"journal={self.path!r} is not one of our journals (line {number + 1} cannot be read).",
+                        hint="name another file, or delete this one.",
+                    )
+                if number == 0:
+                    self._compare(record["fingerprint"], fingerprint)
+                else:
+                    self._entries[record["key"]] = record["result"]
+                whole += len(line)
+        return whole
+
+    def _compare(self, theirs: dict[str, Any], ours: dict[str, Any]) -> None:
+        names = [name for name in sorted(theirs.keys() | ours.keys()) if theirs.get(name) != ours.get(name)]
+        if names:
+            differences = "; ".join(f"{name}: {theirs.get(name)!r} then, {ours.get(name)!r} now" for name in names)
+            raise ConfigError(
+                f"journal={self.path!r} was begun with another configuration ({differences}).",
+                hint="name another file for this configuration, or delete this one to start over.",
+            )
+
+    def _write(self, record: dict[str, Any]) -> None:
+        self._file.write(json.dumps(record, allow_nan=False, default=str) + "\n")
+        self._file.flush()
+
+
+def result_from_dict(data: dict[str, Any]) -> GenerationResult:
+    """The inverse of ``GenerationResult.to_dict``."""
+    trajectories = [
+        Trajectory(
+            row=item["row"],
+            text=item["text"],
+            token_ids=item["token_ids"],
+            reward=item["reward"],
+            finish_reason=item["finish_reason"],
+            rounds_survived=item["rounds_survived"],
+            logprobs=item["logprobs"],
+        )
+        for item in data["trajectories"]
+    ]
+    return GenerationResult(
+        best=next(trajectory for trajectory in trajectories if trajectory.row == data["best"]),
+        trajectories=trajectories,
+        rounds=[Round(**item) for item in data["rounds"]],
+        ledger=Ledger(**data["ledger"]),
+        prompt_hash=data["prompt_hash"],
+        task=data["task"],
+        repeat=data["repeat"],
+        resolved=data["resolved"],
+        degraded=data["degraded"],
+        nan_rewards=data["nan_rewards"],
+    )
