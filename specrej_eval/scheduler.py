@@ -18,7 +18,7 @@ class Schedulable(Protocol):
         ...
 
 
-class Scheduler(Generic[T]):  # noqa: UP046  # PEP 695 syntax needs Python 3.12, we support 3.11
+class Scheduler(Generic[T]):
     """Admits waiting work in order, at most ``batch_size`` prompts at a time.
 
     ``batch_size`` bounds prompts in flight and nothing else: which rows are drawn never depends on it.
