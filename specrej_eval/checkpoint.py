@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from specrej_eval.errors import CheckpointError, nearest
+from specrej_eval.errors import CheckpointError, ConfigError, nearest
 from specrej_eval.paths import PACKAGE
 
 DEMO_POLICY = PACKAGE / "demo" / "policy"
@@ -81,10 +81,10 @@ def read_config(
         return _hub_config(argument, name, revision=revision, subfolder=subfolder, token=token)
     path = folder / subfolder / "config.json"
     if not path.is_file():
-        raise CheckpointError(
-            f"{argument}: {str(path)!r} is missing, so the folder holds no checkpoint that can be loaded.",
-            hint="save_pretrained writes it; a folder of GGUF files needs gguf_file=.",
-        )
+        hint = "save_pretrained writes it; a folder of GGUF files needs gguf_file=."
+        if (path.parent / "adapter_config.json").is_file():
+            hint = "this is an adapter: give its base model here and the adapter as peft=."
+        raise CheckpointError(f"{argument}: {str(path)!r} is missing, so this is no model's folder.", hint=hint)
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -191,3 +191,21 @@ def check_tokenizer_files(argument: str, folder: Path) -> None:
 def _first_line(error: BaseException) -> str:
     text = str(error).strip()
     return text.splitlines()[0] if text else type(error).__name__
+
+
+def check_device(argument: str, device: str) -> None:
+    """Raises:
+    ConfigError: not a device torch knows, or not there.
+    """
+    import torch
+
+    try:
+        parsed = torch.device(device)
+    except RuntimeError as error:
+        raise ConfigError(f"{argument} must be a torch device, got {device!r}.", hint=_first_line(error)) from error
+    if parsed.type == "cuda":
+        count = torch.cuda.device_count()
+        if (parsed.index or 0) >= count:
+            raise ConfigError(
+                f"{argument}={device}: there are {count} CUDA devices here.", hint="device=cpu always works."
+            )

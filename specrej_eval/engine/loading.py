@@ -137,7 +137,7 @@ def load_model_and_tokenizer(config: RunConfig, host: Mapping[str, Any]) -> tupl
     if config.pretrained is None:
         _logger.warning("no pretrained= given: the embedded demo language model (a toy) is used.")
     name = policy_name(config)
-    shared = {
+    shared: dict[str, Any] = {
         "revision": host.get("revision") or "main",
         "subfolder": host.get("subfolder") or "",
         "token": host.get("token"),
@@ -189,11 +189,12 @@ def _load_model(name: str, shared: Mapping[str, Any], config: RunConfig, host: M
     if host.get("quantization_config"):
         arguments["quantization_config"] = _quantization(host["quantization_config"])
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(name, output_loading_info=True, **arguments)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(name, output_loading_info=True, **arguments)
     except torch.OutOfMemoryError as error:
         raise _out_of_memory(name) from error
     except Exception as error:  # files, formats and remote code fail in many ways
         raise _load_error("pretrained", name, error, what="model") from error
+    model, info = loaded
     if missing := sorted(info["missing_keys"]):
         raise CheckpointError(
             f"pretrained={name!r} has no weights for {', '.join(missing[:4])}{' ...' if len(missing) > 4 else ''}; "

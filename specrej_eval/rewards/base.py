@@ -70,7 +70,7 @@ def check_reward(config: RunConfig, *, token: str | bool | None = None) -> None:
 
     Raises:
         ConfigError: no reward named where one is needed, an unknown name or family, several labels, a callable that
-            cannot be imported.
+            cannot be imported, a device that is not there.
         CheckpointError: a folder that is missing or broken.
     """
     name = resolve_reward(config)
@@ -85,6 +85,8 @@ def check_reward(config: RunConfig, *, token: str | bool | None = None) -> None:
     if callable_reward.is_callable_name(name):
         callable_reward.import_callable(name)
         return
+    if config.reward_device is not None:
+        checkpoint.check_device("reward_device", config.reward_device)
     _check_is_checkpoint(name)
     raw = checkpoint.read_config("reward_model", name, token=token)
     folder = checkpoint.check_folder("reward_model", name)
