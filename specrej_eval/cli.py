@@ -61,9 +61,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(help_text(), end="")
         return 0 if words else 2
     if words[0] in ("-V", "--version"):
-        from importlib.metadata import version
+        from specrej_eval import __version__
 
-        print(f"specrej-eval {version('specrej-eval')}")
+        print(f"specrej-eval {__version__}")
         return 0
 
     name, rest = words[0], words[1:]

@@ -18,6 +18,8 @@ from pathlib import Path
 
 import pytest
 
+from specrej_eval import __version__
+
 ROOT = Path(__file__).parent.parent
 OURS = ("specrej_eval", "_specrej_eval", "_editable_impl_specrej_eval")
 NAMES = ("specrej", "best_of_n", "best-of-n")
@@ -145,7 +147,9 @@ def test_the_wheel_holds_what_an_install_needs(wheel: Path) -> None:
     assert sorted(needed - names) == []
     assert any(name.startswith("specrej_eval/_tasks/") and name.endswith(".yaml") for name in names)
     roots = {name.partition("/")[0] for name in names}
-    assert roots - needed == {"specrej_eval", "specrej_eval-0.1.0.dist-info"}, "nothing else may lie in site-packages"
+    assert roots - needed == {"specrej_eval", f"specrej_eval-{__version__}.dist-info"}, (
+        "nothing else may lie in site-packages"
+    )
 
 
 def test_the_wheel_declares_entry_points_for_lm_eval_releases_that_read_them(installed: Environment) -> None:
