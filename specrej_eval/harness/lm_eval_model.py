@@ -1,0 +1,418 @@
+"""``lm_eval --model specrej`` and ``--model best_of_n``: lm-eval's Hugging Face model, decoding our way.
+
+Loading, tokenisation, chat templates and log-likelihoods are lm-eval's own (``HFLM``). This file turns its requests
+into prompts, results into the strings it wants, and what happened into the ``specrej`` block of its results file.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from importlib import metadata
+from typing import Any, ClassVar
+
+import torch
+from lm_eval.models.huggingface import HFLM
+from lm_eval.utils import simple_parse_args_string
+from transformers import PreTrainedModel
+
+from specrej_eval import budget, demo
+from specrej_eval.config import RunConfig
+from specrej_eval.core import Prompt, prompt_hash
+from specrej_eval.errors import ConfigError
+from specrej_eval.generator import Generator, Request
+from specrej_eval.harness.lm_eval_requests import (
+    ChatPrompt,
+    Draw,
+    Translated,
+    conversation_of,
+    describe_ignored,
+    draws_of,
+    translate,
+)
+from specrej_eval.harness.lm_eval_tally import Tally, strict_json
+from specrej_eval.trace import rank_path
+
+logger = logging.getLogger("lm_eval.models.specrej")  # below lm-eval's own logger: its format and --verbosity hold
+
+VERSIONS = ("specrej_eval", "lm_eval", "torch", "transformers")
+FINGERPRINT = "specrej:fingerprint"
+_NEVER_CHANGES_RESULTS = {"batch_size", "trace_path", "journal", "device", "reward_device", "logprobs"}
+
+
+class SpecRejLM(HFLM):
+    """A causal language model whose answers are chosen by a reward model while they are being written.
+
+    Args are those of ``RunConfig`` (see the README's table) and those of ``HFLM``, in ``--model_args``, in Python, or
+    as the constructor's keywords. Without ``pretrained`` the embedded demo pair is used.
+
+    ``batch_size`` is the number of prompts decoded at the same time; results never depend on it. lm-eval passes its
+    own ``--batch_size`` (1 unless you say otherwise), so: in ``--model_args`` it means what it says, 1 included; as
+    ``--batch_size`` 1 counts as not given, and ``auto`` means our default. Log-likelihood requests take lm-eval's
+    ``--batch_size`` as they would with ``--model hf``, whose numbers they reproduce; the reward model has no part in
+    them.
+
+    Raises:
+        ConfigError: before anything is loaded, if an argument is unknown, wrong, or disagrees with another.
+    """
+
+    default_strategy: ClassVar[str] = "speculative_rejection"
+
+    def __init__(
+        self,
+        pretrained: str | os.PathLike[str] | PreTrainedModel | None = None,
+        *,
+        harness_options: Mapping[str, Any] | None = None,
+        **arguments: Any,
+    ) -> None:
+        loaded = pretrained if isinstance(pretrained, torch.nn.Module) else None
+        arguments["pretrained"] = _name_of(loaded) if loaded is not None else pretrained
+        arguments.setdefault("strategy", self.default_strategy)
+        host_batch_size, notes = _merge(arguments, harness_options or {})
+        config, host = RunConfig.from_args(arguments)
+        budget.check_arguments(config, max_gen_toks_known="max_gen_toks" in arguments)
+        if host.get("backend") == "seq2seq":
+            raise _seq2seq_refused()
+        self.embedded_demo_pair = config.pretrained is None
+        _check_checkpoints(config, host, language_model=loaded is None)
+
+        if self.embedded_demo_pair:
+            logger.info("No pretrained given: using the embedded demo pair (a tiny arithmetic model, float32).")
+        if config.attn_implementation is not None and loaded is None:
+            host["attn_implementation"] = config.attn_implementation
+        super().__init__(
+            pretrained=loaded if loaded is not None else config.pretrained or str(demo.POLICY_DIR),
+            device=config.device or ("cuda" if torch.cuda.is_available() else "cpu"),
+            dtype="float32" if self.embedded_demo_pair and config.dtype == "auto" else config.dtype,
+            trust_remote_code=config.trust_remote_code,
+            batch_size=host_batch_size,
+            **host,
+        )
+        if hasattr(self, "accelerator"):  # HFLM leaves CPU ranks at 0 of 1, and takes the local index for the rank
+            self._rank = self.accelerator.process_index
+            self._world_size = self.accelerator.num_processes
+
+        # HFLM has a `config` already: the checkpoint's
+        self.run_config = config.replace(
+            device=str(self.device),
+            trace_path=config.trace_path and rank_path(config.trace_path, self.rank, self.world_size),
+            journal=config.journal and rank_path(config.journal, self.rank, self.world_size),
+        )
+        self.host_arguments = host
+        self.tally = Tally()
+        self._uses_chat_template = False
+        self._ranks: list[Tally] = []
+        self.generator = _generator(self)
+        for note in notes:
+            self._warn(note)
+        if self.mixed_precision_dtype is not None:
+            self._warn("mixed_precision_dtype holds for log-likelihood requests only; dtype decides for the others.")
+
+    # How lm-eval makes us
+
+    @classmethod
+    def create_from_arg_obj(
+        cls, arg_dict: dict[str, Any], additional_config: dict[str, Any] | None = None
+    ) -> SpecRejLM:
+        """Make the model from ``--model_args`` and lm-eval's own options (batch_size, max_batch_size, device)."""
+        return cls(**{**arg_dict, "harness_options": additional_config})
+
+    @classmethod
+    def create_from_arg_string(cls, arg_string: str, additional_config: dict[str, Any] | None = None) -> SpecRejLM:
+        """As ``create_from_arg_obj``, from ``a=1,b=2``."""
+        return cls.create_from_arg_obj(simple_parse_args_string(arg_string), additional_config)
+
+    def _get_backend(self, config: Any, *args: Any, **kwargs: Any) -> None:
+        super()._get_backend(config, *args, **kwargs)
+        if self.backend != "causal":
+            raise _seq2seq_refused()
+
+    # Requests in, strings out
+
+    def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
+        """One answer for each request, in order.
+
+        Raises:
+            ConfigError: some request's arguments are wrong; all are checked before the first one is decoded.
+        """
+        self._refuse_cached_repeats(requests)
+        draws, source = draws_of(requests)
+        work = self._translated(draws)
+        texts = [""] * len(draws)
+        first: dict[str, int] = {}
+        for index, draw in enumerate(draws):
+            first.setdefault(draw.instance.task_name or "", index)
+        progress = not disable_tqdm and self.rank == 0
+        for index, result in self.generator.run(work, progress=progress):
+            instance = draws[index].instance
+            texts[index] = result.text
+            self.tally.add(result, first_of_task=first[instance.task_name or ""] == index)
+            context, gen_kwargs = instance.args
+            self.cache_hook.add_partial("generate_until", (context, gen_kwargs), result.text)
+        return [texts[index] for index in source]
+
+    def _translated(self, draws: Sequence[Draw]) -> list[Request]:
+        requests = []
+        known: dict[int, tuple[Translated, Prompt]] = {}
+        for draw in draws:
+            instance = draw.instance
+            task = instance.task_name or ""
+            if id(instance) not in known:
+                context, gen_kwargs = instance.args
+                translated = self._arguments_for(task, gen_kwargs)
+                known[id(instance)] = translated, self._prompt(task, context, translated.config)
+            translated, prompt = known[id(instance)]
+            if translated.asks_greedy:
+                self.tally.task(task).greedy_overridden += translated.config.on_greedy == "sample"
+            if draw.repeat:
+                prompt = _repeated(prompt, draw.repeat)
+            requests.append(Request(prompt=prompt, config=translated.config, until=translated.until))
+        return requests
+
+    def _arguments_for(self, task: str, gen_kwargs: Mapping[str, Any]) -> Translated:
+        try:
+            translated = translate(gen_kwargs, self.run_config)
+        except ConfigError as error:
+            raise ConfigError(
+                f"task {task!r}, gen_kwargs {dict(gen_kwargs)!r}: {error.args[0]}", hint=error.hint
+            ) from None
+        if translated.asks_greedy and translated.config.on_greedy == "error":
+            raise ConfigError(
+                f"task {task!r} asks for greedy decoding, and on_greedy=error.",
+                hint="on_greedy=sample samples candidates all the same; on_greedy=greedy decodes one row greedily.",
+            )
+        if translated.asks_greedy and translated.config.on_greedy == "sample":
+            config = translated.config
+            self._warn(
+                f"Task {task!r} asks for greedy decoding, which has nothing to choose from: candidates are sampled "
+                f"(temperature={config.temperature}, top_p={config.top_p}, top_k={config.top_k}, seed={config.seed}). "
+                "on_greedy=greedy or on_greedy=error change that."
+            )
+        if translated.ignored:
+            self._warn(f"Task {task!r}: gen_kwargs not used here: {describe_ignored(translated.ignored)}.")
+        return translated
+
+    def _prompt(self, task: str, context: str, config: RunConfig) -> Prompt:
+        room = self.max_length - config.max_gen_toks
+        if room < 1:
+            raise ConfigError(
+                f"task {task!r}: max_gen_toks={config.max_gen_toks} leaves no room for a prompt in the model's context "
+                f"of {self.max_length} tokens.",
+                hint="lower max_gen_toks (a task's own value is overridden by --gen_kwargs max_gen_toks=...).",
+            )
+        token_ids = self.tok_encode(context) or [self.prefix_token_id]
+        if len(token_ids) > room:
+            self.tally.task(task).truncated += 1
+            self._warn(
+                f"Task {task!r} has prompts longer than {room} tokens (context {self.max_length} minus "
+                f"max_gen_toks={config.max_gen_toks}): their beginning is cut off. The first has {len(token_ids)}.",
+                key=("truncated", task),
+            )
+            token_ids = token_ids[-room:]
+        if self._uses_chat_template and not isinstance(context, ChatPrompt):
+            self._warn(
+                f"Task {task!r}: prompts lost their chat messages; the reward model reads the rendered text.",
+                key=("messages", task),
+            )
+        conversation, response_prefix = conversation_of(context)
+        return Prompt(
+            token_ids=tuple(token_ids),
+            conversation=conversation,
+            response_prefix=response_prefix,
+            prompt_hash=prompt_hash(context),
+            task=task,
+        )
+
+    def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        self._warn_of_loglikelihood()
+        result: list[tuple[float, bool]] = super().loglikelihood(requests, disable_tqdm=disable_tqdm)
+        return result
+
+    def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
+        self._warn_of_loglikelihood()
+        result: list[float] = super().loglikelihood_rolling(requests, disable_tqdm=disable_tqdm)
+        return result
+
+    def _warn_of_loglikelihood(self) -> None:
+        self._warn("Log-likelihood requests: scored by the language model alone; the reward model is not used.")
+
+    # Chat templates
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> ChatPrompt:
+        """The rendered prompt, which keeps its messages for the reward model."""
+        self._uses_chat_template = True
+        messages = [dict(message) for message in chat_history]
+        text = super().apply_chat_template(chat_history, add_generation_prompt)
+        return ChatPrompt(text, messages, add_generation_prompt)
+
+    @property
+    def tokenizer_name(self) -> str:
+        # lm-eval's request cache goes by this name, and what --model hf put there has no messages
+        return f"{super().tokenizer_name}__specrej"
+
+    @property
+    def max_gen_toks(self) -> int:
+        return self.run_config.max_gen_toks
+
+    # lm-eval's answer cache (--use_cache)
+
+    def set_cache_hook(self, cache_hook: Any) -> None:
+        """Refuse a cache that other arguments have filled: its keys are prompts and gen_kwargs alone.
+
+        Raises:
+            ConfigError: the cache holds answers of another model, or of ours with other arguments.
+        """
+        if cache_hook.dbdict is not None:
+            ours = self.fingerprint()
+            theirs = cache_hook.dbdict.get(FINGERPRINT)
+            if theirs is None and len(cache_hook.dbdict):
+                raise _stale_cache("it was filled by another model")
+            if theirs is not None and theirs != ours:
+                changed = sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name))
+                detail = ", ".join(f"{name}={theirs.get(name)!r} (now {ours.get(name)!r})" for name in changed)
+                raise _stale_cache(f"it was filled with {detail}")
+            cache_hook.dbdict[FINGERPRINT] = ours
+        super().set_cache_hook(cache_hook)
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Every argument that answers depend on."""
+        config = self.run_config.to_dict()
+        ours = {name: value for name, value in config.items() if name not in _NEVER_CHANGES_RESULTS}
+        parsed: dict[str, Any] = json.loads(
+            json.dumps({**self.host_arguments, **ours}, default=_name_of, sort_keys=True)
+        )
+        return parsed
+
+    def _refuse_cached_repeats(self, requests: Sequence[Any]) -> None:
+        if self.cache_hook.dbdict is None:
+            return
+        for request in requests:
+            if (request.repeats or 1) > 1 and not request.args[1].get("do_sample", False):
+                raise ConfigError(
+                    f"task {request.task_name!r} wants {request.repeats} draws per prompt; --use_cache keeps one.",
+                    hint="leave out --use_cache; journal=FILE in --model_args keeps every draw.",
+                )
+
+    # Results
+
+    def barrier(self) -> None:
+        """Wait for the other ranks. lm-eval calls it on all of them after each kind of request: time to add up."""
+        super().barrier()
+        if self.world_size > 1:
+            self._ranks = self.gather_object(self.tally) or []
+
+    def get_model_info(self) -> dict[str, Any]:
+        """What goes into the results file beside HFLM's own: our arguments, costs and warnings."""
+        tally = Tally.merged(self._ranks or [self.tally])
+        described = self.generator.describe()
+        reward_model = described.pop("reward_model")
+        block = {
+            "arguments": {**self.run_config.to_dict(), **tally.resolved_first()},
+            "totals": {**tally.totals.to_dict(), "requests": tally.num_requests},
+            "mean_reward": tally.mean_reward,
+            "per_task": {name: task.to_dict() for name, task in sorted(tally.tasks.items())},
+            "warnings": list(tally.warnings.values()),
+            "reward_model": "embedded" if reward_model == str(demo.REWARD_DIR) else reward_model,
+            "embedded_demo_pair": self.embedded_demo_pair,
+            "world_size": self.world_size,
+            "versions": {name: described.pop(name, None) or _version(name) for name in VERSIONS},
+            "hardware": described,
+        }
+        info: dict[str, Any] = {**super().get_model_info(), "specrej": strict_json(block)}
+        return info
+
+    def _warn(self, message: str, *, key: object = None) -> None:
+        """Log a warning and keep it for the results, the first time it has cause."""
+        if self.tally.warn(message, key=key) and self.rank == 0:
+            logger.warning(message)
+
+
+class BestOfNLM(SpecRejLM):
+    """The same with ``strategy=best_of_n``: n rows decoded to the end on the same engine, the best one returned."""
+
+    default_strategy: ClassVar[str] = "best_of_n"
+
+
+def _merge(arguments: dict[str, Any], harness: Mapping[str, Any]) -> tuple[int | str, list[str]]:
+    """Bring model_args and lm-eval's own options together in ``arguments``; model_args win.
+
+    Returns:
+        HFLM's batch size, and what there is to warn about.
+    """
+    options = {name: value for name, value in harness.items() if value is not None}
+    if options.get("device") == "cuda:0" and not torch.cuda.is_available():
+        del options["device"]  # the command line's default, also where there is no GPU
+    notes = []
+    given = arguments.pop("batch_size", None)
+    host_batch_size = options.pop("batch_size", 1 if given is None else given)
+    ours = given if given is not None else host_batch_size if str(host_batch_size) != "1" else None
+    if given is not None and str(host_batch_size) not in ("1", str(given)):
+        notes.append(
+            f"batch_size={given} in model_args wins over --batch_size {host_batch_size} for generation; "
+            "log-likelihood requests use the latter."
+        )
+    if ours is not None and not str(ours).startswith("auto"):
+        arguments["batch_size"] = ours
+    for name, value in options.items():
+        if arguments.setdefault(name, value) != value and value != "cuda:0":
+            notes.append(f"{name}={arguments[name]} in model_args wins over --{name} {value}.")
+    return host_batch_size, notes
+
+
+def _check_checkpoints(config: RunConfig, host: Mapping[str, Any], *, language_model: bool) -> None:
+    """Everything that can be said of the two checkpoints without loading weights."""
+    from specrej_eval.engine.loading import check_checkpoint
+    from specrej_eval.rewards.base import check_reward
+
+    if language_model:
+        check_checkpoint(config, host)
+    check_reward(config, token=host.get("token"))
+
+
+def _generator(lm: SpecRejLM) -> Generator:
+    from specrej_eval.engine.transformers_engine import TransformersEngine
+    from specrej_eval.rewards.base import make_reward
+
+    reward = make_reward(lm.run_config, device=str(lm.device), token=lm.host_arguments.get("token"))
+    engine = TransformersEngine(lm.model, lm.tokenizer, max_length=lm.max_length, think_end_token=lm.think_end_token)
+    identity = {name: value for name, value in lm.fingerprint().items() if name in lm.host_arguments}
+    return Generator(engine=engine, reward=reward, config=lm.run_config, identity=identity)
+
+
+def _repeated(prompt: Prompt, repeat: int) -> Prompt:
+    return Prompt(
+        token_ids=prompt.token_ids,
+        conversation=prompt.conversation,
+        response_prefix=prompt.response_prefix,
+        prompt_hash=prompt.prompt_hash,
+        task=prompt.task,
+        repeat=repeat,
+    )
+
+
+def _name_of(loaded: Any) -> str:
+    """A loaded model or tokenizer by its checkpoint, or at least by its class."""
+    return str(getattr(loaded, "name_or_path", "") or type(loaded).__name__)
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _seq2seq_refused() -> ConfigError:
+    return ConfigError(
+        "encoder-decoder models are not supported: rows share the prompt's key-value cache, and these have none.",
+        hint="use a causal language model, or --model hf for this one.",
+    )
+
+
+def _stale_cache(reason: str) -> ConfigError:
+    return ConfigError(
+        f"--use_cache would return stale answers: {reason}.",
+        hint="give this run a cache path of its own, or delete the old file.",
+    )
