@@ -15,6 +15,6 @@ FULL = os.environ.get("SPECREJ_TEST_FULL") == "1"
 
 # derandomize: examples depend on the test alone; no deadline: two shared cores are no stop watch
 _ALWAYS = {"derandomize": True, "database": None, "deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
-settings.register_profile("fast", max_examples=150, **_ALWAYS)
-settings.register_profile("full", max_examples=1500, **_ALWAYS)
+settings.register_profile("fast", max_examples=100, **_ALWAYS)
+settings.register_profile("full", max_examples=1000, **_ALWAYS)
 settings.load_profile("full" if FULL else "fast")

@@ -7,6 +7,7 @@ generator on a simulated engine, or one of them with a defect planted.
 from __future__ import annotations
 
 import math
+import random
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -55,28 +56,32 @@ class Case:
         return Process.of(self.finals, lengths=self.lengths)
 
 
-ALPHAS = st.integers(1, 99).map(lambda percent: f"0.{percent:02}")
-SCORES = st.integers(-9, 9).map(float)  # small whole numbers: ties are common, arithmetic is exact
+# tenths and large cuts come often: that is where floats and rounding go wrong
+ALPHAS = st.one_of(
+    st.integers(1, 9).map(lambda tenths: f"0.{tenths}"),
+    st.integers(90, 99).map(lambda percent: f"0.{percent}"),
+    st.integers(1, 99).map(lambda percent: f"0.{percent:02}"),
+)
 
 
 @st.composite
 def cases(draw: st.DrawFn, *, alphas: st.SearchStrategy[str] = ALPHAS) -> Case:
-    n = draw(st.integers(1, 14))
-    max_gen_toks = draw(st.integers(1, 24))
-    least = max(n, max_gen_toks)  # one token for each row, and one row to the end
-    lengths = st.one_of(st.integers(1, max_gen_toks + 2), st.just(NEVER))
-
-    def per_row(values: st.SearchStrategy[Any]) -> tuple[Any, ...]:
-        return tuple(draw(st.lists(values, min_size=n, max_size=n)))
-
+    """Few rows, small budgets and coarse scores, so that ties, forced drops and early ends are common."""
+    n = draw(st.one_of(st.integers(1, 14), st.just(10)))
+    max_gen_toks = draw(st.integers(1, 30))
+    first_look = draw(st.integers(1, max_gen_toks // 2 + 1))
+    spare = draw(st.integers(0, n - 1))
+    alpha = draw(alphas)
+    rng = random.Random(draw(st.integers(0, 2**32 - 1)))  # per-row numbers: drawn one by one they would take seconds
+    late = rng.choice((0.0, 0.5, 1.0))
     return Case(
         n=n,
         max_gen_toks=max_gen_toks,
-        suffix_tokens=draw(st.integers(least, least + n * max_gen_toks)),
-        alpha=draw(alphas),
-        finals=per_row(SCORES),
-        lengths=per_row(lengths),
-        noise=per_row(SCORES),
+        suffix_tokens=max(max_gen_toks, n * first_look + spare),  # one row to its end, each row to the first look
+        alpha=alpha,
+        finals=tuple(float(rng.randint(-9, 9)) for _ in range(n)),
+        lengths=tuple(NEVER if rng.random() < late else rng.randint(1, max_gen_toks + 2) for _ in range(n)),
+        noise=tuple(float(rng.randint(-9, 9)) for _ in range(n)),
     )
 
 
@@ -106,7 +111,7 @@ def every_look_cuts_by_the_rule(run: Runner, case: Case) -> None:
         best = [row for row in ranked[:stay] if row not in finished]
         room = len(best) if due == case.max_gen_toks else case.suffix_tokens // (due + 1)
         expected = sorted(best[:room])
-        after = [row for row in pool if row.rounds_survived > number]
+        after = [row for row in pool if row.rounds_survived > number and row.row not in finished]
         assert sorted(row.row for row in after) == expected, (
             f"look {number} at {due} tokens, scores {score}, finished {finished}: of {len(pool)} rows the best {stay} "
             f"stay (floor({case.alpha} * {len(pool)}) go), the budget has room for {room}, so {expected} go on, "

@@ -2,19 +2,34 @@
 
 A ``Process`` says of every row when it ends, what its partial answers score and what its full answer scores.
 ``simulate`` is the loop of the generator without an engine: the smallest thing that speaks the plan/step protocol
-with a real strategy, and that refuses plans the protocol does not allow. Lengths, ends and rewards are functions of
-the row alone, so two runs on one process differ by nothing but what the strategy did.
+with a real strategy, and that refuses plans the protocol does not allow. ``SimulatedEngine`` and ``SimulatedReward``
+put the same process under the real ``Generator``. Lengths, ends and rewards are functions of the row alone, so two runs
+on one process differ by nothing but what the strategy did.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from specrej_eval.budget import Budget, resolve
 from specrej_eval.config import RunConfig
-from specrej_eval.core import GenerationResult, Ledger, Plan, Round, RowView, Trajectory
+from specrej_eval.core import (
+    FinishReason,
+    GenerationResult,
+    Ledger,
+    Message,
+    Plan,
+    Prompt,
+    Round,
+    RowView,
+    Trajectory,
+    prompt_hash,
+)
+from specrej_eval.engine.base import FinishedRow
+from specrej_eval.errors import KVBudgetExceededError
+from specrej_eval.generator import Generator, Request
 from specrej_eval.strategies.base import make_strategy
 
 EOS = 0
@@ -107,7 +122,7 @@ def simulate(
                     token_ids=[process.token(view.row, step) for step in range(1, tokens_of[view.row] + 1)],
                     reward=score,
                     finish_reason=view.finish_reason or "rejected",
-                    rounds_survived=survived[view.row],
+                    rounds_survived=survived[view.row] + view.finished,
                 )
         finished = {view.row for view in rows if view.finished}
         kept_scores = [score for view, score in zip(rows, scores, strict=True) if view.row in keep]
@@ -166,11 +181,14 @@ def _decode(
     return held
 
 
-def _view(row: int, tokens: int, process: Process, budget: Budget) -> RowView:
+def _finish_reason(row: int, tokens: int, process: Process, budget: Budget) -> FinishReason | None:
     if tokens == process.length(row):
-        reason = "eos"
-    else:
-        reason = "length" if tokens == budget.max_gen_toks else None
+        return "eos"
+    return "length" if tokens == budget.max_gen_toks else None
+
+
+def _view(row: int, tokens: int, process: Process, budget: Budget) -> RowView:
+    reason = _finish_reason(row, tokens, process, budget)
     # a range has a length but holds no numbers: strategies may look at nothing else
     return RowView(row=row, text=f"row {row}, {tokens} tokens", token_ids=range(tokens), finish_reason=reason)
 
@@ -178,3 +196,171 @@ def _view(row: int, tokens: int, process: Process, budget: Budget) -> RowView:
 def run_directly(config: RunConfig, process: Process, *, prompt_tokens: int = 7) -> GenerationResult:
     """The real strategy of ``config`` on a simulated process."""
     return simulate(make_strategy(config), resolve(config, prompt_tokens), process)
+
+
+# --- the same process under the real generator
+
+
+@dataclass
+class _Row:
+    row: int
+    tokens: int = 0
+    finish_reason: FinishReason | None = None
+
+
+@dataclass
+class Session:
+    """See ``engine.base.EngineSession``."""
+
+    process: Process
+    budget: Budget
+    rows: list[_Row] = field(default_factory=list)
+    live: list[_Row] = field(default_factory=list)
+    in_pool: list[_Row] = field(default_factory=list)
+    prompt_tokens: int = 0
+    decode_tokens: int = 0
+    kv_tokens_peak: int = 0
+    prefill_seconds: float = 0.0
+    decode_seconds: float = 0.0
+    degraded: bool = False
+    closed: bool = False
+
+    @property
+    def num_live(self) -> int:
+        return len(self.live)
+
+    @property
+    def num_tokens(self) -> int:
+        return max((row.tokens for row in self.live), default=0)
+
+
+class SimulatedEngine:
+    """Speaks ``engine.base.Engine``; prompts are looked up by what their user says.
+
+    Args:
+        process_of: (what the user says, seed) -> process.
+        capacity: tokens of memory, for ``n=max``.
+    """
+
+    def __init__(self, process_of: Callable[[str, int], Process], *, capacity: int = 0) -> None:
+        self.process_of = process_of
+        self.capacity = capacity
+        self.sessions: list[Session] = []
+        self.most_in_flight = 0
+
+    def check(self, prompt: Prompt, config: RunConfig) -> None: ...
+
+    def open(
+        self,
+        prompt: Prompt,
+        config: RunConfig,
+        budget: Budget,
+        *,
+        until: tuple[str, ...] = (),
+        with_logprobs: bool = False,
+    ) -> Session:
+        process = self.process_of(prompt.conversation[-1]["content"], config.seed)
+        session = Session(process=process, budget=budget, prompt_tokens=prompt.num_tokens)
+        self.sessions.append(session)
+        self.most_in_flight = max(self.most_in_flight, sum(not other.closed for other in self.sessions))
+        return session
+
+    def follow(self, session: Session, plan: Plan) -> None:
+        live = {row.row: row for row in session.live}
+        if not set(plan.keep) <= live.keys() or len(set(plan.keep)) != len(plan.keep):
+            raise ProtocolError(f"{plan} keeps rows that are not live, or forks; live are {sorted(live)}")
+        fresh = [_Row(row=len(session.rows) + new) for new in range(plan.fresh)]
+        session.rows += fresh
+        session.live = [row for row in session.live if row.row in plan.keep] + fresh
+        session.in_pool = list(session.live)
+        session.kv_tokens_peak = session.prompt_tokens + sum(row.tokens for row in session.live)
+
+    def decode(self, sessions: Sequence[Session], num_tokens: int) -> None:
+        if num_tokens < 1:
+            raise ProtocolError("the loop decodes nothing: it would never end")
+        for _ in range(num_tokens):
+            for session in sessions:
+                self._step(session)
+            if not all(session.live for session in sessions):
+                return
+
+    def _step(self, session: Session) -> None:
+        for row in session.live:
+            row.tokens += 1
+            row.finish_reason = _finish_reason(row.row, row.tokens, session.process, session.budget)
+        held = session.prompt_tokens + sum(row.tokens for row in session.live)
+        if held > session.budget.kv_budget_tokens:
+            raise KVBudgetExceededError(f"{held} tokens held, the budget is {session.budget.kv_budget_tokens}")
+        session.kv_tokens_peak = max(session.kv_tokens_peak, held)
+        session.decode_tokens += len(session.live)
+        session.live = [row for row in session.live if row.finish_reason is None]
+
+    def pool(self, session: Session) -> list[RowView]:
+        return [_view(row.row, row.tokens, session.process, session.budget) for row in session.in_pool]
+
+    def rows(self, session: Session) -> list[FinishedRow]:
+        return [
+            FinishedRow(
+                row=row.row,
+                token_ids=[session.process.token(row.row, step) for step in range(1, row.tokens + 1)],
+                text=_view(row.row, row.tokens, session.process, session.budget).text,
+                finish_reason=row.finish_reason or "rejected",
+                logprobs=None,
+            )
+            for row in session.rows
+        ]
+
+    def close(self, session: Session) -> None:
+        session.closed = True
+
+    def capacity_tokens(self, config: RunConfig, prompt_tokens: int) -> int:
+        return self.capacity
+
+    def peak_bytes(self) -> int:
+        return 0
+
+    def describe(self) -> dict[str, Any]:
+        return {"device": "none"}
+
+
+class SimulatedReward:
+    """Speaks ``rewards.base.RewardModel``; reads every token of every row at every look, as without a prefix cache."""
+
+    name = "simulated"
+    needs_logprobs = False
+
+    def __init__(self, process_of: Callable[[str], Process]) -> None:
+        self.process_of = process_of
+        self.tokens_scored = 0
+        self.num_calls = 0
+
+    def score(self, conversation: Sequence[Message], rows: Sequence[RowView], response_prefix: str = "") -> list[float]:
+        process = self.process_of(conversation[-1]["content"])
+        self.num_calls += 1
+        self.tokens_scored += sum(row.num_tokens for row in rows)
+        return [process.score(row.row, row.num_tokens, row.finished) for row in rows]
+
+
+def request(config: RunConfig, says: str = "?", *, prompt_tokens: int = 7) -> Request:
+    """A prompt of one user turn."""
+    prompt = Prompt(
+        token_ids=tuple(range(prompt_tokens)),
+        conversation=({"role": "user", "content": says},),
+        prompt_hash=prompt_hash(says),
+        task="simulated",
+    )
+    return Request(prompt=prompt, config=config)
+
+
+def make_generator(processes: Mapping[str, Process], config: RunConfig) -> Generator:
+    """The real generator, on processes named by what the user says."""
+    engine = SimulatedEngine(lambda says, seed: processes[says])
+    return Generator(engine=engine, reward=SimulatedReward(processes.__getitem__), config=config)
+
+
+def run_generator(config: RunConfig, process: Process, *, prompt_tokens: int = 7) -> GenerationResult:
+    """One prompt through the real generator."""
+    generator = make_generator({"?": process}, config)
+    ((_, result),) = generator.run([request(config, prompt_tokens=prompt_tokens)], progress=False)
+    assert all(session.closed for session in generator.engine.sessions), "a finished prompt's memory is freed"
+    return result

@@ -13,7 +13,7 @@ from conftest import FULL
 from hypothesis import example, given
 from hypothesis import strategies as st
 from properties import Case, cases
-from simulated import Process, run_directly, simulate
+from simulated import Process, run_directly, run_generator, simulate
 
 from specrej_eval.budget import Budget, resolve
 from specrej_eval.config import RunConfig
@@ -39,12 +39,13 @@ def look(scores, *, alpha, finished=(), tokens=4, suffix=10_000, max_gen_toks=10
 # --- the rule of one look
 
 
+@pytest.mark.parametrize("run", [run_directly, run_generator], ids=["strategy alone", "whole generator"])
 @pytest.mark.parametrize("property_", properties.PROPERTIES, ids=lambda property_: property_.__name__)
 @given(case=cases())
 @example(case=Case(1, 3, 3, "0.5", (0.0,), (9,), (0.0,)))
 @example(case=Case(3, 4, 12, "0.01", (0.0, 0.0, 0.0), (9, 9, 9), (0.0, 0.0, 0.0)))
-def test_every_run_has(property_, case):
-    property_(run_directly, case)
+def test_every_run_has(property_, run, case):
+    property_(run, case)
 
 
 @pytest.mark.parametrize(
@@ -192,8 +193,9 @@ EXACT = [  # alpha, rows at each look; chosen so that no division leaves a remai
 ]
 
 
+@pytest.mark.parametrize("run", [run_directly, run_generator], ids=["strategy alone", "whole generator"])
 @pytest.mark.parametrize(("alpha", "rows"), EXACT, ids=[alpha for alpha, _ in EXACT])
-def test_costs_are_those_of_the_identities_exactly(alpha, rows):
+def test_costs_are_those_of_the_identities_exactly(alpha, rows, run):
     cuts, n, last = len(rows) - 1, rows[0], rows[-1]
     fraction = Fraction(alpha)
     first_look = last // math.gcd(n, last)
@@ -202,9 +204,7 @@ def test_costs_are_those_of_the_identities_exactly(alpha, rows):
     assert memory == last * max_gen_toks, "the example is badly chosen"
 
     scores = np.random.default_rng(0).permutation(n).astype(float)
-    result = run_directly(
-        config(alpha=alpha, n=n, first_look=first_look, max_gen_toks=max_gen_toks), Process.of(list(scores))
-    )
+    result = run(config(alpha=alpha, n=n, first_look=first_look, max_gen_toks=max_gen_toks), Process.of(list(scores)))
 
     assert tuple(round_.rows for round_ in result.rounds) == rows
     looks = [round_.tokens for round_ in result.rounds]
@@ -219,9 +219,7 @@ def test_costs_are_those_of_the_identities_exactly(alpha, rows):
     ratio = Fraction(max_gen_toks, first_look)
     assert Fraction(1) / (1 - fraction) ** cuts == ratio == Fraction(n, last), "R = ln q / -ln(1 - alpha)"
 
-    same_memory = run_directly(
-        config(strategy="best_of_n", n=last, max_gen_toks=max_gen_toks), Process.of(list(scores))
-    )
+    same_memory = run(config(strategy="best_of_n", n=last, max_gen_toks=max_gen_toks), Process.of(list(scores)))
     assert same_memory.ledger.decode_tokens == memory, "Best-of-N with the rows that fit to the end decodes M"
 
 
