@@ -63,7 +63,9 @@ def test_the_defaults_are_the_documented_ones():
 
 
 def test_no_argument_is_named_version_and_none_is_both_ours_and_the_hosts():
-    assert "version" not in OURS | set(HOST_ARGUMENTS), "lm-eval takes `version` out of what a task passes on"
+    assert "version" not in OURS | set(HOST_ARGUMENTS), (
+        "lm-eval merges these into each task's metadata, whose `version` is the task's"
+    )
     assert not OURS & set(HOST_ARGUMENTS)
     assert "unknown argument 'version'" in refused(version=1)
 
