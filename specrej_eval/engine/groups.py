@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from specrej_eval.engine.kv_cache import Prefix, SuffixPool
+from specrej_eval.engine.sampling import row_stream
 
 CPU_TOKEN_ALIGN = 16  # see SuffixPool
 
@@ -35,6 +36,8 @@ class Group:
         self.tokens = torch.empty(rows, capacity, dtype=torch.int32, device=device)  # (rows, capacity)
         self.logprobs: Tensor | None = None  # (rows, capacity), float32, if asked for
         self.positions = torch.full((rows,), prefix.length, dtype=torch.int64, device=device)  # (rows,)
+        self.steps = torch.zeros(rows, dtype=torch.int64, device=device)  # (rows,), num_sampled as a tensor
+        self.streams = torch.zeros(rows, dtype=torch.int64, device=device)  # (rows,), see sampling.row_stream
         self.capacity = capacity
         self._device = device
 
@@ -49,7 +52,8 @@ class Group:
             pool.reserve(capacity)
         elif prefix.cache is not None:
             cache = copy.deepcopy(prefix.cache)
-            cache.batch_repeat_interleave(len(row_ids))
+            # not batch_repeat_interleave, which layers with a recurrent state lack
+            cache.reorder_cache(torch.zeros(len(row_ids), dtype=torch.int64, device=device))
         group = cls(prefix, row_ids, pool=pool, cache=cache, capacity=capacity, device=device)
         if with_logprobs:
             group.logprobs = torch.empty(len(row_ids), capacity, dtype=torch.float32, device=device)
@@ -66,6 +70,18 @@ class Group:
         if self.pool is not None:
             self.pool.advance()
 
+    def use_streams(self, key: Tensor) -> None:
+        """Give every row its random stream. ``key``: 0-d int64 on the host."""
+        self.streams = row_stream(key, self.ids)
+
+    def sampled(self, tokens: Tensor, logprobs: Tensor | None) -> None:
+        """A token was drawn for every row: (rows,) ids and log-probs."""
+        self.tokens[:, self.num_sampled] = tokens.to(torch.int32)
+        if logprobs is not None and self.logprobs is not None:
+            self.logprobs[:, self.num_sampled] = logprobs
+        self.num_sampled += 1
+        self.steps += 1
+
     def select(self, places: Sequence[int], row_ids: list[int], capacity: int) -> None:
         """Gather the rows at ``places`` (duplicates fork) under new row ids, with room for ``capacity`` tokens."""
         index = torch.tensor(list(places), dtype=torch.int64, device=self._device)
@@ -76,7 +92,7 @@ class Group:
         self.tokens = self._grown(self.tokens, index, capacity)
         if self.logprobs is not None:
             self.logprobs = self._grown(self.logprobs, index, capacity)
-        self.positions = self.positions[index]
+        self.positions, self.steps = self.positions[index], self.steps[index]
         self.row_ids = row_ids
         self.ids = torch.tensor(row_ids, dtype=torch.int64, device=self._device)
         self.capacity = max(self.capacity, capacity)
@@ -101,13 +117,14 @@ class Group:
         source_index = torch.tensor(sources, dtype=torch.int64, device=self._device)
         if self.pool is not None:
             self.pool.drop(source_index, hole_index, rows)
-        for buffer in (self.tokens, self.logprobs, self.ids):
+        for buffer in (self.tokens, self.logprobs, self.ids, self.streams):
             if buffer is not None and holes:
                 buffer[hole_index] = buffer[source_index]
         for hole, source in zip(holes, sources, strict=True):
             self.row_ids[hole] = self.row_ids[source]
         self.row_ids = self.row_ids[:rows]
-        self.tokens, self.ids, self.positions = self.tokens[:rows], self.ids[:rows], self.positions[:rows]
+        for name in ("tokens", "ids", "positions", "steps", "streams"):
+            setattr(self, name, getattr(self, name)[:rows])
         if self.logprobs is not None:
             self.logprobs = self.logprobs[:rows]
 
@@ -122,7 +139,7 @@ class Group:
             rest.cache.reorder_cache(torch.arange(at, self.num_rows, device=self._device))
             self.cache.reorder_cache(torch.arange(at, device=self._device))
         rest.row_ids, self.row_ids = self.row_ids[at:], self.row_ids[:at]
-        for name in ("ids", "tokens", "positions", "logprobs"):
+        for name in ("ids", "tokens", "positions", "steps", "streams", "logprobs"):
             whole = getattr(self, name)
             if whole is not None:
                 setattr(rest, name, whole[at:])

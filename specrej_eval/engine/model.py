@@ -57,6 +57,11 @@ class ModelRunner:
         accepted = inspect.signature(model.forward).parameters
         self._takes_positions = "position_ids" in accepted
         self._takes_logits_to_keep = "logits_to_keep" in accepted
+        self._cache_argument = "past_key_values" if "past_key_values" in accepted else "cache_params"  # mamba
+        self._exchanged: Any = None
+        """What the model's attention was, while ours is in its place."""
+        self._windows: dict[int, int | None] = {}
+        """Sliding window each layer asked for in the last prefill."""
         self.forward_passes = 0
         self.path: Path = path or self._probe()
 
@@ -121,11 +126,23 @@ class ModelRunner:
             tolerance = _PROBE_TOLERANCE.get(self.dtype, 8e-2) * float(want.abs().max().clamp_min(1e-6))
             if not float(error) <= tolerance:
                 return f"logits differ by {float(error):.1e}"
+            if path == "shared_prefix" and self._windows_missing():
+                return "its sliding window never reaches the attention function"
         except (RuntimeError, TypeError, ValueError, KeyError, AttributeError, IndexError, NotImplementedError) as exc:
             if isinstance(exc, torch.OutOfMemoryError):
                 raise
             return f"{type(exc).__name__}: {str(exc).splitlines()[0] if str(exc) else 'no message'}"
         return None
+
+    def _windows_missing(self) -> bool:
+        """Whether a layer that should have a window asked for none (the probe is too short to see that in numbers)."""
+        window = getattr(self._text_config, "sliding_window", None)
+        if not window or not getattr(self._text_config, "use_sliding_window", True):
+            return False
+        types = getattr(self._text_config, "layer_types", None) or ["sliding_attention"] * self._num_layers
+        return any(
+            kind == "sliding_attention" and self._windows.get(layer) != window for layer, kind in enumerate(types)
+        )
 
     def path_for(self, prompt_tokens: int, max_gen_toks: int) -> Path:
         """The path for one prompt: rotary scaling that depends on the sequence's length needs care.
@@ -154,15 +171,49 @@ class ModelRunner:
     @contextmanager
     def active(self) -> Iterator[None]:
         """Our attention is the model's only in here, so the same object still serves log-likelihood requests."""
+        self._reset_rotary()
         if self.path != "shared_prefix":
             yield
             return
-        saved = _attention_of(self.model.config)
+        self._exchanged = _attention_of(self.model.config)
         try:
             self.model.set_attn_implementation(shared_prefix.NAME)
             yield
         finally:
-            self.model.set_attn_implementation(saved)
+            self.model.set_attn_implementation(self._exchanged)
+            self._exchanged = None
+
+    @contextmanager
+    def _own_attention(self) -> Iterator[None]:
+        """The model's own attention inside ``active``: for prompts that are recomputed beside others that share."""
+        if self._exchanged is None:
+            yield
+            return
+        self.model.set_attn_implementation(self._exchanged)
+        try:
+            yield
+        finally:
+            self.model.set_attn_implementation(shared_prefix.NAME)
+
+    def _recompute(self, ids: Tensor) -> Tensor:
+        """Logits of the last of ``ids`` (rows, tokens), by a plain forward pass of the whole sequence."""
+        with self._own_attention():
+            self._reset_rotary()
+            try:
+                return self._logits(ids, None, 0)
+            finally:
+                self._reset_rotary()
+
+    def _reset_rotary(self) -> None:
+        """``dynamic`` rotary scaling remembers the longest sequence it saw; numbers must not depend on other prompts."""
+        if self._rope_limit() is None:
+            return
+        for module in self.model.modules():
+            for name in [name for name in vars(module) if name.endswith("max_seq_len_cached")]:
+                prefix = name.removesuffix("max_seq_len_cached")
+                original = getattr(module, f"{prefix}original_inv_freq").to(self.device, copy=True)
+                module.register_buffer(f"{prefix}inv_freq", original, persistent=False)
+                setattr(module, name, module.original_max_seq_len)
 
     def prefill(self, token_ids: Sequence[int], path: Path | None = None) -> Prefix:
         """Read a prompt once, at batch 1. The prefix holds its KV and the logits of its last token."""
@@ -171,7 +222,7 @@ class ModelRunner:
         prefix = Prefix(length=ids.shape[1])
         if path == "recompute":
             prefix.token_ids = ids[0]
-            prefix.logits = self._logits(ids, None, 0)
+            prefix.logits = self._recompute(ids)
         elif path == "replicated":
             prefix.token_ids = ids[0]
             prefix.cache = DynamicCache(config=self.model.config)
@@ -179,8 +230,9 @@ class ModelRunner:
         else:
             cache = shared_prefix.SharedPrefixCache(self._num_layers)
             for start in range(0, prefix.length, PREFILL_CHUNK):
-                with shared_prefix.running(shared_prefix.Step(prefix=prefix, start=start)):
+                with shared_prefix.running(shared_prefix.Step(prefix=prefix, start=start)) as step:
                     prefix.logits = self._logits(ids[:, start : start + PREFILL_CHUNK], cache, start)
+                self._windows = step.windows
         assert prefix.logits is not None
         prefix.logits = prefix.logits.clone()  # (1, vocab); a view would keep the chunk's whole logits alive
         return prefix
@@ -223,23 +275,20 @@ class ModelRunner:
         length = group.prefix.length + group.length
         if group.cache is not None:
             positions = torch.full((tokens.shape[0], 1), length, device=self.device)
-            mask = torch.ones(tokens.shape[0], length + 1, dtype=torch.long, device=self.device)
-            return self._forward(tokens[:, None], group.cache, positions, mask)
+            return self._forward(tokens[:, None], group.cache, positions)
         assert group.prefix.token_ids is not None
         head = group.prefix.token_ids.expand(tokens.shape[0], -1)
         own = group.tokens[:, : group.length].to(head.dtype)
-        return self._logits(torch.cat([head, own, tokens[:, None]], dim=1), None, 0)
+        return self._recompute(torch.cat([head, own, tokens[:, None]], dim=1))
 
     def _logits(self, ids: Tensor, cache: Any, start: int) -> Tensor:
         positions = torch.arange(start, start + ids.shape[1], device=self.device)[None]
         return self._forward(ids, cache, positions)
 
-    def _forward(self, ids: Tensor, cache: Any, positions: Tensor, mask: Tensor | None = None) -> Tensor:
+    def _forward(self, ids: Tensor, cache: Any, positions: Tensor) -> Tensor:
         kwargs: dict[str, Any] = {"use_cache": cache is not None}
         if cache is not None:
-            kwargs["past_key_values"] = cache
-        if mask is not None:
-            kwargs["attention_mask"] = mask
+            kwargs[self._cache_argument] = cache
         if self._takes_positions:
             kwargs["position_ids"] = positions
         if self._takes_logits_to_keep:

@@ -35,6 +35,8 @@ class Step:
     """Prefill: position of the chunk's first token."""
     groups: Sequence[tuple[Prefix, SuffixPool]] = field(default_factory=list)
     """Decode: the groups in batch order. Rows beyond their sum are padding."""
+    windows: dict[int, int | None] = field(default_factory=dict)
+    """Out: the sliding window each layer asked for."""
 
 
 _step: Step | None = None
@@ -58,28 +60,15 @@ def _current() -> Step:
 
 
 class _Layer(CacheLayerMixin):
-    """Stores what a layer computes for the step in progress; holds nothing itself."""
+    """Tells the model where it is; holds nothing. Some models cache other things than they attend to (MLA: latents)."""
 
     is_sliding = False
-
-    def __init__(self, layer: int) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]  # transformers leaves it untyped
-        self.layer = layer
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         del key_states, value_states  # nothing to allocate: prefixes and pools allocate themselves
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        del args, kwargs
-        step = _current()
-        if step.prefix is not None:
-            key, value = step.prefix.store(self.layer, key_states, value_states, step.start)
-            return key[None], value[None]
-        first = 0
-        for _, pool in step.groups:
-            rows = slice(first, first + pool.rows)
-            pool.append(self.layer, key_states[rows], value_states[rows])
-            first += pool.rows
+        del args, kwargs  # what is stored are the keys and values that reach the attention function
         return key_states, value_states
 
     def get_seq_length(self) -> int:
@@ -100,7 +89,7 @@ class SharedPrefixCache(Cache):
     """The ``past_key_values`` of every forward pass of the engine."""
 
     def __init__(self, num_layers: int) -> None:
-        super().__init__(layers=[_Layer(layer) for layer in range(num_layers)])
+        super().__init__(layers=[_Layer() for _ in range(num_layers)])
 
 
 def attention_forward(
@@ -120,7 +109,7 @@ def attention_forward(
 
     Args:
         query: (1, heads, chunk, head_dim) in prefill, (rows padded, heads, 1, head_dim) in decode.
-        key, value: only their last dimension is looked at; what they attend to comes from the step.
+        key, value: (batch, kv_heads, chunk or 1, head_dim), the new positions; stored in the step's prefix or pools.
 
     Returns:
         (batch, tokens, heads, head_dim), contiguous, and None for the weights.
@@ -130,12 +119,13 @@ def attention_forward(
     layer = int(module.layer_idx)  # type: ignore[arg-type]  # every attention module of transformers carries an int
     heads, width = query.shape[1], query.shape[-1]
     scale = width**-0.5 if scaling is None else float(scaling)
+    step.windows[layer] = sliding_window
     if step.prefix is not None:
-        end = step.start + query.shape[2]
+        prefix_key, prefix_value = step.prefix.store(layer, key, value, step.start)
         out = step.backend.prefill(
             query,
-            step.prefix.keys[layer][:, :end],
-            step.prefix.values[layer][:, :end],
+            prefix_key,
+            prefix_value,
             start=step.start,
             scale=scale,
             window=sliding_window,
@@ -146,6 +136,8 @@ def attention_forward(
     parts = []
     first = 0
     for prefix, pool in step.groups:
+        rows = slice(first, first + pool.rows)
+        pool.append(layer, key[rows], value[rows])
         suffix_key, suffix_value = pool.layer(layer)
         prefix_key, prefix_value = prefix.keys[layer], prefix.values[layer]
         if sliding_window is not None:
@@ -155,7 +147,7 @@ def attention_forward(
             suffix_key, suffix_value = suffix_key[:, :, gone:], suffix_value[:, :, gone:]
         kv_heads = suffix_key.shape[1]
         out = step.backend.decode(
-            query[first : first + pool.rows, :, 0].reshape(pool.rows, kv_heads, heads // kv_heads, width),
+            query[rows, :, 0].reshape(pool.rows, kv_heads, heads // kv_heads, width),
             prefix_key,
             prefix_value,
             suffix_key,
