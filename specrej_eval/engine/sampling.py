@@ -50,15 +50,19 @@ def _mix(x: Tensor) -> Tensor:
     return x ^ _shift_right(x, 31)
 
 
-def uniform(keys: Tensor, rows: Tensor, steps: Tensor) -> Tensor:
+def row_stream(keys: Tensor, rows: Tensor) -> Tensor:
+    """A row's stream: int64, a function of (key, row). Computed once per row, not per step."""
+    return _mix(_mix(keys + _GAMMA) ^ (rows * _GAMMA))
+
+
+def uniform(streams: Tensor, steps: Tensor) -> Tensor:
     """One float64 in (0, 1) per element; a function of (key, row, step) and nothing else.
 
     Args:
-        keys, rows, steps: int64, broadcastable, any device.
+        streams: int64, from ``row_stream``.
+        steps: int64, broadcastable, same device.
     """
-    x = _mix(keys + _GAMMA)
-    x = _mix(x ^ (rows * _GAMMA))
-    x = _mix(x + (steps + 1) * _GAMMA)
+    x = _mix(streams + (steps + 1) * _GAMMA)
     return (_shift_right(x, 11).double() + 0.5) * 2.0**-53
 
 

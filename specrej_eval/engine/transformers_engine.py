@@ -214,19 +214,20 @@ class TransformersEngine:
                 if chosen:
                     places, rows = [place for place, _ in chosen], [row for _, row in chosen]
                     self._select(group, places, rows, group.num_sampled + plan.num_tokens)
+                    group.use_streams(session.key)
                     kept_groups.append(group)
             session.groups = kept_groups
             if plan.fresh:
                 rows = [self._new_row(session) for _ in range(plan.fresh)]
-                session.groups.append(
-                    Group.start(
-                        session.prefix,
-                        rows,
-                        capacity=plan.num_tokens,
-                        device=self.device,
-                        with_logprobs=session.with_logprobs,
-                    )
+                group = Group.start(
+                    session.prefix,
+                    rows,
+                    capacity=plan.num_tokens,
+                    device=self.device,
+                    with_logprobs=session.with_logprobs,
                 )
+                group.use_streams(session.key)
+                session.groups.append(group)
         session.in_pool = sorted(row for group in session.groups for row in group.row_ids)
         session.account.peak = session.account.held
 
@@ -361,9 +362,7 @@ class TransformersEngine:
             if not batch:
                 return
             started = time.perf_counter()
-            logits = self._next_logits([group for _, group in batch])
-            tokens, logprobs = self._draw(batch, logits)
-            del logits
+            tokens, logprobs = self._next_tokens(batch)
             emptied = self._commit(batch, tokens, logprobs)
             seconds = time.perf_counter() - started
             rows = sum(group.num_rows for _, group in batch) or 1
@@ -372,35 +371,38 @@ class TransformersEngine:
             if stop_early and emptied:
                 return
 
-    def _next_logits(self, groups: Sequence[Group]) -> list[Tensor]:
-        """Per group (rows, vocab), or (1, vocab) where no token has been drawn yet: the prompt's own logits."""
-        fed = [group for group in groups if group.num_sampled]
-        stepped: list[Tensor] = []
-        if fed:
-            last = torch.cat([group.tokens[:, group.num_sampled - 1] for group in fed]).to(torch.int64)
-            logits = self.runner.step(fed, last)
-            stepped = list(logits.split([group.num_rows for group in fed]))
-        out = []
-        for group in groups:
-            if group.num_sampled:
-                out.append(stepped.pop(0))
-            else:
-                assert group.prefix.logits is not None
-                out.append(group.prefix.logits)
-        return out
+    def _next_tokens(self, batch: Sequence[tuple[Session, Group]]) -> tuple[list[Tensor], list[Tensor | None]]:
+        """One forward pass, and each row's next token drawn from its own uniform.
 
-    def _draw(
-        self, batch: Sequence[tuple[Session, Group]], logits: list[Tensor]
-    ) -> tuple[list[Tensor], list[Tensor | None]]:
-        """Draw each row's next token from its own uniform. Per group: (rows,) ids and, if asked for, log-probs."""
-        tokens: list[Tensor] = []
-        logprobs: list[Tensor | None] = []
-        for (session, group), mine in zip(batch, logits, strict=True):
-            step = torch.tensor(group.num_sampled)  # 0-d on the host: a kernel argument, not a copy
-            drawn = sample(mine, uniform(session.key, group.ids, step), session.sampling)
-            tokens.append(drawn)
-            logprobs.append(logprobs_of(mine, drawn) if session.with_logprobs else None)
-        return tokens, logprobs
+        Returns:
+            Per group: (rows,) ids and, if asked for, (rows,) log-probs.
+        """
+        tokens: dict[int, Tensor] = {}
+        logprobs: dict[int, Tensor | None] = {}
+        fed = [(session, group) for session, group in batch if group.num_sampled]
+        parts: list[tuple[list[tuple[Session, Group]], Tensor]] = []
+        if fed:
+            last = torch.cat([group.tokens[:, group.num_sampled - 1] for _, group in fed]).to(torch.int64)
+            logits = self.runner.step([group for _, group in fed], last)  # (rows, vocab)
+            if len({(session.sampling, session.with_logprobs) for session, _ in fed}) == 1:
+                parts.append((fed, logits))
+            else:
+                split = logits.split([group.num_rows for _, group in fed])
+                parts += [([member], mine) for member, mine in zip(fed, split, strict=True)]
+        for session, group in batch:
+            if not group.num_sampled:  # nothing fed yet: all rows share the prompt's own logits, (1, vocab)
+                assert group.prefix.logits is not None
+                parts.append(([(session, group)], group.prefix.logits))
+        for members, logits in parts:
+            session = members[0][0]
+            streams = torch.cat([group.streams for _, group in members])
+            steps = torch.cat([group.steps for _, group in members])
+            drawn = sample(logits, uniform(streams, steps), session.sampling)
+            sizes = [group.num_rows for _, group in members]
+            scored = logprobs_of(logits, drawn).split(sizes) if session.with_logprobs else [None] * len(members)
+            for (_, group), mine, lps in zip(members, drawn.split(sizes), scored, strict=True):
+                tokens[id(group)], logprobs[id(group)] = mine, lps
+        return [tokens[id(group)] for _, group in batch], [logprobs[id(group)] for _, group in batch]
 
     def _commit(
         self, batch: Sequence[tuple[Session, Group]], tokens: list[Tensor], logprobs: list[Tensor | None]
@@ -416,10 +418,7 @@ class TransformersEngine:
             session.decode_tokens += rows
             if group.num_sampled:
                 group.advance()
-            group.tokens[:, group.num_sampled] = mine.to(torch.int32)
-            if lps is not None and group.logprobs is not None:
-                group.logprobs[:, group.num_sampled] = lps
-            group.num_sampled += 1
+            group.sampled(mine, lps)
             self._finish_rows(session, group, host_codes[first : first + rows])
             emptied |= session.num_live == 0
             first += rows
