@@ -132,7 +132,7 @@ def test_report_counts_only_the_newest_of_equal_runs(tmp_path: Path, capsys: pyt
     """lm-eval makes up a new folder name for every run that is given no `pretrained`."""
     new = {"sums": {"exact_match,none": 0.5, "exact_match_stderr,none": 0.1}}
     write_results(tmp_path / "newer", date=2.0, resolved=arguments(), scores=new)
-    write_results(tmp_path / "older", date=1.0, resolved=arguments())
+    write_results(tmp_path / "older", date=1.0, resolved=arguments(trace_path="elsewhere.jsonl"))
     text = report(capsys, tmp_path)
     assert "0.5000 ± 0.1000" in text and "0.7500" not in text
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from specrej_eval.errors import SpecRejError
 
+RECORDS = ("journal", "trace_path")
 ABSENT = "-"  # a run of another model has no reward and no ledger
 
 
@@ -34,8 +35,10 @@ class Run:
 
     @property
     def arguments(self) -> Mapping[str, Any]:
+        """The resolved arguments that say what was run, without those that only say where its records went."""
         arguments = self.ours.get("arguments")
-        return arguments if isinstance(arguments, Mapping) else {}
+        arguments = arguments if isinstance(arguments, Mapping) else {}
+        return {name: value for name, value in arguments.items() if name not in RECORDS}
 
     @property
     def identity(self) -> str:
