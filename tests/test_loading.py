@@ -441,7 +441,7 @@ def test_a_hub_name_that_cannot_be_fetched(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_every_host_argument_has_its_place() -> None:
-    places = [*loading.SUPPORTED, *loading.ABOUT_PROMPTS, *loading.UNSUPPORTED]
+    places = [*loading.SUPPORTED, *loading.ABOUT_TEXT, *loading.UNSUPPORTED]
     assert sorted(places) == sorted(HOST_ARGUMENTS)
 
 

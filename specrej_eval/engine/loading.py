@@ -38,8 +38,8 @@ SUPPORTED = (
 )
 """Host arguments that say how to load."""
 
-ABOUT_PROMPTS = ("chat_template_args", "enable_thinking", "max_length", "prefix_token_id")
-"""Host arguments that say how prompts are made: not read here."""
+ABOUT_TEXT = ("chat_template_args", "enable_thinking", "max_length", "prefix_token_id", "think_end_token")
+"""Host arguments that say how prompts are made and answers cut: not read here."""
 
 UNSUPPORTED = {
     "autogptq": "GPTQ checkpoints load by themselves (their config.json names the method; pip install gptqmodel).",
@@ -53,7 +53,6 @@ UNSUPPORTED = {
     "mixed_precision_dtype": "use dtype.",
     "parallelize": "use device_map=auto.",
     "softmax_dtype": "only lm-eval's log-likelihood requests use it; use --model specrej.",
-    "think_end_token": "cut the reasoning off the answer's text yourself; use --model specrej to have lm-eval do it.",
     "tp_plan": "use device_map=auto.",
     "truncation": "a prompt longer than the context is an error here; shorten it yourself.",
 }
