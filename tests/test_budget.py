@@ -10,6 +10,7 @@ from properties import ALPHAS
 from specrej_eval.budget import Budget, check_arguments, resolve
 from specrej_eval.config import RunConfig
 from specrej_eval.errors import ConfigError
+from specrej_eval.strategies.base import make_strategy
 
 
 def config(**args) -> RunConfig:
@@ -237,10 +238,32 @@ def test_resolved_numbers_given_back_resolve_to_themselves(args, prompt_tokens, 
     assert resolve(again, prompt_tokens) == budget
 
 
+@pytest.mark.parametrize(
+    "args",
+    [
+        {"first_look": 30, "kv_budget_tokens": 20 + 299},  # room for 9 rows of 33, but 30 was asked for
+        {"n": 1000, "kv_budget_tokens": 20 + 300, "strategy": "best_of_n"},  # waves: not even one token for each row
+        {"n": 16, "first_look": 500},  # later than the last token
+        {"n": 16, "kv_budget_tokens": 20 + 16 * 500 + 7},
+        {"max_gen_toks": 3},
+    ],
+)
+def test_resolved_numbers_are_taken_back_where_divisions_leave_a_remainder(args):
+    settings = config(**args)
+    budget = resolve(settings, 20)
+    again = settings.replace(n=budget.n, first_look=budget.first_look, kv_budget_tokens=budget.kv_budget_tokens)
+    check_arguments(again)
+    assert resolve(again, 20) == budget
+
+
+def test_the_first_look_that_was_asked_for_is_the_first_look_there_is():
+    budget = resolve(config(first_look=30, kv_budget_tokens=20 + 299), 20)
+    _, plan = make_strategy(config()).init(budget)
+    assert (plan.fresh, plan.num_tokens) == (9, 30), "nine rows could take 33 tokens, but 30 was asked for and recorded"
+
+
 @given(args=st.fixed_dictionaries(OPTIONAL), prompt_tokens=st.integers(1, 50), capacity_tokens=st.integers(0, 2000))
 def test_the_first_plan_of_a_strategy_is_the_budgets_n_and_first_look(args, prompt_tokens, capacity_tokens):
-    from specrej_eval.strategies.base import make_strategy
-
     settings, budget = resolved(args, prompt_tokens, capacity_tokens)
     _, plan = make_strategy(settings).init(budget)
     if settings.rejects:
