@@ -1,0 +1,14 @@
+"""The embedded demo pair: a tiny policy and a tiny reward model, trained from scratch by `specrej_eval.demo.train`.
+
+Importing this package never imports torch.
+"""
+
+from pathlib import Path
+
+POLICY_DIR: Path = Path(__file__).resolve().parent / "policy"
+"""Directory of the policy (`AutoModelForCausalLM`), with its tokenizer and chat template."""
+
+REWARD_DIR: Path = Path(__file__).resolve().parent / "reward"
+"""Directory of the reward model (`AutoModelForSequenceClassification`, one label), with its tokenizer and template."""
+
+__all__ = ["POLICY_DIR", "REWARD_DIR"]

@@ -1,0 +1,244 @@
+"""Trains, checks and saves the demo pair, from nothing: `python -m specrej_eval.demo.train`.
+
+Deterministic on one machine and one torch version: fixed seeds, one thread, stops counted in steps.
+Problem sets (see `arithmetic.split_of`): "train" for both models, "select" to choose the policy's snapshot and to look
+at the reward model while developing it, "test" (the task's file) only for the numbers of the last stage.
+"""
+
+import argparse
+import json
+import platform
+import random
+import resource
+from collections.abc import Callable
+from dataclasses import asdict
+from itertools import islice
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import transformers
+from transformers import GenerationConfig, LlamaForCausalLM, LlamaForSequenceClassification
+
+from specrej_eval.demo import POLICY_DIR, REWARD_DIR
+from specrej_eval.demo.arithmetic import (
+    NUM_OPERANDS,
+    Operands,
+    distinct_problems,
+    problems,
+    prompt,
+    question,
+    solution,
+)
+from specrej_eval.demo.evaluate import Samples, sample, score_samples, simulated_rejection, summary
+from specrej_eval.demo.language_model import (
+    LanguageModelArgs,
+    Snapshot,
+    StateDict,
+    train_further,
+    train_language_model,
+    with_weights,
+)
+from specrej_eval.demo.reward_model import RewardModelArgs, train_reward_model
+from specrej_eval.demo.tokenizer import EOS_ID, PAD_ID, build_tokenizer
+
+T = TypeVar("T")
+
+SEED = 0
+TARGET_PASS_AT_1 = 0.33
+NUM_SELECTION, SELECTION_SAMPLES = 256, 2
+NUM_TEST, TEST_SEED = 1200, 2
+NUM_POLICY_ANSWERS = 9600
+QUARTERS = (0.25, 0.5, 0.75)
+METRICS_FILE = Path(__file__).resolve().parent / "metrics.json"
+
+
+def selection_problems() -> list[Operands]:
+    """The problems on which the policy's snapshot is chosen."""
+    return distinct_problems("select", NUM_SELECTION, seed=1)
+
+
+def test_problems() -> list[Operands]:
+    """The problems of `tasks/specrej_arithmetic/test.jsonl`, in order."""
+    return distinct_problems("test", NUM_TEST, seed=TEST_SEED)
+
+
+def reward_training_problems() -> list[Operands]:
+    """The problems whose answers, sampled from the policy's snapshots, the reward model learns from."""
+    return list(islice(problems("train", random.Random(3)), NUM_POLICY_ANSWERS))
+
+
+def write_task_file(path: Path) -> None:
+    rows = (
+        {
+            "id": index,
+            "question": question(operands),
+            "prompt": prompt(operands),
+            "answer": str(sum(operands)),
+            "solution": solution(operands).strip(),
+        }
+        for index, operands in enumerate(test_problems())
+    )
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def policy_answers(args: LanguageModelArgs, snapshots: list[Snapshot]) -> list[tuple[Operands, str]]:
+    """One sampled answer to each training problem, in equal parts from every snapshot."""
+    chosen = reward_training_problems()
+    torch.manual_seed(SEED + 1)
+    answers: list[tuple[Operands, str]] = []
+    for place, snapshot in enumerate(snapshots):
+        part = chosen[place :: len(snapshots)]
+        drawn = sample(with_weights(args, snapshot.weights), part, 1)
+        answers += [(xs, row[0]) for xs, row in zip(part, drawn.texts, strict=True) if row[0]]
+    return answers
+
+
+def nearest_snapshots(snapshots: list[Snapshot], count: int = 3) -> list[Snapshot]:
+    """The snapshots nearest to the target pass@1; the first one is the policy."""
+    return sorted(snapshots, key=lambda snapshot: abs(snapshot.pass_at_1 - TARGET_PASS_AT_1))[:count]
+
+
+def looks_at(shares: tuple[float, ...], samples: Samples) -> list[int]:
+    """Numbers of tokens after which the given shares of a mean answer are decoded."""
+    return [round(share * float(samples.num_tokens.mean())) for share in shares]
+
+
+def evaluate_pair(
+    policy: LlamaForCausalLM,
+    reward: LlamaForSequenceClassification,
+    chosen: list[Operands],
+    num_samples: int,
+    num_rows: tuple[int, ...],
+) -> dict[str, Any]:
+    """Summary of the pair on the given problems, and simulated rejection with looks every 1/8 and 1/4 of an answer."""
+    torch.manual_seed(SEED + 2)
+    greedy = sample(policy, chosen, 1, greedy=True)
+    samples = sample(policy, chosen, num_samples)
+    looks = looks_at(QUARTERS, samples)
+    fine = sorted({20, 40, 60, 80, *looks})
+    scored = score_samples(reward, samples, fine)
+    return {
+        **summary(scored, greedy),
+        "simulated_rejection": [
+            simulated_rejection(scored.at_looks(chosen_looks), rows)
+            for chosen_looks in (looks, [20, 40, 60, 80])
+            for rows in num_rows
+            if rows <= num_samples
+        ],
+    }
+
+
+def cached(folder: Path | None, name: str, compute: Callable[[], T]) -> T:
+    """The stage's outcome, read from the folder if it is there."""
+    if folder is None:
+        return compute()
+    path = folder / f"{name}.pt"
+    if not path.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        torch.save(compute(), path)
+    outcome: T = torch.load(path, weights_only=False)
+    return outcome
+
+
+def save(model: LlamaForCausalLM | LlamaForSequenceClassification, folder: Path) -> None:
+    """fp16 safetensors, the tokenizer and its chat template."""
+    if isinstance(model, LlamaForCausalLM):
+        model.generation_config = GenerationConfig(eos_token_id=EOS_ID, pad_token_id=PAD_ID)
+    weights: Any = model  # `half` is not annotated
+    weights.half().save_pretrained(folder)
+    build_tokenizer().save_pretrained(folder)
+
+
+def cpu_seconds() -> float:
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    return usage.ru_utime + usage.ru_stime
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--policy-dir", type=Path, default=POLICY_DIR)
+    parser.add_argument("--reward-dir", type=Path, default=REWARD_DIR)
+    parser.add_argument("--metrics-file", type=Path, default=METRICS_FILE)
+    parser.add_argument("--task-file", type=Path, help="also write the task's problems to this file")
+    parser.add_argument("--cache", type=Path, help="folder that keeps each stage's outcome, for a later run to reuse")
+    parser.add_argument("--on", choices=("test", "select"), default="test", help="problems for the reported numbers")
+    args = parser.parse_args()
+
+    torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(True)
+    if args.task_file:
+        write_task_file(args.task_file)
+    lm_args, rm_args = LanguageModelArgs(), RewardModelArgs()
+    times: dict[str, float] = {}
+    start = cpu_seconds()
+
+    def policy_run() -> tuple[StateDict, list[Snapshot]]:
+        model, taken = train_language_model(lm_args, selection_problems(), SELECTION_SAMPLES, SEED)
+        return model.state_dict(), taken
+
+    def further_run() -> StateDict:
+        model = with_weights(lm_args, trained)
+        train_further(lm_args, model, SEED + 4)
+        return model.state_dict()
+
+    trained, snapshots = cached(args.cache, "language_model", policy_run)
+    times["language_model"], start = cpu_seconds() - start, cpu_seconds()
+
+    nearest = nearest_snapshots(snapshots)
+    policy = with_weights(lm_args, nearest[0].weights)
+    save(policy, args.policy_dir)
+    answers = cached(args.cache, "policy_answers", lambda: policy_answers(lm_args, nearest))
+    times["policy_answers"], start = cpu_seconds() - start, cpu_seconds()
+
+    language_model = with_weights(lm_args, cached(args.cache, "further", further_run))
+    times["language_model_further"], start = cpu_seconds() - start, cpu_seconds()
+
+    reward = train_reward_model(rm_args, language_model, answers, SEED)
+    save(reward, args.reward_dir)
+    times["reward_model"], start = cpu_seconds() - start, cpu_seconds()
+
+    # What is measured is what was saved: fp16 weights, read back, computed in fp32.
+    policy = LlamaForCausalLM.from_pretrained(args.policy_dir, dtype=torch.float32).eval()
+    reward = LlamaForSequenceClassification.from_pretrained(args.reward_dir, dtype=torch.float32).eval()
+    torch.manual_seed(SEED + 3)
+    strong = sample(language_model, selection_problems(), 1)
+    if args.on == "test":
+        numbers = evaluate_pair(policy, reward, test_problems(), 16, (8, 16))
+        numbers["first_300_problems_64_samples"] = evaluate_pair(
+            policy, reward, test_problems()[:300], 64, (16, 32, 64)
+        )
+    else:
+        numbers = evaluate_pair(policy, reward, selection_problems(), 32, (8, 16, 32))
+    times["evaluation"] = cpu_seconds() - start
+
+    metrics = {
+        "problems": args.on,
+        **numbers,
+        "selection": {
+            "policy_step": nearest[0].step,
+            "pass@1_on_selection_problems": nearest[0].pass_at_1,
+            "snapshots": {snapshot.step: snapshot.pass_at_1 for snapshot in snapshots},
+            "answers_from_steps": [snapshot.step for snapshot in nearest],
+            "fully_trained_pass@1_on_selection_problems": float(strong.correct.mean()),
+        },
+        "parameters": {"policy": policy.num_parameters(), "reward": reward.num_parameters()},
+        "bytes": {
+            name: sum(file.stat().st_size for file in folder.iterdir())
+            for name, folder in (("policy", args.policy_dir), ("reward", args.reward_dir))
+        },
+        "cpu_seconds": {name: round(seconds) for name, seconds in times.items()},
+        "arguments": {"language_model": asdict(lm_args), "reward_model": asdict(rm_args), "seed": SEED},
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
+        "num_operands": NUM_OPERANDS,
+    }
+    args.metrics_file.write_text(json.dumps(metrics, indent=1) + "\n")
+    print(json.dumps(metrics, indent=1))
+
+
+if __name__ == "__main__":
+    main()
