@@ -262,10 +262,16 @@ def test_micro_batches_hold_few_enough_tokens_and_keep_row_order() -> None:
 
 
 def test_the_split_does_not_hang_on_row_order() -> None:
-    texts = [f"{'very ' * (i % 3)}good {i}" for i in range(12)]
+    texts = [f"{'very ' * (i % 2)}good {i}" for i in range(10, 50)]  # many of one length
     reward = scorer(max_padded_tokens=200)
-    forward = reward.score(HELLO, rows(*texts))
-    assert reward.score(HELLO, rows(*texts[::-1]))[::-1] == forward  # bit for bit
+    forward = reward._forward
+    batches: list[list[Any]] = []
+    reward._forward = lambda batch: (batches.append(batch), forward(batch))[1]  # type: ignore[method-assign]
+    scores = reward.score(HELLO, rows(*texts))
+    first = batches[:]
+    batches.clear()
+    assert reward.score(HELLO, rows(*texts[::-1]))[::-1] == scores  # bit for bit
+    assert batches == first
 
 
 def test_a_sequence_longer_than_a_micro_batch_is_still_scored() -> None:

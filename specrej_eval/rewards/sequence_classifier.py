@@ -5,8 +5,8 @@ are pooled here, at the last attended token, with the head in float32. transform
 is not ``pad_token_id``: with pad == eos it silently reads one token too early. bfloat16 logits between 16 and 32 are
 0.125 apart, so best-of-n would be full of ties. Encoders (BERT, DeBERTa, ...) pool in their own way: their own forward.
 
-Where we differ from the reference code of Speculative Rejection: it makes pad = eos and pads on the left, renders the
-template to text and tokenises that again (a second BOS), and scores all rows in batches of a fixed number of rows.
+Where we differ from the reference code of Speculative Rejection: it sets pad = eos and pads on the left, so its scores
+depend on the pooling rule above.
 """
 
 from __future__ import annotations
