@@ -34,7 +34,8 @@ def load(**args: Any) -> Generator:
     from specrej_eval.rewards.base import check_reward, make_reward
 
     check_checkpoint(config, host)
-    check_reward(config)
+    token = host.get("token")
+    check_reward(config, token=token)
     model, tokenizer = load_model_and_tokenizer(config, host)
     template_args = as_dict("chat_template_args", host.get("chat_template_args") or {})
     if host.get("enable_thinking") is not None:
@@ -47,7 +48,7 @@ def load(**args: Any) -> Generator:
         add_bos_token=host.get("add_bos_token"),
         chat_template_args=template_args,
     )
-    reward = make_reward(config, device=config.reward_device or str(engine.device))
+    reward = make_reward(config, device=config.reward_device or str(engine.device), token=token)
     identity: dict[str, Any] = {
         name: host[name] for name in ("revision", "subfolder", "gguf_file", "peft", "tokenizer") if name in host
     }
