@@ -89,7 +89,7 @@ class SharedPrefixCache(Cache):
     """The ``past_key_values`` of every forward pass of the engine."""
 
     def __init__(self, num_layers: int) -> None:
-        super().__init__(layers=[_Layer() for _ in range(num_layers)])
+        super().__init__(layers=[_Layer() for _ in range(num_layers)])  # type: ignore[no-untyped-call]  # an untyped base
 
 
 def attention_forward(
