@@ -19,14 +19,14 @@ class Group:
     """Rows that share a prefix and a length. Row order inside a group means nothing; ``row_ids`` says who is where."""
 
     def __init__(
-        self, prefix: Prefix, row_ids: list[int], *, pool: SuffixPool | None, cache: Any, capacity: int, device: Any
+        self, prefix: Prefix, row_ids: list[int], *, pool: SuffixPool | None, capacity: int, device: Any
     ) -> None:
         self.prefix = prefix
         self.row_ids = row_ids
         self.pool = pool
         """Suffix KV on the shared-prefix path."""
-        self.cache = cache
-        """A transformers cache on the replicated path; both None on the recompute path."""
+        self.cache: Any = None
+        """A transformers cache on the replicated path. None: the next step makes it (again), from the prefix's."""
         self.length = 0
         """Tokens fed: positions whose KV is stored."""
         self.num_sampled = 0
@@ -46,15 +46,11 @@ class Group:
         cls, prefix: Prefix, row_ids: list[int], *, capacity: int, device: torch.device, with_logprobs: bool = False
     ) -> Group:
         """Fresh rows behind a prefix; ``capacity`` = tokens each row may reach before the next ``select``."""
-        pool, cache = None, None
+        pool = None
         if prefix.keys:
             pool = SuffixPool(len(row_ids), align=CPU_TOKEN_ALIGN if device.type == "cpu" else 1)
             pool.reserve(capacity)
-        elif prefix.cache is not None:
-            cache = copy.deepcopy(prefix.cache)
-            # not batch_repeat_interleave, which layers with a recurrent state lack
-            cache.reorder_cache(torch.zeros(len(row_ids), dtype=torch.int64, device=device))
-        group = cls(prefix, row_ids, pool=pool, cache=cache, capacity=capacity, device=device)
+        group = cls(prefix, row_ids, pool=pool, capacity=capacity, device=device)
         if with_logprobs:
             group.logprobs = torch.empty(len(row_ids), capacity, dtype=torch.float32, device=device)
         return group
@@ -85,17 +81,27 @@ class Group:
     def select(self, places: Sequence[int], row_ids: list[int], capacity: int) -> None:
         """Gather the rows at ``places`` (duplicates fork) under new row ids, with room for ``capacity`` tokens."""
         index = torch.tensor(list(places), dtype=torch.int64, device=self._device)
+        # everything that may run out of memory comes before the first change
+        tokens = self._grown(self.tokens, index, capacity)
+        logprobs = None if self.logprobs is None else self._grown(self.logprobs, index, capacity)
+        positions, steps = self.positions[index], self.steps[index]
+        ids = torch.tensor(row_ids, dtype=torch.int64, device=self._device)
         if self.pool is not None:
             self.pool.select(index, capacity)
-        elif self.cache is not None:
-            self.cache.reorder_cache(index)
-        self.tokens = self._grown(self.tokens, index, capacity)
-        if self.logprobs is not None:
-            self.logprobs = self._grown(self.logprobs, index, capacity)
-        self.positions, self.steps = self.positions[index], self.steps[index]
+        self._reorder_cache(index)
+        self.tokens, self.logprobs, self.positions, self.steps, self.ids = tokens, logprobs, positions, steps, ids
         self.row_ids = row_ids
-        self.ids = torch.tensor(row_ids, dtype=torch.int64, device=self._device)
         self.capacity = max(self.capacity, capacity)
+
+    def _reorder_cache(self, index: Tensor) -> None:
+        cache, self.cache = self.cache, None
+        if cache is None:
+            return
+        try:
+            cache.reorder_cache(index)
+        except torch.OutOfMemoryError:
+            return  # some layers are reordered and some are not: it is made again
+        self.cache = cache
 
     def _grown(self, buffer: Tensor, index: Tensor, capacity: int) -> Tensor:
         new = buffer.new_empty(index.shape[0], max(self.capacity, capacity))
@@ -108,11 +114,10 @@ class Group:
         rows = self.num_rows - len(gone)
         holes = sorted(place for place in gone if place < rows)
         sources = [place for place in range(rows, self.num_rows) if place not in gone]
-        if self.cache is not None:
-            order = list(range(rows))
-            for hole, source in zip(holes, sources, strict=True):
-                order[hole] = source
-            self.cache.reorder_cache(torch.tensor(order, dtype=torch.int64, device=self._device))
+        order = list(range(rows))
+        for hole, source in zip(holes, sources, strict=True):
+            order[hole] = source
+        self._reorder_cache(torch.tensor(order, dtype=torch.int64, device=self._device))
         hole_index = torch.tensor(holes, dtype=torch.int64, device=self._device)
         source_index = torch.tensor(sources, dtype=torch.int64, device=self._device)
         if self.pool is not None:
@@ -134,10 +139,7 @@ class Group:
         rest = copy.copy(self)
         if self.pool is not None:
             rest.pool = self.pool.split(at)
-        elif self.cache is not None:
-            rest.cache = copy.deepcopy(self.cache)
-            rest.cache.reorder_cache(torch.arange(at, self.num_rows, device=self._device))
-            self.cache.reorder_cache(torch.arange(at, device=self._device))
+        self.cache = rest.cache = None
         rest.row_ids, self.row_ids = self.row_ids[at:], self.row_ids[:at]
         for name in ("ids", "tokens", "positions", "steps", "streams", "logprobs"):
             whole = getattr(self, name)
@@ -147,7 +149,8 @@ class Group:
         return rest
 
     def park(self) -> None:
-        """Move the KV to host memory."""
+        """Move the KV to host memory; a transformers cache is let go, and made again when it is needed."""
+        self.cache = None
         if self.pool is not None:
             self.pool.to("cpu")
 

@@ -127,10 +127,16 @@ class SuffixPool:
         self.capacity = max(self.capacity, -(-capacity // self._align) * self._align)
         for store in (self._keys, self._values):
             for layer, old in store.items():
-                new = old.new_empty(rows, old.shape[1], self.capacity, old.shape[3])
-                new[:, :, : self.length] = old[:, :, : self.length].index_select(0, index.to(old.device))
-                store[layer] = new
+                try:
+                    store[layer] = self._gathered(old, index)
+                except torch.OutOfMemoryError:  # this layer goes to the host; ``to`` brings it back
+                    store[layer] = self._gathered(old.cpu(), index)
         self.rows = rows
+
+    def _gathered(self, old: Tensor, index: Tensor) -> Tensor:
+        new = old.new_empty(index.shape[0], old.shape[1], self.capacity, old.shape[3])
+        new[:, :, : self.length] = old[:, :, : self.length].index_select(0, index.to(old.device))
+        return new
 
     def drop(self, sources: Tensor, holes: Tensor, rows: int) -> None:
         """Move rows ``sources`` into ``holes`` and forget everything from ``rows`` on: O(rows dropped), no gather."""

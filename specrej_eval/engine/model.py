@@ -10,6 +10,7 @@ Three paths, the best that gives right numbers is taken (a probe at start compar
 
 from __future__ import annotations
 
+import copy
 import inspect
 import logging
 from collections.abc import Iterator, Sequence
@@ -205,7 +206,7 @@ class ModelRunner:
                 self._reset_rotary()
 
     def _reset_rotary(self) -> None:
-        """``dynamic`` rotary scaling remembers the longest sequence it saw; numbers must not depend on other prompts."""
+        """``dynamic`` rotary scaling remembers the longest sequence it saw; numbers may not depend on other prompts."""
         if self._rope_limit() is None:
             return
         for module in self.model.modules():
@@ -272,14 +273,27 @@ class ModelRunner:
         return logits[:rows]
 
     def _step_plain(self, group: Group, tokens: Tensor) -> Tensor:
-        length = group.prefix.length + group.length
-        if group.cache is not None:
-            positions = torch.full((tokens.shape[0], 1), length, device=self.device)
-            return self._forward(tokens[:, None], group.cache, positions)
+        positions = group.positions[:, None]
+        if group.prefix.cache is not None:
+            # a step that fails half way leaves a cache that holds it in some layers: nobody may find that one
+            cache, group.cache = group.cache or self._replicated(group), None
+            logits = self._forward(tokens[:, None], cache, positions)
+            group.cache = cache
+            return logits
         assert group.prefix.token_ids is not None
         head = group.prefix.token_ids.expand(tokens.shape[0], -1)
         own = group.tokens[:, : group.length].to(head.dtype)
         return self._recompute(torch.cat([head, own, tokens[:, None]], dim=1))
+
+    def _replicated(self, group: Group) -> Any:
+        """The prompt's cache for every row. The rows' own tokens are fed again, should an earlier cache be lost."""
+        cache = copy.deepcopy(group.prefix.cache)
+        # not batch_repeat_interleave, which layers with a recurrent state lack
+        cache.reorder_cache(torch.zeros(group.num_rows, dtype=torch.int64, device=self.device))
+        for place in range(group.length):
+            positions = group.positions[:, None] - group.length + place
+            self._forward(group.tokens[:, place : place + 1].to(torch.int64), cache, positions)
+        return cache
 
     def _logits(self, ids: Tensor, cache: Any, start: int) -> Tensor:
         positions = torch.arange(start, start + ids.shape[1], device=self.device)[None]

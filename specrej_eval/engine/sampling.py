@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 # splitmix64 (Steele, Lea & Flood 2014), constants as signed 64-bit integers
 _GAMMA = -7046029254386353131
@@ -63,7 +64,7 @@ def uniform(streams: Tensor, steps: Tensor) -> Tensor:
         steps: int64, broadcastable, same device.
     """
     x = _mix(streams + (steps + 1) * _GAMMA)
-    return (_shift_right(x, 11).double() + 0.5) * 2.0**-53
+    return (_shift_right(x, 12).double() + 0.5) * 2.0**-52  # 52 bits: with 53, adding a half could round up to 1
 
 
 def sample(logits: Tensor, uniforms: Tensor, params: SamplingParams) -> Tensor:
@@ -100,7 +101,10 @@ def _sample_chunk(logits: Tensor, uniforms: Tensor, params: SamplingParams) -> T
 
 
 def filtered(logits: Tensor, params: SamplingParams) -> tuple[Tensor, Tensor | None]:
-    """Probabilities after temperature, top_k, top_p and min_p, in float64.
+    """Probabilities after temperature, top_k, top_p and min_p, in float64. Each row's depend on that row alone.
+
+    Candidates are in order of falling probability, ties in order of token id, so that where they came from (a top-k
+    kernel, or the whole vocabulary sorted) cannot be seen in what is drawn.
 
     Returns:
         (rows, candidates) probabilities, 0 where filtered out, not renormalised, and the candidates' token ids
@@ -110,19 +114,17 @@ def filtered(logits: Tensor, params: SamplingParams) -> tuple[Tensor, Tensor | N
     scores = logits.float() / params.temperature
     if 0 < params.top_k < vocab:
         width = min(params.top_k + TIE_SLACK, vocab)
-        values, tokens = scores.topk(width, dim=-1)  # sorted, descending
+        values, tokens = _most_likely(scores, width)
         kth = values[:, params.top_k - 1 : params.top_k]
-        if width < vocab and bool((values[:, -1:] == kth).any()):
-            return _filtered_by_sorting(scores, params)
-        values = values.masked_fill(values < kth, float("-inf"))
-        return _nucleus(values.double().softmax(-1), params), tokens
+        long_tie = (values[:, -1] == kth[:, 0]) & (width < vocab)
+        probabilities = _nucleus(values.masked_fill(values < kth, float("-inf")).double().softmax(-1), params)
+        return _with_sorted_rows(probabilities, tokens, scores, long_tie, params)
     if params.top_p < 1:
-        if vocab > TOP_P_CANDIDATES:
-            values, tokens = scores.topk(TOP_P_CANDIDATES, dim=-1)
-            mass = (values.double() - scores.double().logsumexp(-1, keepdim=True)).exp()
-            if bool((mass.sum(-1) >= params.top_p).all()):
-                return _nucleus(mass, params), tokens
-        return _filtered_by_sorting(scores, params)
+        width = min(TOP_P_CANDIDATES, vocab)
+        values, tokens = _most_likely(scores, width)
+        mass = (values.double() - scores.double().logsumexp(-1, keepdim=True)).exp()
+        too_flat = (mass.sum(-1) < params.top_p) & (width < vocab)
+        return _with_sorted_rows(_nucleus(mass, params), tokens, scores, too_flat, params)
     probabilities = scores.double().softmax(-1)
     if params.min_p > 0:
         floor = params.min_p * probabilities.amax(-1, keepdim=True)
@@ -130,12 +132,32 @@ def filtered(logits: Tensor, params: SamplingParams) -> tuple[Tensor, Tensor | N
     return probabilities, None
 
 
-def _filtered_by_sorting(scores: Tensor, params: SamplingParams) -> tuple[Tensor, Tensor]:
-    """The slow way: the whole vocabulary sorted. Reached by long ties and by very flat distributions only."""
-    values, tokens = scores.sort(dim=-1, descending=True, stable=True)
+def _most_likely(scores: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """The ``width`` largest scores of each row, falling, ties by token id, and their token ids."""
+    if width == scores.shape[-1]:
+        values, tokens = scores.sort(dim=-1, descending=True, stable=True)
+        return values, tokens
+    tokens = scores.topk(width, dim=-1).indices.sort(-1).values
+    values, order = scores.gather(-1, tokens).sort(dim=-1, descending=True, stable=True)
+    return values, tokens.gather(-1, order)
+
+
+def _with_sorted_rows(
+    probabilities: Tensor, tokens: Tensor, scores: Tensor, unsure: Tensor, params: SamplingParams
+) -> tuple[Tensor, Tensor]:
+    """Do the rows marked ``unsure`` over by sorting their whole vocabulary; pad the others to its width.
+
+    Reached by long ties and by very flat distributions only.
+    """
+    if not bool(unsure.any()):
+        return probabilities, tokens
+    missing = scores.shape[-1] - tokens.shape[-1]
+    probabilities, tokens = functional.pad(probabilities, (0, missing)), functional.pad(tokens, (0, missing))
+    values, tokens[unsure] = scores[unsure].sort(dim=-1, descending=True, stable=True)
     if 0 < params.top_k < scores.shape[-1]:
         values = values.masked_fill(values < values[:, params.top_k - 1 : params.top_k], float("-inf"))
-    return _nucleus(values.double().softmax(-1), params), tokens
+    probabilities[unsure] = _nucleus(values.double().softmax(-1), params)
+    return probabilities, tokens
 
 
 def _nucleus(probabilities: Tensor, params: SamplingParams) -> Tensor:
