@@ -131,7 +131,9 @@ def test_rows_in_another_order_give_the_same_rows_in_that_order(case, seed):
 
 
 @pytest.mark.parametrize(
-    "transform", [lambda x: 3 * x - 7, lambda x: x**3, lambda x: math.exp(x / 4), math.atan], ids=str
+    "transform",
+    [lambda x: 3 * x - 7, lambda x: x**3, lambda x: math.exp(x / 4), math.atan],
+    ids=["line", "cube", "exp", "atan"],
 )
 @given(case=cases())
 def test_any_increasing_transform_of_the_rewards_gives_the_same_run(transform, case):
