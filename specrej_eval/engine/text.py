@@ -28,6 +28,8 @@ class Detokenizer:
 
     def __init__(self, tokenizer: Any, *, think_end_token: str | int | None = None) -> None:
         self.tokenizer = tokenizer
+        if isinstance(think_end_token, str) and think_end_token in tokenizer.all_special_tokens:
+            think_end_token = int(tokenizer.convert_tokens_to_ids(think_end_token))  # it is stripped from clean text
         self.think_end_token = think_end_token
         self._pieces: list[str] | None = None
 

@@ -208,9 +208,11 @@ class TransformersEngine:
             for row in live.keys() - seen:
                 self._record_rows(session, *live[row], "rejected")
             kept_groups = []
+            session.account.hold(
+                sum((len(wanted.get(id(group), [])) - group.num_rows) * group.num_sampled for group in session.groups)
+            )
             for group in session.groups:
                 chosen = wanted.get(id(group), [])
-                session.account.hold((len(chosen) - group.num_rows) * group.num_sampled)
                 if chosen:
                     places, rows = [place for place, _ in chosen], [row for _, row in chosen]
                     self._select(group, places, rows, group.num_sampled + plan.num_tokens)
