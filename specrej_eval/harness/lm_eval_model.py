@@ -39,6 +39,11 @@ logger = logging.getLogger("lm_eval.models.specrej")  # below lm-eval's own logg
 
 VERSIONS = ("specrej_eval", "lm_eval", "torch", "transformers")
 FINGERPRINT = "specrej:fingerprint"
+_NOT_WITH_HFLM = {
+    "device_map": "use parallelize=True.",
+    "max_memory": "use parallelize=True with max_memory_per_gpu= and max_cpu_memory=.",
+    "quantization_config": "it reads the one in the checkpoint's config.json; or give a loaded model in Python.",
+}
 _NEVER_CHANGES_RESULTS = {"batch_size", "trace_path", "journal", "device", "reward_device", "logprobs"}
 
 
@@ -54,8 +59,11 @@ class SpecRejLM(HFLM):
     ``--batch_size`` as they would with ``--model hf``, whose numbers they reproduce; the reward model has no part in
     them.
 
+    ``max_gen_toks`` holds for tasks that set none of their own; ``--gen_kwargs max_gen_toks=...`` overrides those too.
+
     Raises:
         ConfigError: before anything is loaded, if an argument is unknown, wrong, or disagrees with another.
+        CheckpointError: likewise, if a checkpoint is missing or of the wrong kind.
     """
 
     default_strategy: ClassVar[str] = "speculative_rejection"
@@ -73,8 +81,7 @@ class SpecRejLM(HFLM):
         host_batch_size, notes = _merge(arguments, harness_options or {})
         config, host = RunConfig.from_args(arguments)
         budget.check_arguments(config, max_gen_toks_known="max_gen_toks" in arguments)
-        if host.get("backend") == "seq2seq":
-            raise _seq2seq_refused()
+        _check_host_arguments(host)
         self.embedded_demo_pair = config.pretrained is None
         policy = _checked_checkpoints(config, host, language_model=loaded is None)
 
@@ -357,6 +364,17 @@ def _merge(arguments: dict[str, Any], harness: Mapping[str, Any]) -> tuple[int |
         if arguments.setdefault(name, value) != value and value != "cuda:0":
             notes.append(f"{name}={arguments[name]} in model_args wins over --{name} {value}.")
     return host_batch_size, notes
+
+
+def _check_host_arguments(host: Mapping[str, Any]) -> None:
+    """Raises:
+    ConfigError: a name that HFLM takes but cannot make use of.
+    """
+    if host.get("backend") == "seq2seq":
+        raise _seq2seq_refused()
+    for name, remedy in _NOT_WITH_HFLM.items():
+        if host.get(name) is not None:
+            raise ConfigError(f"{name}={host[name]!r} has no effect on lm-eval's own loader.", hint=remedy)
 
 
 def _checked_checkpoints(config: RunConfig, host: Mapping[str, Any], *, language_model: bool) -> dict[str, str]:
