@@ -5,6 +5,7 @@ The language model and the reward model are held to the same rules with the same
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Mapping
@@ -175,6 +176,29 @@ def _check_weight_file(argument: str, path: Path) -> None:
             f"{argument}: {str(path)!r} has {size} bytes, but its header promises {expected}.",
             hint="the download or copy is not complete.",
         )
+
+
+_STAMPED = (*WEIGHT_PATTERNS, *INDEX_PATTERNS, "*.gguf", "*.json", "*.jinja", "*.model", "*.txt")
+_SAMPLE_BYTES = 1 << 20
+
+
+def stamp(name: str | None) -> str | None:
+    """A digest of what lies in a checkpoint folder, so that a record made with other weights is noticed.
+
+    Names, sizes, and the first and last megabyte of every file; None for anything that is not a folder (a hub name is
+    told apart by its revision).
+    """
+    if name is None or not Path(name).expanduser().is_dir():
+        return None
+    digest = hashlib.sha256()
+    folder = Path(name).expanduser()
+    for path in sorted({path for pattern in _STAMPED for path in folder.glob(pattern)}):
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            head = file.read(_SAMPLE_BYTES)
+            file.seek(max(0, size - _SAMPLE_BYTES))
+            digest.update(f"{path.name}\0{size}\0".encode() + head + file.read())
+    return digest.hexdigest()
 
 
 def check_tokenizer_files(argument: str, folder: Path) -> None:

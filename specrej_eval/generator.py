@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from specrej_eval import budget as budgets
 from specrej_eval.budget import Budget
+from specrej_eval.checkpoint import DEMO_POLICY, DEMO_REWARD, stamp
 from specrej_eval.config import MAX, RunConfig, checked_until
 from specrej_eval.core import (
     GenerationResult,
@@ -111,8 +112,9 @@ class Generator:
         self.identity = dict(identity or {})
         self._tracer: Tracer | None = None
         self._journal: Journal | None = None
+        self._capacity: int | None = None
 
-    # ---- the public call -----------------------------------------------------------------------------------------
+    # the public call
 
     def generate(
         self,
@@ -154,7 +156,7 @@ class Generator:
         results = dict(self.run(requests, progress=len(requests) > 1))
         return [results[index] for index in range(len(requests))]
 
-    # ---- the loop ------------------------------------------------------------------------------------------------
+    # the loop
 
     def run(self, requests: Sequence[Request], *, progress: bool = True) -> Iterator[tuple[int, GenerationResult]]:
         """Answer requests; yields ``(index, result)`` as each finishes.
@@ -165,9 +167,9 @@ class Generator:
             ConfigError, PromptError: before anything is decoded.
             RewardError, OutOfMemoryError: what finished before has been yielded, traced and journalled.
         """
-        work = self._checked(requests)
-        tracer = self._open_tracer()
         journal = self._open_journal()
+        work = self._checked(requests, journal)
+        tracer = self._open_tracer()
         scheduler = Scheduler(self._not_in(journal, work), batch_size=self.config.batch_size)
         bar = _Progress(len(requests), shown=progress)
         running: list[_Running] = []
@@ -200,17 +202,25 @@ class Generator:
                 self.engine.close(work_left.session)
             bar.close()
 
-    def _checked(self, requests: Sequence[Request]) -> list[tuple[int, Request, Budget]]:
+    def _checked(self, requests: Sequence[Request], journal: Journal | None) -> list[tuple[int, Request, Budget]]:
         checked = []
-        capacity: int | None = None
         for index, request in enumerate(requests):
             self.engine.check(request.prompt, request.config)
-            if request.config.n == MAX and capacity is None:
-                longest = max(other.prompt.num_tokens for other in requests)
-                capacity = self.engine.capacity_tokens(self.config, longest)
-            budget = budgets.resolve(request.config, request.prompt.num_tokens, capacity_tokens=capacity)
+            if request.config.n == MAX and self._capacity is None:
+                self._capacity = self._measured_capacity(requests, journal)
+            budget = budgets.resolve(request.config, request.prompt.num_tokens, capacity_tokens=self._capacity)
             checked.append((index, request, budget))
         return checked
+
+    def _measured_capacity(self, requests: Sequence[Request], journal: Journal | None) -> int:
+        """Tokens of KV that memory holds: measured once in a run; a resumed run takes the journal's number."""
+        if journal is not None and journal.capacity_tokens is not None:
+            return journal.capacity_tokens
+        longest = max(request.prompt.num_tokens for request in requests)
+        capacity = self.engine.capacity_tokens(self.config, longest)
+        if journal is not None:
+            journal.put_capacity(capacity)
+        return capacity
 
     def _open(self, index: int, request: Request, budget: Budget) -> _Running:
         strategy = make_strategy(request.config)
@@ -338,7 +348,7 @@ class Generator:
             nan_rewards=work.nan_rewards,
         )
 
-    # ---- records -------------------------------------------------------------------------------------------------
+    # records
 
     def describe(self) -> dict[str, Any]:
         """Engine, reward model and versions, for results and traces."""
@@ -358,6 +368,8 @@ class Generator:
                 "pretrained": self.config.pretrained,
                 "reward_model": self.reward.name,
                 "reward_family": self.config.reward_family,
+                "pretrained_files": stamp(self.config.pretrained or str(DEMO_POLICY)),
+                "reward_files": stamp(self.config.reward_model or str(DEMO_REWARD)),
                 "dtype": self.config.dtype,
                 "reward_dtype": self.config.reward_dtype,
                 **self.identity,

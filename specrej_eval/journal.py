@@ -2,7 +2,7 @@
 
 One JSONL file. Its first line is the fingerprint of everything that decides an answer (model, reward, strategy,
 sampling, seed); a file with another fingerprint is refused, never silently reused. A last line cut short by a kill is
-dropped. Memory-dependent numbers (``n=max``) are part of each entry, so a resume takes them from here.
+dropped. The memory that ``n=max`` was resolved with stands here too, so that a resumed run starts as many rows.
 """
 
 from __future__ import annotations
@@ -42,6 +42,8 @@ class Journal:
     def __init__(self, path: str, fingerprint: dict[str, Any]) -> None:
         self.path = path
         self._entries: dict[str, dict[str, Any]] = {}
+        self.capacity_tokens: int | None = None
+        """What memory held when the run began (``n=max``)."""
         whole_bytes = self._read(json.loads(json.dumps(fingerprint, default=str)))
         if whole_bytes is not None and Path(path).stat().st_size > whole_bytes:
             os.truncate(path, whole_bytes)  # a kill cut the last line short
@@ -61,6 +63,11 @@ class Journal:
         """Append a finished request and flush it to disk."""
         self._write({"key": key, "result": result.to_dict()})
         os.fsync(self._file.fileno())
+
+    def put_capacity(self, tokens: int) -> None:
+        """Remember what ``n=max`` was resolved with, so that a resumed run starts as many rows."""
+        self.capacity_tokens = tokens
+        self._write({"key": "capacity_tokens", "result": tokens})
 
     def close(self) -> None:
         self._file.close()
@@ -85,6 +92,8 @@ class Journal:
                     )
                 if number == 0:
                     self._compare(record["fingerprint"], fingerprint)
+                elif record["key"] == "capacity_tokens":
+                    self.capacity_tokens = int(record["result"])
                 else:
                     self._entries[record["key"]] = record["result"]
                 whole += len(line)

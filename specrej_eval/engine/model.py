@@ -66,7 +66,7 @@ class ModelRunner:
         self.forward_passes = 0
         self.path: Path = path or self._probe()
 
-    # ---- which path ----------------------------------------------------------------------------------------------
+    # which path
 
     def _may_share(self) -> str | None:
         """Why the shared-prefix path is out of the question; None if it may work."""
@@ -167,7 +167,7 @@ class ModelRunner:
                 return int(limit or self._text_config.max_position_embeddings)
         return None
 
-    # ---- forward passes ------------------------------------------------------------------------------------------
+    # forward passes
 
     @contextmanager
     def active(self) -> Iterator[None]:

@@ -137,7 +137,7 @@ class TransformersEngine:
         self.oom_splits = 0
         """Times a batch was split because memory ran out."""
 
-    # ---- sessions ------------------------------------------------------------------------------------------------
+    # sessions
 
     def encode(self, prompt: str | Sequence[Message], *, repeat: int = 0) -> Prompt:
         """Tokenise. See ``base.Engine.encode``."""
@@ -283,7 +283,7 @@ class TransformersEngine:
         session.groups = []
         session.prefix = None
 
-    # ---- decoding ------------------------------------------------------------------------------------------------
+    # decoding
 
     def decode(self, sessions: Sequence[Session], num_tokens: int) -> None:
         """One batch, ``num_tokens`` steps. See ``base.Engine.decode``."""
@@ -451,7 +451,7 @@ class TransformersEngine:
         if not group.num_rows:
             session.groups = [other for other in session.groups if other is not group]
 
-    # ---- host side -----------------------------------------------------------------------------------------------
+    # host side
 
     def _record_rows(self, session: Session, group: Group, place: int, reason: FinishReason) -> None:
         session.records[group.row_ids[place]].finish_reason = reason
@@ -482,7 +482,7 @@ class TransformersEngine:
             self._codes[until] = codes.to(self.device)
         return self._codes[until]
 
-    # ---- memory and description ----------------------------------------------------------------------------------
+    # memory and description
 
     def capacity_tokens(self, config: RunConfig, prompt_tokens: int) -> int:
         """Tokens of KV in MEMORY_FRACTION of the memory that is free after a warm-up.

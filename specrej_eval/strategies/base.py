@@ -21,7 +21,6 @@ class State:
     """What a strategy remembers between looks."""
 
     rows_started: int = 0
-    any_finished: bool = False
 
 
 class Strategy(Protocol):
@@ -41,8 +40,7 @@ def wave(state: State, budget: Budget) -> tuple[State, Plan | None]:
     fresh = min(budget.rows_to_the_end, budget.n - state.rows_started)
     if fresh == 0:
         return state, None
-    after = State(rows_started=state.rows_started + fresh, any_finished=state.any_finished)
-    return after, Plan(keep=(), fresh=fresh, num_tokens=budget.max_gen_toks)
+    return State(rows_started=state.rows_started + fresh), Plan(keep=(), fresh=fresh, num_tokens=budget.max_gen_toks)
 
 
 def make_strategy(config: RunConfig) -> Strategy:

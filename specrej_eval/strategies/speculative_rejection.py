@@ -45,11 +45,8 @@ class SpeculativeRejection:
             return wave(state, budget)
         ranked = sorted(range(len(rows)), key=lambda index: (-scores[index], rows[index].row))
         best = ranked[: len(rows) - floor(self.alpha * len(rows))]
-        any_finished = state.any_finished or any(row.finished for row in rows)
+        # never empty while nothing has finished: alpha < 1 keeps at least one row, and it is live
         live = [index for index in best if not rows[index].finished]
-        if not live and not any_finished:
-            live = [index for index in ranked if not rows[index].finished][:1]
-        state = State(rows_started=state.rows_started, any_finished=any_finished)
         if not live:
             return state, None
         tokens = rows[live[0]].num_tokens  # live rows all have one length
