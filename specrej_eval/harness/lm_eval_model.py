@@ -6,6 +6,7 @@ into prompts, results into the strings it wants, and what happened into the ``sp
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import os
@@ -23,6 +24,7 @@ from specrej_eval.config import RunConfig
 from specrej_eval.core import Prompt, prompt_hash
 from specrej_eval.errors import ConfigError
 from specrej_eval.generator import Generator, Request
+from specrej_eval.harness.lm_eval_arguments import check_host_arguments, merge_options, name_of, seq2seq_refused
 from specrej_eval.harness.lm_eval_requests import (
     ChatPrompt,
     Draw,
@@ -39,11 +41,6 @@ logger = logging.getLogger("lm_eval.models.specrej")  # below lm-eval's own logg
 
 VERSIONS = ("specrej_eval", "lm_eval", "torch", "transformers")
 FINGERPRINT = "specrej:fingerprint"
-_NOT_WITH_HFLM = {
-    "device_map": "use parallelize=True.",
-    "max_memory": "use parallelize=True with max_memory_per_gpu= and max_cpu_memory=.",
-    "quantization_config": "it reads the one in the checkpoint's config.json; or give a loaded model in Python.",
-}
 _NEVER_CHANGES_RESULTS = {"batch_size", "trace_path", "journal", "device", "reward_device", "logprobs"}
 
 
@@ -76,12 +73,12 @@ class SpecRejLM(HFLM):
         **arguments: Any,
     ) -> None:
         loaded = pretrained if isinstance(pretrained, torch.nn.Module) else None
-        arguments["pretrained"] = _name_of(loaded) if loaded is not None else pretrained
+        arguments["pretrained"] = name_of(loaded) if loaded is not None else pretrained
         arguments.setdefault("strategy", self.default_strategy)
-        host_batch_size, notes = _merge(arguments, harness_options or {})
+        host_batch_size, notes = merge_options(arguments, harness_options or {})
         config, host = RunConfig.from_args(arguments)
         budget.check_arguments(config, max_gen_toks_known="max_gen_toks" in arguments)
-        _check_host_arguments(host)
+        check_host_arguments(host)
         self.embedded_demo_pair = config.pretrained is None
         policy = _checked_checkpoints(config, host, language_model=loaded is None)
 
@@ -132,7 +129,7 @@ class SpecRejLM(HFLM):
     def _get_backend(self, config: Any, *args: Any, **kwargs: Any) -> None:
         super()._get_backend(config, *args, **kwargs)
         if self.backend != "causal":
-            raise _seq2seq_refused()
+            raise seq2seq_refused()
 
     # Requests in, strings out
 
@@ -172,7 +169,7 @@ class SpecRejLM(HFLM):
             if translated.asks_greedy:
                 self.tally.task(task).greedy_overridden += translated.config.on_greedy == "sample"
             if draw.repeat:
-                prompt = _repeated(prompt, draw.repeat)
+                prompt = dataclasses.replace(prompt, repeat=draw.repeat)
             requests.append(Request(prompt=prompt, config=translated.config, until=translated.until))
         return requests
 
@@ -286,7 +283,7 @@ class SpecRejLM(HFLM):
         config = self.run_config.to_dict()
         ours = {name: value for name, value in config.items() if name not in _NEVER_CHANGES_RESULTS}
         parsed: dict[str, Any] = json.loads(
-            json.dumps({**self.host_arguments, **ours}, default=_name_of, sort_keys=True)
+            json.dumps({**self.host_arguments, **ours}, default=name_of, sort_keys=True)
         )
         return parsed
 
@@ -340,43 +337,6 @@ class BestOfNLM(SpecRejLM):
     default_strategy: ClassVar[str] = "best_of_n"
 
 
-def _merge(arguments: dict[str, Any], harness: Mapping[str, Any]) -> tuple[int | str, list[str]]:
-    """Bring model_args and lm-eval's own options together in ``arguments``; model_args win.
-
-    Returns:
-        HFLM's batch size, and what there is to warn about.
-    """
-    options = {name: value for name, value in harness.items() if value is not None}
-    if options.get("device") == "cuda:0" and not torch.cuda.is_available():
-        del options["device"]  # the command line's default, also where there is no GPU
-    notes = []
-    given = arguments.pop("batch_size", None)
-    host_batch_size = options.pop("batch_size", 1 if given is None else given)
-    ours = given if given is not None else host_batch_size if str(host_batch_size) != "1" else None
-    if given is not None and str(host_batch_size) not in ("1", str(given)):
-        notes.append(
-            f"batch_size={given} in model_args wins over --batch_size {host_batch_size} for generation; "
-            "log-likelihood requests use the latter."
-        )
-    if ours is not None and not str(ours).startswith("auto"):
-        arguments["batch_size"] = ours
-    for name, value in options.items():
-        if arguments.setdefault(name, value) != value and value != "cuda:0":
-            notes.append(f"{name}={arguments[name]} in model_args wins over --{name} {value}.")
-    return host_batch_size, notes
-
-
-def _check_host_arguments(host: Mapping[str, Any]) -> None:
-    """Raises:
-    ConfigError: a name that HFLM takes but cannot make use of.
-    """
-    if host.get("backend") == "seq2seq":
-        raise _seq2seq_refused()
-    for name, remedy in _NOT_WITH_HFLM.items():
-        if host.get(name) is not None:
-            raise ConfigError(f"{name}={host[name]!r} has no effect on lm-eval's own loader.", hint=remedy)
-
-
 def _checked_checkpoints(config: RunConfig, host: Mapping[str, Any], *, language_model: bool) -> dict[str, str]:
     """Say what can be said of the two checkpoints without loading weights; how HFLM is to load the first."""
     from specrej_eval.engine.loading import check_checkpoint, policy_device, policy_dtype, policy_name
@@ -398,34 +358,11 @@ def _generator(lm: SpecRejLM) -> Generator:
     return Generator(engine=engine, reward=reward, config=lm.run_config, identity=identity)
 
 
-def _repeated(prompt: Prompt, repeat: int) -> Prompt:
-    return Prompt(
-        token_ids=prompt.token_ids,
-        conversation=prompt.conversation,
-        response_prefix=prompt.response_prefix,
-        prompt_hash=prompt.prompt_hash,
-        task=prompt.task,
-        repeat=repeat,
-    )
-
-
-def _name_of(loaded: Any) -> str:
-    """A loaded model or tokenizer by its checkpoint, or at least by its class."""
-    return str(getattr(loaded, "name_or_path", "") or type(loaded).__name__)
-
-
 def _version(package: str) -> str | None:
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return None
-
-
-def _seq2seq_refused() -> ConfigError:
-    return ConfigError(
-        "encoder-decoder models are not supported: rows share the prompt's key-value cache, and these have none.",
-        hint="use a causal language model, or --model hf for this one.",
-    )
 
 
 def _stale_cache(reason: str) -> ConfigError:
