@@ -6,6 +6,7 @@ import importlib.util
 import json
 import logging
 import os
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -374,6 +375,18 @@ def test_use_cache_returns_the_answers_of_the_same_arguments_only(tiny: str, tmp
     assert not shown
     with pytest.raises(ConfigError, match=r"alpha=0.5 \(now 0.9\)(.|\n)*a cache path of its own"):
         evaluate(make(tiny, alpha=0.9), task(), use_cache=cache)
+
+
+def test_use_cache_refuses_answers_of_other_weights_in_the_same_folder(tiny: str, tmp_path: Path) -> None:
+    cache, folder = str(tmp_path / "cache"), tmp_path / "policy"
+    shutil.copytree(tiny, folder)
+    evaluate(make(str(folder)), task(), use_cache=cache, limit=1)
+    weights = folder / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    with pytest.raises(ConfigError, match="pretrained_files"):
+        evaluate(make(str(folder)), task(), use_cache=cache, limit=1)
 
 
 def test_use_cache_refuses_a_file_of_another_model(tiny: str, tmp_path: Path) -> None:

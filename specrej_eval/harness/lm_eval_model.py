@@ -20,6 +20,7 @@ from lm_eval.utils import simple_parse_args_string
 from transformers import PreTrainedModel
 
 from specrej_eval import budget, demo
+from specrej_eval.checkpoint import stamp
 from specrej_eval.config import RunConfig
 from specrej_eval.core import Prompt, prompt_hash
 from specrej_eval.errors import ConfigError
@@ -279,12 +280,15 @@ class SpecRejLM(HFLM):
         super().set_cache_hook(cache_hook)
 
     def fingerprint(self) -> dict[str, Any]:
-        """Every argument that answers depend on."""
+        """Every argument that answers depend on, and a digest of the checkpoints' files."""
         config = self.run_config.to_dict()
         ours = {name: value for name, value in config.items() if name not in _NEVER_CHANGES_RESULTS}
-        parsed: dict[str, Any] = json.loads(
-            json.dumps({**self.host_arguments, **ours}, default=name_of, sort_keys=True)
-        )
+        files = {
+            "pretrained_files": stamp(self.run_config.pretrained or str(demo.POLICY_DIR)),
+            "reward_files": stamp(self.run_config.reward_model or str(demo.REWARD_DIR)),
+        }
+        everything = {**self.host_arguments, **ours, **files}
+        parsed: dict[str, Any] = json.loads(json.dumps(everything, default=name_of, sort_keys=True))
         return parsed
 
     def _refuse_cached_repeats(self, requests: Sequence[Any]) -> None:
