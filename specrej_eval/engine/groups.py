@@ -31,6 +31,8 @@ class Group:
         """Tokens fed: positions whose KV is stored."""
         self.num_sampled = 0
         """Tokens sampled; the last one has not been fed yet."""
+        self.sampled_at_look = 0
+        """``num_sampled`` at the last look."""
         rows = len(row_ids)
         self.ids = torch.tensor(row_ids, dtype=torch.int64, device=device)  # (rows,)
         self.tokens = torch.empty(rows, capacity, dtype=torch.int32, device=device)  # (rows, capacity)

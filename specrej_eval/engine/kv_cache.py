@@ -23,7 +23,6 @@ class TokenAccount:
     limit: int
     held: int
     """Shared prompt + suffixes of all live rows."""
-    peak: int = 0
 
     def hold(self, tokens: int) -> None:
         """Count ``tokens`` more (fewer, if negative).
@@ -34,7 +33,6 @@ class TokenAccount:
         if tokens > 0 and self.held + tokens > self.limit:
             raise KVBudgetExceededError(f"{self.held} + {tokens} tokens exceed the KV budget of {self.limit}.")
         self.held += tokens
-        self.peak = max(self.peak, self.held)
 
 
 @dataclass(slots=True)

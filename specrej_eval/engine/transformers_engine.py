@@ -11,6 +11,7 @@ import platform
 import resource
 import sys
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -77,6 +78,9 @@ class Session:
         self.sampling = SamplingParams(config.temperature, config.top_k, config.top_p, config.min_p)
         self.key = torch.tensor(stream_key(config.seed, prompt.task, prompt.prompt_hash, prompt.repeat))
         self.account = TokenAccount(limit=budget.kv_budget_tokens, held=prompt.num_tokens)
+        self.held_at: Counter[int] = Counter()
+        """Suffix tokens held, by tokens decoded since the last look. As if all rows decoded together: a batch that is
+        split for want of memory takes turns, and must not show in results."""
         self.groups: list[Group] = []
         self.records: list[_Record] = []
         self.in_pool: list[int] = []
@@ -97,7 +101,7 @@ class Session:
 
     @property
     def kv_tokens_peak(self) -> int:
-        return self.account.peak
+        return self.prompt_tokens + max(self.held_at.values(), default=0)
 
 
 class TransformersEngine:
@@ -231,7 +235,9 @@ class TransformersEngine:
                 group.use_streams(session.key)
                 session.groups.append(group)
         session.in_pool = sorted(row for group in session.groups for row in group.row_ids)
-        session.account.peak = session.account.held
+        session.held_at = Counter({0: session.account.held - session.prompt_tokens})
+        for group in session.groups:
+            group.sampled_at_look = group.num_sampled
 
     def _select(self, group: Group, places: list[int], rows: list[int], capacity: int) -> None:
         try:
@@ -421,6 +427,7 @@ class TransformersEngine:
             if group.num_sampled:
                 group.advance()
             group.sampled(mine, lps)
+            session.held_at[group.num_sampled - group.sampled_at_look] += rows * group.num_sampled
             self._finish_rows(session, group, host_codes[first : first + rows])
             emptied |= session.num_live == 0
             first += rows

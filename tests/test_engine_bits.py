@@ -1,0 +1,130 @@
+"""A row's logits are the same bits whatever else is in the batch: CPU, float32, one and two threads."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from engine_runs import PROMPTS, Recorder, generate, make_engine, outcome
+from tiny_models import tiny_causal_lm
+
+from specrej_eval.core import GenerationResult
+
+N = 16
+LENGTH = 16
+SHAPES = {
+    "head_dim 16": {"num_attention_heads": 4, "num_key_value_heads": 2, "hidden_size": 64, "head_dim": 16},
+    "head_dim 32": {"num_attention_heads": 4, "num_key_value_heads": 1, "hidden_size": 96, "head_dim": 32},
+    "odd sizes": {"num_attention_heads": 6, "num_key_value_heads": 3, "hidden_size": 54, "head_dim": 20},
+}
+
+
+@pytest.fixture
+def threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+@cache
+def model(shape: str) -> Any:
+    return tiny_causal_lm("llama", **SHAPES[shape])
+
+
+def run(shape: str, prompts: list[str] = PROMPTS, **arguments: Any) -> tuple[list[GenerationResult], Recorder]:
+    engine = make_engine(model(shape), path="shared_prefix")
+    with Recorder(engine) as seen:
+        results = generate(
+            engine, prompts, until=["e7"], **{"n": N, "first_look": None, "max_gen_toks": LENGTH, **arguments}
+        )
+    return results, seen
+
+
+def same_bits(one: Recorder, other: Recorder, *, subset: bool = False) -> None:
+    """Every step in both (all steps, unless ``subset``: those of ``other``) has the same logits, bit for bit."""
+    assert other.logits
+    if not subset:
+        assert one.logits.keys() == other.logits.keys()
+    different = [key[1:] for key, logits in other.logits.items() if not torch.equal(one.logits[key], logits)]
+    assert not different
+
+
+# two threads spin for each other where cores are busy: one shape does
+EACH = pytest.mark.parametrize(
+    ("shape", "threads"),
+    [*((shape, 1) for shape in SHAPES), ("odd sizes", 2)],
+    indirect=["threads"],
+    ids=lambda value: value if isinstance(value, str) else f"{value} threads",
+)
+
+
+@EACH
+def test_alpha_0_is_best_of_n_under_any_budget(shape: str, threads: int) -> None:
+    prompts = PROMPTS[1:3]
+    zero, zero_seen = run(shape, prompts, alpha=0)
+    best, best_seen = run(shape, prompts, strategy="best_of_n")
+    same_bits(zero_seen, best_seen)
+    assert [outcome(result) for result in zero] == [outcome(result) for result in best]
+    for prompt, whole in zip(prompts, best, strict=True):
+        budget = whole.ledger.prompt_tokens + 5 * LENGTH + 3  # holds 5 of 16 rows
+        for arguments in ({"alpha": 0}, {"strategy": "best_of_n"}):
+            [waves], seen = run(shape, [prompt], kv_budget_tokens=budget, **arguments)
+            assert [round_.rows for round_ in waves.rounds] == [5, 5, 5, 1]
+            assert outcome(waves)["trajectories"] == outcome(whole)["trajectories"]
+            same_bits(best_seen, seen, subset=True)
+
+
+@EACH
+def test_rejected_rows_are_prefixes(shape: str, threads: int) -> None:
+    whole, whole_seen = run(shape, PROMPTS[:2], alpha=0)
+    cut, cut_seen = run(shape, PROMPTS[:2], alpha=0.5, first_look=4)
+    same_bits(whole_seen, cut_seen, subset=True)
+    rejected = 0
+    for full, short in zip(whole, cut, strict=True):
+        for row, other in zip(full.trajectories, short.trajectories, strict=True):
+            if other.finish_reason == "rejected":
+                rejected += 1
+                assert other.token_ids == row.token_ids[: other.num_tokens]
+            else:
+                assert (other.token_ids, other.finish_reason) == (row.token_ids, row.finish_reason)
+    assert rejected >= N
+
+
+@EACH
+@pytest.mark.parametrize("alpha", [0.0, 0.5])
+def test_company_changes_nothing(shape: str, threads: int, alpha: float) -> None:
+    arguments = {"alpha": alpha, "first_look": 4 if alpha else None, "n": 6}
+    together, together_seen = run(shape, batch_size=4, **arguments)
+    one_by_one, one_by_one_seen = run(shape, batch_size=1, **arguments)
+    same_bits(together_seen, one_by_one_seen)
+    assert [outcome(result) for result in together] == [outcome(result) for result in one_by_one]
+    [alone], alone_seen = run(shape, [PROMPTS[2]], batch_size=4, **arguments)
+    same_bits(together_seen, alone_seen, subset=True)
+    assert outcome(alone) == outcome(together[2])
+
+
+def test_a_change_of_one_bit_would_show() -> None:
+    _, seen = run("head_dim 16", PROMPTS[:1], n=4)
+    _, again = run("head_dim 16", PROMPTS[:1], n=4)
+    same_bits(seen, again)
+    key = next(iter(again.logits))
+    changed = again.logits[key].clone()
+    changed[3] = torch.nextafter(changed[3], torch.tensor(torch.inf))
+    again.logits[key] = changed
+    with pytest.raises(AssertionError):
+        same_bits(seen, again)
+
+
+def test_without_padding_the_bits_do_differ(monkeypatch: pytest.MonkeyPatch) -> None:
+    # the reason for ROW_ALIGN; if this fails, torch has changed and the padding may go
+    from specrej_eval.engine import model as model_module
+
+    monkeypatch.setattr(model_module, "ROW_ALIGN", 1)
+    _, whole = run("head_dim 32", PROMPTS[1:2], alpha=0)
+    _, few = run("head_dim 32", PROMPTS[1:2], alpha=0, n=1)
+    with pytest.raises(AssertionError):
+        same_bits(whole, few, subset=True)
