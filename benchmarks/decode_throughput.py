@@ -100,7 +100,10 @@ def main() -> None:
     for pair in range(options.pairs):
         mine, others = tokens_per_second(ours), tokens_per_second(theirs)
         pairs.append((mine, others))
-        print(f"pair {pair}: ours {mine:8.1f} tok/s   generate {others:8.1f} tok/s   ratio {mine / others:5.2f}", flush=True)
+        print(
+            f"pair {pair}: ours {mine:8.1f} tok/s   generate {others:8.1f} tok/s   ratio {mine / others:5.2f}",
+            flush=True,
+        )
     ratios = [mine / others for mine, others in pairs]
     result = {
         "benchmark": "decode_throughput",
