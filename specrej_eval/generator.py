@@ -6,14 +6,11 @@ It holds no tensor and no arithmetic on scores: engines decode, rewards score, s
 from __future__ import annotations
 
 import math
-import sys
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
-
-from tqdm import tqdm
 
 from specrej_eval import budget as budgets
 from specrej_eval.budget import Budget
@@ -33,6 +30,7 @@ from specrej_eval.core import (
 from specrej_eval.engine.base import Engine
 from specrej_eval.errors import RewardError
 from specrej_eval.journal import Journal, request_key
+from specrej_eval.progress import Progress
 from specrej_eval.rewards.base import RewardModel
 from specrej_eval.scheduler import Scheduler
 from specrej_eval.strategies.base import State, Strategy, make_strategy
@@ -172,7 +170,7 @@ class Generator:
         work = self._checked(requests, journal)
         tracer = self._open_tracer()
         scheduler = Scheduler(self._not_in(journal, work), batch_size=self.config.batch_size)
-        bar = _Progress(len(requests), shown=progress)
+        bar = Progress(len(requests), shown=progress)
         running: list[_Running] = []
         try:
             for index, done in self._taken_from(journal, work):
@@ -197,7 +195,7 @@ class Generator:
                         journal.put(self._key(due.request), result)
                     bar.finished(result)
                     yield due.index, result
-                bar.step(running)
+                bar.step([work.session for work in running])
         finally:
             for work_left in running:
                 self.engine.close(work_left.session)
@@ -398,50 +396,3 @@ class Generator:
         for index, result in found:
             if result is not None:
                 yield index, result
-
-
-class _Progress:
-    """A progress bar over prompts; when it closes, what the run cost and what it gained, on stderr."""
-
-    def __init__(self, total: int, *, shown: bool) -> None:
-        self._bar = tqdm(total=total, disable=not shown, desc="specrej", unit="prompt")
-        self._shown = shown
-        self._started = time.perf_counter()
-        self._done = Ledger()
-        self._best: list[float] = []
-        self._finished: list[float] = []
-
-    def finished(self, result: GenerationResult) -> None:
-        self._done.add(result.ledger)
-        if result.best.reward is not None:
-            self._best.append(result.best.reward)
-        rows = [row.reward for row in result.trajectories if row.finish_reason != "rejected"]
-        self._finished += [reward for reward in rows if reward is not None]
-        self._bar.update(1)
-
-    def step(self, running: Sequence[_Running]) -> None:
-        live = sum(work.session.num_live for work in running)
-        tokens = self._done.decode_tokens + sum(work.session.decode_tokens for work in running)
-        speed = tokens / max(1e-9, time.perf_counter() - self._started)
-        rejected = self._done.rows_rejected / max(1, self._done.rows_started)
-        self._bar.set_postfix_str(f"{live} live rows, {rejected:.0%} rejected, {speed:,.0f} tok/s", refresh=False)
-
-    def close(self) -> None:
-        answers = self._bar.n
-        self._bar.close()
-        if self._shown and answers:
-            tqdm.write(f"specrej: {answers} answers, {self._summary()}", file=sys.stderr)
-
-    def _summary(self) -> str:
-        done = self._done
-        seconds = ", ".join(f"{phase} {value:.1f}" for phase, value in done.seconds.items())
-        parts = [
-            f"{done.rows_started} rows ({done.rows_rejected / max(1, done.rows_started):.0%} rejected), "
-            f"{done.decode_tokens:,} tokens decoded, {done.reward_tokens:,} scored in {done.reward_calls:,} calls",
-            f"seconds: {seconds}",
-            f"peak memory {done.peak_bytes / 1e9:.2f} GB",
-        ]
-        if self._best:
-            best, finished = sum(self._best) / len(self._best), sum(self._finished) / len(self._finished)
-            parts.append(f"mean reward {best:.3f} (all rows that finished: {finished:.3f})")
-        return "; ".join(parts)

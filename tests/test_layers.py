@@ -28,6 +28,7 @@ FILES = {
     "journal": "record",
     "trace": "record",
     "generator": "generator",
+    "progress": "generator",
     "scheduler": "generator",
     "__init__": "front",
     "__main__": "front",
