@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from engine_runs import PROMPTS, Recorder, generate, make_engine, outcome
+from smollm2 import smollm2_folder  # noqa: F401
 from tiny_models import tiny_causal_lm
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from specrej_eval.core import GenerationResult
+from specrej_eval.engine.transformers_engine import TransformersEngine
 
 N = 16
 LENGTH = 16
@@ -128,3 +132,24 @@ def test_without_padding_the_bits_do_differ(monkeypatch: pytest.MonkeyPatch) -> 
     _, few = run("head_dim 32", PROMPTS[1:2], alpha=0, n=1)
     with pytest.raises(AssertionError):
         same_bits(whole, few, subset=True)
+
+
+@pytest.mark.slow
+def test_smollm2(smollm2_folder: Path) -> None:  # noqa: F811
+    """A real model: Speculative Rejection's rows are those of Best-of-N, in company or alone, bit for bit."""
+    model = AutoModelForCausalLM.from_pretrained(smollm2_folder, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(smollm2_folder)
+    prompts = ["The capital of France is", "Once upon a time, in a small town by the sea,"]
+
+    def record(prompts: list[str], **arguments: Any) -> tuple[list[GenerationResult], Recorder]:
+        engine = TransformersEngine(model, tokenizer)
+        with Recorder(engine) as seen:
+            return generate(engine, prompts, max_gen_toks=8, n=6, **arguments), seen
+
+    whole, whole_seen = record(prompts, strategy="best_of_n", first_look=None)
+    cut, cut_seen = record(prompts[1:], alpha=0.5, first_look=3)
+    same_bits(whole_seen, cut_seen, subset=True)
+    for full, short in zip(whole[1].trajectories, cut[0].trajectories, strict=True):
+        assert short.token_ids == full.token_ids[: short.num_tokens]
+    assert sum(t.finish_reason == "rejected" for t in cut[0].trajectories) >= 3
+    assert len({tuple(t.token_ids) for t in whole[0].trajectories}) > 1
