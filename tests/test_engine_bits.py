@@ -18,6 +18,7 @@ from tiny_models import tiny_causal_lm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from specrej_eval.core import GenerationResult
+from specrej_eval.engine.attention import sdpa
 from specrej_eval.engine.transformers_engine import TransformersEngine
 
 N = 16
@@ -71,7 +72,7 @@ def test_two_threads() -> None:
     """The tests of one shape again, in a process whose threads sleep while they wait (cores may be busy)."""
     environment = {"OMP_NUM_THREADS": "2", "OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0", "KMP_BLOCKTIME": "0"}
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", "odd"],
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", "odd sizes"],
         env={**os.environ, **environment, "SPECREJ_TEST_THREADS": "2"},
         capture_output=True,
         text=True,
@@ -168,3 +169,29 @@ def test_smollm2(smollm2_folder: Path) -> None:  # noqa: F811
         assert short.token_ids == full.token_ids[: short.num_tokens]
     assert sum(t.finish_reason == "rejected" for t in cut[0].trajectories) >= 3
     assert len({tuple(t.token_ids) for t in whole[0].trajectories}) > 1
+
+
+@pytest.mark.parametrize("prefix", [1, 2, 3, 7, 33])
+@pytest.mark.parametrize("heads", [(4, 1, 16), (3, 3, 20), (1, 4, 32)], ids=str)
+def test_odd_attention_shapes_do_not_depend_on_the_rows(prefix: int, heads: tuple[int, int, int]) -> None:
+    kv_heads, groups, width = heads
+    rows, suffix = 70, 5
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    query, key, value = (
+        draw(rows, kv_heads, groups, width),
+        draw(kv_heads, prefix, width),
+        draw(kv_heads, prefix, width),
+    )
+    own_key, own_value = draw(rows, kv_heads, 16, width), draw(rows, kv_heads, 16, width)
+
+    def attend(places: list[int]) -> torch.Tensor:
+        mine = own_key[places][:, :, :suffix], own_value[places][:, :, :suffix]
+        return sdpa.decode(query[places], key, value, *mine, scale=width**-0.5, softcap=None, sinks=None)
+
+    whole = attend(list(range(rows)))
+    for places in ([0], [3, 2], [69, 5, 17], list(range(5)), list(range(60, 2, -3)), list(range(1, 64))):
+        assert torch.equal(attend(places), whole[places]), f"{len(places)} rows"

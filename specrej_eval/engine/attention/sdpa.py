@@ -111,7 +111,11 @@ def _decode_math(
     prefix = prefix_key.shape[1]
     scores = torch.matmul(query, suffix_key.transpose(2, 3))  # (rows, kv_heads, groups, suffix)
     if prefix:
-        shared = torch.bmm(_pack(query), prefix_key.transpose(1, 2))  # (kv_heads, rows * groups padded, prefix)
+        packed = _pack(query)
+        if prefix == 1:  # a product with one column takes MKL's matrix-vector kernel, whose bits depend on the rows
+            shared = (packed * prefix_key).sum(-1, keepdim=True)
+        else:
+            shared = torch.bmm(packed, prefix_key.transpose(1, 2))  # (kv_heads, rows * groups padded, prefix)
         scores = torch.cat([_unpack(shared, rows, groups), scores], dim=-1)
     scores = scores.float() * scale
     if softcap is not None:
