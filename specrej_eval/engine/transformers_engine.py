@@ -5,32 +5,27 @@ Nothing is ever re-tokenised or re-prefilled. Device-resident state; per step on
 
 from __future__ import annotations
 
-import gc
 import logging
-import platform
-import resource
-import sys
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
-import psutil
 import torch
 import transformers
 from torch import Tensor
 
 from specrej_eval.budget import Budget
 from specrej_eval.config import RunConfig
-from specrej_eval.core import FinishReason, Message, Plan, Prompt, RowView, stream_key
-from specrej_eval.engine import text
+from specrej_eval.core import FinishReason, Message, Plan, Prompt, RowView
+from specrej_eval.engine import hardware, text
 from specrej_eval.engine.base import FinishedRow
 from specrej_eval.engine.groups import Group
-from specrej_eval.engine.kv_cache import Prefix, TokenAccount, bytes_per_token
+from specrej_eval.engine.kv_cache import bytes_per_token
 from specrej_eval.engine.model import ModelRunner, Path
 from specrej_eval.engine.prompts import encode_prompt
-from specrej_eval.engine.sampling import SamplingParams, logprobs_of, sample, uniform
+from specrej_eval.engine.sampling import logprobs_of, sample, uniform
+from specrej_eval.engine.session import Record, Session
 from specrej_eval.errors import OutOfMemoryError, PromptError
 
 logger = logging.getLogger(__name__)
@@ -39,69 +34,6 @@ _EOS, _MAY_STOP = 1, 2
 """What a token id can mean, besides being a token: bits of a lookup table."""
 MEMORY_FRACTION = 0.9
 """Share of the free memory that ``n=max`` gives to the KV cache; the rest is for what a forward pass allocates."""
-
-
-@dataclass(slots=True)
-class _Record:
-    """A row on the host: filled in when it finishes, and at each look."""
-
-    row: int
-    token_ids: list[int] = field(default_factory=list)
-    finish_reason: FinishReason | None = None
-    logprobs: list[float] | None = None
-    mean_logprob: float | None = None
-    text: str = ""
-
-
-class Session:
-    """One prompt being decoded: its prefix, its groups of rows, and the records of all rows ever started."""
-
-    def __init__(
-        self,
-        prompt: Prompt,
-        config: RunConfig,
-        budget: Budget,
-        *,
-        until: tuple[str, ...],
-        with_logprobs: bool,
-        prefix: Prefix,
-        codes: Tensor,
-    ) -> None:
-        self.prompt = prompt
-        self.until = until
-        self.budget = budget
-        self.with_logprobs = with_logprobs
-        self.keep_logprobs = config.logprobs
-        self.prefix: Prefix | None = prefix
-        self.codes = codes
-        """(vocab,), uint8: what each token id means (EOS, may complete a stop string)."""
-        self.sampling = SamplingParams(config.temperature, config.top_k, config.top_p, config.min_p)
-        self.key = torch.tensor(stream_key(config.seed, prompt.task, prompt.prompt_hash, prompt.repeat))
-        self.account = TokenAccount(limit=budget.kv_budget_tokens, held=prompt.num_tokens)
-        self.held_at: Counter[int] = Counter()
-        """Suffix tokens held, by tokens decoded since the last look. As if all rows decoded together: a batch that is
-        split for want of memory takes turns, and must not show in results."""
-        self.groups: list[Group] = []
-        self.records: list[_Record] = []
-        self.in_pool: list[int] = []
-        """Rows live at the last ``follow``."""
-        self.prompt_tokens = prompt.num_tokens
-        self.decode_tokens = 0
-        self.prefill_seconds = 0.0
-        self.decode_seconds = 0.0
-        self.degraded = False
-
-    @property
-    def num_live(self) -> int:
-        return sum(group.num_rows for group in self.groups)
-
-    @property
-    def num_tokens(self) -> int:
-        return max((group.num_sampled for group in self.groups), default=0)
-
-    @property
-    def kv_tokens_peak(self) -> int:
-        return self.prompt_tokens + max(self.held_at.values(), default=0)
 
 
 class TransformersEngine:
@@ -193,7 +125,7 @@ class TransformersEngine:
             prefix=prefix,
             codes=self._token_codes(until, prefix.logits.shape[-1]),
         )
-        self._synchronize()
+        hardware.synchronize(self.device)
         session.prefill_seconds = time.perf_counter() - started
         return session
 
@@ -245,14 +177,14 @@ class TransformersEngine:
             return
         except torch.OutOfMemoryError:
             logger.debug("out of memory while gathering %d rows: gathered on the host", len(rows), exc_info=True)
-        self._free_memory()
+        hardware.release_memory(self.device)
         group.park()
         group.select(places, rows, capacity)
 
     def _new_row(self, session: Session, parent: int | None = None) -> int:
         """A fork gets a row id of its own, else it would draw its parent's uniforms again."""
         del parent  # its tokens so far are gathered with the group's buffers
-        session.records.append(_Record(row=len(session.records)))
+        session.records.append(Record(row=len(session.records)))
         return len(session.records) - 1
 
     def pool(self, session: Session) -> list[RowView]:
@@ -312,7 +244,7 @@ class TransformersEngine:
         except torch.OutOfMemoryError:
             logger.debug("out of memory with %d groups", len(batch), exc_info=True)
         # outside the handler, so that the exception's traceback no longer holds the failed step's tensors
-        self._free_memory()
+        hardware.release_memory(self.device)
         self.oom_splits += 1
         halves = self._halves(batch, targets)
         if halves is None:
@@ -506,28 +438,21 @@ class TransformersEngine:
                 )
             per_token = bytes_per_token(prefix)
             del prefix
-        self._free_memory()
-        if self.device.type == "cuda":
-            free, _ = torch.cuda.mem_get_info(self.device)
-        else:
-            free = psutil.virtual_memory().available
+        hardware.release_memory(self.device)
+        free = hardware.free_bytes(self.device)
         return int(free * MEMORY_FRACTION) // per_token // config.batch_size
 
     def peak_bytes(self) -> int:
-        if self.device.type == "cuda":
-            return int(torch.cuda.max_memory_allocated(self.device))
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return peak if sys.platform == "darwin" else peak * 1024  # kilobytes on Linux
+        """See ``base.Engine.peak_bytes``."""
+        return hardware.peak_bytes(self.device)
 
     def describe(self) -> dict[str, Any]:
-        name = platform.processor() or platform.machine()
-        if self.device.type == "cuda":
-            name = torch.cuda.get_device_name(self.device)
+        """See ``base.Engine.describe``."""
         return {
             "engine": "transformers",
             "attention": self.runner.path,
             "device": str(self.device),
-            "device_name": name,
+            "device_name": hardware.device_name(self.device),
             "cpu_threads": torch.get_num_threads(),
             "dtype": str(self.runner.dtype).removeprefix("torch."),
             "max_length": self.max_length,
@@ -535,15 +460,6 @@ class TransformersEngine:
             "torch": torch.__version__,
             "transformers": transformers.__version__,
         }
-
-    def _synchronize(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-
-    def _free_memory(self) -> None:
-        gc.collect()
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
 
 
 def context_length(model: Any, tokenizer: Any) -> int:
