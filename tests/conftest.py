@@ -10,6 +10,8 @@ from hypothesis import HealthCheck, settings
 # Nothing the tests need has to be downloaded; set before any test imports a library that reads these.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
+# Tiny matrices gain nothing from threads, and threads that wait for a busy core make a test a hundred times slower.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 FULL = os.environ.get("SPECREJ_TEST_FULL") == "1"
 

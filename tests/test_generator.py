@@ -19,15 +19,6 @@ from specrej_eval.generator import Generator
 PROMPTS = ["Q: 39 + 16 + 60 = ?\nA:", "Q: 15 + 53 + 65 + 91 = ?\nA:", "Q: 27 + 72 = ?\nA:"]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Tiny matrices gain nothing from threads, and lose much on busy cores."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("tiny") / "policy"

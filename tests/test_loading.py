@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import logging
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,18 +29,7 @@ from specrej_eval.engine import loading
 from specrej_eval.engine.loading import check_checkpoint, load_model_and_tokenizer
 from specrej_eval.errors import CheckpointError, ConfigError, MissingDependencyError
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 IDS = torch.tensor([[1, 70, 80, 90, 100]])
-
-
-@pytest.fixture(scope="module")
-def one_thread() -> Iterator[None]:
-    """Tiny tensors: more threads only wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -34,20 +34,9 @@ from specrej_eval.rewards.callable_reward import CallableReward
 from specrej_eval.rewards.likelihood import Likelihood
 from specrej_eval.rewards.sequence_classifier import SequenceClassifier
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 HELLO = [{"role": "user", "content": "Say hello."}]
 TEXTS = ["Hello!", "Good morning to you, dear reader.", "", "¡Buenos días!", "Hi"]
 DECODERS = ["llama", "mistral", "qwen2", "gpt2"]
-
-
-@pytest.fixture(scope="module")
-def one_thread() -> Iterator[None]:
-    """Tiny tensors: more threads only wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def rows(*texts: str, finish: str | None = "eos") -> list[RowView]:
