@@ -1,6 +1,6 @@
 # make demo        set up .venv (once), then compare Speculative Rejection, sampling and Best-of-N inside lm-eval
 # make test        set up .venv (once), then lint, types and tests: what CI runs
-# make test-slow   the same with the long tests
+# make test-slow   the same with the long tests, and ten times as many random cases
 # make lint        style and types only
 # make clean       remove .venv, results and caches
 #
@@ -31,7 +31,7 @@ test: lint
 	pytest -m "not full"
 
 test-slow: lint
-	pytest
+	SPECREJ_TEST_FULL=1 pytest
 
 lint: $(READY)
 	ruff check .
