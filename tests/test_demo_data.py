@@ -14,10 +14,12 @@ from specrej_eval.demo.arithmetic import (
     NUM_OPERANDS,
     Operands,
     answer_of,
+    noise,
     num_correct_chars,
     problems,
     prompt,
     question,
+    right_chars,
     slip,
     solution,
     split_of,
@@ -60,16 +62,19 @@ def test_problem_sets_are_disjoint_up_to_reordering() -> None:
     assert len(test) == len(task_rows())
     assert {tuple(sorted(operands)) for operands in train.test_problems()} == test
     select = {tuple(sorted(operands)) for operands in train.selection_problems()}
-    batches = training_batches(random.Random(train.SEED), lm_args.batch_size, lm_args.short_share)
+    first, further = (
+        training_batches(random.Random(seed), lm_args.batch_size, lm_args.short_share)
+        for seed in (train.SEED, train.SEED + 4)
+    )
     trained = chain(
-        chain.from_iterable(islice(batches, lm_args.num_steps)),
+        chain.from_iterable(islice(first, lm_args.num_steps)),
+        chain.from_iterable(islice(further, lm_args.num_further_steps)),
         train.reward_training_problems(),
-        islice(problems("train", random.Random(train.SEED)), 20_000),
+        islice(problems("train", random.Random(train.SEED)), 5_000),
     )
     train_set = {tuple(sorted(operands)) for operands in trained}
     assert {split_of(key) for key in test} == {"test"}
     assert {split_of(key) for key in select} == {"select"}
-    assert {split_of(key) for key in train_set} == {"train"}
     assert not test & select
     assert not test & train_set
     assert not select & train_set
@@ -91,6 +96,23 @@ def test_slips_are_mistakes_or_right_solutions_in_the_same_format() -> None:
         assert solution(operands).startswith(text[:good])
         wrong += text != solution(operands)
     assert wrong > 400
+
+
+def test_right_chars_mark_the_slip_and_not_what_follows_from_it() -> None:
+    operands = (12, 34, 56)
+    assert solution(operands) == " 12+34=46; 46+56=102. Answer: 102"
+    for end in range(len(solution(operands)) + 1):
+        assert right_chars(operands, solution(operands)[:end]) == [True] * end
+    text = " 12+34=47; 47+56=103. Answer: 103"
+    assert [place for place, right in enumerate(right_chars(operands, text)) if not right] == [text.index("7;")]
+    for operands in islice(problems("train", random.Random(1)), 200):
+        for text in (slip(operands, random.Random(2)), noise(operands, random.Random(3))):
+            marks = right_chars(operands, text)
+            assert len(marks) == len(text)
+            good = num_correct_chars(operands, text)
+            assert all(marks[:good])
+            if good < len(text):
+                assert not all(marks)
 
 
 @pytest.mark.parametrize("folder", [POLICY_DIR, REWARD_DIR], ids=["policy", "reward"])
@@ -125,6 +147,7 @@ def test_saved_models_load_and_tell_right_from_wrong() -> None:
     assert policy.config.max_position_embeddings >= 512
     reward = transformers.AutoModelForSequenceClassification.from_pretrained(REWARD_DIR, dtype=torch.float32).eval()
     assert reward.config.num_labels == 1
+    assert all(tensor.isfinite().all() for model in (policy, reward) for tensor in model.state_dict().values())
     tokenizer = transformers.AutoTokenizer.from_pretrained(REWARD_DIR)
     operands = operands_of(task_rows()[0]["question"])
     right = solution(operands)

@@ -95,6 +95,41 @@ def num_correct_chars(operands: Sequence[int], text: str) -> int:
     return min(len(text), len(solution(operands)))
 
 
+def right_chars(operands: Sequence[int], text: str) -> list[bool]:
+    """For every character of `text`, whether it is right *given what was written before it*.
+
+    A step is measured against the running sum that the step before it arrived at, right or wrong, and a sum against
+    the two numbers as written. So a slip is marked where it happens, and consistent steps after it are right again.
+    """
+    marks: list[bool] = []
+    total: int | None = operands[0]
+    steps, final, answer = text.partition(".")
+    for index, step in enumerate(steps.split(";"), start=1):
+        if index > 1:
+            marks.append(index < len(operands) + 1 and total is not None)  # the semicolon
+        right = operands[index] if index < len(operands) else None
+        want = "" if total is None or right is None else f" {total}+{right}"
+        addition, equals, result = step.partition("=")
+        marks += _agreement(addition, want)
+        left_written, _, right_written = addition.strip().partition("+")
+        total = None
+        if left_written.isdigit() and right_written.isdigit():
+            total = int(left_written) + int(right_written)
+        if equals:
+            marks.append(addition == want or (total is not None and len(addition) == len(want)))
+            marks += _agreement(result, "" if total is None else str(total))
+            total = int(result) if result.isdigit() else None
+    if final:
+        complete = steps.count(";") == len(operands) - 2
+        marks.append(complete)
+        marks += _agreement(answer, f" Answer: {total}")
+    return marks
+
+
+def _agreement(written: str, want: str) -> list[bool]:
+    return [place < len(want) and char == want[place] for place, char in enumerate(written)]
+
+
 def slip(operands: Sequence[int], rng: random.Random) -> str:
     """A solution with one plausible slip, everything after it consistent with the slip.
 
@@ -104,6 +139,13 @@ def slip(operands: Sequence[int], rng: random.Random) -> str:
     step = rng.randrange(1, len(operands))
     kind = rng.choice(("digit", "carry", "carry", "operand", "other operand", "carry over", "answer"))
     return _chain(operands, [(kind, step)], rng)
+
+
+def noise(operands: Sequence[int], rng: random.Random) -> str:
+    """The worked solution with a quarter of its digits drawn anew."""
+    return "".join(
+        rng.choice("0123456789") if char.isdigit() and rng.random() < 0.25 else char for char in solution(operands)
+    )
 
 
 def _wrong_digit(number: int, rng: random.Random) -> int:

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from transformers import LlamaForCausalLM, LlamaForSequenceClassification
 
 from specrej_eval.demo.arithmetic import Operands, answer_of, num_correct_chars, prompt, solution
+from specrej_eval.demo.reward_model import probe_mask
 from specrej_eval.demo.tokenizer import EOS_ID, PAD_ID, decode, encode
 
 Floats = NDArray[np.float64]
@@ -99,17 +100,37 @@ def _decode_rows(policy: LlamaForCausalLM, problems: Sequence[Operands], greedy:
 
 @torch.no_grad()
 def closed_turn_scores(
-    reward: LlamaForSequenceClassification, problems: Sequence[Operands], texts: Sequence[str], batch_rows: int = 256
+    reward: LlamaForSequenceClassification,
+    problems: Sequence[Operands],
+    texts: Sequence[str],
+    looks: Sequence[int] = (),
+    batch_rows: int = 128,
 ) -> Floats:
-    """The reward of every (partial) answer, the way the runtime reads it: the score at the closing end token."""
-    rows = [[*encode(prompt(xs)), *encode(text), EOS_ID] for xs, text in zip(problems, texts, strict=True)]
-    order = sorted(range(len(rows)), key=lambda index: len(rows[index]))
-    scores = np.zeros(len(rows))
+    """(rows, looks + 1) rewards of the answers cut at each look and, last, of the whole answers.
+
+    They are the scores at an end token behind each cut, as the runtime reads them; one pass tries all ends of a row
+    (the mask of `reward_model.probe_mask` makes that the same as a pass for each).
+    """
+    scores = np.zeros((len(texts), len(looks) + 1))
+    order = sorted(range(len(texts)), key=lambda index: len(texts[index]))
     for start in range(0, len(order), batch_rows):
         chosen = order[start : start + batch_rows]
-        width = max(len(rows[index]) for index in chosen)
-        ids = torch.tensor([rows[index] + [PAD_ID] * (width - len(rows[index])) for index in chosen])
-        scores[chosen] = reward(input_ids=ids, attention_mask=(ids != PAD_ID).long()).logits[:, 0].double().numpy()
+        questions = [encode(prompt(problems[index])) for index in chosen]
+        answers = [encode(texts[index]) for index in chosen]
+        width = max(len(q) + len(a) for q, a in zip(questions, answers, strict=True))
+        ids, positions, cuts = [], [], []
+        for q, a in zip(questions, answers, strict=True):
+            ends = [len(q) + min(look, len(a)) for look in looks] + [len(q) + len(a)]
+            ids.append(q + a + [PAD_ID] * (width - len(q) - len(a)) + [EOS_ID] * len(ends))
+            positions.append([*range(width), *ends])
+            cuts.append(ends)
+        hidden = reward.model(
+            input_ids=torch.tensor(ids),
+            attention_mask=probe_mask(width, torch.tensor(cuts)),
+            position_ids=torch.tensor(positions),
+            use_cache=False,
+        ).last_hidden_state[:, width:]
+        scores[chosen] = reward.score(hidden)[..., 0].double().numpy()
     return scores
 
 
@@ -135,16 +156,8 @@ def score_samples(reward: LlamaForSequenceClassification, samples: Samples, look
     num_problems, num_samples = samples.num_tokens.shape
     problems = [xs for xs in samples.problems for _ in range(num_samples)]
     texts = [text for row in samples.texts for text in row]
-    final = closed_turn_scores(reward, problems, texts)
-    partial = []
-    for look in looks:
-        live = [index for index, text in enumerate(texts) if len(text) > look]
-        scores = final.copy()
-        scores[live] = closed_turn_scores(
-            reward, [problems[index] for index in live], [texts[index][:look] for index in live]
-        )
-        partial.append(scores.reshape(num_problems, num_samples))
-    return ScoredSamples(samples, tuple(looks), np.stack(partial, axis=-1), final.reshape(num_problems, num_samples))
+    scores = closed_turn_scores(reward, problems, texts, looks).reshape(num_problems, num_samples, -1)
+    return ScoredSamples(samples, tuple(looks), scores[..., :-1], scores[..., -1])
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ import random
 import resource
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
@@ -39,7 +40,7 @@ from specrej_eval.demo.language_model import (
     train_language_model,
     with_weights,
 )
-from specrej_eval.demo.reward_model import RewardModelArgs, train_reward_model
+from specrej_eval.demo.reward_model import RewardModelArgs, new_reward_model, train_reward_model
 from specrej_eval.demo.tokenizer import EOS_ID, PAD_ID, build_tokenizer
 
 T = TypeVar("T")
@@ -90,7 +91,7 @@ def policy_answers(args: LanguageModelArgs, snapshots: list[Snapshot]) -> list[t
     for place, snapshot in enumerate(snapshots):
         part = chosen[place :: len(snapshots)]
         drawn = sample(with_weights(args, snapshot.weights), part, 1)
-        answers += [(xs, row[0]) for xs, row in zip(part, drawn.texts, strict=True) if row[0]]
+        answers += [(xs, row[0]) for xs, row in zip(part, drawn.texts, strict=True) if row[0] and row[0].isascii()]
     return answers
 
 
@@ -99,45 +100,39 @@ def nearest_snapshots(snapshots: list[Snapshot], count: int = 3) -> list[Snapsho
     return sorted(snapshots, key=lambda snapshot: abs(snapshot.pass_at_1 - TARGET_PASS_AT_1))[:count]
 
 
-def looks_at(shares: tuple[float, ...], samples: Samples) -> list[int]:
-    """Numbers of tokens after which the given shares of a mean answer are decoded."""
-    return [round(share * float(samples.num_tokens.mean())) for share in shares]
+def draw(policy: LlamaForCausalLM, chosen: list[Operands], num_samples: int) -> tuple[Samples, Samples]:
+    """Greedy answers, and sampled ones."""
+    torch.manual_seed(SEED + 2)
+    return sample(policy, chosen, 1, greedy=True), sample(policy, chosen, num_samples)
 
 
 def evaluate_pair(
-    policy: LlamaForCausalLM,
-    reward: LlamaForSequenceClassification,
-    chosen: list[Operands],
-    num_samples: int,
-    num_rows: tuple[int, ...],
+    reward: LlamaForSequenceClassification, greedy: Samples, samples: Samples, num_rows: tuple[int, ...]
 ) -> dict[str, Any]:
-    """Summary of the pair on the given problems, and simulated rejection with looks every 1/8 and 1/4 of an answer."""
-    torch.manual_seed(SEED + 2)
-    greedy = sample(policy, chosen, 1, greedy=True)
-    samples = sample(policy, chosen, num_samples)
-    looks = looks_at(QUARTERS, samples)
-    fine = sorted({20, 40, 60, 80, *looks})
-    scored = score_samples(reward, samples, fine)
+    """Summary of the pair, and simulated rejection with looks at quarters of a mean answer and every 20 tokens."""
+    quarters, twenties = [round(share * float(samples.num_tokens.mean())) for share in QUARTERS], [20, 40, 60, 80]
+    scored = score_samples(reward, samples, sorted({*quarters, *twenties}))
     return {
         **summary(scored, greedy),
         "simulated_rejection": [
-            simulated_rejection(scored.at_looks(chosen_looks), rows)
-            for chosen_looks in (looks, [20, 40, 60, 80])
-            for rows in num_rows
-            if rows <= num_samples
+            simulated_rejection(scored.at_looks(looks), rows) for looks in (quarters, twenties) for rows in num_rows
         ],
     }
 
 
-def cached(folder: Path | None, name: str, compute: Callable[[], T]) -> T:
-    """The stage's outcome, read from the folder if it is there."""
-    if folder is None:
-        return compute()
-    path = folder / f"{name}.pt"
-    if not path.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        torch.save(compute(), path)
-    outcome: T = torch.load(path, weights_only=False)
+def cached(folder: Path | None, name: str, compute: Callable[[], T], times: dict[str, float]) -> T:
+    """A stage's outcome, read from the folder if it is there; `times` gets the CPU seconds that the stage took."""
+    path = folder / f"{name}.pt" if folder else None
+    outcome: T
+    if path and path.exists():
+        times[name], outcome = torch.load(path, weights_only=False)
+        return outcome
+    start = cpu_seconds()
+    outcome = compute()
+    times[name] = cpu_seconds() - start
+    if path:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.save((times[name], outcome), path)
     return outcome
 
 
@@ -147,6 +142,8 @@ def save(model: LlamaForCausalLM | LlamaForSequenceClassification, folder: Path)
         model.generation_config = GenerationConfig(eos_token_id=EOS_ID, pad_token_id=PAD_ID)
     weights: Any = model  # `half` is not annotated
     weights.half().save_pretrained(folder)
+    if not all(bool(tensor.isfinite().all()) for tensor in model.state_dict().values()):
+        raise OverflowError(f"{folder}: a weight does not fit into half precision")
     build_tokenizer().save_pretrained(folder)
 
 
@@ -171,7 +168,6 @@ def main() -> None:
         write_task_file(args.task_file)
     lm_args, rm_args = LanguageModelArgs(), RewardModelArgs()
     times: dict[str, float] = {}
-    start = cpu_seconds()
 
     def policy_run() -> tuple[StateDict, list[Snapshot]]:
         model, taken = train_language_model(lm_args, selection_problems(), SELECTION_SAMPLES, SEED)
@@ -182,45 +178,40 @@ def main() -> None:
         train_further(lm_args, model, SEED + 4)
         return model.state_dict()
 
-    trained, snapshots = cached(args.cache, "language_model", policy_run)
-    times["language_model"], start = cpu_seconds() - start, cpu_seconds()
+    def reward_run() -> StateDict:
+        return train_reward_model(rm_args, language_model, answers, SEED).state_dict()
 
+    trained, snapshots = cached(args.cache, "language_model", policy_run, times)
     nearest = nearest_snapshots(snapshots)
-    policy = with_weights(lm_args, nearest[0].weights)
-    save(policy, args.policy_dir)
-    answers = cached(args.cache, "policy_answers", lambda: policy_answers(lm_args, nearest))
-    times["policy_answers"], start = cpu_seconds() - start, cpu_seconds()
-
-    language_model = with_weights(lm_args, cached(args.cache, "further", further_run))
-    times["language_model_further"], start = cpu_seconds() - start, cpu_seconds()
-
-    reward = train_reward_model(rm_args, language_model, answers, SEED)
+    save(with_weights(lm_args, nearest[0].weights), args.policy_dir)
+    answers = cached(args.cache, "policy_answers", lambda: policy_answers(lm_args, nearest), times)
+    language_model = with_weights(lm_args, cached(args.cache, "language_model_further", further_run, times))
+    reward = new_reward_model(language_model, rm_args)
+    reward.load_state_dict(cached(args.cache, "reward_model", reward_run, times))
     save(reward, args.reward_dir)
-    times["reward_model"], start = cpu_seconds() - start, cpu_seconds()
 
     # What is measured is what was saved: fp16 weights, read back, computed in fp32.
     policy = LlamaForCausalLM.from_pretrained(args.policy_dir, dtype=torch.float32).eval()
     reward = LlamaForSequenceClassification.from_pretrained(args.reward_dir, dtype=torch.float32).eval()
-    torch.manual_seed(SEED + 3)
-    strong = sample(language_model, selection_problems(), 1)
-    if args.on == "test":
-        numbers = evaluate_pair(policy, reward, test_problems(), 16, (8, 16))
-        numbers["first_300_problems_64_samples"] = evaluate_pair(
-            policy, reward, test_problems()[:300], 64, (16, 32, 64)
-        )
-    else:
-        numbers = evaluate_pair(policy, reward, selection_problems(), 32, (8, 16, 32))
-    times["evaluation"] = cpu_seconds() - start
+    parts = [(test_problems(), 16, (8, 16)), (test_problems()[:300], 32, (32,))]
+    if args.on == "select":
+        parts = [(selection_problems(), 32, (8, 16, 32))]
+    reports = []
+    for chosen, num_samples, num_rows in parts:
+        name = f"evaluation_answers_{args.on}_{len(chosen)}_{num_samples}"
+        greedy, samples = cached(args.cache, name, partial(draw, policy, chosen, num_samples), times)
+        start = cpu_seconds()
+        reports.append(evaluate_pair(reward, greedy, samples, num_rows))
+        times[f"evaluation_{len(chosen)}_{num_samples}"] = cpu_seconds() - start
 
     metrics = {
         "problems": args.on,
-        **numbers,
+        "reports": reports,
         "selection": {
             "policy_step": nearest[0].step,
             "pass@1_on_selection_problems": nearest[0].pass_at_1,
             "snapshots": {snapshot.step: snapshot.pass_at_1 for snapshot in snapshots},
             "answers_from_steps": [snapshot.step for snapshot in nearest],
-            "fully_trained_pass@1_on_selection_problems": float(strong.correct.mean()),
         },
         "parameters": {"policy": policy.num_parameters(), "reward": reward.num_parameters()},
         "bytes": {
