@@ -334,3 +334,26 @@ def test_the_literal_command_runs_from_an_installed_wheel(installed: Environment
     assert results["config"]["specrej"]["totals"]["requests"] == 2
     table = installed.output("-m", "specrej_eval", "report", tmp_path / "demo")
     assert "Speculative Rejection, alpha=0.5" in table
+
+
+LAUNCHERS = {
+    "accelerate launch": ["accelerate.commands.launch", "--cpu", "--num_processes", "1", "-m"],
+    "torchrun": ["torch.distributed.run", "--standalone", "--nproc_per_node", "1", "-m"],
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_launchers_know_our_models(installed: Environment, tmp_path: Path, launcher: str) -> None:
+    tasks = installed.output("-m", "specrej_eval", "path", "tasks").strip()
+    # fmt: off
+    done = installed.run(
+        "python", "-m", *LAUNCHERS[launcher], "lm_eval", "--model", "best_of_n",
+        "--model_args", "n=2,force_sampling_args=true,seed=1", "--tasks", "specrej_arithmetic", "--include_path", tasks,
+        "--output_path", tmp_path / "demo", "--limit", "2",
+    )
+    # fmt: on
+    assert done.returncode == 0, done.stderr
+    results = json.loads(next((tmp_path / "demo").rglob("results_*.json")).read_text())
+    assert results["config"]["specrej"]["arguments"]["strategy"] == "best_of_n"
+    assert results["config"]["specrej"]["totals"]["rows_started"] == 4
