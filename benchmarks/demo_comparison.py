@@ -47,6 +47,9 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--batch-size", type=int, default=8, help="prompts in flight; changes no result")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument(
+        "--journals", type=Path, help="folder of journals: an interrupted comparison goes on from there"
+    )
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -59,9 +62,11 @@ def main() -> None:
 
     def answer(name: str, **arguments: Any) -> list[GenerationResult]:
         started = time.perf_counter()
+        if options.journals:
+            arguments["journal"] = str(options.journals / f"{re.sub(r'[^a-z0-9.]+', '_', name)}.jsonl")
         generator = specrej_eval.load(**common, **arguments)
         results = generator.generate([problem["prompt"] for problem in problems], until=["\n"])
-        print(f"{name}: {time.perf_counter() - started:.0f} s, {generator.totals.decode_tokens} tokens", flush=True)
+        print(f"{name}: {time.perf_counter() - started:.0f} s", flush=True)
         return results
 
     truth = np.array([int(problem["answer"]) for problem in problems])

@@ -117,7 +117,7 @@ class Generator:
 
     def generate(
         self,
-        prompts: str | Sequence[str | Sequence[Message]],
+        prompts: str | Sequence[Message] | Sequence[str | Sequence[Message]],
         *,
         until: str | Sequence[str] | None = None,
         max_gen_toks: int | None = None,
@@ -129,7 +129,8 @@ class Generator:
         on no other prompt of the call.
 
         Args:
-            prompts: each a string (raw context) or a list of chat messages (rendered with the model's template).
+            prompts: each a string (raw context) or a list of chat messages (rendered with the model's template); a
+                single one needs no list around it.
             until: stop strings; the answer is cut before the first of them.
             max_gen_toks: most tokens of an answer; None = the argument given to ``load``.
             seed: None = the argument given to ``load``.
@@ -142,7 +143,9 @@ class Generator:
         changes = {"max_gen_toks": max_gen_toks, "seed": seed}
         config = self.config.replace(**{name: value for name, value in changes.items() if value is not None})
         stops = checked_until(list(until) if isinstance(until, (tuple, set)) else until)
-        listed: Sequence[str | Sequence[Message]] = [prompts] if isinstance(prompts, str) else prompts
+        listed: Sequence[Any] = [prompts] if isinstance(prompts, str) else prompts
+        if listed and all(isinstance(item, Mapping) for item in listed):
+            listed = [listed]  # one conversation
         seen: Counter[str] = Counter()
         requests = []
         for item in listed:

@@ -1,7 +1,8 @@
 """The journal: finished requests, appended as they finish, taken from there by a rerun with the same configuration.
 
-One JSONL file. Its first line is the fingerprint of everything that decides an answer (model, reward, strategy,
-sampling, seed); a file with another fingerprint is refused, never silently reused. A last line cut short by a kill is
+One JSONL file. Its first line is the fingerprint of the two models (names, files, dtypes); a file of other models is
+refused, never silently reused. Each entry's key holds every argument that decides an answer (strategy, sampling, seed,
+stop strings), so a rerun with other arguments finds nothing and decodes afresh. A last line cut short by a kill is
 dropped. The memory that ``n=max`` was resolved with stands here too, so that a resumed run starts as many rows.
 """
 

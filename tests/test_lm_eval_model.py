@@ -195,7 +195,7 @@ def test_gen_kwargs_from_the_command_line_are_honoured(tiny: str, warnings: list
     assert [message for message in warnings if "num_beams" in message] == warnings
     assert len(warnings) == 1
     assert block["arguments"]["n"] == 5  # as resolved for the first prompt
-    assert block["arguments"]["alpha"] == 0.5  # as given
+    assert block["arguments"]["alpha"] == 0.25  # so that a report tells such runs apart
 
 
 @pytest.mark.parametrize("until", [[None], [""], ["\n", ""]])

@@ -155,9 +155,9 @@ def test_the_given_gen_kwargs_are_left_alone() -> None:
 
 
 def test_unknown_names_are_reported_not_refused() -> None:
-    translated = translate({"num_beams": 2, "alhpa": 0.3, "use_cache": True, "until": []}, RunConfig())
-    assert translated.ignored == ("alhpa", "num_beams")
-    assert describe_ignored(translated.ignored) == "alhpa (did you mean alpha?), num_beams"
+    translated = translate({"num_beams": 2, "top_pp_k": 0.3, "use_cache": True, "until": []}, RunConfig())
+    assert translated.ignored == ("num_beams", "top_pp_k")
+    assert describe_ignored(translated.ignored) == "num_beams, top_pp_k (did you mean top_p?)"
 
 
 @pytest.mark.parametrize("kwargs", [{"reward_model": "x"}, {"dtype": "float32"}, {"batch_size": 2}])
@@ -220,3 +220,10 @@ def test_equal_requests_are_not_padding() -> None:
     draws, source = draws_of([instance("same"), instance("same")])
     assert len(draws) == 2
     assert source == [0, 1]
+
+
+def test_a_slip_in_gen_kwargs_is_refused_and_a_foreign_key_is_not() -> None:
+    base = RunConfig()
+    with pytest.raises(ConfigError, match=r"'alhpa'(.|\n)*did you mean 'alpha'"):
+        translate({"alhpa": 0.3}, base)
+    assert translate({"num_beams": 4, "repetition_penalty": 1.1}, base).ignored == ("num_beams", "repetition_penalty")

@@ -144,6 +144,10 @@ def save(model: LlamaForCausalLM | LlamaForSequenceClassification, folder: Path)
     weights.half().save_pretrained(folder)
     if not all(bool(tensor.isfinite().all()) for tensor in model.state_dict().values()):
         raise OverflowError(f"{folder}: a weight does not fit into half precision")
+    if isinstance(model, LlamaForSequenceClassification):
+        # stored in half precision, but its residual stream outgrows float16: it is to be computed in float32
+        config = folder / "config.json"
+        config.write_text(json.dumps({**json.loads(config.read_text()), "dtype": "float32"}, indent=2) + "\n")
     build_tokenizer().save_pretrained(folder)
 
 

@@ -39,7 +39,9 @@ class Group:
         self.logprobs: Tensor | None = None  # (rows, capacity), float32, if asked for
         self.positions = torch.full((rows,), prefix.length, dtype=torch.int64, device=device)  # (rows,)
         self.steps = torch.zeros(rows, dtype=torch.int64, device=device)  # (rows,), num_sampled as a tensor
-        self.streams = torch.zeros(rows, dtype=torch.int64, device=device)  # (rows,), see sampling.row_stream
+        self.key = torch.tensor(0)
+        """Stream key of the prompt: 0-d int64 on the host."""
+        self.streams = row_stream(self.key, self.ids)  # (rows,)
         self.capacity = capacity
         self._device = device
 
@@ -70,6 +72,7 @@ class Group:
 
     def use_streams(self, key: Tensor) -> None:
         """Give every row its random stream. ``key``: 0-d int64 on the host."""
+        self.key = key
         self.streams = row_stream(key, self.ids)
 
     def sampled(self, tokens: Tensor, logprobs: Tensor | None) -> None:
@@ -93,6 +96,7 @@ class Group:
         self._reorder_cache(index)
         self.tokens, self.logprobs, self.positions, self.steps, self.ids = tokens, logprobs, positions, steps, ids
         self.row_ids = row_ids
+        self.use_streams(self.key)
         self.capacity = max(self.capacity, capacity)
 
     def _reorder_cache(self, index: Tensor) -> None:

@@ -32,8 +32,9 @@ logger = logging.getLogger(__name__)
 
 _EOS, _MAY_STOP = 1, 2
 """What a token id can mean, besides being a token: bits of a lookup table."""
-MEMORY_FRACTION = 0.9
-"""Share of the free memory that ``n=max`` gives to the KV cache; the rest is for what a forward pass allocates."""
+MEMORY_FRACTION = {"cuda": 0.9, "cpu": 0.25}
+"""Share of the free memory that ``n=max`` gives to the KV cache; the rest is for what a forward pass allocates. A GPU
+says when it is full; a CPU's memory belongs to others too, and its kernel kills without a word."""
 
 
 class TransformersEngine:
@@ -152,7 +153,6 @@ class TransformersEngine:
                 if chosen:
                     places, rows = [place for place, _ in chosen], [row for _, row in chosen]
                     self._select(group, places, rows, group.num_sampled + plan.num_tokens)
-                    group.use_streams(session.key)
                     kept_groups.append(group)
             session.groups = kept_groups
             if plan.fresh:
@@ -440,7 +440,10 @@ class TransformersEngine:
             del prefix
         hardware.release_memory(self.device)
         free = hardware.free_bytes(self.device)
-        return int(free * MEMORY_FRACTION) // per_token // config.batch_size
+        share = MEMORY_FRACTION.get(self.device.type, MEMORY_FRACTION["cpu"])
+        tokens = int(free * share) // per_token // config.batch_size
+        logger.warning("n=max: memory holds %d tokens of KV for each of %d prompts", tokens, config.batch_size)
+        return tokens
 
     def peak_bytes(self) -> int:
         """See ``base.Engine.peak_bytes``."""

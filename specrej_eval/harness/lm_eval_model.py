@@ -189,9 +189,9 @@ class SpecRejLM(HFLM):
         if translated.asks_greedy and translated.config.on_greedy == "sample":
             config = translated.config
             self._warn(
-                f"Task {task!r} asks for greedy decoding, which has nothing to choose from: candidates are sampled "
-                f"(temperature={config.temperature}, top_p={config.top_p}, top_k={config.top_k}, seed={config.seed}). "
-                "on_greedy=greedy or on_greedy=error change that."
+                f"Task {task!r} (or --gen_kwargs) asks for greedy decoding, with nothing to choose from: candidates "
+                f"are sampled (temperature={config.temperature}, top_p={config.top_p}, top_k={config.top_k}, "
+                f"seed={config.seed}). on_greedy=greedy or on_greedy=error change that."
             )
         if translated.ignored:
             self._warn(f"Task {task!r}: gen_kwargs not used here: {describe_ignored(translated.ignored)}.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -118,12 +119,23 @@ def translate(gen_kwargs: Mapping[str, Any], base: RunConfig) -> Translated:
         config = base.replace(**changes)
     known = {*KNOBS, *SAMPLING, *_LENGTHS, "do_sample"}
     ignored = tuple(sorted(name for name in given.keys() - known if given[name] != _NEUTRAL.get(name)))
+    _refuse_slips(ignored)
     return Translated(config, until, asks_greedy, ignored)
 
 
 def greedy(config: RunConfig) -> RunConfig:
     """The same run as plain greedy decoding."""
     return config.replace(strategy="best_of_n", n=1, temperature=0.0, first_look=None, kv_budget_tokens=None)
+
+
+def _refuse_slips(names: Sequence[str]) -> None:
+    """Raises:
+    ConfigError: a name that nothing knows is one slip away from one of our arguments.
+    """
+    for name in names:
+        meant = difflib.get_close_matches(name, (*KNOBS, *SAMPLING), n=1, cutoff=0.8)
+        if meant:
+            raise ConfigError(f"unknown argument {name!r} in gen_kwargs.", hint=f"did you mean {meant[0]!r}?")
 
 
 def describe_ignored(names: Sequence[str]) -> str:

@@ -97,7 +97,8 @@ class Tally:
     def resolved_first(self) -> dict[str, Any]:
         """``n`` and ``first_look`` of the first prompt of all."""
         resolved = next((task.resolved for task in self.tasks.values() if task.resolved), {})
-        return {name: resolved[name] for name in ("n", "first_look") if name in resolved}
+        # the budget depends on the prompt's length; stop strings are the task's
+        return {name: value for name, value in resolved.items() if name not in ("kv_budget_tokens", "until")}
 
     @classmethod
     def merged(cls, ranks: Sequence[Tally]) -> Tally:
