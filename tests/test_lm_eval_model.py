@@ -627,10 +627,6 @@ def output(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     return strict(results.read_text()), samples
 
 
-needs_demo = pytest.mark.skipif(not (demo.POLICY_DIR / "config.json").is_file(), reason="the demo pair is missing")
-
-
-@needs_demo
 def test_without_arguments_the_embedded_pair_answers() -> None:
     sums = task(questions=["12 + 34 = ?", "50 + 7 = ?"], doc_to_text="Q: {{question}}\nA:")
     block = evaluate(SpecRejLM(max_gen_toks=32, n=4), sums)["config"]["specrej"]
@@ -642,7 +638,6 @@ def test_without_arguments_the_embedded_pair_answers() -> None:
     assert block["hardware"]["dtype"] == "float32"
 
 
-@needs_demo
 @pytest.mark.slow
 def test_stock_gsm8k_offline_from_the_command_line(tmp_path: Path) -> None:
     """The task as it is bundled; `datasets` takes ./openai/gsm8k before the hub."""
