@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from specrej_eval import budget
 from specrej_eval.config import RunConfig, as_dict
 
 if TYPE_CHECKING:
+    from specrej_eval.engine.transformers_engine import TransformersEngine
     from specrej_eval.generator import Generator
+    from specrej_eval.rewards.base import RewardModel
 
 
 def load(**args: Any) -> Generator:
@@ -26,16 +29,37 @@ def load(**args: Any) -> Generator:
         MissingDependencyError: an optional package is needed.
     """
     config, host = RunConfig.from_args(args)
-    budget.check_arguments(config)
-    # torch and transformers are imported from here on
-    from specrej_eval.engine.loading import check_checkpoint, load_model_and_tokenizer
-    from specrej_eval.engine.transformers_engine import TransformersEngine
+    check(config, host)
     from specrej_eval.generator import Generator
-    from specrej_eval.rewards.base import check_reward, make_reward
+
+    engine, reward = load_models(config, host)
+    return Generator(engine=engine, reward=reward, config=config, identity=identity_of(host))
+
+
+def check(config: RunConfig, host: Mapping[str, Any]) -> None:
+    """Everything that can be said of the arguments before a weight is loaded.
+
+    Raises:
+        ConfigError, CheckpointError: as ``load``.
+    """
+    budget.check_arguments(config)
+    from specrej_eval.engine.loading import check_checkpoint
+    from specrej_eval.rewards.base import check_reward
 
     check_checkpoint(config, host)
-    token = host.get("token")
-    check_reward(config, token=token)
+    check_reward(config, token=host.get("token"))
+
+
+def load_models(config: RunConfig, host: Mapping[str, Any]) -> tuple[TransformersEngine, RewardModel]:
+    """The engine and the reward model; none of the strategy's and sampler's arguments is looked at.
+
+    Raises:
+        ConfigError, CheckpointError, MissingDependencyError: as ``load``.
+    """
+    from specrej_eval.engine.loading import load_model_and_tokenizer
+    from specrej_eval.engine.transformers_engine import TransformersEngine
+    from specrej_eval.rewards.base import make_reward
+
     model, tokenizer = load_model_and_tokenizer(config, host)
     template_args = as_dict("chat_template_args", host.get("chat_template_args") or {})
     if host.get("enable_thinking") is not None:
@@ -48,8 +72,11 @@ def load(**args: Any) -> Generator:
         add_bos_token=host.get("add_bos_token"),
         chat_template_args=template_args,
     )
-    reward = make_reward(config, device=config.reward_device or str(engine.device), token=token)
-    identity: dict[str, Any] = {
-        name: host[name] for name in ("revision", "subfolder", "gguf_file", "peft", "tokenizer") if name in host
-    }
-    return Generator(engine=engine, reward=reward, config=config, identity=identity)
+    reward = make_reward(config, device=config.reward_device or str(engine.device), token=host.get("token"))
+    return engine, reward
+
+
+def identity_of(host: Mapping[str, Any]) -> dict[str, Any]:
+    """What of the host's arguments decides an answer, for a journal's fingerprint."""
+    names = ("revision", "subfolder", "gguf_file", "peft", "tokenizer")
+    return {name: host[name] for name in names if name in host}

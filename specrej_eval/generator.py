@@ -14,7 +14,6 @@ from typing import Any
 
 from specrej_eval import budget as budgets
 from specrej_eval.budget import Budget
-from specrej_eval.checkpoint import DEMO_POLICY, DEMO_REWARD, stamp
 from specrej_eval.config import MAX, RunConfig, checked_until
 from specrej_eval.core import (
     GenerationResult,
@@ -29,30 +28,13 @@ from specrej_eval.core import (
 )
 from specrej_eval.engine.base import Engine
 from specrej_eval.errors import RewardError
+from specrej_eval.fingerprint import DECIDING, of_models
 from specrej_eval.journal import Journal, request_key
 from specrej_eval.progress import Progress
 from specrej_eval.rewards.base import RewardModel
 from specrej_eval.scheduler import Scheduler
 from specrej_eval.strategies.base import State, Strategy, make_strategy
 from specrej_eval.trace import Tracer, make_tracer
-
-_DECIDING = (
-    "strategy",
-    "alpha",
-    "n",
-    "first_look",
-    "kv_budget_tokens",
-    "temperature",
-    "top_p",
-    "top_k",
-    "min_p",
-    "max_gen_toks",
-    "seed",
-    "on_nan",
-    "partial_turn",
-    "logprobs",
-)
-"""Arguments that decide an answer: a journal entry is found again only if all of them are the same."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,6 +44,12 @@ class Request:
     prompt: Prompt
     config: RunConfig
     until: tuple[str, ...] = ()
+
+    @property
+    def key(self) -> str:
+        """Identifies the request in records: its prompt and every argument that decides its answer."""
+        arguments = {name: getattr(self.config, name) for name in DECIDING}
+        return request_key(self.prompt, arguments, self.until)
 
 
 @dataclass(slots=True)
@@ -111,7 +99,8 @@ class Generator:
         self.identity = dict(identity or {})
         self._tracer: Tracer | None = None
         self._journal: Journal | None = None
-        self._capacity: int | None = None
+        self.capacity_tokens: int | None = None
+        """Tokens of KV that memory holds (``n=max``): measured by the first run that needs it, unless set before."""
 
     # the public call
 
@@ -160,10 +149,16 @@ class Generator:
 
     # the loop
 
-    def run(self, requests: Sequence[Request], *, progress: bool = True) -> Iterator[tuple[int, GenerationResult]]:
+    def run(
+        self, requests: Sequence[Request], *, progress: bool = True, summary: bool = True
+    ) -> Iterator[tuple[int, GenerationResult]]:
         """Answer requests; yields ``(index, result)`` as each finishes.
 
         Every budget is resolved and every prompt checked before the first token is decoded.
+
+        Args:
+            progress: show a progress bar.
+            summary: with it, say at the end what the run cost; a caller that makes several calls says it itself.
 
         Raises:
             ConfigError, PromptError: before anything is decoded.
@@ -173,7 +168,7 @@ class Generator:
         work = self._checked(requests, journal)
         tracer = self._open_tracer()
         scheduler = Scheduler(self._not_in(journal, work), batch_size=self.config.batch_size)
-        bar = Progress(len(requests), shown=progress)
+        bar = Progress(len(requests), shown=progress, summary=summary)
         running: list[_Running] = []
         try:
             for index, done in self._taken_from(journal, work):
@@ -195,7 +190,7 @@ class Generator:
                     self.totals.add(result.ledger)
                     tracer.request(result)
                     if journal is not None:
-                        journal.put(self._key(due.request), result)
+                        journal.put(due.request.key, result)
                     bar.finished(result)
                     yield due.index, result
                 bar.step([work.session for work in running])
@@ -208,9 +203,9 @@ class Generator:
         checked = []
         for index, request in enumerate(requests):
             self.engine.check(request.prompt, request.config)
-            if request.config.n == MAX and self._capacity is None:
-                self._capacity = self._measured_capacity(requests, journal)
-            budget = budgets.resolve(request.config, request.prompt.num_tokens, capacity_tokens=self._capacity)
+            if request.config.n == MAX and self.capacity_tokens is None:
+                self.capacity_tokens = self._measured_capacity(requests, journal)
+            budget = budgets.resolve(request.config, request.prompt.num_tokens, capacity_tokens=self.capacity_tokens)
             checked.append((index, request, budget))
         return checked
 
@@ -340,7 +335,7 @@ class Generator:
             task=work.request.prompt.task,
             repeat=work.request.prompt.repeat,
             resolved={
-                **{name: getattr(config, name) for name in _DECIDING},
+                **{name: getattr(config, name) for name in DECIDING},
                 "n": budget.n,
                 "first_look": budget.first_look,
                 "kv_budget_tokens": budget.kv_budget_tokens,
@@ -366,28 +361,13 @@ class Generator:
 
     def _open_journal(self) -> Journal | None:
         if self._journal is None and self.config.journal is not None:
-            fingerprint = {
-                "pretrained": self.config.pretrained,
-                "reward_model": self.reward.name,
-                "reward_family": self.config.reward_family,
-                "pretrained_files": stamp(self.config.pretrained or str(DEMO_POLICY)),
-                "reward_files": stamp(self.config.reward_model or str(DEMO_REWARD)),
-                "dtype": self.config.dtype,
-                "reward_dtype": self.config.reward_dtype,
-                **self.identity,
-            }
-            self._journal = Journal(self.config.journal, fingerprint)
+            self._journal = Journal(self.config.journal, of_models(self.config, self.identity))
         return self._journal
-
-    @staticmethod
-    def _key(request: Request) -> str:
-        arguments = {name: getattr(request.config, name) for name in _DECIDING}
-        return request_key(request.prompt, arguments, request.until)
 
     def _not_in(
         self, journal: Journal | None, work: Sequence[tuple[int, Request, Budget]]
     ) -> list[tuple[int, Request, Budget]]:
-        return [item for item in work if journal is None or journal.get(self._key(item[1])) is None]
+        return [item for item in work if journal is None or journal.get(item[1].key) is None]
 
     def _taken_from(
         self, journal: Journal | None, work: Sequence[tuple[int, Request, Budget]]
@@ -395,7 +375,7 @@ class Generator:
         if journal is None:
             return
         # looked up before the loop appends to the journal
-        found = [(index, journal.get(self._key(request))) for index, request, _ in work]
+        found = [(index, journal.get(request.key)) for index, request, _ in work]
         for index, result in found:
             if result is not None:
                 yield index, result

@@ -16,9 +16,11 @@ from typing import Any
 
 from specrej_eval.core import GenerationResult, Ledger, Prompt, Round, Trajectory
 from specrej_eval.errors import ConfigError
-from specrej_eval.trace import open_append
+from specrej_eval.fingerprint import check_same
+from specrej_eval.jsonl import drop_torn_line, open_append, read_lines
 
 SCHEMA_VERSION = 1
+_REMEDY = "name another file for this configuration, or delete this one to start over."
 
 
 def request_key(prompt: Prompt, arguments: dict[str, Any], until: tuple[str, ...]) -> str:
@@ -46,8 +48,8 @@ class Journal:
         self.capacity_tokens: int | None = None
         """What memory held when the run began (``n=max``)."""
         whole_bytes = self._read(json.loads(json.dumps(fingerprint, default=str)))
-        if whole_bytes is not None and Path(path).stat().st_size > whole_bytes:
-            os.truncate(path, whole_bytes)  # a kill cut the last line short
+        if whole_bytes is not None:
+            drop_torn_line(path, whole_bytes)
         self._file = open_append(path, argument="journal")
         if not whole_bytes:
             self._write({"journal": SCHEMA_VERSION, "fingerprint": fingerprint})
@@ -77,37 +79,20 @@ class Journal:
         """Fill the entries; return the bytes of whole lines, or None if there is no file yet."""
         if not Path(self.path).is_file():
             return None
-        whole = 0
-        with open(self.path, "rb") as file:
-            for number, line in enumerate(file):
-                if not line.endswith(b"\n"):
-                    break
-                try:
-                    record = json.loads(line)
-                except ValueError:
-                    record = None
-                if not isinstance(record, dict) or ("fingerprint" if number == 0 else "key") not in record:
-                    raise ConfigError(
-                        f"journal={self.path!r} is not one of our journals (line {number + 1} cannot be read).",
-                        hint="name another file, or delete this one.",
-                    )
-                if number == 0:
-                    self._compare(record["fingerprint"], fingerprint)
-                elif record["key"] == "capacity_tokens":
-                    self.capacity_tokens = int(record["result"])
-                else:
-                    self._entries[record["key"]] = record["result"]
-                whole += len(line)
+        records, whole = read_lines(self.path, argument="journal")
+        for number, record in enumerate(records):
+            if ("fingerprint" if number == 0 else "key") not in record:
+                raise ConfigError(
+                    f"journal={self.path!r} is not one of our journals (line {number + 1} is of another kind).",
+                    hint="name another file, or delete this one.",
+                )
+            if number == 0:
+                check_same(record["fingerprint"], fingerprint, what=f"journal={self.path!r}", remedy=_REMEDY)
+            elif record["key"] == "capacity_tokens":
+                self.capacity_tokens = int(record["result"])
+            else:
+                self._entries[record["key"]] = record["result"]
         return whole
-
-    def _compare(self, theirs: dict[str, Any], ours: dict[str, Any]) -> None:
-        names = [name for name in sorted(theirs.keys() | ours.keys()) if theirs.get(name) != ours.get(name)]
-        if names:
-            differences = "; ".join(f"{name}: {theirs.get(name)!r} then, {ours.get(name)!r} now" for name in names)
-            raise ConfigError(
-                f"journal={self.path!r} was begun with another configuration ({differences}).",
-                hint="name another file for this configuration, or delete this one to start over.",
-            )
 
     def _write(self, record: dict[str, Any]) -> None:
         self._file.write(json.dumps(record, allow_nan=False, default=str) + "\n")

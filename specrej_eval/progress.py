@@ -15,9 +15,9 @@ from specrej_eval.engine.base import EngineSession
 class Progress:
     """A progress bar over prompts; when it closes, what the run cost and what it gained, on stderr."""
 
-    def __init__(self, total: int, *, shown: bool) -> None:
+    def __init__(self, total: int, *, shown: bool, summary: bool = True) -> None:
         self._bar = tqdm(total=total, disable=not shown, desc="specrej", unit="prompt")
-        self._shown = shown
+        self._summary = shown and summary
         self._started = time.perf_counter()
         self._done = Ledger()
         self._best: list[float] = []
@@ -39,21 +39,28 @@ class Progress:
         self._bar.set_postfix_str(f"{live} live rows, {rejected:.0%} rejected, {speed:,.0f} tok/s", refresh=False)
 
     def close(self) -> None:
-        answers = self._bar.n
+        answers = int(self._bar.n)
         self._bar.close()
-        if self._shown and answers:
-            tqdm.write(f"specrej: {answers} answers, {self._summary()}", file=sys.stderr)
+        if self._summary and answers:
+            tqdm.write(f"specrej: {summary_line(answers, self._done, self._best, self._finished)}", file=sys.stderr)
 
-    def _summary(self) -> str:
-        done = self._done
-        seconds = ", ".join(f"{phase} {value:.1f}" for phase, value in done.seconds.items())
-        parts = [
-            f"{done.rows_started} rows ({done.rows_rejected / max(1, done.rows_started):.0%} rejected), "
-            f"{done.decode_tokens:,} tokens decoded, {done.reward_tokens:,} scored in {done.reward_calls:,} calls",
-            f"seconds: {seconds}",
-            f"peak memory {done.peak_bytes / 1e9:.2f} GB",
-        ]
-        if self._best:
-            best, finished = sum(self._best) / len(self._best), sum(self._finished) / len(self._finished)
-            parts.append(f"mean reward {best:.3f} (all rows that finished: {finished:.3f})")
-        return "; ".join(parts)
+
+def summary_line(answers: int, cost: Ledger, best: Sequence[float], finished: Sequence[float]) -> str:
+    """What answers cost next to what they gained.
+
+    Args:
+        best: rewards of the answers returned.
+        finished: rewards of all rows that finished, for comparison.
+    """
+    seconds = ", ".join(f"{phase} {value:.1f}" for phase, value in cost.seconds.items())
+    parts = [
+        f"{answers} answers, {cost.rows_started} rows ({cost.rows_rejected / max(1, cost.rows_started):.0%} rejected), "
+        f"{cost.decode_tokens:,} tokens decoded, {cost.reward_tokens:,} scored in {cost.reward_calls:,} calls",
+        f"seconds: {seconds}",
+        f"peak memory {cost.peak_bytes / 1e9:.2f} GB",
+    ]
+    if best:
+        parts.append(
+            f"mean reward {sum(best) / len(best):.3f} (all rows that finished: {sum(finished) / len(finished):.3f})"
+        )
+    return "; ".join(parts)

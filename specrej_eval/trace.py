@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import json
 import os
-from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import Any, Protocol
 
 from specrej_eval.core import GenerationResult, Prompt, Round
-from specrej_eval.errors import ConfigError
+from specrej_eval.jsonl import open_append
 
 SCHEMA_VERSION = 1
 
@@ -66,20 +65,6 @@ class JsonlTracer:
 
 def make_tracer(path: str | None) -> Tracer:
     return NullTracer() if path is None else JsonlTracer(path)
-
-
-def open_append(path: str, *, argument: str) -> IO[str]:
-    """Open a JSONL file for appending, its folder made if need be.
-
-    Raises:
-        ConfigError: the file or its folder cannot be written.
-    """
-    try:
-        folder = Path(path).parent
-        folder.mkdir(parents=True, exist_ok=True)
-        return open(path, "a", encoding="utf-8", errors="surrogatepass")
-    except OSError as exc:
-        raise ConfigError(f"{argument}={path!r} cannot be written: {exc.strerror or exc}.") from exc
 
 
 def rank_path(path: str, rank: int, world_size: int) -> str:

@@ -247,6 +247,8 @@ class SimulatedEngine:
         self.capacity = capacity
         self.sessions: list[Session] = []
         self.most_in_flight = 0
+        self.max_length = 10**6
+        self.has_chat_template = True
 
     def check(self, prompt: Prompt, config: RunConfig) -> None: ...
 

@@ -279,7 +279,7 @@ def test_a_journal_of_another_configuration_is_refused_or_not_used(tmp_path: Pat
     with pytest.raises(ConfigError, match=r"another configuration.*reward_model"):
         load(n=4, journal=str(path), reward_model="likelihood").generate(PROMPTS[0])
     (tmp_path / "notes.txt").write_text("hello\nworld\n")
-    with pytest.raises(ConfigError, match="not one of our journals"):
+    with pytest.raises(ConfigError, match="not one of our files"):
         load(n=4, journal=str(tmp_path / "notes.txt")).generate(PROMPTS[0])
     assert (tmp_path / "notes.txt").read_text() == "hello\nworld\n"
 

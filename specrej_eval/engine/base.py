@@ -43,6 +43,11 @@ class EngineSession(Protocol):
 class Engine(Protocol):
     """Decodes rows. Engines differ in how, never in which rows: (prompt, seed, sampling) decide the tokens."""
 
+    max_length: int
+    """Context length in tokens: prompt and answer together."""
+    has_chat_template: bool
+    """Whether ``encode`` takes chat messages."""
+
     def encode(self, prompt: str | Sequence[Message], *, repeat: int = 0) -> Prompt:
         """Tokenise a raw context or chat messages.
 

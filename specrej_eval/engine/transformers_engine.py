@@ -66,6 +66,7 @@ class TransformersEngine:
         self.runner = ModelRunner(model, path=path)
         self.device = self.runner.device
         self.max_length = max_length or context_length(model, tokenizer)
+        self.has_chat_template = bool(getattr(tokenizer, "chat_template", None))
         self.detokenizer = text.Detokenizer(tokenizer, think_end_token=think_end_token)
         self._add_bos_token = add_bos_token
         self._chat_template_args = chat_template_args
