@@ -154,7 +154,8 @@ def answer(
         if known is None:
             left.append(index)
         else:
-            answers[index] = known
+            question = questions[index]  # its place may be another by now
+            answers[index] = replace(known, index=question.index, fields=dict(question.fields))
     if left:
         if answers:
             logger.warning("%d of %d answers were recorded already; %d to go.", len(answers), len(requests), len(left))

@@ -27,6 +27,11 @@ COMMANDS = {
         "run lm-eval's own command with our models registered, whether or not the startup hook works",
         pass_through=True,
     ),
+    "run": Command(
+        "specrej_eval.run",
+        "answer a file of prompts and keep the answers, with every row behind them, in one folder",
+        pass_through=True,
+    ),
     "report": Command(
         "specrej_eval.report.summary",
         "print one table of the runs found under a folder",

@@ -5,7 +5,10 @@ Values are coerced and checked here, before a model is loaded. The README's argu
 
 from __future__ import annotations
 
+import ast
 import dataclasses
+import functools
+import inspect
 import json
 import math
 from collections.abc import Iterable, Mapping
@@ -57,6 +60,26 @@ HOST_ARGUMENTS = (
 )
 """Arguments of lm-eval's ``HFLM`` (or of ``from_pretrained``) that are passed through."""
 
+SYNONYMS = {
+    "llm_name": "pretrained",
+    "max_completion_tokens": "max_gen_toks",
+    "max_gen_tokens": "max_gen_toks",
+    "max_new_tokens": "max_gen_toks",
+    "model": "pretrained",
+    "model_dir": "pretrained",
+    "model_name": "pretrained",
+    "model_name_or_path": "pretrained",
+    "num_return_sequences": "n",
+    "best_of": "n",
+    "num_samples": "n",
+    "reward_model_name": "reward_model",
+    "rm": "reward_model",
+    "stop": "until",
+    "stop_sequences": "until",
+    "torch_dtype": "dtype",
+}
+"""What other tools call our arguments (the reference code, alpaca_eval's decoders, transformers, vLLM)."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
@@ -67,12 +90,13 @@ class RunConfig:
     """
 
     pretrained: str | None = None
-    """Language model: a hub name or a folder. None = the embedded demo pair."""
+    """Language model: a hub name or a folder. None = the embedded demo model."""
     reward_model: str | None = None
     """Reward model: a hub name, a folder, ``likelihood`` or ``pkg.module:function``. None = the demo pair's."""
     reward_family: str = "auto"
     """How the reward checkpoint is read; ``auto`` looks at its ``architectures``."""
     strategy: str = "speculative_rejection"
+    """``speculative_rejection`` or ``best_of_n``."""
     alpha: float = 0.5
     """Fraction of the pool rejected at each look, in [0, 1)."""
     n: int | str | None = None
@@ -84,14 +108,19 @@ class RunConfig:
     temperature: float = 1.0
     """0 decodes greedily."""
     top_p: float = 1.0
+    """Nucleus: the smallest set of tokens with this much probability; 1 switches the filter off."""
     top_k: int = 50
     """0 switches the filter off."""
     min_p: float = 0.0
+    """Least probability of a token, as a fraction of the likeliest one's; 0 switches the filter off."""
     max_gen_toks: int = 256
+    """Most tokens of an answer."""
     seed: int = 0
+    """Of all draws; a row's tokens depend on (seed, task, prompt, repeat, row) and on nothing else."""
     dtype: str = "auto"
     """``auto`` = float32 for the embedded pair, else the checkpoint's."""
     reward_dtype: str = "auto"
+    """The same for the reward model."""
     device: str | None = None
     """None = cuda if there is one, else cpu."""
     reward_device: str | None = None
@@ -115,10 +144,16 @@ class RunConfig:
     journal: str | None = None
     """JSONL file of finished requests: a rerun with the same configuration takes them from there."""
     trust_remote_code: bool = False
+    """Run code from a checkpoint, of both models."""
 
     @classmethod
-    def from_args(cls, args: Mapping[str, Any], *, host: Iterable[str] = HOST_ARGUMENTS) -> tuple[Self, dict[str, Any]]:
+    def from_args(
+        cls, args: Mapping[str, Any], *, host: Iterable[str] = HOST_ARGUMENTS, also: Iterable[str] = ()
+    ) -> tuple[Self, dict[str, Any]]:
         """Split ``args`` into ours (coerced and checked) and those meant for the host (``host`` names them).
+
+        Args:
+            also: names the caller takes besides, for the suggestion.
 
         Raises:
             ConfigError: an unknown argument (nearest name suggested) or a bad value.
@@ -127,7 +162,7 @@ class RunConfig:
         host = set(host)
         for name in args:
             if name not in ours and name not in host:
-                raise ConfigError(f"unknown argument {name!r}.", hint=suggest_argument(name, ours | host))
+                raise ConfigError(f"unknown argument {name!r}.", hint=suggest_argument(name, {*ours, *host, *also}))
         config = cls(**{name: value for name, value in args.items() if name in ours})
         return config.checked(), {name: value for name, value in args.items() if name not in ours}
 
@@ -202,9 +237,20 @@ class RunConfig:
         return dataclasses.asdict(self)
 
 
+@functools.cache
+def descriptions() -> dict[str, str]:
+    """What each argument does: the string below its field."""
+    body = next(node for node in ast.parse(inspect.getsource(RunConfig)).body if isinstance(node, ast.ClassDef)).body
+    found = {}
+    for field, text in zip(body, body[1:], strict=False):
+        if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name) and isinstance(text, ast.Expr):
+            found[field.target.id] = " ".join(str(ast.literal_eval(text.value)).replace("``", "").split())
+    return found
+
+
 def suggest_argument(name: str, choices: Iterable[str]) -> str:
     """Nearest argument name, and where the whole list is."""
-    best = nearest(name, choices)
+    best = SYNONYMS.get(name.lstrip("-").replace("-", "_")) or nearest(name, choices)
     listing = "The README lists all arguments; `specrej-eval doctor` shows versions."
     return f"did you mean {best!r}? {listing}" if best else f"{listing} Ours: {', '.join(sorted(choices))}."
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from specrej_eval import budget as budgets
 from specrej_eval.budget import Budget
+from specrej_eval.checkpoint import DEMO_REWARD
 from specrej_eval.config import MAX, RunConfig, checked_until
 from specrej_eval.core import (
     GenerationResult,
@@ -28,7 +29,7 @@ from specrej_eval.core import (
 )
 from specrej_eval.engine.base import Engine
 from specrej_eval.errors import RewardError
-from specrej_eval.fingerprint import DECIDING, of_models
+from specrej_eval.fingerprint import DECIDING, EMBEDDED, of_models
 from specrej_eval.journal import Journal, request_key
 from specrej_eval.progress import Progress
 from specrej_eval.rewards.base import RewardModel
@@ -351,7 +352,8 @@ class Generator:
         """Engine, reward model and versions, for results and traces."""
         from specrej_eval import __version__
 
-        return {"specrej_eval": __version__, "reward_model": self.reward.name, **self.engine.describe()}
+        reward = EMBEDDED if self.reward.name == str(DEMO_REWARD) else self.reward.name
+        return {"specrej_eval": __version__, "reward_model": reward, **self.engine.describe()}
 
     def _open_tracer(self) -> Tracer:
         if self._tracer is None:

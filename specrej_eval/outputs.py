@@ -214,17 +214,18 @@ class OutputsFolder:
         """
         before = self.record() if going_on else None
         if before is not None:
-            if before.generator != record.generator:
-                raise ConfigError(
-                    f"{str(self.path)!r} holds answers of {before.generator!r}, not of {record.generator!r}.",
-                    hint="give this run a folder of its own, or delete that one.",
-                )
             check_same(
                 before.fingerprint,
                 record.fingerprint,
                 what=f"{str(self.path)!r} holds answers of {before.generator!r}, which",
                 remedy="to keep them, give this run another name or output folder; to start over, delete the folder.",
             )
+            if before.generator != record.generator:
+                raise ConfigError(
+                    f"{str(self.path)!r} holds the same answers under the name {before.generator!r}, not "
+                    f"{record.generator!r}.",
+                    hint="keep that name, or give this run a folder of its own.",
+                )
             record.capacity_tokens = before.capacity_tokens
         elif self.rank == 0:
             for path in self._parts():
@@ -251,14 +252,17 @@ class OutputsFolder:
             self._file.close()
             self._file = None
 
-    def complete(self, record: RunRecord, answers: Sequence[Answer]) -> None:
-        """Write the final files in one step each: answers in order, one file whatever the number of ranks; rank 0."""
+    def merge_parts(self, answers: Sequence[Answer]) -> None:
+        """One file in order, whatever the number of ranks that wrote; rank 0, once the others have closed theirs."""
         self.close()
         lines = [json.dumps(answer.to_dict(), allow_nan=False, ensure_ascii=False) + "\n" for answer in answers]
         write_atomically(self.outputs_file, "".join(lines))
         for path in self._parts():
             if path != self.outputs_file:
                 path.unlink()
+
+    def mark_complete(self, record: RunRecord, answers: Sequence[Answer]) -> None:
+        """Write down that all prompts are answered, and what that cost."""
         record.totals = total_cost(answers).to_dict()
         record.complete = True
         record.num_prompts = len(answers)

@@ -320,7 +320,7 @@ class SpecRejLM(HFLM):
             "mean_reward": tally.mean_reward,
             "per_task": {name: task.to_dict() for name, task in sorted(tally.tasks.items())},
             "warnings": list(tally.warnings.values()),
-            "reward_model": "embedded" if reward_model == str(demo.REWARD_DIR) else reward_model,
+            "reward_model": reward_model,
             "embedded_demo_pair": self.embedded_demo_pair,
             "world_size": self.world_size,
             "versions": {name: described.pop(name, None) or _version(name) for name in VERSIONS},

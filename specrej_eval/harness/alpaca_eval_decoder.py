@@ -1,0 +1,229 @@
+"""``fn_completions: specrej_completions`` and ``specrej_best_of_n``: alpaca_eval's completion functions, our way.
+
+alpaca_eval calls such a function once for every 64 instructions, with rendered prompts. The models are loaded by the
+first call and kept; an answer is recorded as soon as it is finished, so that a run that was stopped goes on there.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Self
+
+from alpaca_eval import utils
+
+from specrej_eval import api
+from specrej_eval.answering import AUTO, Question, answer, requests_for
+from specrej_eval.config import HOST_ARGUMENTS, RunConfig, as_bool, as_float, as_int, checked_until
+from specrej_eval.engine.base import Engine
+from specrej_eval.errors import ConfigError
+from specrej_eval.fingerprint import of_models, of_run
+from specrej_eval.generator import Generator
+from specrej_eval.outputs import Answer, OutputsFolder, RunRecord, total_cost
+from specrej_eval.progress import summary_line
+from specrej_eval.rewards.base import RewardModel
+
+logger = logging.getLogger(__name__)
+
+TASK = "alpaca_eval"
+DECODER_ARGUMENTS = ("apply_chat_template", "is_chatml_prompt", "max_tokens", "price_per_hour", "until")
+"""Names in ``completions_kwargs`` beside those of ``--model_args``."""
+STRATEGIES = {"specrej_completions": "speculative_rejection", "specrej_best_of_n": "best_of_n"}
+"""Our completion functions and the strategy each presets."""
+
+_LOADING = (
+    "attn_implementation",
+    "device",
+    "partial_turn",
+    "reward_device",
+    "trust_remote_code",
+)
+_KEPT = 2  # a model and a reference model are asked in turn, 64 instructions each
+_loaded: dict[str, dict[str, Generator]] = {}
+"""models -> configuration -> generator; the generators of one inner dict share engine and reward model."""
+
+
+def specrej_completions(
+    prompts: Sequence[str], *, generation: Generation | None = None, **completions_kwargs: Any
+) -> dict[str, list[Any]]:
+    """Answer prompts by Speculative Rejection.
+
+    Args:
+        prompts: as alpaca_eval renders them.
+        generation: where answers are recorded (``evaluate_from_model`` gives it); None = nowhere.
+        completions_kwargs: the arguments of ``--model_args``, and ``until``, ``max_tokens`` (prompt and answer
+            together), ``apply_chat_template`` (``auto``, true, false), ``is_chatml_prompt``, ``price_per_hour`` (what
+            the machine costs, for ``price_per_example``; 0 unless given).
+
+    Returns:
+        ``completions``, ``time_per_example`` (seconds), ``price_per_example`` and ``completions_all`` (one dict per
+        answer: reward, tokens, rounds), each as long as ``prompts``.
+
+    Raises:
+        ConfigError, CheckpointError: before anything is loaded.
+        PromptError, RewardError, OutOfMemoryError: what finished before is recorded.
+    """
+    return _completions(prompts, generation or Generation.of("specrej_completions", completions_kwargs))
+
+
+def specrej_best_of_n(
+    prompts: Sequence[str], *, generation: Generation | None = None, **completions_kwargs: Any
+) -> dict[str, list[Any]]:
+    """Answer prompts by Best-of-N. See ``specrej_completions``."""
+    return _completions(prompts, generation or Generation.of("specrej_best_of_n", completions_kwargs))
+
+
+@dataclass(slots=True, kw_only=True)
+class Generation:
+    """What one YAML configuration asks for, checked, and where its answers go."""
+
+    config: RunConfig
+    host: dict[str, Any]
+    until: tuple[str, ...]
+    apply_chat_template: bool | str
+    is_chatml_prompt: bool
+    max_tokens: int | None
+    price_per_hour: float
+    store: OutputsFolder | None = None
+    record: RunRecord | None = None
+    num_prompts: int | None = None
+    """Instructions of the whole run: when all are answered it is complete."""
+    answered: dict[str, Answer] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, function: str, completions_kwargs: Mapping[str, Any]) -> Self:
+        """Check ``completions_kwargs``; nothing is loaded.
+
+        Raises:
+            ConfigError, CheckpointError: an unknown argument, a bad value, a checkpoint that is not there.
+        """
+        arguments = {"strategy": STRATEGIES[function], **completions_kwargs}
+        own = {name: arguments.pop(name) for name in DECODER_ARGUMENTS if name in arguments}
+        config, host = RunConfig.from_args(arguments, host=HOST_ARGUMENTS, also=DECODER_ARGUMENTS)
+        template = own.get("apply_chat_template", AUTO)
+        price = as_float("price_per_hour", own.get("price_per_hour", 0.0))
+        if price < 0:
+            raise ConfigError(f"price_per_hour must be at least 0, got {price}.")
+        max_tokens = own.get("max_tokens")
+        generation = cls(
+            config=config,
+            host=host,
+            until=checked_until(own.get("until")),
+            apply_chat_template=AUTO if template == AUTO else as_bool("apply_chat_template", template),
+            is_chatml_prompt=as_bool("is_chatml_prompt", own.get("is_chatml_prompt", False)),
+            max_tokens=None if max_tokens is None else as_int("max_tokens", max_tokens),
+            price_per_hour=price,
+        )
+        api.check(config, host)
+        return generation
+
+    def fingerprint(self, **others: Any) -> dict[str, Any]:
+        """Everything that decides the answers; ``others`` = the prompt template."""
+        return of_run(
+            self.config,
+            self.host,
+            until=self.until,
+            apply_chat_template=self.apply_chat_template,
+            is_chatml_prompt=self.is_chatml_prompt,
+            max_tokens=self.max_tokens,
+            **others,
+        )
+
+    def question(self, prompt: str) -> Question:
+        """A rendered prompt as a question; its bare instruction is known if our hook has rendered it."""
+        row: Mapping[str, Any] = getattr(prompt, "row", {})
+        instruction = str(row.get("instruction", prompt))
+        others = {"dataset": str(row["dataset"])} if "dataset" in row else {}
+        if not self.is_chatml_prompt:
+            return Question(instruction=instruction, text=str(prompt), fields=others)
+        try:
+            messages = tuple(utils.prompt_to_chatml(str(prompt)))
+        except (AssertionError, IndexError):
+            raise ConfigError(
+                "is_chatml_prompt=true, but the prompt template is not ChatML: it must begin with <|im_start|> and end "
+                f"with <|im_end|>. The first rendered prompt: {str(prompt)[:80]!r}.",
+                hint='leave is_chatml_prompt out: prompt_template "{instruction}" goes through the chat template.',
+            ) from None
+        return Question(instruction=instruction, messages=messages, fields=others)
+
+    def generator(self) -> Generator:
+        """The models, loaded once for all chunks and for all configurations that name the same ones."""
+        models = _key(of_models(self.config, self.host), [getattr(self.config, name) for name in _LOADING])
+        if models not in _loaded:
+            while len(_loaded) >= _KEPT:
+                del _loaded[next(iter(_loaded))]  # the oldest, before new ones ask for memory
+            engine, reward = api.load_models(self.config, self.host)
+            _loaded[models] = {"": self._with(engine, reward)}
+        generators = _loaded[models]
+        key = _key(self.config.to_dict())
+        if key not in generators:
+            first = next(iter(generators.values()))
+            generators[key] = self._with(first.engine, first.reward)
+        return generators[key]
+
+    def _with(self, engine: Engine, reward: RewardModel) -> Generator:
+        return Generator(engine=engine, reward=reward, config=self.config, identity=api.identity_of(self.host))
+
+    def price(self, done: Answer) -> float:
+        return done.seconds / 3600 * self.price_per_hour
+
+    def answered_all(self, answers: Sequence[Answer]) -> None:
+        """Count answers; once they are all there say what they cost, and mark the run as complete."""
+        self.answered.update({item.key: item for item in answers})
+        if self.num_prompts is None or len(self.answered) < self.num_prompts:
+            return
+        everything = list(self.answered.values())
+        cost = total_cost(everything)
+        best = [item.reward for item in everything if item.reward is not None]
+        finished = [reward for item in everything for reward in item.finished_rewards]
+        name = self.record.generator if self.record is not None else "specrej"
+        logger.warning("%s: %s", name, summary_line(len(everything), cost, best, finished))
+        if self.store is not None and self.record is not None:
+            self.store.mark_complete(self.record, everything)
+
+
+def _completions(prompts: Sequence[str], generation: Generation) -> dict[str, list[Any]]:
+    generator = generation.generator()
+    store, record = generation.store, generation.record
+    if record is not None and record.capacity_tokens is not None:
+        generator.capacity_tokens = record.capacity_tokens
+    questions = [generation.question(prompt) for prompt in prompts]
+    requests = requests_for(
+        generator.engine,
+        questions,
+        generation.config,
+        task=TASK,
+        until=generation.until,
+        apply_chat_template=generation.apply_chat_template,
+        max_tokens=generation.max_tokens,
+        truncate=True,
+    )
+
+    def keep_capacity(_: Answer) -> None:
+        if record is not None and store is not None and record.capacity_tokens != generator.capacity_tokens:
+            record.capacity_tokens = generator.capacity_tokens
+            store.write_record(record)
+
+    answers = answer(
+        generator,
+        questions,
+        requests,
+        store=store,
+        summary=generation.num_prompts is None,
+        on_answer=keep_capacity,
+    )
+    if record is not None and not record.described:
+        record.described = generator.describe()
+    generation.answered_all(answers)
+    return {
+        "completions": [item.output for item in answers],
+        "time_per_example": [item.seconds for item in answers],
+        "price_per_example": [generation.price(item) for item in answers],
+        "completions_all": [item.to_dict() for item in answers],
+    }
+
+
+def _key(*parts: Any) -> str:
+    return json.dumps(parts, sort_keys=True, default=str)

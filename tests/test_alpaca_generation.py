@@ -1,0 +1,359 @@
+"""alpaca_eval with our decoders: from a YAML file to model_outputs.json and what lies beside it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from specrej_eval import load
+from specrej_eval.core import Message
+from specrej_eval.demo.arithmetic import distinct_problems, question
+from specrej_eval.errors import ConfigError
+from specrej_eval.outputs import OutputsFolder, open_run
+
+ROOT = Path(__file__).parent.parent
+JUDGE = "specrej_reward_judge"
+INSTRUCTIONS = [f"Q: {a} + {b} + 60 + 70 + 72 + 89 + 50 + 79 = ?\nA:" for a, b in ((39, 16), (12, 45), (88, 21))]
+INSTRUCTIONS += [f"Q: 39 + 16 + 60 + 70 + 72 + 89 + 50 + {last} = ?\nA:" for last in (11, 12, 13, 14)]
+KWARGS: dict[str, Any] = {"alpha": 0.5, "n": 4, "max_gen_toks": 96, "until": ["\n"]}
+
+
+def dataset(folder: Path, instructions: list[str] = INSTRUCTIONS, name: str = "ref.json") -> str:
+    rows = [
+        {"dataset": "sums", "instruction": text, "output": f"I do not know {i}.", "generator": "reference"}
+        for i, text in enumerate(instructions)
+    ]
+    (folder / name).write_text(json.dumps(rows))
+    return name
+
+
+def config(folder: Path, name: str = "spr", file: str | None = None, **entry: Any) -> str:
+    kwargs = {**KWARGS, **entry.pop("completions_kwargs", {})}
+    content = {
+        name: {
+            "prompt_template": "{instruction}",
+            "fn_completions": "specrej_completions",
+            "completions_kwargs": kwargs,
+            **entry,
+        }
+    }
+    path = folder / "configs_of_mine" / (file or f"{name}.yaml")
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(yaml.safe_dump(content))
+    return str(path.relative_to(folder))
+
+
+def outputs(folder: Path, name: str = "spr", file: str = "model_outputs.json") -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = json.loads((folder / "results" / name / file).read_text())
+    return rows
+
+
+@pytest.fixture
+def evaluate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    """`evaluate_from_model` in a folder of its own, judged by the embedded reward model."""
+    monkeypatch.chdir(tmp_path)
+    import alpaca_eval.main
+
+    def call(model_configs: Any, *, evaluation_dataset: str = "ref.json", **kwargs: Any) -> Any:
+        return alpaca_eval.main.evaluate_from_model(
+            model_configs,
+            evaluation_dataset=evaluation_dataset,
+            annotators_config=JUDGE,
+            is_return_instead_of_print=True,
+            **kwargs,
+        )
+
+    return call
+
+
+def test_answers_are_those_of_the_python_api_and_the_sidecar_says_what_they_cost(
+    evaluate: Callable[..., Any], tmp_path: Path
+) -> None:
+    dataset(tmp_path)
+    evaluate(config(tmp_path))
+    rows = outputs(tmp_path)
+    assert [row["instruction"] for row in rows] == INSTRUCTIONS
+    assert all(set(row) == {"dataset", "instruction", "output", "generator"} for row in rows)
+    assert {row["generator"] for row in rows} == {"spr"}
+
+    record, answers = open_run(tmp_path / "results" / "spr")
+    assert record.complete and record.generator == "spr" and record.embedded_demo_pair
+    assert [item.instruction for item in answers] == INSTRUCTIONS
+    assert [item.output.strip() for item in answers] == [row["output"] for row in rows]
+    for item in answers:
+        assert item.reward == max(item.finished_rewards)
+        assert item.ledger["decode_tokens"] > item.num_tokens > 0 and item.seconds > 0
+        assert item.rounds[0]["rows"] == 4 and item.fields == {"dataset": "sums"}
+    assert record.totals["decode_tokens"] == sum(item.ledger["decode_tokens"] for item in answers)
+
+    # the same answer as anywhere else: only the stream's task differs, so hold a greedy-like single row against it
+    from specrej_eval.answering import Question, answer, requests_for
+
+    generator = load(**{name: value for name, value in KWARGS.items() if name != "until"})
+    questions = [Question(instruction=INSTRUCTIONS[0])]
+    requests = requests_for(generator.engine, questions, generator.config, task="alpaca_eval", until=("\n",))
+    assert answer(generator, questions, requests, progress=False)[0].output == answers[0].output
+
+
+def test_models_are_loaded_once_for_all_chunks_and_both_strategies(
+    evaluate: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from specrej_eval import api
+    from specrej_eval.harness import alpaca_eval_decoder
+
+    loads = []
+    original = api.load_models
+    monkeypatch.setattr(alpaca_eval_decoder, "_loaded", {})
+    monkeypatch.setattr(api, "load_models", lambda *args: loads.append(args) or original(*args))
+    dataset(tmp_path)
+    evaluate(config(tmp_path), chunksize=2)
+    bon = config(tmp_path, "bon", fn_completions="specrej_best_of_n")
+    evaluate(config(tmp_path, "spr2"), reference_model_configs=bon, chunksize=3)
+    assert len(loads) == 1
+    assert [row["output"] for row in outputs(tmp_path, "spr2")] == [row["output"] for row in outputs(tmp_path)]
+    reference = OutputsFolder(tmp_path / "results" / "spr2", prefix="specrej_reference")
+    assert [item.instruction for item in reference.answers()] == INSTRUCTIONS
+    assert {item.resolved["strategy"] for item in reference.answers()} == {"best_of_n"}
+    assert {row["generator"] for row in outputs(tmp_path, "spr2", "reference_outputs.json")} == {"bon"}
+
+
+def test_a_rerun_decodes_nothing_and_a_changed_configuration_is_refused(
+    evaluate: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from specrej_eval.generator import Generator
+
+    dataset(tmp_path)
+    evaluate(config(tmp_path), chunksize=3)
+    before = (tmp_path / "results" / "spr" / "model_outputs.json").read_bytes()
+
+    def refuse(*_: Any, **__: Any) -> Any:
+        raise AssertionError("decoded again")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Generator, "run", refuse)
+        evaluate(config(tmp_path), chunksize=3)
+        (tmp_path / "results" / "spr" / "model_outputs.json").unlink()
+        evaluate(config(tmp_path), chunksize=3)  # from the sidecar
+    assert (tmp_path / "results" / "spr" / "model_outputs.json").read_bytes() == before
+
+    for changed, told in (
+        ({"completions_kwargs": {"alpha": 0.25}}, r"alpha: 0.5 then, 0.25 now"),
+        ({"completions_kwargs": {"seed": 1}}, r"seed: 0 then, 1 now"),
+        ({"prompt_template": "Please: {instruction}"}, r"prompt_template: '\{instruction\}' then, 'Please"),
+        ({"fn_completions": "specrej_best_of_n"}, r"strategy: 'speculative_rejection' then, 'best_of_n' now"),
+        ({"completions_kwargs": {"reward_model": "likelihood"}}, r"reward_model: 'embedded' then, 'likelihood' now"),
+    ):
+        with pytest.raises(ConfigError, match=told) as caught:
+            evaluate(config(tmp_path, **changed))
+        assert "delete the folder" in str(caught.value)
+    assert (tmp_path / "results" / "spr" / "model_outputs.json").read_bytes() == before
+
+
+def test_outputs_of_another_decoder_are_not_taken_over(evaluate: Callable[..., Any], tmp_path: Path) -> None:
+    dataset(tmp_path)
+    folder = tmp_path / "results" / "spr"
+    folder.mkdir(parents=True)
+    rows = [{"dataset": "sums", "instruction": INSTRUCTIONS[0], "output": "42", "generator": "spr"}]
+    (folder / "model_outputs.json").write_text(json.dumps(rows))
+    with pytest.raises(ConfigError, match="written by another decoder"):
+        evaluate(config(tmp_path))
+    assert json.loads((folder / "model_outputs.json").read_text()) == rows
+
+
+@pytest.mark.parametrize("damage", ["cut short", "another data set"])
+def test_outputs_that_do_not_begin_the_data_set_are_built_again(
+    evaluate: Callable[..., Any], tmp_path: Path, damage: str
+) -> None:
+    dataset(tmp_path)
+    evaluate(config(tmp_path), chunksize=2)
+    path = tmp_path / "results" / "spr" / "model_outputs.json"
+    whole = path.read_bytes()
+    if damage == "cut short":
+        path.write_bytes(whole[: len(whole) // 2])
+        evaluate(config(tmp_path), chunksize=2)
+        assert path.read_bytes() == whole
+    else:
+        dataset(tmp_path, INSTRUCTIONS[2:], "fewer.json")
+        evaluate(config(tmp_path), evaluation_dataset="fewer.json", chunksize=2)
+        assert [row["instruction"] for row in outputs(tmp_path)] == INSTRUCTIONS[2:]
+        assert json.loads(whole)[2:] == outputs(tmp_path)
+    assert path.with_name("model_outputs.previous.json").is_file()
+
+
+def test_max_instances_means_the_same_on_a_second_run(evaluate: Callable[..., Any], tmp_path: Path) -> None:
+    dataset(tmp_path)
+    evaluate(config(tmp_path), max_instances=3)
+    first = outputs(tmp_path)
+    assert [row["instruction"] for row in first] == INSTRUCTIONS[:3]
+    evaluate(config(tmp_path), max_instances=3)
+    assert outputs(tmp_path) == first
+    evaluate(config(tmp_path))
+    assert [row["instruction"] for row in outputs(tmp_path)] == INSTRUCTIONS
+    assert outputs(tmp_path)[:3] == first
+
+
+def numbers_only(conversation: list[Message], responses: list[str]) -> list[float]:
+    return [float(len(response)) for response in responses]
+
+
+SEEN: list[list[Message]] = []
+
+
+def remember(conversation: list[Message], responses: list[str]) -> list[float]:
+    SEEN.append(list(conversation))
+    return [float(index) for index, _ in enumerate(responses)]
+
+
+@pytest.mark.parametrize(
+    "template, chatml",
+    [
+        ("{instruction}", False),
+        ("### Instruction:\n{instruction}\n\n### Response (use {braces} if you like):\n", False),
+        ("<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n{instruction}<|im_end|>", True),
+    ],
+)
+def test_the_reward_model_reads_the_bare_instruction_whatever_the_template(
+    evaluate: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, template: str, chatml: bool
+) -> None:
+    SEEN.clear()
+    monkeypatch.setattr("specrej_eval.harness.alpaca_eval_decoder._loaded", {})
+    odd = "What does {output} mean, {instruction}? 1e-3"
+    dataset(tmp_path, [odd, INSTRUCTIONS[0]])
+    kwargs = {"reward_model": "tests.test_alpaca_generation:remember", "is_chatml_prompt": chatml, "max_gen_toks": 8}
+    monkeypatch.syspath_prepend(str(ROOT))
+    evaluate(config(tmp_path, prompt_template=template, completions_kwargs=kwargs))
+    import tests.test_alpaca_generation as imported
+
+    asked = {conversation[-1]["content"] for conversation in imported.SEEN}
+    assert asked == {odd, INSTRUCTIONS[0]}
+    assert all(len(conversation) == 1 for conversation in imported.SEEN)
+
+
+def test_outputs_that_look_like_numbers_stay_text(evaluate: Callable[..., Any], tmp_path: Path) -> None:
+    """Read back between chunks: pandas would make numbers of them, and alpaca_eval would write numbers."""
+    dataset(tmp_path)
+    path = config(tmp_path, completions_kwargs={"until": ["+"], "max_gen_toks": 8})  # answers such as " 39"
+    evaluate(path, chunksize=2)
+    rows = outputs(tmp_path)
+    assert all(isinstance(row["output"], str) for row in rows)
+    assert sum(row["output"].isdigit() for row in rows) >= 5
+
+
+@pytest.mark.parametrize(
+    "entry, told",
+    [
+        ({"completions_kwargs": {"alhpa": 0.5}}, "did you mean 'alpha'"),
+        ({"completions_kwargs": {"max_new_tokens": 5}}, "did you mean 'max_gen_toks'"),
+        ({"completions_kwargs": {"model_name": "x/y"}}, "did you mean 'pretrained'"),
+        ({"completions_kwargs": {"alpha": 1.5}}, r"alpha must be in \[0, 1\)"),
+        ({"completions_kwargs": {"price_per_hour": -1}}, "price_per_hour must be at least 0"),
+        ({"completions_kwargs": {"pretrained": "./no/such"}}, "there is no folder"),
+        ({"completions_kwargs": {"is_chatml_prompt": "perhaps"}}, "must be true or false"),
+    ],
+)
+def test_bad_arguments_are_told_before_anything_is_loaded_or_written(
+    evaluate: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, entry: dict[str, Any], told: str
+) -> None:
+    from specrej_eval import api
+
+    dataset(tmp_path)
+    monkeypatch.setattr(api, "load_models", lambda *_: pytest.fail("a model was loaded"))
+    with pytest.raises((ConfigError, OSError), match=told):
+        evaluate(config(tmp_path, **entry))
+    assert not list((tmp_path / "results").rglob("*.json*"))
+
+
+def test_prices_and_times_are_filled_in() -> None:
+    from specrej_eval.harness.alpaca_eval_decoder import specrej_best_of_n
+
+    done = specrej_best_of_n(INSTRUCTIONS[:2], price_per_hour=36.0, **{**KWARGS, "alpha": 0.0})
+    assert {len(done[name]) for name in ("completions", "time_per_example", "price_per_example")} == {2}
+    for seconds, price in zip(done["time_per_example"], done["price_per_example"], strict=True):
+        assert seconds > 0 and price == pytest.approx(seconds / 100)
+    assert done["completions_all"][0]["resolved"]["strategy"] == "best_of_n"
+
+
+# the literal commands, each in a process of its own
+
+
+def alpaca_eval(
+    folder: Path, *words: str, module: bool = False, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    script = Path(sys.executable).with_name("alpaca_eval")
+    command = [sys.executable, "-m", "alpaca_eval.main"] if module else [str(script)]
+    return subprocess.run(
+        [*command, *words], capture_output=True, text=True, cwd=folder, env={**os.environ, **environment}, timeout=240
+    )
+
+
+@pytest.mark.slow
+def test_the_literal_command_in_a_users_folder(tmp_path: Path) -> None:
+    """With today's setuptools, from a folder that holds our model_configs: a file, a folder, an absolute path, -m."""
+    done = subprocess.run([sys.executable, "-m", "specrej_eval", "init"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    data = dataset(tmp_path, INSTRUCTIONS[:2])
+    common = ("--evaluation_dataset", data, "--annotators_config", JUDGE)
+    spr = yaml.safe_load((tmp_path / "model_configs" / "spr.yaml").read_text())
+    name = next(iter(spr))
+    assert "DEMO" in name
+
+    first = alpaca_eval(tmp_path, "evaluate_from_model", "model_configs/spr.yaml", *common)
+    assert first.returncode == 0, first.stderr
+    assert "DEMO" in first.stderr
+    assert name in first.stdout and "length_controlled_winrate" in first.stdout
+    expected = outputs(tmp_path, name)
+
+    folder = tmp_path / "model_configs" / "mine"
+    folder.mkdir()
+    (folder / "configs.yaml").write_text((tmp_path / "model_configs" / "spr.yaml").read_text())
+    absolute = str(tmp_path / "model_configs" / "spr.yaml")
+    for words, module in ((("model_configs/mine",), False), ((absolute,), True)):
+        place = f"elsewhere_{module}"
+        done = alpaca_eval(tmp_path, "evaluate_from_model", *words, *common, "--output_path", place, module=module)
+        assert done.returncode == 0, done.stderr
+        assert json.loads((tmp_path / place / "model_outputs.json").read_text()) == expected
+
+
+@pytest.mark.slow
+def test_kill_in_the_middle_and_rerun_give_the_same_bytes(tmp_path: Path) -> None:
+    instructions = [question(operands) for operands in distinct_problems("test", 24, seed=5)]
+    data = dataset(tmp_path, instructions)
+    path = config(tmp_path, completions_kwargs={"n": 16, "batch_size": 1})
+    words = ["evaluate_from_model", path, "--evaluation_dataset", data, "--annotators_config", JUDGE]
+    words += ["--chunksize", "10"]
+    whole = alpaca_eval(tmp_path, *words, "--output_path", "undisturbed")
+    assert whole.returncode == 0, whole.stderr
+
+    script = Path(sys.executable).with_name("alpaca_eval")
+    sidecar = tmp_path / "killed" / "specrej_outputs.jsonl"
+    killed_at = []
+    for wanted in (4, 15):  # in the first chunk, and in the second
+        process = subprocess.Popen(
+            [str(script), *words, "--output_path", "killed"],
+            cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline and process.poll() is None:
+            if sidecar.is_file() and sidecar.read_bytes().count(b"\n") >= wanted:
+                os.kill(process.pid, signal.SIGKILL)
+                break
+            time.sleep(0.005)
+        assert process.wait() == -signal.SIGKILL, "it was over before it could be killed"
+        killed_at.append(sidecar.read_bytes().count(b"\n"))
+    assert 4 <= killed_at[0] < killed_at[1] < len(instructions)
+    done = alpaca_eval(tmp_path, *words, "--output_path", "killed")
+    assert done.returncode == 0, done.stderr
+    assert f"{killed_at[1] - 10} of 10 answers were recorded already" in done.stderr
+    assert (tmp_path / "killed/model_outputs.json").read_bytes() == (
+        tmp_path / "undisturbed/model_outputs.json"
+    ).read_bytes()
