@@ -12,6 +12,22 @@ import sys
 # imported module -> function of specrej_eval.harness.startup_hooks that is called with it, once it has been executed
 HOOKS = {
     "lm_eval.models": "register_lm_eval_models",
+    "alpaca_eval.constants": "repair_alpaca_eval",
+    "alpaca_eval.utils": "repair_alpaca_eval",
+    "alpaca_eval.decoders": "repair_alpaca_eval",
+    "alpaca_eval.annotators.base": "repair_alpaca_eval",
+    "alpaca_eval.annotators.pairwise_evaluator": "repair_alpaca_eval",
+    "alpaca_eval.metrics": "repair_alpaca_eval",
+    "alpaca_eval.main": "repair_alpaca_eval",
+}
+# the same for functions called before it is executed; what they return is called afterwards, to clean up
+BEFORE = {
+    "alpaca_eval.constants": "prepare_alpaca_eval",
+    "alpaca_eval.utils": "prepare_alpaca_eval",
+}
+# `python -m NAME` executes a module anew, as __main__, where no hook sees it: this is executed instead
+RUN_AS_MAIN = {
+    "alpaca_eval.main": "if __name__ == '__main__':\n    from alpaca_eval.main import main\n    main()\n",
 }
 
 
@@ -26,7 +42,7 @@ def install(force=False):
             module = sys.modules.get(name)
             # A module that is still being executed is served by nobody: its own import goes on without us.
             if module is not None and not getattr(getattr(module, "__spec__", None), "_initializing", False):
-                run_hook(module, name)
+                run_hook(HOOKS, module, name)
     except Exception as error:
         warn(f"specrej-eval could not install its startup hook: {error!r}")
 
@@ -51,11 +67,13 @@ def is_ours(finder):
     return type(finder).__name__ == "HookFinder" and type(finder).__module__ == __name__
 
 
-def run_hook(module, name):
+def run_hook(hooks, module, name):
+    if name not in hooks:
+        return None
     try:
         from importlib import import_module
 
-        getattr(import_module("specrej_eval.harness.startup_hooks"), HOOKS[name])(module)
+        return getattr(import_module("specrej_eval.harness.startup_hooks"), hooks[name])(module)
     except Exception as error:  # whatever is wrong with us, the host must go on working
         warn(f"specrej-eval could not hook into {name} ({error!r}); run `specrej-eval doctor`")
 
@@ -101,6 +119,19 @@ class HookLoader:
         return create(spec) if create else None
 
     def exec_module(self, module):
-        module.__spec__.loader = module.__loader__ = self._loader
-        self._loader.exec_module(module)
-        run_hook(module, module.__spec__.name)
+        name = module.__spec__.name
+        module.__loader__ = self._loader
+        if name not in RUN_AS_MAIN:  # `python -m` will ask the spec's loader for the code
+            module.__spec__.loader = self._loader
+        clean_up = run_hook(BEFORE, module, name)
+        try:
+            self._loader.exec_module(module)
+        finally:
+            if clean_up is not None:
+                clean_up()
+        run_hook(HOOKS, module, name)
+
+    def get_code(self, name):
+        if name in RUN_AS_MAIN:
+            return compile(RUN_AS_MAIN[name], f"<specrej-eval: python -m {name}>", "exec")
+        return self._loader.get_code(name)

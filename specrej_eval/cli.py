@@ -32,6 +32,11 @@ COMMANDS = {
         "answer a file of prompts and keep the answers, with every row behind them, in one folder",
         pass_through=True,
     ),
+    "alpaca-eval": Command(
+        "specrej_eval.harness.alpaca_eval_cli",
+        "run alpaca_eval's own command, repaired and with our decoders, whether or not the startup hook works",
+        pass_through=True,
+    ),
     "report": Command(
         "specrej_eval.report.summary",
         "print one table of the runs found under a folder",

@@ -60,10 +60,32 @@ MAY_IMPORT = {
 # The loop and the adapters talk to the other rooms through their protocols only.
 PROTOCOLS = {"specrej_eval.engine.base", "specrej_eval.rewards.base", "specrej_eval.strategies.base"}
 # lm-eval's HFLM has loaded the language model already, so its adapter puts the parts together itself, in a function.
-PUTS_TOGETHER = {"harness.lm_eval_model"}
-PARTS = {"specrej_eval.engine.loading", "specrej_eval.engine.transformers_engine", "specrej_eval.rewards.base"}
+PUTS_TOGETHER = {"harness.alpaca_eval_judge", "harness.lm_eval_model"}
+PARTS = {
+    "specrej_eval.engine.loading",
+    "specrej_eval.engine.transformers_engine",
+    "specrej_eval.rewards.base",
+    "specrej_eval.rewards.callable_reward",
+}
 HEAVY_ROOMS = {"engine", "rewards", "harness", "demo"}
-LIGHT_FILES_IN_HEAVY_ROOMS = {"harness.startup_hooks", "harness.lm_eval_cli", "harness", "demo"}
+LIGHT_FILES_IN_HEAVY_ROOMS = {
+    "demo",
+    "harness",
+    "harness.alpaca_eval_cache",
+    "harness.alpaca_eval_cli",
+    "harness.alpaca_eval_configs",
+    "harness.alpaca_eval_data",
+    "harness.alpaca_eval_judge",
+    "harness.alpaca_eval_leaderboard",
+    "harness.alpaca_eval_prompts",
+    "harness.alpaca_eval_repairs",
+    "harness.alpaca_eval_runs",
+    "harness.alpaca_eval_swap",
+    "harness.alpaca_eval_winrate",
+    "harness.lm_eval_cli",
+    "harness.patching",
+    "harness.startup_hooks",
+}
 
 
 class Import(NamedTuple):

@@ -1,8 +1,9 @@
 """What the startup hook does once a harness has been imported.
 
 The hook itself (autoload/_specrej_eval_autoload.py) only watches imports; the work is here, and this module is imported
-only when a watched module is. One function for each entry of its HOOKS table; each takes the module that has just been
-executed. It may raise: the caller turns that into a RuntimeWarning, so that the harness goes on working without us.
+only when a watched module is. One function for each entry of its HOOKS and BEFORE tables; each takes the module that
+has been, or is about to be, executed. It may raise: the caller turns that into a RuntimeWarning, so that the harness
+goes on working without us.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -20,6 +22,44 @@ LM_EVAL_MODELS = {
     "best_of_n": "specrej_eval.harness.lm_eval_model:BestOfNLM",
     "best-of-n": "specrej_eval.harness.lm_eval_model:BestOfNLM",
 }
+
+# alpaca_eval's module -> repairs ("module:function" below this package), each called with the executed module. Each
+# looks for itself whether this alpaca_eval needs it, and none depends on another one.
+ALPACA_EVAL_REPAIRS = {
+    "alpaca_eval.constants": ("alpaca_eval_data:serve_datasets_as_json",),
+    "alpaca_eval.utils": (
+        "alpaca_eval_data:keep_text_text",
+        "alpaca_eval_configs:find_configs_outside_the_package",
+        "alpaca_eval_prompts:keep_fields_with_prompts",
+        "alpaca_eval_leaderboard:print_whole_leaderboard",
+        "alpaca_eval_leaderboard:leave_bundled_leaderboards_alone",
+    ),
+    "alpaca_eval.decoders": ("alpaca_eval_repairs:add_decoders",),
+    "alpaca_eval.annotators.base": (
+        "alpaca_eval_data:keep_text_text",
+        "alpaca_eval_repairs:rebind_decoders",
+        "alpaca_eval_configs:find_annotators_outside_the_package",
+        "alpaca_eval_cache:cache_in_output_folder",
+    ),
+    "alpaca_eval.annotators.pairwise_evaluator": (
+        "alpaca_eval_swap:add_position_swap",
+        "alpaca_eval_judge:note_judges",
+    ),
+    "alpaca_eval.metrics": ("alpaca_eval_winrate:control_length_where_valid",),
+    "alpaca_eval.main": (
+        "alpaca_eval_data:keep_text_text",
+        "alpaca_eval_runs:announce_runs",
+        "alpaca_eval_repairs:guard_generation",
+        "alpaca_eval_repairs:print_errors_without_traceback",
+        "alpaca_eval_repairs:rebind_commands",
+    ),
+}
+ALPACA_EVAL_PREPARATIONS = {
+    "alpaca_eval.constants": ("alpaca_eval_repairs:name_unknown_user",),
+    "alpaca_eval.utils": ("alpaca_eval_repairs:stand_in_for_pkg_resources",),
+}
+failed_repairs: dict[str, str] = {}
+"""Repair -> why it could not be done, for `specrej-eval doctor`."""
 
 
 def register_lm_eval_models(models: ModuleType) -> None:
@@ -33,6 +73,38 @@ def register_lm_eval_models(models: ModuleType) -> None:
     for name, target in LM_EVAL_MODELS.items():
         if name not in registry.model_registry:
             registry.model_registry.register(name, target=target)
+
+
+def repair_alpaca_eval(module: ModuleType) -> None:
+    """After one of alpaca_eval's modules: do its repairs. One that fails costs a warning, and only itself."""
+    for repair in ALPACA_EVAL_REPAIRS[module.__name__]:
+        _attempt(repair, module)
+
+
+def prepare_alpaca_eval(module: ModuleType) -> Callable[[], None]:
+    """Before one of alpaca_eval's modules; what is returned undoes it once the module has been executed."""
+    undo = [_attempt(repair, module) for repair in ALPACA_EVAL_PREPARATIONS[module.__name__]]
+
+    def clean_up() -> None:
+        for step in undo:
+            if step is not None:
+                step()
+
+    return clean_up
+
+
+def _attempt(repair: str, module: ModuleType) -> Callable[[], None] | None:
+    home, _, name = repair.partition(":")
+    try:
+        function = getattr(importlib.import_module(f"specrej_eval.harness.{home}"), name)
+        undo: Callable[[], None] | None = function(module)
+        return undo
+    except Exception as error:  # alpaca_eval must go on working, with its own defects if need be
+        failed_repairs[f"{module.__name__}: {name}"] = repr(error)
+        autoload_module().warn(
+            f"specrej-eval could not repair {module.__name__} ({name}: {error!r}); run `specrej-eval doctor`"
+        )
+        return None
 
 
 def activate() -> None:
