@@ -71,7 +71,7 @@ def parser() -> argparse.ArgumentParser:
         epilog="examples:\n"
         "  specrej-eval run --prompts prompts.csv --output results/spr --alpha 0.5 --n 16\n"
         "  specrej-eval run --prompts prompts.csv --output results/bo16 --strategy best_of_n --n 16\n"
-        "  accelerate launch --num_processes 8 -m specrej_eval run --prompts prompts.json --output results/spr \\\n"
+        "  accelerate launch --multi_gpu --num_processes 8 -m specrej_eval run --prompts prompts.json --output results/spr \\\n"
         "      --pretrained meta-llama/Llama-3.2-1B-Instruct --reward_model Skywork/Skywork-Reward-V2-Llama-3.2-1B",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         argument_default=argparse.SUPPRESS,
@@ -246,9 +246,10 @@ def _underscored(word: str) -> str:
 def _ranks(device: str | None) -> Ranks:
     if int(os.environ.get("WORLD_SIZE", "1")) < 2:
         return Ranks()
+    import torch
     from accelerate import PartialState
 
-    state = PartialState(cpu=device == "cpu")
+    state = PartialState(cpu=device == "cpu" or not torch.cuda.is_available())
     return Ranks(state.process_index, state.num_processes, state.local_process_index, state)
 
 
