@@ -111,6 +111,36 @@ def check_startup_hook() -> Iterator[Finding]:
             yield Finding("broken", name, f"{module} cannot be imported: {error!r}")
 
 
+def check_alpaca_eval() -> Iterator[Finding]:
+    """Whether alpaca_eval is imported with our repairs and knows our decoders. Activates nothing itself."""
+    fallback = "`specrej-eval alpaca-eval ...` works all the same"
+    autoload = sys.modules.get("_specrej_eval_autoload")
+    watched = autoload is not None and autoload.installed()
+    try:
+        importlib.import_module("alpaca_eval.main")
+        decoders = importlib.import_module("alpaca_eval.decoders")
+    except Exception as error:
+        if watched:
+            yield Finding("broken", "alpaca_eval", f"cannot be imported: {error!r}")
+        else:  # without the hook this is what alpaca_eval 0.6.6 does beside setuptools 82
+            yield Finding("note", "alpaca_eval", f"cannot be imported without the startup hook ({error}); {fallback}")
+        return
+    from specrej_eval.harness.alpaca_eval_repairs import DECODERS
+    from specrej_eval.harness.startup_hooks import failed_repairs
+
+    for repair, reason in failed_repairs.items():
+        yield Finding("broken", "alpaca_eval repair", f"{repair}: {reason}")
+    for name in DECODERS:
+        try:
+            decoders.get_fn_completions(name)
+        except Exception as error:
+            status: Status = "broken" if watched else "note"
+            yield Finding(status, "alpaca_eval", f"does not know fn_completions {name!r} ({error}); {fallback}")
+            return
+    if not failed_repairs:
+        yield Finding("ok", "alpaca_eval", f"repaired; knows {', '.join(DECODERS)}")
+
+
 def startup_files() -> list[Path]:
     """Our startup files in the directories where `site` reads such files (3.15 and later prefer .start)."""
     name = "specrej_eval.start" if sys.version_info >= (3, 15) else "specrej_eval.pth"
@@ -183,6 +213,7 @@ def in_gib(num_bytes: int) -> str:
 # The hook is looked at first: later checks import packages, which must not change what it finds.
 SECTIONS: tuple[tuple[str, Callable[[], Iterator[Finding]]], ...] = (
     ("Startup hook", check_startup_hook),
+    ("alpaca_eval", check_alpaca_eval),
     ("Versions", check_versions),
     ("Devices", check_devices),
     ("Attention backends", check_attention),

@@ -80,7 +80,8 @@ def epilogue() -> list[str]:
 
 
 def decoding_rewards(places: Iterable[Any]) -> dict[str, Mapping[str, str | None]]:
-    """What our decoders wrote down beside outputs: ``specrej_run.json`` in their folder, ``<stem>.specrej.json``."""
+    """What our decoders wrote down beside outputs: ``specrej_run.json`` (``specrej_reference_run.json``) in their
+    folder, and ``<stem>.specrej.json`` of exported outputs."""
     found: dict[str, Mapping[str, str | None]] = {}
     for place in places:
         if not isinstance(place, (str, Path)):
@@ -88,9 +89,10 @@ def decoding_rewards(places: Iterable[Any]) -> dict[str, Mapping[str, str | None
         for name in glob.glob(str(place)) if "*" in str(place) else [str(place)]:
             path = Path(name)
             folder = path if path.is_dir() else path.parent
-            run = _read_object(folder / "specrej_run.json")
-            if isinstance(run.get("fingerprint"), dict) and "generator" in run:
-                found[str(run["generator"])] = run["fingerprint"]
+            for file in sorted(folder.glob("specrej*_run.json")):
+                run = _read_object(file)
+                if isinstance(run.get("fingerprint"), dict) and "generator" in run:
+                    found[str(run["generator"])] = run["fingerprint"]
             generators = {} if path.is_dir() else _read_object(path.with_name(f"{path.stem}.specrej.json"))
             for generator, reward in (generators.get("generators") or {}).items():
                 found[str(generator)] = reward

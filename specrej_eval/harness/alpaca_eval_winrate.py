@@ -187,7 +187,8 @@ def _standard_error(frame: Any, winrate: float, glm: ModuleType) -> float:
         bread = np.linalg.pinv((features * (fitted * (1 - fitted))[:, None]).T @ features)
         coefficients = coefficients + bread @ features.T @ (wins - fitted)
     meat = (features * ((wins - fitted) ** 2)[:, None]).T @ features
-    variance = float(target @ bread @ meat @ bread @ target)
+    correction = len(features) / max(1, len(features) - features.shape[1])
+    variance = correction * float(target @ bread @ meat @ bread @ target)
     return winrate * (1 - winrate) * float(np.sqrt(variance)) * 100
 
 
