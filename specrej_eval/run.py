@@ -71,8 +71,9 @@ def parser() -> argparse.ArgumentParser:
         epilog="examples:\n"
         "  specrej-eval run --prompts prompts.csv --output results/spr --alpha 0.5 --n 16\n"
         "  specrej-eval run --prompts prompts.csv --output results/bo16 --strategy best_of_n --n 16\n"
-        "  accelerate launch --multi_gpu --num_processes 8 -m specrej_eval run --prompts prompts.json --output results/spr \\\n"
-        "      --pretrained meta-llama/Llama-3.2-1B-Instruct --reward_model Skywork/Skywork-Reward-V2-Llama-3.2-1B",
+        "  accelerate launch --multi_gpu --num_processes 8 -m specrej_eval run --prompts prompts.json \\\n"
+        "      --output results/llama --pretrained meta-llama/Llama-3.2-1B-Instruct \\\n"
+        "      --reward_model Skywork/Skywork-Reward-V2-Llama-3.2-1B",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,

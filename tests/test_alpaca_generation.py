@@ -354,6 +354,7 @@ def test_kill_in_the_middle_and_rerun_give_the_same_bytes(tmp_path: Path) -> Non
     done = alpaca_eval(tmp_path, *words, "--output_path", "killed")
     assert done.returncode == 0, done.stderr
     assert f"{killed_at[1] - 10} of 10 answers were recorded already" in done.stderr
+    assert open_run(tmp_path / "killed")[0].complete
     assert (tmp_path / "killed/model_outputs.json").read_bytes() == (
         tmp_path / "undisturbed/model_outputs.json"
     ).read_bytes()

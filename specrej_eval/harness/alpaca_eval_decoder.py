@@ -88,8 +88,8 @@ class Generation:
     price_per_hour: float
     store: OutputsFolder | None = None
     record: RunRecord | None = None
-    num_prompts: int | None = None
-    """Instructions of the whole run: when all are answered it is complete."""
+    places: dict[str, int] = field(default_factory=dict)
+    """Instructions of the whole run and where each stands; when all are answered the run is complete."""
     answered: dict[str, Answer] = field(default_factory=dict)
 
     @classmethod
@@ -135,9 +135,10 @@ class Generation:
         """A rendered prompt as a question; its bare instruction is known if our hook has rendered it."""
         row: Mapping[str, Any] = getattr(prompt, "row", {})
         instruction = str(row.get("instruction", prompt))
+        index = self.places.get(instruction)
         others = {"dataset": str(row["dataset"])} if "dataset" in row else {}
         if not self.is_chatml_prompt:
-            return Question(instruction=instruction, text=str(prompt), fields=others)
+            return Question(instruction=instruction, text=str(prompt), index=index, fields=others)
         try:
             messages = tuple(utils.prompt_to_chatml(str(prompt)))
         except (AssertionError, IndexError):
@@ -146,7 +147,7 @@ class Generation:
                 f"with <|im_end|>. The first rendered prompt: {str(prompt)[:80]!r}.",
                 hint='leave is_chatml_prompt out: prompt_template "{instruction}" goes through the chat template.',
             ) from None
-        return Question(instruction=instruction, messages=messages, fields=others)
+        return Question(instruction=instruction, messages=messages, index=index, fields=others)
 
     def generator(self) -> Generator:
         """The models, loaded once for all chunks and for all configurations that name the same ones."""
@@ -172,9 +173,11 @@ class Generation:
     def answered_all(self, answers: Sequence[Answer]) -> None:
         """Count answers; once they are all there say what they cost, and mark the run as complete."""
         self.answered.update({item.key: item for item in answers})
-        if self.num_prompts is None or len(self.answered) < self.num_prompts:
+        # alpaca_eval does not ask again for what it has in model_outputs.json: the record has those too
+        known = self.store.answers() if self.store is not None else list(self.answered.values())
+        everything = [item for item in known if item.instruction in self.places]
+        if not self.places or len({item.instruction for item in everything}) < len(self.places):
             return
-        everything = list(self.answered.values())
         cost = total_cost(everything)
         best = [item.reward for item in everything if item.reward is not None]
         finished = [reward for item in everything for reward in item.finished_rewards]
@@ -211,7 +214,7 @@ def _completions(prompts: Sequence[str], generation: Generation) -> dict[str, li
         questions,
         requests,
         store=store,
-        summary=generation.num_prompts is None,
+        summary=not generation.places,
         on_answer=keep_capacity,
     )
     if record is not None and not record.described:

@@ -97,7 +97,8 @@ def _begin(
     name, entry = next(iter(config)), dict(_entry(config))
     function = entry["fn_completions"]
     generation = decoder.Generation.of(function, entry.get("completions_kwargs") or {})
-    generation.num_prompts = len(dict.fromkeys(instructions))
+    for place, instruction in enumerate(instructions):
+        generation.places.setdefault(instruction, place)
     fingerprint = generation.fingerprint(
         prompt_template=utils.read_or_return(entry["prompt_template"], relative_to=base_dir),
         is_strip_output=arguments["is_strip_output"],
