@@ -216,5 +216,6 @@ def _prompt(sample: Mapping[str, Any]) -> str | None:
 
 
 def _answers(sample: Mapping[str, Any]) -> Iterator[str]:
-    for draws in sample.get("resps") or [[""]]:
-        yield from (str(draw) for draw in (draws if isinstance(draws, list) else [draws]))
+    """All draws; one empty answer where there is none."""
+    for draws in sample.get("resps") or [[]]:
+        yield from map(str, draws or [""] if isinstance(draws, list) else [draws])
