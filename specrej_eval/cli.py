@@ -42,6 +42,14 @@ COMMANDS = {
         "print one table of the runs found under a folder",
         ("specrej-eval report results/demo", "specrej-eval report results --format markdown"),
     ),
+    "submission": Command(
+        "specrej_eval.report.submission",
+        "check a finished run and lay out its files for AlpacaEval's leaderboard, or lm-eval's for publication",
+        (
+            "specrej-eval submission alpaca --name my-model-SpR --out alpaca_pr --model_config my-model.yaml",
+            "specrej-eval submission lm-eval results/mine --out submission",
+        ),
+    ),
     "doctor": Command(
         "specrej_eval.doctor",
         "check the installation: versions, startup hook, devices, attention backends, demo weights",
