@@ -42,6 +42,22 @@ COMMANDS = {
         "print one table of the runs found under a folder",
         ("specrej-eval report results/demo", "specrej-eval report results --format markdown"),
     ),
+    "gather": Command(
+        "specrej_eval.report.gather",
+        "put runs together: shards one after another, of several seeds the best answer to each prompt",
+        (
+            "specrej-eval gather results/shard0 results/shard1 --output results/whole",
+            "specrej-eval gather results/bo960-seed* --output results/bo3840",
+        ),
+    ),
+    "export": Command(
+        "specrej_eval.report.export",
+        "write the answers of runs as alpaca_eval's model outputs or reference outputs",
+        (
+            "specrej-eval export alpaca results/spr results/bo16 --output outputs.json",
+            "specrej-eval export alpaca results/bo120 --name Bo120 --output reference.json",
+        ),
+    ),
     "submission": Command(
         "specrej_eval.report.submission",
         "check a finished run and lay out its files for AlpacaEval's leaderboard, or lm-eval's for publication",
@@ -49,6 +65,11 @@ COMMANDS = {
             "specrej-eval submission alpaca --name my-model-SpR --out alpaca_pr --model_config my-model.yaml",
             "specrej-eval submission lm-eval results/mine --out submission",
         ),
+    ),
+    "init": Command(
+        "specrej_eval.init",
+        "write our lm-eval tasks and alpaca_eval configurations into a folder, to run and to edit",
+        ("specrej-eval init", "specrej-eval init my-evaluation --force"),
     ),
     "doctor": Command(
         "specrej_eval.doctor",

@@ -22,13 +22,15 @@ from transformers import PreTrainedModel
 from specrej_eval import budget, demo
 from specrej_eval.checkpoint import stamp
 from specrej_eval.config import RunConfig
-from specrej_eval.core import Prompt, prompt_hash
+from specrej_eval.core import Prompt, finite_or_none, prompt_hash
 from specrej_eval.errors import ConfigError
 from specrej_eval.generator import Generator, Request
 from specrej_eval.harness.lm_eval_arguments import check_host_arguments, merge_options, name_of, seq2seq_refused
 from specrej_eval.harness.lm_eval_requests import (
+    SAMPLED_TASKS,
     ChatPrompt,
     Draw,
+    ScoredText,
     Translated,
     conversation_of,
     describe_ignored,
@@ -135,7 +137,7 @@ class SpecRejLM(HFLM):
     # Requests in, strings out
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
-        """One answer for each request, in order.
+        """One answer for each request, in order; each a ``ScoredText``.
 
         Raises:
             ConfigError: some request's arguments are wrong; all are checked before the first one is decoded.
@@ -143,17 +145,17 @@ class SpecRejLM(HFLM):
         self._refuse_cached_repeats(requests)
         draws, source = draws_of(requests)
         work = self._translated(draws)
-        texts = [""] * len(draws)
+        texts: list[str] = [""] * len(draws)
         first: dict[str, int] = {}
         for index, draw in enumerate(draws):
             first.setdefault(draw.instance.task_name or "", index)
         progress = not disable_tqdm and self.rank == 0
         for index, result in self.generator.run(work, progress=progress):
             instance = draws[index].instance
-            texts[index] = result.text
+            texts[index] = ScoredText(result.text, finite_or_none(result.best.reward), result.best.num_tokens)
             self.tally.add(result, first_of_task=first[instance.task_name or ""] == index)
             context, gen_kwargs = instance.args
-            self.cache_hook.add_partial("generate_until", (context, gen_kwargs), result.text)
+            self.cache_hook.add_partial("generate_until", (context, gen_kwargs), texts[index])
         return [texts[index] for index in source]
 
     def _translated(self, draws: Sequence[Draw]) -> list[Request]:
@@ -175,6 +177,8 @@ class SpecRejLM(HFLM):
         return requests
 
     def _arguments_for(self, task: str, gen_kwargs: Mapping[str, Any]) -> Translated:
+        if task in SAMPLED_TASKS:
+            gen_kwargs = {"do_sample": True, **gen_kwargs}
         try:
             translated = translate(gen_kwargs, self.run_config)
         except ConfigError as error:

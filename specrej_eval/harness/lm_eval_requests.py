@@ -30,6 +30,10 @@ KNOBS = (
 )
 """Arguments of ours that a task, or ``--gen_kwargs``, may set for its own requests."""
 
+SAMPLED_TASKS = frozenset({"specrej_prompts"})
+"""Tasks of ours that leave sampling to the model. Their YAML cannot say so: with ``do_sample: true`` and no temperature
+(one of the task's own would win over ours) other models fail before they can be told that they have no rewards."""
+
 _LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
 _NEUTRAL = {"num_beams": 1, "num_return_sequences": 1, "repetition_penalty": 1, "use_cache": True}
 
@@ -52,6 +56,27 @@ class ChatPrompt(str):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return ChatPrompt, (str(self), self.messages, self.add_generation_prompt)
+
+
+class ScoredText(str):
+    """An answer that still knows its reward and its length, for tasks whose metric is the reward (`specrej_prompts`).
+
+    To lm-eval it is a string; it survives copies, pickles (its answer cache, other ranks), JSON and the filters that
+    pick among answers.
+    """
+
+    reward: float | None
+    """None if it was not finite (``on_nan=drop``)."""
+    num_tokens: int
+
+    def __new__(cls, text: str, reward: float | None, num_tokens: int) -> ScoredText:
+        answer = super().__new__(cls, text)
+        answer.reward = reward
+        answer.num_tokens = num_tokens
+        return answer
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return ScoredText, (str(self), self.reward, self.num_tokens)
 
 
 def conversation_of(context: str) -> tuple[tuple[Message, ...], str]:
@@ -99,7 +124,9 @@ def translate(gen_kwargs: Mapping[str, Any], base: RunConfig) -> Translated:
         )
     if "do_sample" in given:
         given["do_sample"] = as_bool("do_sample", given["do_sample"])
-    kwargs = normalize_gen_kwargs(given, base.max_gen_toks)
+    # a task that samples and leaves the temperature to us: without one, lm-eval would warn of temperature=0
+    ours = {"temperature": base.temperature} if given.get("do_sample") else {}
+    kwargs = normalize_gen_kwargs({**ours, **given}, base.max_gen_toks)
 
     changes = {name: given[name] for name in KNOBS if name in given}
     changes["max_gen_toks"] = kwargs["max_gen_toks"]
