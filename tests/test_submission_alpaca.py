@@ -14,6 +14,7 @@ import pytest
 import yaml
 
 from specrej_eval import cli
+from specrej_eval.checkpoint import DEMO_POLICY, DEMO_REWARD, stamp
 from specrej_eval.config import RunConfig
 from specrej_eval.fingerprint import of_run
 from specrej_eval.outputs import Answer, OutputsFolder, RunRecord
@@ -409,6 +410,14 @@ def test_a_reference_that_is_not_alpaca_eval(finished: Run, number: int) -> None
 def test_a_run_of_the_embedded_pair(finished: Run, model: str, words: list[str]) -> None:
     finished.write_run(**{model: "embedded"})
     assert "embedded demo pair" in finished.refused(*words)
+
+
+@pytest.mark.parametrize(
+    ("model", "folder"), [("pretrained_files", DEMO_POLICY), ("reward_files", DEMO_REWARD)], ids=["policy", "reward"]
+)
+def test_a_run_of_the_embedded_pair_under_another_name(finished: Run, model: str, folder: Path) -> None:
+    finished.write_run(**{model: stamp(str(folder))})
+    assert "embedded demo pair" in finished.refused()
 
 
 def test_an_unfinished_run(finished: Run) -> None:

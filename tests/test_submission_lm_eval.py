@@ -16,6 +16,7 @@ from lm_eval.loggers import EvaluationTracker
 from lm_eval.tasks import TaskManager
 
 from specrej_eval import cli
+from specrej_eval.checkpoint import DEMO_POLICY, DEMO_REWARD
 from specrej_eval.harness.lm_eval_model import SpecRejLM
 from specrej_eval.report.lm_eval_files import MARK
 
@@ -263,6 +264,12 @@ def test_the_real_run_is_of_the_embedded_pair(real: Path, capsys: pytest.Capture
         err = capsys.readouterr().err
         assert "embedded demo pair" in err and "results_" in err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("argument", "folder"), [("pretrained", DEMO_POLICY), ("reward_model", DEMO_REWARD)])
+def test_the_embedded_pair_by_its_folder(finished: Run, argument: str, folder: Path) -> None:
+    finished.change(lambda content: content["config"]["specrej"]["arguments"].update({argument: str(folder)}))
+    assert "embedded demo pair" in finished.refused()
 
 
 def test_a_run_with_a_limit(finished: Run, real: Path) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from specrej_eval.checkpoint import DEMO_POLICY, DEMO_REWARD, stamp
 from specrej_eval.errors import ConfigError, SpecRejError
 from specrej_eval.outputs import Answer, OutputsFolder, RunRecord
 from specrej_eval.report.submission_tree import read_rows, start_of
@@ -111,7 +112,7 @@ def find_run(*, name: str, file: Path, unverified: bool) -> RunRecord | None:
             f"nobody can say how {str(file)!r} was made: there is no {store.run_file.name} beside it.",
             hint="keep the two together. --unverified takes such outputs all the same, and says so in the submission.",
         )
-    if record.embedded_demo_pair:
+    if _is_demo(record):
         raise SpecRejError(
             f"{str(file)!r} was made by the embedded demo pair, which knows nothing but small sums.",
             hint="name pretrained and reward_model in the configuration's completions_kwargs, and run it again.",
@@ -127,6 +128,13 @@ def find_run(*, name: str, file: Path, unverified: bool) -> RunRecord | None:
             hint="run the same command again; it goes on from there.",
         )
     return record
+
+
+def _is_demo(record: RunRecord) -> bool:
+    """Whether an embedded model had a part in it, under whatever name."""
+    files = {"pretrained_files": DEMO_POLICY, "reward_files": DEMO_REWARD}
+    named = any(record.fingerprint.get(name) == stamp(str(folder)) for name, folder in files.items())
+    return named or record.embedded_demo_pair
 
 
 def check_answers(rows: Rows, *, file: Path) -> list[Answer]:

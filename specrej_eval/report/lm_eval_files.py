@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from specrej_eval.checkpoint import DEMO_POLICY, DEMO_REWARD
 from specrej_eval.errors import ConfigError, SpecRejError
 from specrej_eval.report.submission_tree import start_of
 
@@ -116,7 +117,9 @@ def check_whole(results: Results) -> None:
     SpecRejError: a run of the embedded demo pair, or one that did not answer all of its tasks' documents.
     """
     file = str(results.path)
-    if results.block.get("embedded_demo_pair") or not results.arguments.get("pretrained"):
+    models = [results.arguments.get(name) for name in ("pretrained", "reward_model")]
+    by_path = any(Path(str(model)).resolve() in (DEMO_POLICY, DEMO_REWARD) for model in models if model)
+    if results.block.get("embedded_demo_pair") or not models[0] or by_path:
         raise SpecRejError(
             f"{file!r} is a run of the embedded demo pair, which knows nothing but small sums.",
             hint="name pretrained and reward_model in --model_args.",
