@@ -136,4 +136,10 @@ def _plain(value: Any) -> Any:
         return str(value)
     if callable(value):
         return f"{getattr(value, '__module__', '')}.{getattr(value, '__qualname__', type(value).__name__)}"
-    return [type(value).__qualname__, _plain(getattr(value, "__dict__", str(value)))]
+    members = getattr(value, "__dict__", {})
+    return [type(value).__qualname__, _plain({name: _sorted(item) for name, item in members.items()})]
+
+
+def _sorted(value: Any) -> Any:
+    """A processor makes its list of columns from a set, in another order in each process."""
+    return sorted(value) if isinstance(value, list) and all(isinstance(item, str) for item in value) else value
