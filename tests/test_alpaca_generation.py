@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 import yaml
 
@@ -20,6 +22,9 @@ from specrej_eval.core import Message
 from specrej_eval.demo.arithmetic import distinct_problems, question
 from specrej_eval.errors import ConfigError
 from specrej_eval.outputs import OutputsFolder, open_run
+from tests.alpaca_runs import alpaca_eval, package_digest
+from tests.fake_hub import add_dataset_files
+from tests.openai_server import JudgeServer
 
 ROOT = Path(__file__).parent.parent
 JUDGE = "specrej_reward_judge"
@@ -286,14 +291,33 @@ def test_prices_and_times_are_filled_in() -> None:
 # the literal commands, each in a process of its own
 
 
-def alpaca_eval(
-    folder: Path, *words: str, module: bool = False, **environment: str
-) -> subprocess.CompletedProcess[str]:
-    script = Path(sys.executable).with_name("alpaca_eval")
-    command = [sys.executable, "-m", "alpaca_eval.main"] if module else [str(script)]
-    return subprocess.run(
-        [*command, *words], capture_output=True, text=True, cwd=folder, env={**os.environ, **environment}, timeout=240
+@pytest.mark.slow
+def test_the_bare_literal_command_with_alpaca_evals_own_data_and_judge(tmp_path: Path) -> None:
+    """`alpaca_eval evaluate_from_model model_configs/spr.yaml` and nothing else: its data set comes out of the hub's
+    cache, its GPT judge answers over HTTP."""
+    shutil.copytree(ROOT / "model_configs", tmp_path / "model_configs")
+    rows = json.loads((tmp_path / dataset(tmp_path, INSTRUCTIONS[:4])).read_text())
+    environment = add_dataset_files(tmp_path / "hub", {"alpaca_eval_gpt4_baseline.json": rows})
+    before = package_digest()
+    with JudgeServer(lambda first, second: 0.9 if len(first) > len(second) else 0.1) as server:
+        command = ("evaluate_from_model", "model_configs/spr.yaml")
+        done = alpaca_eval(*command, cwd=tmp_path, env={**environment, **server.environment})
+        assert done.returncode == 0, done.stderr
+        assert len(server.requests) == 4
+        again = alpaca_eval(*command, cwd=tmp_path, env={**environment, **server.environment})
+        assert again.returncode == 0, again.stderr
+        assert len(server.requests) == 4, "judged again what was judged already"
+    name = next(iter(yaml.safe_load((ROOT / "model_configs" / "spr.yaml").read_text())))
+    assert [row["instruction"] for row in outputs(tmp_path, name)] == INSTRUCTIONS[:4]
+    table = pd.read_csv(
+        tmp_path / "results" / name / "weighted_alpaca_eval_gpt4_turbo" / "leaderboard.csv", index_col=0
     )
+    # a chain of sums is longer than "I do not know", so the judge prefers it
+    assert table.loc[name, "win_rate"] == pytest.approx(90, abs=0.1)
+    assert table.loc[name, "n_total"] == 4 and len(table) > 100, "the public leaderboard's rows are shown beside it"
+    for shown in (done, again):
+        assert name in shown.stdout and "length_controlled_winrate" in shown.stdout
+    assert package_digest() == before, "alpaca_eval's installed files were written to"
 
 
 @pytest.mark.slow
@@ -307,7 +331,7 @@ def test_the_literal_command_in_a_users_folder(tmp_path: Path) -> None:
     name = next(iter(spr))
     assert "DEMO" in name
 
-    first = alpaca_eval(tmp_path, "evaluate_from_model", "model_configs/spr.yaml", *common)
+    first = alpaca_eval("evaluate_from_model", "model_configs/spr.yaml", *common, cwd=tmp_path)
     assert first.returncode == 0, first.stderr
     assert "DEMO" in first.stderr
     assert name in first.stdout and "length_controlled_winrate" in first.stdout
@@ -319,7 +343,9 @@ def test_the_literal_command_in_a_users_folder(tmp_path: Path) -> None:
     absolute = str(tmp_path / "model_configs" / "spr.yaml")
     for words, module in ((("model_configs/mine",), False), ((absolute,), True)):
         place = f"elsewhere_{module}"
-        done = alpaca_eval(tmp_path, "evaluate_from_model", *words, *common, "--output_path", place, module=module)
+        program = [sys.executable, "-m", "alpaca_eval.main"] if module else None
+        given = ("evaluate_from_model", *words, *common, "--output_path", place)
+        done = alpaca_eval(*given, cwd=tmp_path, command=program)
         assert done.returncode == 0, done.stderr
         assert json.loads((tmp_path / place / "model_outputs.json").read_text()) == expected
 
@@ -331,7 +357,7 @@ def test_kill_in_the_middle_and_rerun_give_the_same_bytes(tmp_path: Path) -> Non
     path = config(tmp_path, completions_kwargs={"n": 16, "batch_size": 1})
     words = ["evaluate_from_model", path, "--evaluation_dataset", data, "--annotators_config", JUDGE]
     words += ["--chunksize", "10"]
-    whole = alpaca_eval(tmp_path, *words, "--output_path", "undisturbed")
+    whole = alpaca_eval(*words, "--output_path", "undisturbed", cwd=tmp_path)
     assert whole.returncode == 0, whole.stderr
 
     script = Path(sys.executable).with_name("alpaca_eval")
@@ -351,7 +377,7 @@ def test_kill_in_the_middle_and_rerun_give_the_same_bytes(tmp_path: Path) -> Non
         assert process.wait() == -signal.SIGKILL, "it was over before it could be killed"
         killed_at.append(sidecar.read_bytes().count(b"\n"))
     assert 4 <= killed_at[0] < killed_at[1] < len(instructions)
-    done = alpaca_eval(tmp_path, *words, "--output_path", "killed")
+    done = alpaca_eval(*words, "--output_path", "killed", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert f"{killed_at[1] - 10} of 10 answers were recorded already" in done.stderr
     assert open_run(tmp_path / "killed")[0].complete
