@@ -5,10 +5,12 @@
 # make clean       remove .venv, results and caches
 #
 # PYTHON=python3.12 make demo     another interpreter (3.11 to 3.13)
+# TEST_PROCESSES=8 make test      as many tests at the same time (2 unless you say otherwise)
 # TORCH_INDEX=URL make demo       take torch from this package index, such as the CPU-only one on PyTorch's install page
 
 PYTHON ?= python3
 TORCH_INDEX ?=
+TEST_PROCESSES ?= 2
 
 VENV := .venv
 READY := $(VENV)/.ready
@@ -28,10 +30,10 @@ demo: $(READY)
 	specrej-eval report results/demo
 
 test: lint
-	pytest -m "not full"
+	pytest -n $(TEST_PROCESSES) --dist loadfile -m "not full"
 
 test-slow: lint
-	SPECREJ_TEST_FULL=1 pytest
+	SPECREJ_TEST_FULL=1 pytest -n $(TEST_PROCESSES) --dist loadfile
 
 lint: $(READY)
 	ruff check .
