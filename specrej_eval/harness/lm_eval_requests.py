@@ -69,7 +69,8 @@ class ScoredText(str):
     """None if it was not finite (``on_nan=drop``)."""
     num_tokens: int
 
-    def __new__(cls, text: str, reward: float | None, num_tokens: int) -> ScoredText:
+    def __new__(cls, text: str, reward: float | None = None, num_tokens: int = 0) -> ScoredText:
+        # lm-eval makes a gold answer of the same type as the model's, from its text alone: type(answer)(gold)
         answer = super().__new__(cls, text)
         answer.reward = reward
         answer.num_tokens = num_tokens
