@@ -59,10 +59,11 @@ def a_run(
     store = OutputsFolder(folder)
     record = RunRecord(generator=name, fingerprint={**FINGERPRINT, **fingerprint}, arguments={"prompts": "p.csv"})
     store.begin(record)
-    for answer in answers:
-        store.put(answer)
-    store.close()
     if complete:
         store.merge_parts(answers)
         store.mark_complete(record, answers)
+    else:
+        for answer in answers:
+            store.put(answer)
+        store.close()
     return str(folder)
