@@ -210,6 +210,11 @@ def test_a_scored_text_is_a_string_that_keeps_its_reward(reward: float | None) -
         assert (copied, copied.reward, copied.num_tokens) == ("vierzig", reward, 7)
 
 
+def test_lm_eval_can_make_a_gold_answer_of_the_same_type() -> None:
+    gold = type(ScoredText("40", 1.0, 2))("forty")  # what its exact_match does with a target
+    assert gold == "forty" and gold.reward is None
+
+
 def test_every_answer_of_our_model_is_scored() -> None:
     lm = SpecRejLM(**ARGUMENTS)
     request = Instance("generate_until", {}, (PROMPTS[0], {"do_sample": True}), 0, metadata=("toy", 0, 1))
