@@ -153,6 +153,7 @@ class OutputsFolder:
         self.world_size = world_size
         self._answers: dict[str, Answer] | None = None
         self._file: Any = None
+        self._writing = False
 
     @property
     def run_file(self) -> Path:
@@ -212,6 +213,7 @@ class OutputsFolder:
         Raises:
             ConfigError: ``going_on``, and the folder belongs to another configuration: says what differs, what to do.
         """
+        self._writing = True
         before = self.record() if going_on else None
         if before is not None:
             check_same(
@@ -282,8 +284,8 @@ class OutputsFolder:
             self._answers = {}
             for path in self._parts():
                 records, whole = read_lines(path, argument="output")
-                if path == self._own_part():
-                    drop_torn_line(path, whole)
+                if self._writing and path == self._own_part():
+                    drop_torn_line(path, whole)  # a kill cut it short; a mere reader may see a line being written
                 for record in records:
                     try:
                         answer = Answer.from_dict(record)

@@ -186,6 +186,18 @@ def test_options_are_the_names_of_model_args() -> None:
         split(parse(["--prompts", "p", "--n", "0"]))
 
 
+def test_reading_a_run_that_is_being_written_leaves_its_files_alone(prompts: str, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert run("--prompts", prompts, "--output", str(out), *COMMON, "--limit", "2") == 0
+    with (out / "specrej_outputs.jsonl").open("ab") as file:
+        file.write(b'{"instruction": "half a li')
+    before = (out / "specrej_outputs.jsonl").read_bytes()
+    assert len(open_run(out)[1]) == 2
+    assert (out / "specrej_outputs.jsonl").read_bytes() == before
+    assert run("--prompts", prompts, "--output", str(out), *COMMON, "--limit", "3") == 0
+    assert len(open_run(out)[1]) == 3
+
+
 # processes
 
 
