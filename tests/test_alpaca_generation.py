@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import shutil
 import signal
 import subprocess
@@ -384,3 +385,47 @@ def test_kill_in_the_middle_and_rerun_give_the_same_bytes(tmp_path: Path) -> Non
     assert (tmp_path / "killed/model_outputs.json").read_bytes() == (
         tmp_path / "undisturbed/model_outputs.json"
     ).read_bytes()
+
+
+@pytest.mark.full
+@pytest.mark.timeout(1200)
+def test_killed_at_random_moments_until_it_is_through(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Kills anywhere: while packages are imported, models loaded, answers decoded, files written, pairs judged."""
+    instructions = [question(operands) for operands in distinct_problems("test", 60, seed=6)]
+    data = dataset(tmp_path, instructions)
+    path = config(tmp_path, completions_kwargs={"n": 16, "batch_size": 2})
+    words = ["evaluate_from_model", path, "--evaluation_dataset", data, "--annotators_config", JUDGE]
+    words += ["--chunksize", "8"]
+    started = time.monotonic()
+    whole = alpaca_eval(*words, "--output_path", "undisturbed", cwd=tmp_path)
+    assert whole.returncode == 0, whole.stderr
+    length = time.monotonic() - started
+
+    random_seconds = random.Random(0)
+    script = Path(sys.executable).with_name("alpaca_eval")
+    kills = finished = 0
+    while kills < 25 and not finished:
+        process = subprocess.Popen(
+            [str(script), *words, "--output_path", "killed"],
+            cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        try:
+            _, errors = process.communicate(timeout=random_seconds.uniform(0.15, 0.5) * length)
+            assert process.returncode == 0, errors
+            finished = 1
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.communicate()
+            kills += 1
+    assert kills >= 2, "it was never killed"
+    done = alpaca_eval(*words, "--output_path", "killed", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    for name in ("model_outputs.json", "reference_outputs.json", f"{JUDGE}/annotations.json"):
+        mine, theirs = ((tmp_path / folder / name).read_bytes() for folder in ("killed", "undisturbed"))
+        if name.endswith("annotations.json"):  # its rows carry dates and times
+            mine, theirs = (
+                json.dumps([row["preference"] for row in json.loads(text)]).encode() for text in (mine, theirs)
+            )
+        assert mine == theirs, f"{name} after {kills} kills"
+    with capsys.disabled():
+        print(f"\nevaluate_from_model: {kills} kills at random moments, then the same bytes")
