@@ -141,6 +141,8 @@ def test_the_wheel_holds_what_an_install_needs(wheel: Path) -> None:
         "specrej_eval.start",
         "specrej_eval/py.typed",
         "specrej_eval/_model_configs/README.md",
+        "specrej_eval/harness/annotators_configs/specrej_reward_judge/configs.yaml",
+        "specrej_eval/harness/annotators_configs/specrej_reward_judge/prompt.txt",
         "specrej_eval/demo/policy/model.safetensors",
         "specrej_eval/demo/reward/model.safetensors",
     }
@@ -244,6 +246,29 @@ def test_the_hooked_package_keeps_its_own_loader(installed: Environment) -> None
         "assert importlib.resources.files(models).joinpath('dummy.py').is_file()"
     )
     installed.output("-c", program)
+
+
+def test_alpaca_eval_imports_knows_us_and_keeps_its_source(installed: Environment) -> None:
+    program = (
+        "import inspect, sys, alpaca_eval.main as main\n"
+        "assert 'ALL_FUNCTIONS' in inspect.getsource(main) and type(main.__loader__).__name__ == 'SourceFileLoader'\n"
+        "from alpaca_eval import decoders\n"
+        "print(decoders.get_fn_completions('specrej_reward_judge').__module__, 'pkg_resources' in sys.modules)"
+    )
+    assert installed.output("-c", program, quiet=False) == "specrej_eval.harness.alpaca_eval_judge False\n"
+
+
+def test_python_m_alpaca_eval_main_runs_the_hooked_functions(installed: Environment) -> None:
+    """runpy executes the module anew, as __main__; a spawned process that imports it again must run nothing."""
+    sabotage = (
+        "import runpy, sys, alpaca_eval.main as main\n"
+        "main.main = lambda: print('hooked', sys.argv[1:])\n"
+        "sys.argv = ['x', 'evaluate']\n"
+        "runpy.run_module('alpaca_eval.main', run_name='__mp_main__', alter_sys=True)\n"
+        "print('nothing yet')\n"
+        "runpy.run_module('alpaca_eval.main', run_name='__main__', alter_sys=True)\n"
+    )
+    assert installed.output("-c", sabotage, quiet=False).splitlines() == ["nothing yet", "hooked ['evaluate']"]
 
 
 def test_a_failing_hook_warns_and_leaves_the_harness_working(installed: Environment) -> None:

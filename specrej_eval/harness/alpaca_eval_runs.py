@@ -133,10 +133,9 @@ def _arguments(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict
 
 def _evaluate(original: Callable[..., Any], main: ModuleType) -> Callable[..., Any]:
     def evaluate(*args: Any, **kwargs: Any) -> Any:
-        given = inspect.signature(original).bind(*args, **kwargs).arguments
         values = _arguments(original, args, kwargs)
-        if values["fn_metric"] == "get_winrate" and "sort_by" not in given:
-            values["sort_by"] = "win_rate"  # upstream sorts by a column that this metric does not give, and fails
+        if values["fn_metric"] == "get_winrate" and values["sort_by"] == "length_controlled_winrate":
+            values["sort_by"] = "win_rate"  # the default is a column that this metric does not give: a KeyError
         outputs, output_path = values["model_outputs"], values["output_path"]
         rewards = decoding_rewards(outputs if isinstance(outputs, (list, tuple)) else [outputs])
         if output_path not in (None, "auto"):
