@@ -39,6 +39,20 @@ DECIDING = (
 )
 """Arguments that decide an answer, the models apart."""
 
+NEUTRAL = (
+    "attn_implementation",
+    "batch_size",
+    "device",
+    "force_sampling_args",
+    "journal",
+    "on_greedy",
+    "reward_device",
+    "trace_path",
+    "trust_remote_code",
+)
+"""Arguments that decide no answer: how and where it is computed, where records go, what a task may ask for. Any other
+argument of ``RunConfig`` is about the models, and part of every fingerprint."""
+
 _PLACEMENT = {
     "backend",
     "device_map",
@@ -66,9 +80,7 @@ def of_models(config: RunConfig, host: Mapping[str, Any]) -> dict[str, Any]:
         "pretrained_files": stamp(policy or str(DEMO_POLICY)),
         "reward_model": reward,
         "reward_files": _reward_files(str(DEMO_REWARD) if reward == EMBEDDED else reward),
-        "reward_family": config.reward_family,
-        "dtype": config.dtype,
-        "reward_dtype": config.reward_dtype,
+        **{name: value for name, value in _about_models(config).items() if name not in ("pretrained", "reward_model")},
         **{name: _plain(value) for name, value in sorted(host.items()) if name not in _PLACEMENT},
     }
 
@@ -101,6 +113,10 @@ def check_same(then: Mapping[str, Any], now: Mapping[str, Any], *, what: str, re
 def is_demo(fingerprint: Mapping[str, Any]) -> bool:
     """Whether the embedded language model or the embedded reward model had a part in it."""
     return EMBEDDED in (fingerprint.get("pretrained"), fingerprint.get("reward_model"))
+
+
+def _about_models(config: RunConfig) -> dict[str, Any]:
+    return {name: value for name, value in config.to_dict().items() if name not in (*DECIDING, *NEUTRAL)}
 
 
 def _reward_files(name: str) -> str | None:

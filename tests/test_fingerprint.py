@@ -1,0 +1,94 @@
+"""Fingerprints: equal for runs with equal answers, different for all others, and readable when they differ."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from specrej_eval.config import RunConfig
+from specrej_eval.errors import ConfigError
+from specrej_eval.fingerprint import DECIDING, NEUTRAL, check_same, differences, is_demo, of_models, of_run
+
+# another valid value for every argument; an argument without one fails the test that it is there
+OTHER = {
+    "pretrained": "owner/other",
+    "reward_model": "likelihood",
+    "reward_family": "sequence_classifier",
+    "strategy": "best_of_n",
+    "alpha": 0.25,
+    "n": 8,
+    "first_look": 64,
+    "kv_budget_tokens": 4096,
+    "temperature": 0.5,
+    "top_p": 0.9,
+    "top_k": 7,
+    "min_p": 0.1,
+    "max_gen_toks": 64,
+    "seed": 1,
+    "dtype": "bfloat16",
+    "reward_dtype": "bfloat16",
+    "on_nan": "drop",
+    "partial_turn": "open",
+}
+
+
+@pytest.mark.parametrize("name", [field.name for field in dataclasses.fields(RunConfig) if field.name not in NEUTRAL])
+def test_every_argument_but_the_neutral_ones_is_part_of_it(name: str) -> None:
+    if name == "logprobs":  # keeps more of the same answers; a journal has to tell them apart, a run need not
+        assert name in DECIDING
+        return
+    assert name in OTHER, f"say in OTHER what {name} could be, or in fingerprint.NEUTRAL that it decides nothing"
+    base, changed = RunConfig(n=16), RunConfig(**{"n": 16, name: OTHER[name]})
+    assert differences(of_run(base, {}), of_run(changed, {})), name
+    if name not in DECIDING:
+        assert differences(of_models(base, {}), of_models(changed, {})), name
+
+
+@pytest.mark.parametrize("name", NEUTRAL)
+def test_neutral_arguments_are_not(name: str) -> None:
+    config = dataclasses.replace(RunConfig(), **{name: "something else"})
+    assert of_run(config, {}) == of_run(RunConfig(), {})
+
+
+def test_what_is_left_out_and_what_is_written_out_are_the_same_run() -> None:
+    assert of_run(RunConfig(), {}) == of_run(RunConfig(n=16), {})
+    bon = RunConfig(strategy="best_of_n")
+    assert of_run(bon, {}) == of_run(bon.replace(alpha=0.9), {}), "Best-of-N has no alpha"
+    assert of_run(RunConfig(), {"token": "secret", "device_map": "auto"}) == of_run(RunConfig(), {})
+    assert of_run(RunConfig(), {"revision": "v2"}) != of_run(RunConfig(), {})
+    assert of_run(RunConfig(), {}, prompt_template="{instruction}") != of_run(RunConfig(), {})
+
+
+def test_an_edited_reward_function_is_another_reward(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(tmp_path))
+    module = tmp_path / "a_reward_of_mine.py"
+    module.write_text("def score(conversation, responses): return [0.0 for _ in responses]\n")
+    config = RunConfig(reward_model="a_reward_of_mine:score")
+    before = of_models(config, {})
+    module.write_text("def score(conversation, responses): return [1.0 for _ in responses]\n")
+    assert "reward_files" in differences(before, of_models(config, {}))
+
+
+def test_another_checkpoint_in_the_same_folder_is_another_model(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    config = RunConfig(pretrained=str(tmp_path), reward_model="likelihood")
+    before = of_models(config, {})
+    (tmp_path / "config.json").write_text('{"a": 1}')
+    assert differences(before, of_models(config, {})).startswith("pretrained_files")
+
+
+def test_the_demo_pair_is_known_wherever_it_lies() -> None:
+    assert of_models(RunConfig(), {})["pretrained"] == "embedded"
+    assert is_demo(of_models(RunConfig(), {}))
+    assert not is_demo(of_models(RunConfig(pretrained="a/b", reward_model="likelihood"), {}))
+
+
+def test_a_difference_is_told_in_words() -> None:
+    then, now = of_run(RunConfig(), {}), of_run(RunConfig(alpha=0.25, seed=3), {})
+    with pytest.raises(
+        ConfigError, match=r"out was begun.*alpha: 0.5 then, 0.25 now; seed: 0 then, 3 now.*\n.*delete it"
+    ):
+        check_same(then, now, what="out", remedy="delete it")
+    check_same(then, then, what="out", remedy="delete it")
