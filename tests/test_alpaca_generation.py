@@ -16,9 +16,11 @@ from typing import Any
 
 import pandas as pd
 import pytest
+import torch
 import yaml
 
 from specrej_eval import load
+from specrej_eval.config import RunConfig
 from specrej_eval.core import Message
 from specrej_eval.demo.arithmetic import distinct_problems, question
 from specrej_eval.errors import ConfigError
@@ -287,6 +289,37 @@ def test_prices_and_times_are_filled_in() -> None:
     for seconds, price in zip(done["time_per_example"], done["price_per_example"], strict=True):
         assert seconds > 0 and price == pytest.approx(seconds / 100)
     assert done["completions_all"][0]["resolved"]["strategy"] == "best_of_n"
+
+
+def test_a_judge_that_does_not_fit_beside_the_models_gets_their_room(
+    evaluate: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from specrej_eval.harness import alpaca_eval_decoder, alpaca_eval_judge
+    from specrej_eval.rewards import base
+
+    original = base.make_reward
+
+    def make_reward(*args: Any, **kwargs: Any) -> Any:
+        judging = sys._getframe(1).f_code.co_filename == alpaca_eval_judge.__file__
+        if judging and alpaca_eval_decoder._loaded:
+            raise torch.OutOfMemoryError("no room")
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(base, "make_reward", make_reward)
+    alpaca_eval_judge._scorer.cache_clear()
+    dataset(tmp_path, INSTRUCTIONS[:2])
+    evaluate(config(tmp_path))
+    assert "those are let go" in caplog.text and not alpaca_eval_decoder._loaded
+    monkeypatch.undo()
+    alpaca_eval_decoder.release_models()
+    alpaca_eval_judge._scorer.cache_clear()
+    monkeypatch.setattr(base, "make_reward", lambda *_, **__: _no_memory())
+    with pytest.raises(torch.OutOfMemoryError):
+        alpaca_eval_judge._scorer(RunConfig())
+
+
+def _no_memory() -> None:
+    raise torch.OutOfMemoryError("no room")
 
 
 # the literal commands, each in a process of its own

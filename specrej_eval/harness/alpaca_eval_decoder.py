@@ -6,12 +6,14 @@ first call and kept; an answer is recorded as soon as it is finished, so that a 
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Self
 
+import torch
 from alpaca_eval import utils
 
 from specrej_eval import api
@@ -226,6 +228,16 @@ def _completions(prompts: Sequence[str], generation: Generation) -> dict[str, li
         "price_per_example": [generation.price(item) for item in answers],
         "completions_all": [item.to_dict() for item in answers],
     }
+
+
+def release_models() -> bool:
+    """Let go of all loaded models; the next call loads its own again. False if there were none."""
+    found = bool(_loaded)
+    _loaded.clear()
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return found
 
 
 def _key(*parts: Any) -> str:

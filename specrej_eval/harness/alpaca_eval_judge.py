@@ -25,6 +25,7 @@ from specrej_eval.errors import ConfigError, RewardError
 from specrej_eval.harness import alpaca_eval_runs
 from specrej_eval.harness.alpaca_eval_prompts import RenderedPrompt
 from specrej_eval.harness.patching import patch, takes
+from specrej_eval.rewards.base import RewardModel
 
 NAME = "specrej_reward_judge"
 ARGUMENTS = ("reward_model", "reward_family", "reward_dtype", "device", "trust_remote_code")
@@ -188,7 +189,7 @@ class _Scorer:
     """A loaded reward model, and the scores it has given: a reference's answers are judged against many models."""
 
     def __init__(self, config: RunConfig) -> None:
-        from specrej_eval.rewards.base import check_reward, make_reward
+        from specrej_eval.rewards.base import check_reward
 
         check_reward(config)
         if config.device is not None:
@@ -198,8 +199,25 @@ class _Scorer:
             import torch
 
             device = "cuda" if torch.cuda.is_available() else "cpu"
-        self._reward = make_reward(config, device=device)
+        self._reward = self._loaded(config, device)
         self._scores: dict[tuple[str, str], float] = {}
+
+    @staticmethod
+    def _loaded(config: RunConfig, device: str) -> RewardModel:
+        """On a small GPU the models that wrote the answers, loaded still, may leave no room for the judge."""
+        import torch
+
+        from specrej_eval.harness.alpaca_eval_decoder import release_models
+        from specrej_eval.rewards.base import make_reward
+
+        try:
+            return make_reward(config, device=device)
+        except torch.OutOfMemoryError:
+            if not release_models():
+                raise
+        # outside the except block: the traceback would keep what was loaded alive
+        _logger.warning("The judge did not fit beside the models that answered; those are let go.")
+        return make_reward(config, device=device)
 
     def score(self, instruction: str, outputs: Sequence[str]) -> list[float]:
         new = [text for text in dict.fromkeys(outputs) if (instruction, text) not in self._scores]
