@@ -135,8 +135,8 @@ def _choose(frame: Any, asked: str | None, glm: ModuleType, *, is_fitted: bool) 
         return _Choice(
             MINIMAL,
             f"length_controlled_winrate is by {MINIMAL} (lengths, no instruction difficulties): {unlike}. It cannot be "
-            "compared with the public leaderboard; with few pairs, or answers that are all longer (or all shorter) than "
-            "the reference's, it is a guess.",
+            "compared with the public leaderboard; with few pairs, or answers all longer (or all shorter) than the "
+            "reference's, it is a guess.",
             named=True,
         )
     if len(frame) > CANONICAL_ROWS:
