@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import alpaca_eval.main
+import huggingface_hub.constants
 import pandas as pd
 import pytest
 from alpaca_eval import annotators, utils
@@ -173,6 +174,16 @@ def test_a_reward_is_known_by_its_files(tmp_path: Path, calls: list[Any]) -> Non
     assert before != identity({"reward_model": LENGTHS})["reward_files"]
 
 
+def test_a_hub_model_is_known_to_the_cache_by_its_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    folder = tmp_path / "hub/models--own--reward"
+    for commit in ("a" * 40, "b" * 40):
+        write(folder / "refs/main", commit)
+        write(folder / "snapshots" / commit / "config.json", {"architectures": ["X"]})
+        found = specrej_reward_judge.stamp({"reward_model": "own/reward"})
+        assert found == {"reward_model": "own/reward", "reward_files": None, "commit": commit}
+
+
 def judged(tmp_path: Path, capsys: pytest.CaptureFixture[str], **arguments: Any) -> tuple[list[float], str]:
     alpaca_eval.main.evaluate(
         **{
@@ -264,6 +275,8 @@ def test_the_literal_leaderboard_command_with_the_reward_judge(tmp_path: Path) -
     models = [*sums("ref", wrong_by=1), *sums("right"), *sums("wordy", wrong_by=2, prefix="I believe it is ")]
     write(tmp_path / "X.json", [{**row, "score": 0.5} for row in models])
     write(tmp_path / "Y.json", sums("ref", wrong_by=1))
+    chosen_by = {"reward_model": "embedded", "reward_files": checkpoint.stamp(str(checkpoint.DEMO_REWARD))}
+    write(tmp_path / "X.specrej.json", {"generators": {"right": chosen_by}})
     done = run_alpaca_eval(*LITERAL, "--annotators_config", "specrej_reward_judge", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     board = pd.read_csv(tmp_path / "leader_board.csv", index_col=0)
@@ -271,6 +284,7 @@ def test_the_literal_leaderboard_command_with_the_reward_judge(tmp_path: Path) -
     assert board.loc["ref", ["win_rate", "standard_error", "length_controlled_winrate"]].tolist() == [50, 0, 50]
     assert (board["n_total"] == 8).all() and board["win_rate"].between(0, 100).all()
     assert board["length_controlled_winrate"].is_monotonic_decreasing
-    assert "DEMO judge" in done.stdout and "Mean length in characters: wordy" in done.stdout
+    assert "DEMO judge" in done.stdout and "chose the answers of 'right'" in done.stdout
+    assert "Mean length in characters: wordy" in done.stdout
     written = {path.relative_to(tmp_path).parts[0] for path in tmp_path.rglob("*") if path.is_file()}
-    assert written == {"X.json", "Y.json", "leader_board", "leader_board.csv"}
+    assert written == {"X.json", "X.specrej.json", "Y.json", "leader_board", "leader_board.csv"}

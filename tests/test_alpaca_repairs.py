@@ -620,6 +620,13 @@ def test_it_begins_with_the_bundled_entries(tmp_path: Path) -> None:
     assert path.is_relative_to(tmp_path) and path.read_bytes() == bundled.read_bytes()
 
 
+def test_a_saved_leaderboard_of_evaluators_is_the_users_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for _ in range(2):
+        alpaca_eval.main.analyze_evaluators(annotators_config=None, is_save_leaderboard=True)
+    saved = pd.read_csv(tmp_path / "results_evaluators/evaluators_leaderboard.csv", index_col=0)
+    assert "alpaca_eval_gpt4" in saved.index and "alpaca_eval_gpt4" in capsys.readouterr().out
+
+
 # --- annotation cache -----------------------------------------------------------------------------
 
 
@@ -738,6 +745,13 @@ def test_no_output_folder_no_file(judge: Judge, tmp_path: Path) -> None:
         annotator.annotate_head2head(sums("ref", wrong_by=1), sums("model"))
     assert judge.pairs == 16, "kept in memory"
     assert {path.name for path in tmp_path.rglob("*.json")} == set()
+
+
+def test_saved_completions_can_be_parsed_again(judge: Judge, tmp_path: Path) -> None:
+    """A completion "1.75" that came back as a number could not."""
+    for _ in range(2):
+        assert annotate(judge.config(tmp_path), tmp_path / "out", is_reapply_parsing=True) == [1.75] * 8
+    assert judge.pairs == 8
 
 
 def test_a_file_the_user_names_is_the_users(judge: Judge, tmp_path: Path) -> None:

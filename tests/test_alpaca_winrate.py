@@ -294,6 +294,17 @@ def test_a_fit_that_fails_costs_a_note_not_the_judgments(
     assert "liblinear is out of sorts" in caplog.text
 
 
+def test_difficulties_that_cannot_be_had_leave_the_minimal_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    add_dataset_files(tmp_path / "hub", {"alpaca_eval_gpt4_baseline.json": reference()})
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    assert ours(annotations())["glm_name"] == MINIMAL
+    assert "length_controlled_v1 cannot be fitted" in caplog.text and "df_gamed.csv" in caplog.text
+    with pytest.raises(ConfigError, match="df_gamed"):
+        ours(annotations(), baseline="gpt4")  # no other number will do
+
+
 @pytest.mark.usefixtures("no_hub")
 def test_missing_judgments_are_left_out() -> None:
     rows = annotations(40)

@@ -7,8 +7,6 @@ configuration has no influence on it.
 from __future__ import annotations
 
 import functools
-import hashlib
-import importlib
 import inspect
 import logging
 import math
@@ -18,7 +16,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from specrej_eval import checkpoint
+from specrej_eval import checkpoint, fingerprint
 from specrej_eval.config import RunConfig, as_float, suggest_argument
 from specrej_eval.core import RowView
 from specrej_eval.errors import ConfigError, RewardError
@@ -66,22 +64,36 @@ def specrej_reward_judge(
 
 
 def identity(arguments: Mapping[str, Any]) -> dict[str, str | None]:
-    """Which reward model judges: its name and, where it lies in files here, a digest of them.
+    """Which reward model judges: ``reward_model`` and ``reward_files``, as our decoders write them down for theirs.
 
     Raises:
         ConfigError: as the judge itself.
     """
+    from specrej_eval.rewards import callable_reward
+
     config, _ = _checked(arguments)
     name = config.reward_model
-    if name is None or _same_folder(name, checkpoint.DEMO_REWARD):
-        return {
-            "reward_model": alpaca_eval_runs.EMBEDDED,
-            "reward_files": checkpoint.stamp(str(checkpoint.DEMO_REWARD)),
-        }
-    return {"reward_model": name, "reward_files": checkpoint.stamp(name) or _callable_stamp(name)}
+    if name is not None and callable_reward.is_callable_name(name):
+        callable_reward.import_callable(name)  # finds it in the working directory, too; its file is looked at next
+    models = fingerprint.of_models(config, {})
+    embedded = name is None or _same_folder(name, checkpoint.DEMO_REWARD)
+    return {"reward_model": fingerprint.EMBEDDED if embedded else name, "reward_files": models["reward_files"]}
 
 
-specrej_reward_judge.stamp = identity  # type: ignore[attr-defined]  # for the annotation cache
+def _stamp(arguments: Mapping[str, Any]) -> dict[str, str | None]:
+    """What the annotation cache must know of the files; for a hub repository, its commit."""
+    found = identity(arguments)
+    name = found["reward_model"]
+    if found["reward_files"] is None and name is not None and "/" in name:
+        from huggingface_hub import try_to_load_from_cache
+
+        checkpoint.read_config("reward_model", name)  # fetched now, or as it was last time
+        file = try_to_load_from_cache(name, "config.json")
+        found["commit"] = Path(file).parent.name if isinstance(file, str) else None
+    return found
+
+
+specrej_reward_judge.stamp = _stamp  # type: ignore[attr-defined]
 
 
 def note_judges(pairwise: ModuleType) -> None:
@@ -112,7 +124,7 @@ def _generators(pairwise: ModuleType, outputs: Any) -> list[str]:
 
 def _note(judge: Mapping[str, str | None], generators: Sequence[str]) -> None:
     name = judge["reward_model"]
-    if name == alpaca_eval_runs.EMBEDDED:
+    if name == fingerprint.EMBEDDED:
         alpaca_eval_runs.note(
             "DEMO judge: the embedded reward model has learnt small sums and nothing else. Its win rates say nothing "
             "about any other answers."
@@ -137,17 +149,6 @@ def _same_reward(one: Mapping[str, str | None], other: Mapping[str, str | None])
 def _same_folder(name: str, folder: Path) -> bool:
     path = Path(name).expanduser()
     return path.is_dir() and folder.is_dir() and path.samefile(folder)
-
-
-def _callable_stamp(name: str) -> str | None:
-    """Of the file that holds a ``pkg.module:function`` reward."""
-    from specrej_eval.rewards import callable_reward
-
-    if not callable_reward.is_callable_name(name):
-        return None
-    callable_reward.import_callable(name)
-    source = getattr(importlib.import_module(name.partition(":")[0]), "__file__", None)
-    return hashlib.sha256(Path(source).read_bytes()).hexdigest() if source and Path(source).is_file() else None
 
 
 def _checked(arguments: Mapping[str, Any]) -> tuple[RunConfig, float]:

@@ -19,9 +19,6 @@ from typing import Any
 
 from specrej_eval.harness.patching import patch, takes
 
-EMBEDDED = "embedded"
-"""The embedded reward model in ``decoding_rewards`` and wherever a reward is named to a user."""
-
 _logger = logging.getLogger(__name__)
 
 
@@ -32,7 +29,8 @@ class Run:
     output_path: Path | None = None
     """Where annotations and weights are kept; None = the user asked for no files."""
     decoding_rewards: dict[str, Mapping[str, str | None]] = field(default_factory=dict)
-    """Generator -> ``{"reward_model": ..., "reward_files": ...}`` of the reward that chose among its answers."""
+    """Generator -> ``{"reward_model": ..., "reward_files": ...}`` of the reward that chose among its answers (see
+    ``fingerprint.of_models``)."""
     notes: list[str] = field(default_factory=list)
     """Printed once more below the leaderboard."""
     lengths: dict[str, str] = field(default_factory=dict)

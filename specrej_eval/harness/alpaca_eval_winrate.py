@@ -40,10 +40,24 @@ def control_length_where_valid(metrics: ModuleType) -> None:
     glm: Any = getattr(metrics, "glm_winrate", None)
     if glm is None or not takes(glm.get_length_controlled_winrate, "annotations", "glm_name", "save_weights_dir"):
         return
+    patch(glm, "hf_hub_download", _named_in_errors)
     patch(glm, "_get_featurized_data", lambda original: _featurized_without_hub(original, glm))
     patch(glm, "get_length_controlled_winrate", lambda original: _length_controlled(original, glm))
     metrics.__dict__["get_length_controlled_winrate"] = glm.get_length_controlled_winrate
     patch(metrics, "get_winrate", lambda original: _with_lengths(original, glm))
+
+
+def _named_in_errors(original: Callable[..., str]) -> Callable[..., str]:
+    """The hub's client does not say which file it did not find."""
+
+    def hf_hub_download(repo_id: str, filename: str, **options: Any) -> str:
+        try:
+            return original(repo_id=repo_id, filename=filename, **options)
+        except Exception as error:
+            reason = str(error).partition("\n")[0]
+            raise ConfigError(f"{filename} of {repo_id} could not be had from the hub: {reason}") from error
+
+    return hf_hub_download
 
 
 def _with_lengths(original: Callable[..., Any], glm: ModuleType) -> Callable[..., Any]:
@@ -77,24 +91,24 @@ def _length_controlled(original: Callable[..., Any], glm: ModuleType) -> Callabl
         if choice.note:
             alpaca_eval_runs.note(choice.note)
         found = None
-        if is_baseline or choice.glm != NONE:
+        while found is None and choice.glm != NONE:
             try:
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore", FutureWarning)  # of scikit-learn, on upstream's arguments
                     found = original(
                         frame,
-                        glm_name=STANDARD if choice.glm == NONE else choice.glm,
+                        glm_name=choice.glm,
                         save_weights_dir=_weights_folder(frame, save_weights_dir),
                         baseline=baseline,
                         is_warn_extreme_changes=is_warn_extreme_changes,
                         glm_info=dict(glm_info) if glm_info else None,
                     )
-            except ConfigError:
-                raise
-            except Exception as error:  # a fit can fail in many ways, the judgments have been paid for
+            except Exception as error:  # no difficulties from the hub, a fit that fails: the judgments are paid for
+                if baseline is not None:  # asked for the win rate against another model: no other number will do
+                    raise
                 _logger.debug("fit of %s", choice.glm, exc_info=True)
-                alpaca_eval_runs.note(_no_fit(f"{choice.glm} cannot be fitted ({type(error).__name__}: {error})"))
-                choice = _Choice(NONE, named=True)
+                choice = _instead(choice, asked=glm_name or ("glm_info" if glm_info else None), error=error)
+                alpaca_eval_runs.note(choice.note)
         if found is None:
             found = glm.get_winrate(frame)
             found["length_controlled_winrate"] = found["win_rate"]
@@ -145,6 +159,13 @@ def _choose(frame: Any, asked: str | None, glm: ModuleType, *, is_fitted: bool) 
             hint=f"leave glm_name out, or take {MINIMAL}.",
         )
     return _Choice(asked, f"glm_name={asked} was asked for, but its difficulties do not fit: {unlike}.", named=True)
+
+
+def _instead(failed: _Choice, *, asked: str | None, error: Exception) -> _Choice:
+    reason = f"{failed.glm} cannot be fitted ({type(error).__name__}: {error})"
+    if asked is None and failed.glm != MINIMAL:
+        return _Choice(MINIMAL, f"length_controlled_winrate is by {MINIMAL}: {reason}.", named=True)
+    return _Choice(NONE, _no_fit(reason), named=True)
 
 
 def _why_not_canonical(frame: Any, glm: ModuleType) -> str:
