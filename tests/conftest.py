@@ -4,7 +4,10 @@
 """
 
 import os
+from collections.abc import Iterator
+from pathlib import Path
 
+import pytest
 from hypothesis import HealthCheck, settings
 
 # Nothing the tests need has to be downloaded; set before any test imports a library that reads these.
@@ -20,3 +23,20 @@ _ALWAYS = {"derandomize": True, "database": None, "deadline": None, "suppress_he
 settings.register_profile("fast", max_examples=100, **_ALWAYS)
 settings.register_profile("full", max_examples=1000, **_ALWAYS)
 settings.load_profile("full" if FULL else "fast")
+
+
+@pytest.fixture(scope="module")
+def alpaca_eval_stays_as_installed() -> Iterator[None]:
+    """Fails a module whose tests have written into the installed alpaca_eval."""
+    from alpaca_runs import package_digest
+
+    before = package_digest()
+    yield
+    assert package_digest() == before, "something was written into the installed alpaca_eval"
+
+
+@pytest.fixture
+def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The working folder is the test's own."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path

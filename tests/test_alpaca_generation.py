@@ -18,6 +18,9 @@ import pandas as pd
 import pytest
 import torch
 import yaml
+from alpaca_runs import alpaca_eval, package_digest
+from fake_hub import add_dataset_files
+from openai_server import JudgeServer
 
 from specrej_eval import load
 from specrej_eval.config import RunConfig
@@ -25,9 +28,6 @@ from specrej_eval.core import Message
 from specrej_eval.demo.arithmetic import distinct_problems, question
 from specrej_eval.errors import ConfigError
 from specrej_eval.outputs import OutputsFolder, open_run
-from tests.alpaca_runs import alpaca_eval, package_digest
-from tests.fake_hub import add_dataset_files
-from tests.openai_server import JudgeServer
 
 ROOT = Path(__file__).parent.parent
 JUDGE = "specrej_reward_judge"
@@ -237,14 +237,11 @@ def test_the_reward_model_reads_the_bare_instruction_whatever_the_template(
     monkeypatch.setattr("specrej_eval.harness.alpaca_eval_decoder._loaded", {})
     odd = "What does {output} mean, {instruction}? 1e-3"
     dataset(tmp_path, [odd, INSTRUCTIONS[0]])
-    kwargs = {"reward_model": "tests.test_alpaca_generation:remember", "is_chatml_prompt": chatml, "max_gen_toks": 8}
-    monkeypatch.syspath_prepend(str(ROOT))
+    kwargs = {"reward_model": "test_alpaca_generation:remember", "is_chatml_prompt": chatml, "max_gen_toks": 8}
     evaluate(config(tmp_path, prompt_template=template, completions_kwargs=kwargs))
-    import tests.test_alpaca_generation as imported
-
-    asked = {conversation[-1]["content"] for conversation in imported.SEEN}
+    asked = {conversation[-1]["content"] for conversation in SEEN}
     assert asked == {odd, INSTRUCTIONS[0]}
-    assert all(len(conversation) == 1 for conversation in imported.SEEN)
+    assert all(len(conversation) == 1 for conversation in SEEN)
 
 
 def test_outputs_that_look_like_numbers_stay_text(evaluate: Callable[..., Any], tmp_path: Path) -> None:

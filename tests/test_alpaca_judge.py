@@ -6,7 +6,6 @@ import json
 import math
 import random
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ import huggingface_hub.constants
 import pandas as pd
 import pytest
 from alpaca_eval import annotators, utils
-from alpaca_runs import LITERAL, package_digest, sums, write
+from alpaca_runs import LITERAL, sums, write
 from alpaca_runs import alpaca_eval as run_alpaca_eval
 
 from specrej_eval import checkpoint
@@ -28,16 +27,7 @@ LENGTHS = "length_reward:by_length"
 """A reward that can be worked out by hand: the length of the answer; NaN for the answer "nan"."""
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _alpaca_eval_stays_as_installed() -> Iterator[None]:
-    before = package_digest()
-    yield
-    assert package_digest() == before, "something was written into the installed alpaca_eval"
-
-
-@pytest.fixture(autouse=True)
-def _somewhere_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
+pytestmark = pytest.mark.usefixtures("alpaca_eval_stays_as_installed", "own_folder")
 
 
 @pytest.fixture

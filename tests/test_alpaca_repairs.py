@@ -13,7 +13,6 @@ import subprocess
 import sys
 import types
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ import pandas as pd
 import pytest
 from alpaca_eval import annotators, constants, decoders, utils
 from alpaca_runs import alpaca_eval as run_alpaca_eval
-from alpaca_runs import package_digest, sums, write
+from alpaca_runs import sums, write
 from fake_hub import add_dataset_files
 from openai_server import JudgeServer
 
@@ -45,16 +44,7 @@ from specrej_eval.harness.patching import is_patched
 PACKAGE = Path(alpaca_eval.__file__).parent
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _alpaca_eval_stays_as_installed() -> Iterator[None]:
-    before = package_digest()
-    yield
-    assert package_digest() == before, "something was written into the installed alpaca_eval"
-
-
-@pytest.fixture(autouse=True)
-def _somewhere_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
+pytestmark = pytest.mark.usefixtures("alpaca_eval_stays_as_installed", "own_folder")
 
 
 @pytest.fixture

@@ -6,7 +6,6 @@ import io
 import json
 import math
 import random
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ import pandas as pd
 import pytest
 from alpaca_eval import constants, metrics
 from alpaca_eval.metrics import glm_winrate
-from alpaca_runs import LITERAL, package_digest, sums, write
+from alpaca_runs import LITERAL, sums, write
 from alpaca_runs import alpaca_eval as run_alpaca_eval
 from fake_hub import add_dataset_files
 from openai_server import JudgeServer
@@ -33,16 +32,11 @@ COLUMNS = {
 MINIMAL = alpaca_eval_winrate.MINIMAL
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _alpaca_eval_stays_as_installed() -> Iterator[None]:
-    before = package_digest()
-    yield
-    assert package_digest() == before, "something was written into the installed alpaca_eval"
+pytestmark = pytest.mark.usefixtures("alpaca_eval_stays_as_installed", "own_folder")
 
 
 @pytest.fixture(autouse=True)
-def _somewhere_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
+def _no_reference_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(alpaca_eval_winrate, "_reference", {})
 
 
