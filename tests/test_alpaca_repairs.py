@@ -129,6 +129,18 @@ def test_a_user_without_a_name_gets_one_while_constants_are_made(monkeypatch: py
     assert "LOGNAME" not in os.environ
 
 
+def test_alpaca_eval_imports_for_a_bare_user_id(tmp_path: Path) -> None:
+    """As in a container started with --user 12345."""
+    program = (
+        "import os, pwd\n"
+        "for name in ('LOGNAME', 'USER', 'LNAME', 'USERNAME'): os.environ.pop(name, None)\n"
+        "def nobody(uid): raise KeyError(uid)\n"
+        "pwd.getpwuid = nobody\n"
+        "from alpaca_eval import constants; print(constants.CURRENT_USER, 'LOGNAME' in os.environ)"
+    )
+    assert python(program, tmp_path) == "unknown False"
+
+
 def test_a_user_with_a_name_keeps_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LOGNAME", "ada")
     assert alpaca_eval_repairs.name_unknown_user(constants) is None
@@ -286,7 +298,8 @@ def test_leaderboards_are_read_as_ever(tmp_path: Path) -> None:
 
 
 def test_recomputing_metrics_reads_texts_back_as_texts(tmp_path: Path) -> None:
-    outputs, reference = (write(tmp_path / f"{n}.json", sums(n, wrong_by=w)) for n, w in (("model", 0), ("ref", 1)))
+    padded = [{**row, "output": "0" * i + row["output"]} for i, row in enumerate(sums("model"))]
+    outputs, reference = write(tmp_path / "model.json", padded), write(tmp_path / "ref.json", sums("ref", wrong_by=1))
     evaluate = {"reference_outputs": str(reference), "annotators_config": "specrej_reward_judge"}
     evaluate |= {
         "model_outputs": str(outputs),
@@ -295,8 +308,11 @@ def test_recomputing_metrics_reads_texts_back_as_texts(tmp_path: Path) -> None:
     }
     first, _ = alpaca_eval.main.evaluate(**evaluate)
     board = str(tmp_path / "out" / "specrej_reward_judge" / "leaderboard.csv")
-    second, _ = alpaca_eval.main.evaluate(**evaluate, is_recompute_metrics_only=True, precomputed_leaderboard=board)
+    second, read_back = alpaca_eval.main.evaluate(
+        **evaluate, is_recompute_metrics_only=True, precomputed_leaderboard=board
+    )
     third, _ = alpaca_eval.main.evaluate(**evaluate, is_recompute_metrics_only=True)  # found by itself
+    assert read_back["output_2"].tolist() == [row["output"] for row in padded]
     for again in (second, third):
         assert again.loc["model", "length_controlled_winrate"] == first.loc["model", "length_controlled_winrate"]
 
