@@ -26,8 +26,6 @@ DECODERS = {
 }
 """Names for ``fn_completions`` in a model's or a judge's YAML -> the module that holds the function."""
 
-_WRAP_GENERATION = ("specrej_eval.harness.alpaca_eval_generation", "wrap_evaluate_from_model")
-
 
 def stand_in_for_pkg_resources(utils: ModuleType) -> Callable[[], None] | None:
     """``alpaca_eval.utils`` imports pkg_resources, which setuptools 82 removed. It gets a stand-in, and nobody else."""
@@ -92,9 +90,9 @@ def rebind_decoders(base: ModuleType) -> None:
 
 def guard_generation(main: ModuleType) -> None:
     """``evaluate_from_model``: see ``alpaca_eval_generation``."""
-    home, name = _WRAP_GENERATION
-    if importlib.util.find_spec(home) is not None:
-        patch(main, "evaluate_from_model", getattr(importlib.import_module(home), name))
+    from specrej_eval.harness.alpaca_eval_generation import wrap_evaluate_from_model
+
+    patch(main, "evaluate_from_model", wrap_evaluate_from_model)
 
 
 def print_errors_without_traceback(main: ModuleType) -> None:
