@@ -83,6 +83,8 @@ COMMANDS = {
     ),
 }
 
+STOPPED = "What is finished is recorded; run the same command again to go on."
+
 EXAMPLES = """\
 examples:
   specrej-eval doctor
@@ -117,6 +119,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SpecRejError as error:
         print(f"specrej-eval {name}: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print(f"specrej-eval {name}: stopped. {STOPPED}", file=sys.stderr)
+        return 130
     except BrokenPipeError:  # the reader went away, as in `specrej-eval report DIR | head`
         sys.stderr.close()
         return 1

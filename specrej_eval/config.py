@@ -11,6 +11,7 @@ import functools
 import inspect
 import itertools
 import json
+import logging
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -19,6 +20,8 @@ from typing import Any, Self
 
 from specrej_eval import registry
 from specrej_eval.errors import ConfigError, nearest, suggest
+
+logger = logging.getLogger(__name__)
 
 MAX = "max"
 """``n=max``: as many rows as free memory holds."""
@@ -165,6 +168,8 @@ class RunConfig:
             if name not in ours and name not in host:
                 raise ConfigError(f"unknown argument {name!r}.", hint=suggest_argument(name, {*ours, *host, *also}))
         config = cls(**{name: value for name, value in args.items() if name in ours})
+        if config.strategy == "best_of_n" and args.get("alpha"):
+            logger.warning("alpha=%s is not used: best_of_n decodes all rows to the end.", args["alpha"])
         return config.checked(), {name: value for name, value in args.items() if name not in ours}
 
     def replace(self, **changes: Any) -> Self:

@@ -229,6 +229,7 @@ class OutputsFolder:
                     hint="keep that name, or give this run a folder of its own.",
                 )
             record.capacity_tokens = before.capacity_tokens
+            record.described = record.described or before.described
         elif self.rank == 0:
             for path in self._parts():
                 path.unlink()

@@ -39,9 +39,13 @@ SYNONYMS = {
     "data_filename": "prompts",
     "output_folder": "output",
     "output_path": "output",
-    "speculative_rejection": "strategy",
     "local_files_only": "pretrained",
 }
+VALUES = {
+    "speculative_rejection": "it is --strategy speculative_rejection, the default. ",
+    "variance_reduce": "it has no code behind it in the reference code either. ",
+}
+"""What to say of the reference code's options that are no other name of ours."""
 _NOT_OURS = {"journal"}  # the archive holds it
 
 
@@ -79,7 +83,7 @@ def parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     files = made.add_argument_group("files")
-    files.add_argument("--prompts", required=True, metavar="FILE", help="JSON, JSONL, CSV or TSV with one prompt a row")
+    files.add_argument("--prompts", metavar="FILE", help="JSON, JSONL, CSV or TSV with one prompt a row; needed")
     files.add_argument("--output", metavar="DIR", help="the archive (default: results/ and the run's name)")
     files.add_argument("--name", help="of the run, in leaderboards (default: made of strategy, n and models)")
     files.add_argument("--prompt_column", metavar="COLUMN", help="default: instruction, or else prompt")
@@ -197,10 +201,12 @@ def parse(words: Sequence[str]) -> dict[str, Any]:
                 raise ConfigError(
                     f"`specrej-eval run` keeps its own {name}.", hint="it lies in the folder of --output."
                 )
-            hint = f"did you mean --{meant}? " if meant else ""
+            hint = VALUES.get(name) or (f"did you mean --{meant}? " if meant else "")
             raise ConfigError(f"unknown option {word.partition('=')[0]!r}.", hint=f"{hint}`--help` lists all options.")
     if unknown:
         raise ConfigError(f"unexpected {unknown[0]!r}.", hint="options are written --name value.")
+    if "prompts" not in options:
+        raise ConfigError("--prompts is missing: the file with the prompts.", hint="--prompts prompts.csv")
     return vars(options)
 
 
@@ -299,5 +305,7 @@ def _finish(folder: Path, record: RunRecord, questions: Sequence[Question], requ
     best = [item.reward for item in answers if item.reward is not None]
     ended = [reward for item in answers for reward in item.finished_rewards]
     tqdm.write(f"{record.generator}: {summary_line(len(answers), total_cost(answers), best, ended)}", file=sys.stderr)
+    if empty := [item for item in answers if not item.output.strip()]:
+        tqdm.write(f"{len(empty)} answers are empty, such as that to {empty[0].instruction[:60]!r}", file=sys.stderr)
     print(f"{len(answers)} answers in {store.outputs_file}")
     print(f"next: specrej-eval export alpaca {folder} --output {folder.name}.json")

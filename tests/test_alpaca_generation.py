@@ -264,6 +264,8 @@ def test_outputs_that_look_like_numbers_stay_text(evaluate: Callable[..., Any], 
         ({"completions_kwargs": {"price_per_hour": -1}}, "price_per_hour must be at least 0"),
         ({"completions_kwargs": {"pretrained": "./no/such"}}, "there is no folder"),
         ({"completions_kwargs": {"is_chatml_prompt": "perhaps"}}, "must be true or false"),
+        ({"alpha": 0.5}, "'alpha' beside fn_completions, where it has no effect"),
+        ({"prompt_template": "Say something.\n"}, r"does not hold \{instruction\}"),
     ],
 )
 def test_bad_arguments_are_told_before_anything_is_loaded_or_written(
@@ -276,6 +278,68 @@ def test_bad_arguments_are_told_before_anything_is_loaded_or_written(
     with pytest.raises((ConfigError, OSError), match=told):
         evaluate(config(tmp_path, **entry))
     assert not list((tmp_path / "results").rglob("*.json*"))
+
+
+@pytest.mark.parametrize(
+    "options, told",
+    [
+        ({"evaluation_datset": "ref.json"}, "did you mean --evaluation_dataset"),
+        ({"max_instance": 3}, "did you mean --max_instances"),
+        ({"evaluation_dataset": "reff.json"}, "did you mean 'ref.json'"),
+        ({"evaluation_dataset": "ref.jsonl"}, r"reads .json, .csv, .tsv, not .jsonl"),
+        ({"evaluation_dataset": "broken.json"}, "broken.json' cannot be read"),
+        ({"evaluation_dataset": "empty.json"}, "has no rows"),
+        ({"evaluation_dataset": "bare.json"}, "no column 'output'"),
+        ({"annotators_config": "weighted_alpaca_eval_gpt4_turbo"}, "OPENAI_API_KEY is not set"),
+    ],
+)
+def test_bad_options_are_told_before_anything_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], told: str
+) -> None:
+    import alpaca_eval.main
+
+    from specrej_eval import api
+
+    monkeypatch.chdir(tmp_path)
+    for key in ("OPENAI_API_KEY", "OPENAI_API_KEYS"):
+        monkeypatch.delenv(key, raising=False)
+    dataset(tmp_path)
+    (tmp_path / "ref.jsonl").write_text("{}\n")
+    (tmp_path / "broken.json").write_text('[{"instruction": "half')
+    (tmp_path / "empty.json").write_text("[]")
+    (tmp_path / "bare.json").write_text('[{"instruction": "1+1"}]')
+    monkeypatch.setattr(api, "load_models", lambda *_: pytest.fail("a model was loaded"))
+    given = {"evaluation_dataset": "ref.json", "annotators_config": JUDGE, **options}
+    with pytest.raises(ConfigError, match=told):
+        alpaca_eval.main.evaluate_from_model(config(tmp_path), **given)
+    assert not list((tmp_path / "results").rglob("*.json*"))
+
+
+def test_options_of_the_judge_pass(evaluate: Callable[..., Any], tmp_path: Path) -> None:
+    dataset(tmp_path, INSTRUCTIONS[:2])
+    evaluate(config(tmp_path), position_swap=True, caching_path=None, seed=1, annotation_kwargs={"chunksize": 1})
+    assert len(outputs(tmp_path)) == 2
+
+
+def test_a_run_that_is_over_stays_complete_and_in_order(evaluate: Callable[..., Any], tmp_path: Path) -> None:
+    dataset(tmp_path)
+    evaluate(config(tmp_path))
+    files = ("specrej_run.json", "specrej_outputs.jsonl")
+    before = {name: (tmp_path / "results" / "spr" / name).read_bytes() for name in files}
+    record = open_run(tmp_path / "results" / "spr")[0]
+    assert record.complete and record.num_prompts == len(INSTRUCTIONS) and record.described["device"] == "cpu"
+    lines = before["specrej_outputs.jsonl"].decode().splitlines()
+    assert [json.loads(line)["instruction"] for line in lines] == INSTRUCTIONS
+    evaluate(config(tmp_path))
+    assert {name: (tmp_path / "results" / "spr" / name).read_bytes() for name in files} == before
+
+
+def test_empty_answers_are_pointed_out(
+    evaluate: Callable[..., Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    dataset(tmp_path, INSTRUCTIONS[:2])
+    evaluate(config(tmp_path, completions_kwargs={"until": [" "]}))  # every answer begins with a space
+    assert "2 answers are empty" in caplog.text
 
 
 def test_prices_and_times_are_filled_in() -> None:

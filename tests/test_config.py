@@ -355,3 +355,12 @@ def test_an_entry_that_is_not_there_is_named_with_the_nearest():
     with pytest.raises(ConfigError, match="strategy must name a known entry, got 'best'") as caught:
         registry.load_module("specrej_eval.strategies", "best", argument="strategy")
     assert "Known: best_of_n" in caught.value.hint
+
+
+def test_an_alpha_that_best_of_n_does_not_use_is_pointed_out(caplog: pytest.LogCaptureFixture) -> None:
+    RunConfig.from_args({"strategy": "best_of_n", "n": 4})
+    RunConfig.from_args({"strategy": "best_of_n", "alpha": 0})
+    RunConfig.from_args({"alpha": 0.25})
+    assert not caplog.records
+    RunConfig.from_args({"strategy": "best_of_n", "alpha": 0.25})
+    assert "alpha=0.25 is not used" in caplog.text

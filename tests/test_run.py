@@ -150,7 +150,8 @@ def test_max_tokens_is_of_prompt_and_answer_together(prompts: str, tmp_path: Pat
         (["--reward_model_name", "x"], "did you mean --reward_model"),
         (["--data_filename", "x"], "did you mean --prompts"),
         (["--max_gen_tokens", "5"], "did you mean --max_gen_toks"),
-        (["--speculative_rejection"], "did you mean --strategy"),
+        (["--speculative_rejection"], "it is --strategy speculative_rejection"),
+        (["--variance_reduce"], "no code behind it"),
         (["--journal", "x"], "keeps its own journal"),
         (["0.5"], "unexpected '0.5'"),
         (["--alpha", "2"], "alpha must be in"),
@@ -174,6 +175,13 @@ def test_bad_words_are_told_before_anything_is_loaded(
     assert run("--prompts", prompts, "--output", str(out), *words) == 1
     assert told in capsys.readouterr().err
     assert not out.exists()
+
+
+def test_the_prompts_must_be_named(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("--alpha", "0.5") == 1
+    assert "--prompts is missing" in capsys.readouterr().err
+    assert run("--data_filename", "prompts.json") == 1
+    assert "did you mean --prompts" in capsys.readouterr().err
 
 
 def test_options_are_the_names_of_model_args() -> None:

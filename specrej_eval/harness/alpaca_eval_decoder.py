@@ -172,21 +172,35 @@ class Generation:
     def price(self, done: Answer) -> float:
         return done.seconds / 3600 * self.price_per_hour
 
+    def everything(self) -> list[Answer]:
+        """All answers of this run's instructions; empty until each has one.
+
+        alpaca_eval does not ask again for what it has in ``model_outputs.json``: the record has those too.
+        """
+        known = self.store.answers() if self.store is not None else list(self.answered.values())
+        found = [item for item in known if item.instruction in self.places]
+        return found if len({item.instruction for item in found}) == len(self.places) else []
+
+    def mark_complete(self) -> None:
+        """Write down that all instructions are answered, if they are."""
+        found = self.everything()
+        if found and self.store is not None and self.record is not None:
+            self.store.merge_parts(self.store.answers())  # in the data set's order
+            self.store.mark_complete(self.record, found)
+
     def answered_all(self, answers: Sequence[Answer]) -> None:
         """Count answers; once they are all there say what they cost, and mark the run as complete."""
         self.answered.update({item.key: item for item in answers})
-        # alpaca_eval does not ask again for what it has in model_outputs.json: the record has those too
-        known = self.store.answers() if self.store is not None else list(self.answered.values())
-        everything = [item for item in known if item.instruction in self.places]
-        if not self.places or len({item.instruction for item in everything}) < len(self.places):
+        found = self.everything()
+        if not found:
             return
-        cost = total_cost(everything)
-        best = [item.reward for item in everything if item.reward is not None]
-        finished = [reward for item in everything for reward in item.finished_rewards]
+        best = [item.reward for item in found if item.reward is not None]
+        finished = [reward for item in found for reward in item.finished_rewards]
         name = self.record.generator if self.record is not None else "specrej"
-        logger.warning("%s: %s", name, summary_line(len(everything), cost, best, finished))
-        if self.store is not None and self.record is not None:
-            self.store.mark_complete(self.record, everything)
+        logger.warning("%s: %s", name, summary_line(len(found), total_cost(found), best, finished))
+        if empty := [item for item in found if not item.output.strip()]:
+            logger.warning("%s: %d answers are empty, such as that to %r.", name, len(empty), empty[0].instruction[:60])
+        self.mark_complete()
 
 
 def _completions(prompts: Sequence[str], generation: Generation) -> dict[str, list[Any]]:

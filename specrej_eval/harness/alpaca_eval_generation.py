@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from specrej_eval.errors import ConfigError
+from specrej_eval.harness import alpaca_eval_slips
 from specrej_eval.outputs import OutputsFolder, RunRecord
 
 logger = logging.getLogger(__name__)
@@ -62,11 +63,15 @@ def prepare(arguments: dict[str, Any]) -> None:
     ours = {side for side, config in configs.items() if _entry(config).get("fn_completions") in STRATEGIES}
     if not ours:
         return
+    alpaca_eval_slips.check_options(arguments)
+    alpaca_eval_slips.check_judge(arguments)
 
     folder = arguments["output_path"]
     if folder == "auto":
         folder = Path("results") / next(iter(configs["model_configs"]))
-    instructions = _instructions(arguments["evaluation_dataset"])
+    instructions = alpaca_eval_slips.instructions_of(
+        arguments["evaluation_dataset"], needs_outputs=arguments.get("reference_model_configs") is None
+    )
     if arguments["max_instances"] is not None:
         # alpaca_eval would take the *next* max_instances on a second run; our own records make it cheap to start over
         arguments["is_load_outputs"], arguments["chunksize"] = False, None
@@ -96,11 +101,13 @@ def _begin(
 
     name, entry = next(iter(config)), dict(_entry(config))
     function = entry["fn_completions"]
+    template = utils.read_or_return(entry["prompt_template"], relative_to=base_dir)
+    alpaca_eval_slips.check_entry(name, entry, template)
     generation = decoder.Generation.of(function, entry.get("completions_kwargs") or {})
     for place, instruction in enumerate(instructions):
         generation.places.setdefault(instruction, place)
     fingerprint = generation.fingerprint(
-        prompt_template=utils.read_or_return(entry["prompt_template"], relative_to=base_dir),
+        prompt_template=template,
         is_strip_output=arguments["is_strip_output"],
     )
     generation.record = RunRecord(generator=name, fingerprint=fingerprint, arguments=generation.config.to_dict())
@@ -115,6 +122,7 @@ def _begin(
         generation.store = OutputsFolder(folder, prefix=prefix)
         _check_owner(folder / outputs, generation.store, going_on)
         generation.store.begin(generation.record, going_on=going_on)
+        generation.mark_complete()  # a run that is over stays so, whatever becomes of the judge
         if going_on and arguments["is_load_outputs"]:
             _keep_only_a_prefix(folder / outputs, instructions)
     entry["fn_completions"] = functools.partial(getattr(decoder, function), generation=generation)
@@ -143,18 +151,6 @@ def _check_form(config: Any, source: Any) -> None:
 def _entry(config: dict[str, Any]) -> dict[str, Any]:
     entry: dict[str, Any] = next(iter(config.values()))
     return entry
-
-
-def _instructions(dataset: Any) -> list[str]:
-    from alpaca_eval import utils
-
-    frame = utils.load_or_convert_to_dataframe(dataset)
-    if "instruction" not in frame.columns:
-        raise ConfigError(
-            f"evaluation_dataset must have a column 'instruction', got {', '.join(map(str, frame.columns))}.",
-            hint="give JSON, CSV or TSV with the columns instruction, output (the reference's) and generator.",
-        )
-    return [str(instruction) for instruction in frame["instruction"]]
 
 
 def _check_owner(outputs: Path, store: OutputsFolder, going_on: bool) -> None:

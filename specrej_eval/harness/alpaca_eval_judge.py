@@ -106,7 +106,8 @@ def note_judges(pairwise: ModuleType) -> None:
         def annotate_head2head(self: Any, outputs_1: Any, outputs_2: Any, *args: Any, **kwargs: Any) -> Any:
             generators = [*_generators(pairwise, outputs_1), *_generators(pairwise, outputs_2)]
             given = inspect.signature(original).bind(self, outputs_1, outputs_2, *args, **kwargs)
-            decoding_kwargs = given.arguments.get("decoding_kwargs", {})
+            decoding_kwargs = dict(given.arguments.get("decoding_kwargs", {}))
+            decoding_kwargs.pop("chunksize", None)  # the annotator's own
             for single in self.annotators.values():
                 if single.fn_completions is specrej_reward_judge:
                     _note(identity({**single.completions_kwargs, **decoding_kwargs}), generators)

@@ -16,6 +16,7 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
+from specrej_eval.cli import STOPPED
 from specrej_eval.errors import ConfigError, SpecRejError, nearest
 from specrej_eval.harness.patching import patch
 
@@ -75,7 +76,7 @@ def add_decoders(decoders: ModuleType) -> None:
                     raise
                 raise ConfigError(
                     f"fn_completions: unknown decoder {name!r}.",
-                    hint=f"did you mean {best!r}? Ours: {', '.join(DECODERS)}.",
+                    hint=f"did you mean {best!r}? Ours: {', '.join(DECODERS)} (a judge).",
                 ) from error
 
         return get_fn_completions
@@ -106,6 +107,9 @@ def print_errors_without_traceback(main: ModuleType) -> None:
             except SpecRejError as error:
                 print(f"alpaca_eval: {error}", file=sys.stderr)
                 sys.exit(1)
+            except KeyboardInterrupt:
+                print(f"alpaca_eval: stopped. {STOPPED}", file=sys.stderr)
+                sys.exit(130)
 
         return command
 
