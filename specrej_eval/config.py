@@ -25,6 +25,7 @@ MAX = "max"
 ON_GREEDY = ("sample", "greedy", "error")
 ON_NAN = ("error", "drop")
 PARTIAL_TURN = ("closed", "open")
+REWARD_CACHE = ("off", "prompt", "full")
 
 HOST_ARGUMENTS = (
     "add_bos_token",
@@ -95,6 +96,12 @@ class RunConfig:
     """Reward model: a hub name, a folder, ``likelihood`` or ``pkg.module:function``. None = the demo pair's."""
     reward_family: str = "auto"
     """How the reward checkpoint is read; ``auto`` looks at its ``architectures``."""
+    reward_template: str | None = None
+    """Chat template the reward model reads through, Jinja text or a file of it. None = its tokenizer's own."""
+    reward_cache: str = "full"
+    """What a reward model keeps from look to look: ``off``, the ``prompt``'s KV, or ``full`` = each row's too."""
+    reward_kv_budget_tokens: int | None = None
+    """Tokens the reward model's caches may hold, over all prompts in flight. None = a share of the free memory."""
     strategy: str = "speculative_rejection"
     """``speculative_rejection`` or ``best_of_n``."""
     alpha: float = 0.5
@@ -129,6 +136,13 @@ class RunConfig:
     """Attention of the model outside our engine (log-likelihood requests); None = transformers' choice."""
     on_greedy: str = "sample"
     """What a task that asks for greedy decoding gets: ``sample``, ``greedy`` (one row) or ``error``."""
+    deepconf_window: int = 64
+    """reward_model=deepconf scores a row by its least sure stretch of this many tokens."""
+    floor_toks: int = 2
+    """likelihood, self_certainty and deepconf rank finished answers of fewer tokens last; 1 switches this off."""
+    floor_repetition: float = 0.5
+    """The same for rows of which more than this share is repetition (4-token sequences seen before in the row); 1 =
+    off."""
     on_nan: str = "error"
     """A reward that is not finite: ``error``, or ``drop`` = rank it last and count it."""
     partial_turn: str = "closed"
@@ -181,17 +195,18 @@ class RunConfig:
     def checked(self) -> Self:
         """Coerce what a command line leaves as text or floats, and hold each argument to its rule."""
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        for name in ("alpha", "temperature", "top_p", "min_p"):
+        for name in ("alpha", "temperature", "top_p", "min_p", "floor_repetition"):
             values[name] = as_float(name, values[name])
-        for name in ("top_k", "max_gen_toks", "seed", "batch_size"):
+        for name in ("top_k", "max_gen_toks", "seed", "batch_size", "deepconf_window", "floor_toks"):
             values[name] = as_int(name, values[name])
-        for name in ("first_look", "kv_budget_tokens"):
+        for name in ("first_look", "kv_budget_tokens", "reward_kv_budget_tokens"):
             values[name] = None if values[name] is None else as_int(name, values[name])
         if values["n"] is not None and values["n"] != MAX:
             values["n"] = as_int("n", values["n"], also=f"or {MAX!r}")
         for name in ("force_sampling_args", "logprobs", "trust_remote_code"):
             values[name] = as_bool(name, values[name])
-        for name in ("pretrained", "reward_model", "device", "reward_device", "trace_path", "journal"):
+        texts = ("pretrained", "reward_model", "reward_template", "device", "reward_device", "trace_path", "journal")
+        for name in texts:
             values[name] = None if values[name] is None else str(values[name])
         config = dataclasses.replace(self, **values)
         config._check()
@@ -202,7 +217,7 @@ class RunConfig:
         _rule("alpha", self.alpha, 0 <= self.alpha < 1, "in [0, 1)", "alpha=0.5 rejects half of the rows at each look.")
         if self.n is not None and self.n != MAX:
             _rule("n", self.n, int(self.n) >= 1, "at least 1, or 'max'")
-        for name in ("first_look", "kv_budget_tokens"):
+        for name in ("first_look", "kv_budget_tokens", "reward_kv_budget_tokens"):
             value = getattr(self, name)
             _rule(name, value, value is None or value >= 1, "at least 1")
         _rule("max_gen_toks", self.max_gen_toks, self.max_gen_toks >= 1, "at least 1")
@@ -211,10 +226,14 @@ class RunConfig:
         _rule("top_k", self.top_k, self.top_k >= 0, "at least 0 (0 switches it off)")
         _rule("top_p", self.top_p, 0 < self.top_p <= 1, "in (0, 1]")
         _rule("min_p", self.min_p, 0 <= self.min_p <= 1, "in [0, 1]")
+        _rule("deepconf_window", self.deepconf_window, self.deepconf_window >= 1, "at least 1")
+        _rule("floor_toks", self.floor_toks, self.floor_toks >= 0, "at least 0 (0 and 1 switch it off)")
+        _rule("floor_repetition", self.floor_repetition, 0 <= self.floor_repetition <= 1, "in [0, 1] (1 = off)")
         _choice("strategy", self.strategy, registry.names("specrej_eval.strategies"))
         _choice("on_greedy", self.on_greedy, ON_GREEDY)
         _choice("on_nan", self.on_nan, ON_NAN)
         _choice("partial_turn", self.partial_turn, PARTIAL_TURN)
+        _choice("reward_cache", self.reward_cache, REWARD_CACHE)
         _choice("dtype", self.dtype, ("auto", "float32", "bfloat16", "float16"))
         _choice("reward_dtype", self.reward_dtype, ("auto", "float32", "bfloat16", "float16"))
         if self.temperature == 0 and self.n != 1:

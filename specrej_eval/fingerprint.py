@@ -69,6 +69,8 @@ def of_models(config: RunConfig, host: Mapping[str, Any]) -> dict[str, Any]:
         "reward_family": config.reward_family,
         "dtype": config.dtype,
         "reward_dtype": config.reward_dtype,
+        # only where given, so that records of before there was such an argument are still continued
+        **({} if config.reward_template is None else {"reward_template": _template(config.reward_template)}),
         **{name: _plain(value) for name, value in sorted(host.items()) if name not in _PLACEMENT},
     }
 
@@ -114,6 +116,12 @@ def _reward_files(name: str) -> str | None:
     origin = spec.origin if spec is not None else None
     # an edited reward function is another reward
     return hashlib.sha256(Path(origin).read_bytes()).hexdigest() if origin and Path(origin).is_file() else None
+
+
+def _template(value: str) -> str:
+    # an edited template file is another template
+    path = Path(value) if len(value) < 1000 and "{" not in value else None
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path is not None and path.is_file() else value
 
 
 def _plain(value: Any) -> Any:

@@ -51,6 +51,7 @@ def test_the_defaults_are_the_documented_ones():
         "on_nan": "error",
         "partial_turn": "closed",
         "reward_family": "auto",
+        "reward_cache": "full",
         "dtype": "auto",
         "reward_dtype": "auto",
         "force_sampling_args": False,
@@ -257,7 +258,9 @@ def test_an_unknown_choice_suggests_the_nearest_and_lists_all(name, slip, meant)
     assert "Known: " in message
 
 
-@pytest.mark.parametrize("name", ["strategy", "on_greedy", "on_nan", "partial_turn", "dtype", "reward_dtype"])
+@pytest.mark.parametrize(
+    "name", ["strategy", "on_greedy", "on_nan", "partial_turn", "reward_cache", "dtype", "reward_dtype"]
+)
 @pytest.mark.parametrize("value", [None, "", 3, ["sample"], "base", "__init__"])
 def test_what_is_no_choice_at_all_is_refused(name, value):
     assert f"unknown {name} {value!r}" in refused(**{name: value})

@@ -1,4 +1,19 @@
-"""What a reward model is to the rest of the house, and how the one named by the arguments is made."""
+"""What a reward model is to the rest of the house, and how the one named by the arguments is made.
+
+Writing a checkpoint family: one file in this folder with ``matches``, ``check`` and ``load`` (``RewardFamily``); its
+name is the family's name. ``load`` puts together what is common from the files that begin with an underscore:
+
+- ``_loading.load_checkpoint``: tokenizer and weights, every weight accounted for;
+- ``_rendering.Renderer``: conversation + response -> token ids. A family gives its own ``template`` (Jinja, BOS
+  included) or ``trailing_ids``, or overrides ``encode`` (steps of a process reward model);
+  ``**{"template": ..., **renderer_options(config)}`` lets the user's ``reward_template`` win;
+- ``_scoring.CheckpointReward(body, head, renderer, positions_of=...)``: batches, padding, memory, caching. ``body`` is
+  the model below the head; ``positions_of(ids)`` names the positions whose hidden states the ``head`` gets, in float32:
+  ``head(hidden: (rows, positions, hidden size), mask: (rows, positions) bool) -> (rows,)``.
+
+A reward that keeps nothing between looks (a function, a server, an ensemble of such) has ``score`` and inherits
+``Stateless``. Files that are no checkpoint family are listed in ``_NOT_CHECKPOINTS``.
+"""
 
 from __future__ import annotations
 
@@ -15,8 +30,31 @@ LIKELIHOOD = "likelihood"
 AUTO = "auto"
 
 _PACKAGE = "specrej_eval.rewards"
-_NOT_CHECKPOINTS = ("likelihood", "callable_reward")
+_NOT_CHECKPOINTS = ("likelihood", "self_certainty", "deepconf", "callable_reward")
 """Entries of this package that read no checkpoint, so they are no ``reward_family``."""
+
+
+class RewardSession(Protocol):
+    """One prompt being scored: what a reward model remembers of its rows from look to look.
+
+    What is remembered saves work and changes no score: a row's score depends on its text alone (to rounding).
+    """
+
+    def score(self, rows: Sequence[RowView]) -> list[float]:
+        """As ``RewardModel.score``. Rows never seen before may appear at any look: fresh ones, and forks."""
+        ...
+
+    def keep(self, row_ids: Sequence[int]) -> None:
+        """Only these rows go on; what is held for others is freed at once.
+
+        A row named twice is a fork: its twin turns up at the next look under a row id of its own, and finds by its
+        text what it shares with its parent.
+        """
+        ...
+
+    def close(self) -> None:
+        """Free everything. No other call follows; closing twice is harmless."""
+        ...
 
 
 class RewardModel(Protocol):
@@ -48,6 +86,34 @@ class RewardModel(Protocol):
         """
         ...
 
+    def open(self, conversation: Sequence[Message], response_prefix: str = "") -> RewardSession:
+        """A session for one prompt: what the loop scores with. Reads no token yet; several may be open at a time."""
+        ...
+
+
+class Stateless:
+    """Gives a reward model that only has ``score`` the sessions that the loop wants."""
+
+    def open(self: RewardModel, conversation: Sequence[Message], response_prefix: str = "") -> RewardSession:
+        """A session that remembers nothing: every look is scored in full."""
+        return _FullScoring(self, conversation, response_prefix)
+
+
+class _FullScoring:
+    """See ``RewardSession``."""
+
+    def __init__(self, reward: RewardModel, conversation: Sequence[Message], response_prefix: str) -> None:
+        self._reward = reward
+        self._conversation = conversation
+        self._response_prefix = response_prefix
+
+    def score(self, rows: Sequence[RowView]) -> list[float]:
+        return self._reward.score(self._conversation, rows, self._response_prefix)
+
+    def keep(self, row_ids: Sequence[int]) -> None: ...
+
+    def close(self) -> None: ...
+
 
 class RewardFamily(Protocol):
     """What the module of a checkpoint family offers (its file name is the family's name)."""
@@ -70,7 +136,7 @@ def check_reward(config: RunConfig, *, token: str | bool | None = None) -> None:
 
     Raises:
         ConfigError: no reward named where one is needed, an unknown name or family, several labels, a callable that
-            cannot be imported, a device that is not there.
+            cannot be imported, a template file or a device that is not there.
         CheckpointError: a folder that is missing or broken.
     """
     name = resolve_reward(config)
@@ -85,6 +151,10 @@ def check_reward(config: RunConfig, *, token: str | bool | None = None) -> None:
     if callable_reward.is_callable_name(name):
         callable_reward.import_callable(name)
         return
+    if config.reward_template is not None:
+        from specrej_eval.rewards._rendering import read_template
+
+        read_template(config.reward_template)
     if config.reward_device is not None:
         checkpoint.check_device("reward_device", config.reward_device)
     _check_is_checkpoint(name)
