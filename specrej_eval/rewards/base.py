@@ -115,11 +115,34 @@ class _FullScoring:
     def close(self) -> None: ...
 
 
-class RewardFamily(Protocol):
-    """What the module of a checkpoint family offers (its file name is the family's name)."""
+def open_session(
+    reward: RewardModel, conversation: Sequence[Message], response_prefix: str = ""
+) -> RewardSession:
+    """``reward.open``, or for an object that has ``score`` alone what ``Stateless`` would give it."""
+    if hasattr(reward, "open"):
+        return reward.open(conversation, response_prefix)
+    return _FullScoring(reward, conversation, response_prefix)
 
-    def matches(self, architectures: Sequence[str]) -> bool:
-        """Whether this family reads a checkpoint whose ``config.json`` names these classes (``reward_family=auto``)."""
+
+class RewardFamily(Protocol):
+    """What the module of a checkpoint family offers (its file name is the family's name).
+
+    ``check_files(folder)`` may come on top, where a checkpoint's folder is not as transformers would have it.
+    """
+
+    READS: str
+    """One line for `specrej-eval rewards`: what is read where."""
+    EXAMPLES: tuple[str, ...]
+    """Hub names of checkpoints it was written for."""
+    NEEDS: str
+    """What a user must bring besides the checkpoint's name; empty if nothing."""
+
+    def matches(self, name: str, checkpoint_config: Mapping[str, Any]) -> bool:
+        """Whether this family reads the checkpoint (``reward_family=auto``).
+
+        By the classes that ``config.json`` names; where those say nothing (a reward model saved as a plain language
+        model), by its other keys or by the checkpoint's name.
+        """
         ...
 
     def check(self, name: str, checkpoint_config: Mapping[str, Any]) -> None:
@@ -158,12 +181,12 @@ def check_reward(config: RunConfig, *, token: str | bool | None = None) -> None:
     if config.reward_device is not None:
         checkpoint.check_device("reward_device", config.reward_device)
     _check_is_checkpoint(name)
-    raw = checkpoint.read_config("reward_model", name, token=token)
+    raw = read_checkpoint_config(name, token=token)
+    family = _family(name, config, raw)
     folder = checkpoint.check_folder("reward_model", name)
     if folder is not None:
-        checkpoint.check_weights("reward_model", folder)
-        checkpoint.check_tokenizer_files("reward_model", folder)
-    _family(name, config, raw).check(name, raw)
+        getattr(family, "check_files", _check_files)(folder)
+    family.check(name, raw)
 
 
 def make_reward(config: RunConfig, *, device: str, token: str | bool | None = None) -> RewardModel:
@@ -186,7 +209,7 @@ def make_reward(config: RunConfig, *, device: str, token: str | bool | None = No
 
     if callable_reward.is_callable_name(name):
         return callable_reward.CallableReward(name)
-    family = _family(name, config, checkpoint.read_config("reward_model", name, token=token))
+    family = _family(name, config, read_checkpoint_config(name, token=token))
     dtype = config.reward_dtype
     if dtype == "auto" and name == str(checkpoint.DEMO_REWARD):
         dtype = "float32"
@@ -213,6 +236,33 @@ def resolve_reward(config: RunConfig) -> str:
         hint="reward_model= a checkpoint folder, a hub name, likelihood, or pkg.module:function; "
         "n=1 samples plainly and needs none.",
     )
+
+
+CONFIG_ELSEWHERE = {"Starling-RM-7B-alpha": "meta-llama/Llama-2-7b-chat-hf"}
+"""Reward models published as bare weights (by the last part of their name), and where their body's config lies."""
+
+
+def read_checkpoint_config(name: str, *, token: str | bool | None = None) -> dict[str, Any]:
+    """The ``config.json`` that belongs to a reward checkpoint.
+
+    Raises:
+        CheckpointError: as ``checkpoint.read_config``.
+    """
+    elsewhere = CONFIG_ELSEWHERE.get(Path(name).name)
+    if elsewhere is not None and not (Path(name).expanduser() / "config.json").is_file():
+        return checkpoint.read_config("reward_model", elsewhere, token=token)
+    return checkpoint.read_config("reward_model", name, token=token)
+
+
+def load_family(name: str) -> RewardFamily:
+    """The module of a checkpoint family.
+
+    Raises:
+        ConfigError: there is none of that name.
+    """
+    module: Any = registry.load_module(_PACKAGE, name, argument="reward_family")
+    family: RewardFamily = module
+    return family
 
 
 def families() -> tuple[str, ...]:
@@ -244,25 +294,31 @@ def _family(name: str, config: RunConfig, raw: Mapping[str, Any]) -> RewardFamil
         ConfigError: none or several match.
     """
     if config.reward_family != AUTO:
-        return _load_family(config.reward_family)
-    architectures = checkpoint.architectures(raw)
-    found = {entry: family for entry in families() if (family := _load_family(entry)).matches(architectures)}
+        return load_family(config.reward_family)
+    all_families = {entry: load_family(entry) for entry in families()}
+    found = {entry: family for entry, family in all_families.items() if family.matches(name, raw)}
     if len(found) == 1:
         return next(iter(found.values()))
-    listed = ", ".join(architectures) or "none"
+    listed = ", ".join(checkpoint.architectures(raw)) or "none"
     if found:
         raise ConfigError(
             f"reward_model={name!r} (architectures: {listed}) is claimed by several families: {', '.join(found)}.",
             hint=f"choose one: reward_family={next(iter(found))}.",
         )
+    examples = {
+        example.rpartition("/")[2]: entry for entry, family in all_families.items() for example in family.EXAMPLES
+    }
+    best = nearest(Path(name).name, examples)
     raise ConfigError(
         f"reward_model={name!r}: no reward family reads its architectures ({listed}).",
-        hint="a reward model has a trained head; a plain language model has none (reward_model=likelihood uses one "
-        f"as its own reward). Families: {', '.join(families())}; reward_family= names one.",
+        hint=(f"its name is most like {best}, which reward_family={examples[best]} reads. " if best else "")
+        + "A reward model has a trained head; a plain language model has none (reward_model=likelihood uses one "
+        f"as its own reward). Families: {', '.join(all_families)}; reward_family= names one, "
+        "`specrej-eval rewards` says what each reads.",
     )
 
 
-def _load_family(name: str) -> RewardFamily:
-    module: Any = registry.load_module(_PACKAGE, name, argument="reward_family")
-    family: RewardFamily = module
-    return family
+def _check_files(folder: Path) -> None:
+    """What transformers expects of a checkpoint's folder."""
+    checkpoint.check_weights("reward_model", folder)
+    checkpoint.check_tokenizer_files("reward_model", folder)
