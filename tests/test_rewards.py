@@ -776,7 +776,7 @@ def test_two_families_that_claim_a_checkpoint_are_both_named(
     reward_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real = registry.load_module
-    greedy = SimpleNamespace(matches=lambda architectures: True)
+    greedy = SimpleNamespace(matches=lambda name, checkpoint_config: True)
     monkeypatch.setattr(base, "families", lambda: ("greedy", "sequence_classifier"))
     monkeypatch.setattr(
         registry,

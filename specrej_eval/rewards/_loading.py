@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -50,3 +51,12 @@ def load_checkpoint(
             hint="is this the reward model, or the language model it was made from?",
         )
     return model.to(device).eval(), tokenizer
+
+
+def named(known: tuple[str, ...], name: str) -> bool:
+    """Whether a hub name or folder is one of the ``known`` checkpoints, whoever's copy it is.
+
+    For checkpoints whose ``config.json`` does not tell them from a plain language model.
+    """
+    own = Path(name).name.lower()
+    return any(own == entry.rpartition("/")[2].lower() for entry in known)

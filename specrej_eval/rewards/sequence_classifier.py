@@ -11,22 +11,46 @@ depend on the pooling rule above.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from transformers import AutoModelForSequenceClassification
 
+from specrej_eval import checkpoint
 from specrej_eval.config import RunConfig
 from specrej_eval.errors import ConfigError
-from specrej_eval.rewards._loading import load_checkpoint
+from specrej_eval.rewards._loading import load_checkpoint, named
 from specrej_eval.rewards._rendering import Renderer, max_length_of, renderer_options
 from specrej_eval.rewards._scoring import CheckpointReward, linear_head
 
 
-def matches(architectures: Sequence[str]) -> bool:
+READS = "a linear head with one label, at the last token; encoders as they pool (text pair)"
+EXAMPLES = (
+    "Skywork/Skywork-Reward-V2-Qwen3-8B",
+    "Skywork/Skywork-Reward-V2-Llama-3.1-8B",
+    "Skywork/Skywork-Reward-Gemma-2-27B-v0.2",
+    "sfairXC/FsfairX-LLaMA3-RM-v0.1",
+    "weqweasdas/RM-Mistral-7B",
+    "weqweasdas/RM-Gemma-7B",
+    "Ray2333/GRM-Llama3.2-3B-rewardmodel-ft",
+    "NCSOFT/Llama-3-OffsetBias-RM-8B",
+    "OpenAssistant/reward-model-deberta-v3-large-v2",
+)
+NEEDS = ""
+
+_OTHER_CLASSES = ("INFORMForSequenceClassification",)
+"""Classes with this ending that transformers does not have; families of their own read them."""
+_OTHER_CHECKPOINTS = ("Nexusflow/Starling-RM-34B",)
+"""Calls itself a LlamaForSequenceClassification, but has another head under other names."""
+
+
+def matches(name: str, checkpoint_config: Mapping[str, Any]) -> bool:
     """``*ForSequenceClassification`` exactly: names that go on (``...WithNormal_Weights``) are other families."""
-    return any(name.endswith("ForSequenceClassification") for name in architectures)
+    if named(_OTHER_CHECKPOINTS, name):
+        return False
+    classes = checkpoint.architectures(checkpoint_config)
+    return any(entry.endswith("ForSequenceClassification") and entry not in _OTHER_CLASSES for entry in classes)
 
 
 def check(name: str, checkpoint_config: Mapping[str, Any]) -> None:
