@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from specrej_eval.core import TokenStat
-from specrej_eval.engine.kv_cache import Prefix, SuffixPool
 from specrej_eval.engine.sampling import row_stream
+from specrej_eval.kv.cache import Prefix, SuffixPool
 
 CPU_TOKEN_ALIGN = 16  # see SuffixPool
 

@@ -12,8 +12,8 @@ from specrej_eval.budget import Budget
 from specrej_eval.config import RunConfig
 from specrej_eval.core import FinishReason, Prompt, TokenStat, stream_key
 from specrej_eval.engine.groups import Group
-from specrej_eval.engine.kv_cache import Prefix, TokenAccount
 from specrej_eval.engine.sampling import SamplingParams
+from specrej_eval.kv.cache import Prefix, TokenAccount
 
 
 @dataclass(slots=True)

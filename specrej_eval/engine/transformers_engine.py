@@ -22,13 +22,13 @@ from specrej_eval.core import FinishReason, Message, Plan, Prompt, RowView, Toke
 from specrej_eval.engine import hardware, text
 from specrej_eval.engine.base import FinishedRow
 from specrej_eval.engine.groups import Group
-from specrej_eval.engine.kv_cache import bytes_per_token
 from specrej_eval.engine.model import ModelRunner, Path
 from specrej_eval.engine.prompts import encode_prompt
 from specrej_eval.engine.sampling import sample, uniform
 from specrej_eval.engine.session import Record, Session
 from specrej_eval.engine.token_stats import stats_of
 from specrej_eval.errors import OutOfMemoryError, PromptError
+from specrej_eval.kv.cache import bytes_per_token
 
 logger = logging.getLogger(__name__)
 

@@ -18,10 +18,15 @@ from torch import Tensor
 from transformers import AttentionInterface
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from specrej_eval.engine.attention import sdpa
-from specrej_eval.engine.kv_cache import Prefix, SuffixPool
+from specrej_eval.kv.attention import sdpa
+from specrej_eval.kv.cache import Prefix, SuffixPool
 
 NAME = "specrej_shared_prefix"
+PREFILL_CHUNK = 512
+"""Prompt tokens per forward. Boundaries are counted from token 0, so a prompt's bits never depend on its company."""
+ROW_ALIGN = 16
+"""On CPU a batch is padded to a multiple of this many rows, so that every thread's share of a matmul has at least 4
+rows: with fewer, MKL takes another kernel and a row's bits would depend on its company."""
 
 
 @dataclass(slots=True)
