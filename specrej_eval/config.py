@@ -26,6 +26,7 @@ ON_GREEDY = ("sample", "greedy", "error")
 ON_NAN = ("error", "drop")
 PARTIAL_TURN = ("closed", "open")
 REWARD_CACHE = ("off", "prompt", "full")
+REWARD_ENSEMBLE = ("sum", "rank")
 
 HOST_ARGUMENTS = (
     "add_bos_token",
@@ -93,11 +94,26 @@ class RunConfig:
     pretrained: str | None = None
     """Language model: a hub name or a folder. None = the embedded demo model."""
     reward_model: str | None = None
-    """Reward model: a hub name, a folder, ``likelihood`` or ``pkg.module:function``. None = the demo pair's."""
+    """A checkpoint (hub name or folder), ``likelihood``, ``self_certainty``, ``deepconf``, ``pkg.module:function``,
+    ``http://host:port``, ``judge:MODEL@http://host:port/v1``, or several: ``a+0.5*b``. None = the demo pair's."""
     reward_family: str = "auto"
     """How the reward checkpoint is read; ``auto`` looks at its ``architectures``."""
     reward_template: str | None = None
     """Chat template the reward model reads through, Jinja text or a file of it. None = its tokenizer's own."""
+    reward_tokenizer: str | None = None
+    """For a reward server: the checkpoint (hub name or folder) whose tokenizer and chat template render the rows."""
+    reward_batch_size: int = 32
+    """Most texts in one request to a reward server."""
+    reward_timeout: float = 60.0
+    """Seconds to wait for a reward server's answer, before another try."""
+    reward_retries: int = 5
+    """Tries after the first, with growing pauses, before a reward server counts as failed."""
+    reward_ensemble: str = "sum"
+    """How several rewards become one: weighted ``sum``, or weighted mean of their ``rank`` among the rows."""
+    judge_prompt: str | None = None
+    """What a judge is asked, text or a file of it, with {prompt} and {response}. None = ours, graded 0 to 9."""
+    judge_max_toks: int = 16
+    """Most tokens of a judge's answer; give more to one that thinks before it grades."""
     reward_cache: str = "full"
     """What a reward model keeps from look to look: ``off``, the ``prompt``'s KV, or ``full`` = each row's too."""
     reward_kv_budget_tokens: int | None = None
@@ -195,9 +211,10 @@ class RunConfig:
     def checked(self) -> Self:
         """Coerce what a command line leaves as text or floats, and hold each argument to its rule."""
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        for name in ("alpha", "temperature", "top_p", "min_p", "floor_repetition"):
+        for name in ("alpha", "temperature", "top_p", "min_p", "floor_repetition", "reward_timeout"):
             values[name] = as_float(name, values[name])
-        for name in ("top_k", "max_gen_toks", "seed", "batch_size", "deepconf_window", "floor_toks"):
+        whole = ("top_k", "max_gen_toks", "seed", "batch_size", "deepconf_window", "floor_toks")
+        for name in (*whole, "reward_batch_size", "reward_retries", "judge_max_toks"):
             values[name] = as_int(name, values[name])
         for name in ("first_look", "kv_budget_tokens", "reward_kv_budget_tokens"):
             values[name] = None if values[name] is None else as_int(name, values[name])
@@ -205,8 +222,10 @@ class RunConfig:
             values["n"] = as_int("n", values["n"], also=f"or {MAX!r}")
         for name in ("force_sampling_args", "logprobs", "trust_remote_code"):
             values[name] = as_bool(name, values[name])
-        texts = ("pretrained", "reward_model", "reward_template", "device", "reward_device", "trace_path", "journal")
-        for name in texts:
+        if isinstance(values["reward_model"], (list, tuple)):
+            values["reward_model"] = json.dumps(values["reward_model"], default=str)  # an ensemble, as YAML writes it
+        texts = ("pretrained", "reward_model", "reward_template", "reward_tokenizer", "judge_prompt")
+        for name in (*texts, "device", "reward_device", "trace_path", "journal"):
             values[name] = None if values[name] is None else str(values[name])
         config = dataclasses.replace(self, **values)
         config._check()
@@ -233,7 +252,12 @@ class RunConfig:
         _choice("on_greedy", self.on_greedy, ON_GREEDY)
         _choice("on_nan", self.on_nan, ON_NAN)
         _choice("partial_turn", self.partial_turn, PARTIAL_TURN)
+        _rule("reward_batch_size", self.reward_batch_size, self.reward_batch_size >= 1, "at least 1")
+        _rule("reward_timeout", self.reward_timeout, self.reward_timeout > 0, "above 0")
+        _rule("reward_retries", self.reward_retries, self.reward_retries >= 0, "at least 0")
+        _rule("judge_max_toks", self.judge_max_toks, self.judge_max_toks >= 1, "at least 1")
         _choice("reward_cache", self.reward_cache, REWARD_CACHE)
+        _choice("reward_ensemble", self.reward_ensemble, REWARD_ENSEMBLE)
         _choice("dtype", self.dtype, ("auto", "float32", "bfloat16", "float16"))
         _choice("reward_dtype", self.reward_dtype, ("auto", "float32", "bfloat16", "float16"))
         if self.temperature == 0 and self.n != 1:

@@ -104,6 +104,8 @@ class Trajectory:
     rounds_survived: int
     logprobs: list[float] | None = None
     """Log-prob of each id under the untempered, unfiltered model (``logprobs=True``)."""
+    reward_parts: dict[str, float | None] | None = None
+    """What each reward of an ensemble said of the row last; None where there is one reward."""
 
     @property
     def num_tokens(self) -> int:
@@ -119,6 +121,7 @@ class Trajectory:
             "finish_reason": self.finish_reason,
             "rounds_survived": self.rounds_survived,
             "logprobs": None if self.logprobs is None else [finite_or_none(value) for value in self.logprobs],
+            **({} if self.reward_parts is None else {"reward_parts": dict(self.reward_parts)}),
         }
 
 

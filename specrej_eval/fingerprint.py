@@ -39,6 +39,17 @@ DECIDING = (
 )
 """Arguments that decide an answer, the models apart."""
 
+_OF_REWARDS = (
+    "reward_tokenizer",
+    "reward_ensemble",
+    "judge_prompt",
+    "judge_max_toks",
+    "deepconf_window",
+    "floor_toks",
+    "floor_repetition",
+)
+"""Arguments of single kinds of rewards."""
+
 _PLACEMENT = {
     "backend",
     "device_map",
@@ -70,6 +81,7 @@ def of_models(config: RunConfig, host: Mapping[str, Any]) -> dict[str, Any]:
         "dtype": config.dtype,
         "reward_dtype": config.reward_dtype,
         # only where given, so that records of before there was such an argument are still continued
+        **_given(config),
         **({} if config.reward_template is None else {"reward_template": _template(config.reward_template)}),
         **{name: _plain(value) for name, value in sorted(host.items()) if name not in _PLACEMENT},
     }
@@ -116,6 +128,15 @@ def _reward_files(name: str) -> str | None:
     origin = spec.origin if spec is not None else None
     # an edited reward function is another reward
     return hashlib.sha256(Path(origin).read_bytes()).hexdigest() if origin and Path(origin).is_file() else None
+
+
+def _given(config: RunConfig) -> dict[str, Any]:
+    """Arguments of single kinds of rewards, where they are not as they are by default."""
+    default = RunConfig()
+    changed = {name: getattr(config, name) for name in _OF_REWARDS if getattr(config, name) != getattr(default, name)}
+    if "judge_prompt" in changed:
+        changed["judge_prompt"] = _template(changed["judge_prompt"])
+    return changed
 
 
 def _template(value: str) -> str:

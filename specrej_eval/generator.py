@@ -311,8 +311,18 @@ class Generator:
         self.engine.close(work.session)
         work.scoring.close()
 
+    @staticmethod
+    def _make_comparable(work: _Running, finished: Sequence[int]) -> None:
+        """Scores that hold only among the rows of one look (ranks) are made anew among all rows that finished."""
+        compare = getattr(work.scoring, "compare", None)
+        scores = None if compare is None else compare(finished)
+        if scores is not None:
+            work.rewards.update(zip(finished, scores, strict=True))
+
     def _result(self, work: _Running) -> GenerationResult:
-        session = work.session
+        session, rows = work.session, self.engine.rows(work.session)
+        self._make_comparable(work, [row.row for row in rows if row.finish_reason != "rejected"])
+        parts_of = getattr(work.scoring, "parts", None)  # an ensemble's
         trajectories = [
             Trajectory(
                 row=row.row,
@@ -322,8 +332,9 @@ class Generator:
                 finish_reason=row.finish_reason,
                 rounds_survived=work.survived[row.row],
                 logprobs=row.logprobs,
+                reward_parts=None if parts_of is None else parts_of(row.row),
             )
-            for row in self.engine.rows(session)
+            for row in rows
         ]
         self._close(work)
         finished = [trajectory for trajectory in trajectories if trajectory.finish_reason != "rejected"]

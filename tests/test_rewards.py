@@ -702,7 +702,6 @@ def test_one_row_needs_no_reward() -> None:
     [
         ("likelyhood", ConfigError, "did you mean 'likelihood'"),
         ("some-reward", ConfigError, "unknown reward_model 'some-reward'"),
-        ("http://localhost:8000/score", ConfigError, "reward server"),
         ("/no/such/folder", CheckpointError, "there is no folder '/no/such/folder'"),
     ],
 )

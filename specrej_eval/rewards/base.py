@@ -27,10 +27,20 @@ from specrej_eval.core import Message, RowView
 from specrej_eval.errors import ConfigError, nearest, suggest
 
 LIKELIHOOD = "likelihood"
+SELF_SCORES = (LIKELIHOOD, "self_certainty", "deepconf")
+"""Rewards made of what the engine records while it decodes."""
 AUTO = "auto"
 
 _PACKAGE = "specrej_eval.rewards"
-_NOT_CHECKPOINTS = ("likelihood", "self_certainty", "deepconf", "callable_reward")
+_NOT_CHECKPOINTS = (
+    "callable_reward",
+    "deepconf",
+    "ensemble",
+    "http_server",
+    "judge",
+    "likelihood",
+    "self_certainty",
+)
 """Entries of this package that read no checkpoint, so they are no ``reward_family``."""
 
 
@@ -38,6 +48,10 @@ class RewardSession(Protocol):
     """One prompt being scored: what a reward model remembers of its rows from look to look.
 
     What is remembered saves work and changes no score: a row's score depends on its text alone (to rounding).
+
+    A session may have two methods more, which the loop calls when a prompt is done. ``compare(row_ids)``, for scores
+    that hold only among the rows of one look: scores of these rows that do compare (or None: they did all along).
+    ``parts(row_id)``: what each of several rewards said of a row, by name.
     """
 
     def score(self, rows: Sequence[RowView]) -> list[float]:
@@ -66,11 +80,18 @@ class RewardModel(Protocol):
     name: str
     """For traces and results: the checkpoint, ``likelihood`` or ``pkg.module:function``."""
     needs_logprobs: bool
-    """Whether ``RowView.mean_logprob`` must be filled in by the engine."""
-    tokens_scored: int
-    """Tokens read since the model was made, padding not counted."""
-    num_calls: int
-    """Forward passes (or calls of a callable) since the model was made."""
+    """Whether ``RowView.mean_logprob`` must be filled in by the engine. A reward that needs other per-token numbers
+    names them in ``needs_token_stats`` (optional; see ``core.TokenStat``)."""
+
+    @property
+    def tokens_scored(self) -> int:
+        """Tokens read since the model was made, padding not counted."""
+        ...
+
+    @property
+    def num_calls(self) -> int:
+        """Forward passes (calls of a callable, requests to a server) since the model was made."""
+        ...
 
     def score(self, conversation: Sequence[Message], rows: Sequence[RowView], response_prefix: str = "") -> list[float]:
         """One float per row, in order.
@@ -159,20 +180,17 @@ def check_reward(config: RunConfig, *, token: str | bool | None = None) -> None:
 
     Raises:
         ConfigError: no reward named where one is needed, an unknown name or family, several labels, a callable that
-            cannot be imported, a template file or a device that is not there.
+            cannot be imported, a template file or a device that is not there, a server that cannot give raw scores.
         CheckpointError: a folder that is missing or broken.
+        RewardError: a server that does not answer as it should.
     """
-    name = resolve_reward(config)
-    if config.reward_family != AUTO and config.reward_family not in families():
-        raise ConfigError(
-            f"unknown reward_family {config.reward_family!r}.", hint=suggest(config.reward_family, (AUTO, *families()))
-        )
-    if name == LIKELIHOOD:
-        return
-    from specrej_eval.rewards import callable_reward
+    from specrej_eval.rewards._kinds import kind_of
 
-    if callable_reward.is_callable_name(name):
-        callable_reward.import_callable(name)
+    name = resolve_reward(config)
+    _check_family(config)
+    kind = kind_of(name)
+    if kind is not None:
+        kind.check(name, config, token)
         return
     if config.reward_template is not None:
         from specrej_eval.rewards._rendering import read_template
@@ -197,18 +215,16 @@ def make_reward(config: RunConfig, *, device: str, token: str | bool | None = No
         token: for a gated hub repository.
 
     Raises:
-        ConfigError, CheckpointError: as ``check_reward``, which runs first.
+        ConfigError, CheckpointError, RewardError: as ``check_reward``; a reward that loads no weights checks itself.
     """
-    check_reward(config, token=token)
+    from specrej_eval.rewards._kinds import kind_of
+
     name = resolve_reward(config)
-    if name == LIKELIHOOD:
-        from specrej_eval.rewards.likelihood import Likelihood
-
-        return Likelihood()
-    from specrej_eval.rewards import callable_reward
-
-    if callable_reward.is_callable_name(name):
-        return callable_reward.CallableReward(name)
+    kind = kind_of(name)
+    if kind is not None:
+        _check_family(config)
+        return kind.make(name, config, device, token)
+    check_reward(config, token=token)
     family = _family(name, config, read_checkpoint_config(name, token=token))
     dtype = config.reward_dtype
     if dtype == "auto" and name == str(checkpoint.DEMO_REWARD):
@@ -270,19 +286,28 @@ def families() -> tuple[str, ...]:
     return tuple(name for name in registry.names(_PACKAGE) if name not in _NOT_CHECKPOINTS)
 
 
+def _check_family(config: RunConfig) -> None:
+    """Raises:
+    ConfigError: ``reward_family`` is neither a family of checkpoints nor a kind of server.
+    """
+    from specrej_eval.rewards._protocols import PROTOCOLS
+
+    known = (AUTO, *families(), *PROTOCOLS)
+    if config.reward_family not in known:
+        raise ConfigError(f"unknown reward_family {config.reward_family!r}.", hint=suggest(config.reward_family, known))
+
+
 def _check_is_checkpoint(name: str) -> None:
     """Raises:
     ConfigError: neither a folder, nor ``owner/name`` of the hub, nor a path.
     """
     if Path(name).expanduser().is_dir() or "/" in name:
-        if name.startswith(("http://", "https://")):
-            raise ConfigError(
-                f"reward_model={name!r}: a reward server is not supported in this version.",
-                hint="wrap its client in a function and give pkg.module:function.",
-            )
         return
-    best = nearest(name, (LIKELIHOOD,))
-    forms = "a checkpoint folder, a hub name owner/name, likelihood, or pkg.module:function"
+    best = nearest(name, SELF_SCORES)
+    forms = (
+        f"a checkpoint folder, a hub name owner/name, {', '.join(SELF_SCORES)}, pkg.module:function, "
+        "http://host:port, judge:MODEL@http://host:port/v1, or several: a+0.5*b"
+    )
     hint = f"did you mean {best!r}? " if best else ""
     raise ConfigError(f"unknown reward_model {name!r}: there is no such folder.", hint=f"{hint}It can be {forms}.")
 
