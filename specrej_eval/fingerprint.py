@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,10 @@ DECIDING = (
 )
 """Arguments that decide an answer, the models apart."""
 
+_BETWEEN_PARTS = re.compile(r"""[+*\[\]{}",\s]""")
+"""Where an ensemble's name, ``a+0.5*b`` or a JSON list, falls into its parts."""
 _OF_REWARDS = (
+    "prm_reduce",
     "reward_tokenizer",
     "reward_ensemble",
     "judge_prompt",
@@ -118,6 +122,10 @@ def is_demo(fingerprint: Mapping[str, Any]) -> bool:
 
 
 def _reward_files(name: str) -> str | None:
+    pieces = [piece for piece in _BETWEEN_PARTS.split(name) if piece]
+    if len(pieces) > 1 and not Path(name).expanduser().exists():  # an ensemble: what is known of each part
+        found = [files for files in map(_reward_files, pieces) if files is not None]
+        return hashlib.sha256(" ".join(found).encode()).hexdigest() if found else None
     module, colon, function = name.partition(":")
     if not colon or not function.isidentifier():
         return stamp(name)

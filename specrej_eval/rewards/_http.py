@@ -10,9 +10,9 @@ import logging
 import os
 import random
 import threading
-import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from time import sleep
 from typing import Any, TypeVar
 from urllib.parse import urlsplit, urlunsplit
 
@@ -115,7 +115,7 @@ class JsonServer:
                 if hopeless or looked_for or number == self.retries:
                     raise self._final(error, number + 1) from error
                 _logger.info("%s; trying again", error)
-                time.sleep(self._wait(number))
+                sleep(self._wait(number))
         raise AssertionError("unreachable: the last try returns or raises")
 
     def _try(self, method: str, path: str, body: Any, parse: Callable[[Any], Answer]) -> Answer:
