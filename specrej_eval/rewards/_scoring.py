@@ -9,18 +9,20 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from specrej_eval.config import RunConfig
 from specrej_eval.core import Message, RowView
 from specrej_eval.errors import OutOfMemoryError
+from specrej_eval.kv.models import reset_rotary, rope_limit
+from specrej_eval.rewards._memory import Allowance, in_batches, in_halves
 from specrej_eval.rewards._rendering import Input, Renderer
-from specrej_eval.rewards.base import Stateless
-
-Item = TypeVar("Item")
-Value = TypeVar("Value")
+from specrej_eval.rewards._sessions import CachedSession
+from specrej_eval.rewards._shared_body import SharedBody
+from specrej_eval.rewards.base import RewardSession, Stateless
 
 MAX_PADDED_TOKENS = 16_384
 """Tokens of one forward pass, padding included."""
@@ -51,6 +53,7 @@ class CheckpointReward(Stateless):
         renderer: makes the inputs.
         positions_of: which hidden states the head gets.
         max_padded_tokens: most tokens of one forward pass, padding included.
+        cache: what sessions keep from look to look: ``off``, ``prompt`` or ``full`` (``RunConfig.reward_cache``).
     """
 
     needs_logprobs = False
@@ -63,6 +66,7 @@ class CheckpointReward(Stateless):
         *,
         positions_of: PositionsOf = last_position,
         max_padded_tokens: int = MAX_PADDED_TOKENS,
+        cache: str = "full",
     ) -> None:
         self.name = renderer.name
         self.body = body.eval()
@@ -71,8 +75,35 @@ class CheckpointReward(Stateless):
         self.positions_of = positions_of
         self.max_padded_tokens = max_padded_tokens
         self.device: torch.device = next(body.parameters()).device
+        self.cache = cache
+        self.allowance = Allowance()
+        self.shared_body: SharedBody | None = None
+        """Reads new tokens only; None until the first session is opened, and for bodies that cannot."""
+        self._probed = False
+        self._rope_limit = rope_limit(body.config.get_text_config(decoder=True))
         self.tokens_scored = 0
         self.num_calls = 0
+
+    def use(self, config: RunConfig) -> None:
+        """Take what the arguments say of caches; ``rewards.base.make_reward`` calls it for every family."""
+        self.cache = config.reward_cache
+        self.allowance = Allowance.of(config)
+
+    def open(self, conversation: Sequence[Message], response_prefix: str = "") -> RewardSession:
+        """A session that reads only what is new at each look, where the body allows it (encoders never do)."""
+        if self.cache == "off" or self.head is None:
+            return super().open(conversation, response_prefix)
+        if not self._probed:
+            self._probed = True
+            shared = SharedBody(self.body)
+            reason = shared.probe()
+            if reason is None:
+                self.shared_body = shared
+            else:
+                self.renderer.warn("cache", f"every look is read in full, which is slower ({reason}).")
+        if self.shared_body is None:
+            return super().open(conversation, response_prefix)
+        return CachedSession(self, conversation, response_prefix)
 
     @torch.inference_mode()
     def score(self, conversation: Sequence[Message], rows: Sequence[RowView], response_prefix: str = "") -> list[float]:
@@ -99,15 +130,11 @@ class CheckpointReward(Stateless):
         return scores
 
     def _batches(self, unique: Sequence[Input]) -> Iterator[list[Input]]:
-        """Runs of inputs, sorted by length, of at most ``max_padded_tokens`` padded tokens each."""
-        batch: list[Input] = []
-        for entry in unique:
-            if batch and (len(batch) + 1) * len(entry.ids) > self.max_padded_tokens:
-                yield batch
-                batch = []
-            batch.append(entry)
-        if batch:
-            yield batch
+        """Batches by length; beyond the rope limit each row alone, as its angles hang on the longest of its batch."""
+        limit = self._rope_limit
+        short = [entry for entry in unique if limit is None or len(entry.ids) <= limit]
+        yield from in_batches(short, lambda entry: len(entry.ids), self.max_padded_tokens)
+        yield from ([entry] for entry in unique[len(short) :])
 
     def _forward_or_halves(self, batch: list[Input]) -> list[float]:
         return in_halves(batch, self._forward, lambda entry: self.out_of_memory(len(entry.ids)))
@@ -130,13 +157,18 @@ class CheckpointReward(Stateless):
                 arguments["token_type_ids"] = types.to(self.device)
             values = self.body(**arguments).logits[:, 0].float()
         else:
+            reset_rotary(self.body, self.device)
             hidden = self.body(**arguments, use_cache=False)[0]  # (rows, longest, hidden size)
             places = [self.positions_of(entry.ids) for entry in batch]
             values = self.head_scores([row[list(wanted)] for row, wanted in zip(hidden, places, strict=True)])
-        self.num_calls += 1
-        self.tokens_scored += int(lengths.sum())
+        self.count(int(lengths.sum()))
         scores: list[float] = values.tolist()
         return scores
+
+    def count(self, num_tokens: int) -> None:
+        """One more forward pass has read so many tokens."""
+        self.num_calls += 1
+        self.tokens_scored += num_tokens
 
     def head_scores(self, hidden: Sequence[Tensor]) -> Tensor:
         """The head on ragged rows: each (positions, hidden size) -> (rows,) float32."""
@@ -168,32 +200,3 @@ def linear_head(linear: torch.nn.Linear) -> Head:
 def float32(module: torch.nn.Module) -> torch.nn.Module:
     """A float32 copy of a (small) module in eval mode: the weights of a head."""
     return copy.deepcopy(module).float().eval().requires_grad_(False)
-
-
-def in_halves(
-    batch: list[Item], forward: Callable[[list[Item]], list[Value]], too_big: Callable[[Item], Exception]
-) -> list[Value]:
-    """``forward(batch)``, or of halves of it where memory does not suffice.
-
-    The smaller size is not remembered: the split must not depend on the prompts that came before.
-
-    Raises:
-        Exception: ``too_big(item)``, if not even one item fits.
-    """
-    try:
-        return forward(batch)
-    except RuntimeError as error:
-        if not is_out_of_memory(error):
-            raise
-        if len(batch) == 1:
-            raise too_big(batch[0]) from error
-    # outside the except block: the traceback would keep the failed pass's tensors alive
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-    middle = len(batch) // 2
-    return in_halves(batch[:middle], forward, too_big) + in_halves(batch[middle:], forward, too_big)
-
-
-def is_out_of_memory(error: RuntimeError) -> bool:
-    # torch's CPU allocator raises a plain RuntimeError
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)

@@ -229,7 +229,10 @@ def make_reward(config: RunConfig, *, device: str, token: str | bool | None = No
     dtype = config.reward_dtype
     if dtype == "auto" and name == str(checkpoint.DEMO_REWARD):
         dtype = "float32"
-    return family.load(name, config, dtype=dtype, device=config.reward_device or device, token=token)
+    reward = family.load(name, config, dtype=dtype, device=config.reward_device or device, token=token)
+    if hasattr(reward, "use"):
+        reward.use(config)
+    return reward
 
 
 def resolve_reward(config: RunConfig) -> str:
