@@ -26,6 +26,7 @@ ON_GREEDY = ("sample", "greedy", "error")
 ON_NAN = ("error", "drop")
 PARTIAL_TURN = ("closed", "open")
 REWARD_CACHE = ("off", "prompt", "full")
+PRM_REDUCE = ("last", "min", "mean", "prod")
 REWARD_ENSEMBLE = ("sum", "rank")
 
 HOST_ARGUMENTS = (
@@ -100,6 +101,8 @@ class RunConfig:
     """How the reward checkpoint is read; ``auto`` looks at its ``architectures``."""
     reward_template: str | None = None
     """Chat template the reward model reads through, Jinja text or a file of it. None = its tokenizer's own."""
+    prm_reduce: str = "last"
+    """What a process reward model makes of its steps' probabilities: the ``last``, ``min``, ``mean`` or ``prod``."""
     reward_tokenizer: str | None = None
     """For a reward server: the checkpoint (hub name or folder) whose tokenizer and chat template render the rows."""
     reward_batch_size: int = 32
@@ -252,6 +255,7 @@ class RunConfig:
         _choice("on_greedy", self.on_greedy, ON_GREEDY)
         _choice("on_nan", self.on_nan, ON_NAN)
         _choice("partial_turn", self.partial_turn, PARTIAL_TURN)
+        _choice("prm_reduce", self.prm_reduce, PRM_REDUCE)
         _rule("reward_batch_size", self.reward_batch_size, self.reward_batch_size >= 1, "at least 1")
         _rule("reward_timeout", self.reward_timeout, self.reward_timeout > 0, "above 0")
         _rule("reward_retries", self.reward_retries, self.reward_retries >= 0, "at least 0")

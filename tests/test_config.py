@@ -51,6 +51,7 @@ def test_the_defaults_are_the_documented_ones():
         "on_nan": "error",
         "partial_turn": "closed",
         "reward_family": "auto",
+        "prm_reduce": "last",
         "reward_cache": "full",
         "dtype": "auto",
         "reward_dtype": "auto",
@@ -259,7 +260,7 @@ def test_an_unknown_choice_suggests_the_nearest_and_lists_all(name, slip, meant)
 
 
 @pytest.mark.parametrize(
-    "name", ["strategy", "on_greedy", "on_nan", "partial_turn", "reward_cache", "dtype", "reward_dtype"]
+    "name", ["strategy", "on_greedy", "on_nan", "partial_turn", "prm_reduce", "reward_cache", "dtype", "reward_dtype"]
 )
 @pytest.mark.parametrize("value", [None, "", 3, ["sample"], "base", "__init__"])
 def test_what_is_no_choice_at_all_is_refused(name, value):

@@ -13,12 +13,21 @@ from specrej_eval.errors import CheckpointError
 
 
 def load_checkpoint(
-    name: str, config: RunConfig, model_class: Any, *, dtype: str, device: str, token: str | bool | None, **more: Any
+    name: str,
+    config: RunConfig,
+    model_class: Any,
+    *,
+    dtype: str,
+    device: str,
+    token: str | bool | None,
+    tokenizer_from: str | None = None,
+    **more: Any,
 ) -> tuple[Any, Any]:
     """Load from a folder or hub repository.
 
     Args:
         model_class: anything with transformers' ``from_pretrained``; its weights must all be in the checkpoint.
+        tokenizer_from: another checkpoint whose tokenizer this one was trained with.
         more: further arguments of ``from_pretrained``.
 
     Returns:
@@ -28,7 +37,9 @@ def load_checkpoint(
         CheckpointError: the files cannot be loaded, or lack weights (transformers would make them up).
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=config.trust_remote_code, token=token)
+        tokenizer = AutoTokenizer.from_pretrained(
+            tokenizer_from or name, trust_remote_code=config.trust_remote_code, token=token
+        )
         model, info = model_class.from_pretrained(
             name,
             dtype=dtype,

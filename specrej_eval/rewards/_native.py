@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -45,27 +45,44 @@ def body_config(name: str, raw: Mapping[str, Any], *, model_type: str | None = N
 
 
 def load_body(
-    name: str, config: RunConfig, *, dtype: str, device: str, token: str | bool | None, **more: Any
+    name: str,
+    config: RunConfig,
+    *,
+    dtype: str,
+    device: str,
+    token: str | bool | None,
+    model_config: Any = None,
+    state: Mapping[str, Tensor] | None = None,
+    tokenizer_from: str | None = None,
+    key_mapping: dict[str, str] | None = None,
 ) -> tuple[Any, Any]:
     """The body and the tokenizer; what else the checkpoint holds (head, language-model head) is left alone.
 
     Args:
-        more: ``config=`` a body config made otherwise, and further arguments of ``from_pretrained`` (``key_mapping=``).
+        model_config: the body's config, if ``config.json`` is not it.
+        state: the body's tensors under transformers' names, if the checkpoint's own files cannot be read as they are.
+        tokenizer_from: another checkpoint whose tokenizer this one was trained with.
+        key_mapping: original names of the body's tensors (patterns) -> transformers' names.
 
     Raises:
         CheckpointError: as ``load_checkpoint``.
     """
-    if "config" not in more:
-        more["config"] = body_config(name, checkpoint.read_config("reward_model", name, token=token))
-    body_class = MODEL_MAPPING[type(more["config"])]
-    with _quiet():  # the head's weights are no use to the body, which transformers would report as unexpected
+    if model_config is None:
+        model_config = body_config(name, checkpoint.read_config("reward_model", name, token=token))
+    more: dict[str, Any] = {"config": model_config}
+    if key_mapping is not None:
+        more["key_mapping"] = key_mapping
+    if state is not None:
+        more["state_dict"] = dict(state)
+    loader = _BodyLoader(MODEL_MAPPING[type(model_config)], more)
+    with _quiet():  # transformers would report the head's weights as unexpected
         return load_checkpoint(
-            name, config, _BodyLoader(body_class, more), dtype=dtype, device=device, token=token
+            name, config, loader, dtype=dtype, device=device, token=token, tokenizer_from=tokenizer_from
         )
 
 
 class _BodyLoader:
-    """Gives ``load_checkpoint`` a ``from_pretrained`` that knows its config, which ``load_checkpoint`` names otherwise."""
+    """A ``from_pretrained`` for ``load_checkpoint`` that has its own idea of config and weights."""
 
     def __init__(self, body_class: Any, more: Mapping[str, Any]) -> None:
         self._body_class = body_class
@@ -73,7 +90,8 @@ class _BodyLoader:
 
     def from_pretrained(self, name: str, *, trust_remote_code: bool, **options: Any) -> Any:
         del trust_remote_code  # a body of transformers' own has none
-        return self._body_class.from_pretrained(name, **options, **self._more)
+        source = None if "state_dict" in self._more else name
+        return self._body_class.from_pretrained(source, **options, **self._more)
 
 
 @contextlib.contextmanager
@@ -174,7 +192,7 @@ def assemble(
     head: Head,
     *,
     renderer_class: type[Renderer] = Renderer,
-    positions_of: PositionsOf = last_position,
+    positions_of: PositionsOf | None = None,
     template: str | None = None,
     **renderer: Any,
 ) -> CheckpointReward:
@@ -182,39 +200,49 @@ def assemble(
 
     Args:
         head: see ``_scoring.Head``; a module is moved to the body's device.
+        positions_of: None = the renderer's, if it has a rule of its own, else the last token.
         template: the family's own chat template; the user's ``reward_template`` wins.
         renderer: further arguments of the renderer.
     """
     if isinstance(head, torch.nn.Module):
         head.to(next(body.parameters()).device)
-    return CheckpointReward(
-        body,
-        head,
-        renderer_class(
-            tokenizer,
-            name=name,
-            vocab_size=int(body.get_input_embeddings().weight.shape[0]),
-            max_length=max_length_of(body.config, tokenizer),
-            **{"template": template, **renderer_options(config)},
-            **renderer,
-        ),
-        positions_of=positions_of,
+    inputs = renderer_class(
+        tokenizer,
+        name=name,
+        vocab_size=int(body.get_input_embeddings().weight.shape[0]),
+        max_length=max_length_of(body.config, tokenizer),
+        **{"template": template, **renderer_options(config)},
+        **renderer,
     )
+    if positions_of is None:
+        positions_of = inputs.positions_of if isinstance(inputs, FindsPositions) else last_position
+    return CheckpointReward(body, head, inputs, positions_of=positions_of)
 
 
 class TextRenderer(Renderer):
-    """For models that were trained on plain text with the tokenizer's own BOS in front, not on a chat template's.
+    """For models that were trained on text with the tokenizer's own BOS in front, not on a chat template's.
 
-    The template writes the text without BOS. Llama tokenizers put a space before the first word of a text, but not
-    always behind a BOS that is part of it, so text + tokenizer's BOS is not the same as BOS in the template.
+    One BOS that the template writes is taken for the tokenizer's. Llama tokenizers put a space before the first word of
+    a text, but not always behind a BOS that is part of it, so the two ways of writing BOS are not the same.
     """
 
     def encode(self, messages: list[dict[str, str]], response: str, *, open_turn: bool) -> Any:
-        del open_turn  # these texts end with the response: there is no turn to close
+        just_opened = open_turn and not response.strip()
         text = self.tokenizer.apply_chat_template(
-            [*messages, {"role": "assistant", "content": response}], chat_template=self.template, tokenize=False
+            messages if just_opened else [*messages, {"role": "assistant", "content": response}],
+            chat_template=self.template,
+            tokenize=False,
+            add_generation_prompt=just_opened,
+            continue_final_message=open_turn and not just_opened,
         )
         return self.tokenizer(text.removeprefix(self.tokenizer.bos_token or ""))
+
+
+@runtime_checkable
+class FindsPositions(Protocol):
+    """A renderer that knows where in its inputs the head reads."""
+
+    def positions_of(self, ids: tuple[int, ...]) -> tuple[int, ...]: ...
 
 
 class LastToken(torch.nn.Module):

@@ -14,6 +14,7 @@ be led astray by pad = eot. Scores lie close together (about 0.1 to 0.2), hence 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -94,7 +95,7 @@ class Gating(nn.Module):
         self.temperature = temperature
         self.logit_scale = nn.Parameter(torch.ones(1))
         sizes = [input_size, *[hidden_size] * num_hidden, num_outputs]
-        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in zip(sizes, sizes[1:], strict=False))
+        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(sizes))
 
     def forward(self, prompt: Tensor) -> Tensor:
         """(rows, hidden size) -> (rows, outputs)"""

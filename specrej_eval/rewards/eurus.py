@@ -27,8 +27,8 @@ NEEDS = ""
 
 TEMPLATE = (
     "{%- for message in messages -%}"
-    "{%- if message['role'] == 'system' -%}{{ raise_exception('no system messages') }}{%- endif -%}"
-    "{%- if message['role'] == 'user' -%}{{ '[INST] ' + message['content'] + ' [/INST]' }}"
+    "{%- if message['role'] == 'system' -%}{{ raise_exception('no system messages') }}"
+    "{%- elif message['role'] == 'user' -%}{{ '[INST] ' + message['content'] + ' [/INST]' }}"
     "{%- else -%}{{ ' ' + message['content'] }}{%- if not loop.last -%}{{ eos_token }}{%- endif -%}{%- endif -%}"
     "{%- endfor -%}"
 )
@@ -50,6 +50,4 @@ def load(name: str, config: RunConfig, *, dtype: str, device: str, token: str | 
     body, tokenizer = load_body(name, config, dtype=dtype, device=device, token=token)
     tensors = read_tensors(name, lambda key: key.startswith("regression_head."), token=token)
     head = fill(name, nn.Linear(body.config.hidden_size, 1, bias=False), tensors, prefix="regression_head.")
-    return assemble(
-        name, config, body, tokenizer, LastToken(head), renderer_class=TextRenderer, template=TEMPLATE
-    )
+    return assemble(name, config, body, tokenizer, LastToken(head), renderer_class=TextRenderer, template=TEMPLATE)

@@ -11,6 +11,7 @@ Its dropout is off, as in evaluation mode there.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import pairwise
 from typing import Any
 
 from torch import nn
@@ -65,6 +66,6 @@ def value_head(config: Any) -> nn.Module:
     neurons = getattr(config, "vhead_num_neurons", 1024)
     sizes = [config.hidden_size, *[neurons] * getattr(config, "vhead_num_layers", 1)]
     layers: list[nn.Module] = []
-    for a, b in zip(sizes, sizes[1:], strict=False):
+    for a, b in pairwise(sizes):
         layers += [nn.Linear(a, b), nn.ReLU()]
     return nn.Sequential(*layers, nn.Linear(neurons, 1))

@@ -56,7 +56,7 @@ def load(name: str, config: RunConfig, *, dtype: str, device: str, token: str | 
     llama = body_config(name, {**raw, "attention_bias": raw.get("bias", False)}, model_type="llama")
     tensors = read_tensors(name, lambda key: True, token=token)
     state = llama_state(name, {key: tensor for key, tensor in tensors.items() if key.startswith("model.")}, llama)
-    body, tokenizer = load_body(name, config, dtype=dtype, device=device, token=token, config=llama, state_dict=state)
+    body, tokenizer = load_body(name, config, dtype=dtype, device=device, token=token, model_config=llama, state=state)
     head = fill(name, nn.Linear(llama.hidden_size, 1, bias=False), tensors, prefix="v_head.")
     return assemble(name, config, body, tokenizer, LastToken(head), trailing_ids=(int(raw["reward_token_id"]),))
 

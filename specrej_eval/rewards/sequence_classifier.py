@@ -24,7 +24,6 @@ from specrej_eval.rewards._loading import load_checkpoint, named
 from specrej_eval.rewards._rendering import Renderer, max_length_of, renderer_options
 from specrej_eval.rewards._scoring import CheckpointReward, linear_head
 
-
 READS = "a linear head with one label, at the last token; encoders as they pool (text pair)"
 EXAMPLES = (
     "Skywork/Skywork-Reward-V2-Qwen3-8B",

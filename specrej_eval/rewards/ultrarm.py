@@ -24,9 +24,10 @@ NEEDS = ""
 TEMPLATE = (
     "{%- for message in messages -%}"
     "{%- if message['role'] == 'system' -%}{{ raise_exception('no system messages') }}{%- endif -%}"
-    "{%- if not loop.first -%}{{ '\\n' }}{%- endif -%}"
+    "{%- if not loop.first -%}{{ '\n' }}{%- endif -%}"
     "{{ ('Human: ' if message['role'] == 'user' else 'Assistant: ') + message['content'] }}"
     "{%- endfor -%}"
+    "{%- if add_generation_prompt -%}{{ '\nAssistant:' }}{%- endif -%}"
 )
 
 
@@ -46,6 +47,4 @@ def load(name: str, config: RunConfig, *, dtype: str, device: str, token: str | 
     body, tokenizer = load_body(name, config, dtype=dtype, device=device, token=token)
     tensors = read_tensors(name, lambda key: key.startswith("regression_head."), token=token)
     head = fill(name, nn.Linear(body.config.hidden_size, 1, bias=False), tensors, prefix="regression_head.")
-    return assemble(
-        name, config, body, tokenizer, LastToken(head), renderer_class=TextRenderer, template=TEMPLATE
-    )
+    return assemble(name, config, body, tokenizer, LastToken(head), renderer_class=TextRenderer, template=TEMPLATE)
