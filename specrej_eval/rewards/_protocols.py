@@ -209,7 +209,15 @@ class Tei:
 
     def score(self, items: Sequence[Item]) -> Scored:
         if self._endpoint == "/rerank":
-            return Scored(self._rerank(items[0].prompt, [item.response for item in items]), 0)
+            places: dict[str, list[int]] = {}  # a request takes one query
+            for place, item in enumerate(items):
+                places.setdefault(item.prompt, []).append(place)
+            scores = [0.0] * len(items)
+            for prompt, mine in places.items():
+                found = self._rerank(prompt, [items[place].response for place in mine])
+                for place, score in zip(mine, found, strict=True):
+                    scores[place] = score
+            return Scored(scores, 0)
         inputs = [[item.prompt, item.response] if item.response else [item.text] for item in items]
 
         def parse(answer: Any) -> list[float]:

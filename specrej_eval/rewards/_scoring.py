@@ -22,7 +22,7 @@ from specrej_eval.rewards._memory import Allowance, in_batches, in_halves
 from specrej_eval.rewards._rendering import Input, Renderer
 from specrej_eval.rewards._sessions import CachedSession
 from specrej_eval.rewards._shared_body import SharedBody
-from specrej_eval.rewards.base import RewardSession, Stateless
+from specrej_eval.rewards.base import Pair, RewardSession, Stateless
 
 MAX_PADDED_TOKENS = 16_384
 """Tokens of one forward pass, padding included."""
@@ -117,6 +117,13 @@ class CheckpointReward(Stateless):
             OutOfMemoryError: not even one row at a time fits.
         """
         inputs = self.renderer.inputs(conversation, rows, response_prefix)
+        scores = self.score_inputs(inputs)
+        return [scores[entry] for entry in inputs]
+
+    @torch.inference_mode()
+    def score_pairs(self, pairs: Sequence[Pair]) -> list[float]:
+        """Finished answers of any conversations in the same batches. Raises as ``score``."""
+        inputs = [self.renderer.inputs(pair.conversation, [pair.row])[0] for pair in pairs]
         scores = self.score_inputs(inputs)
         return [scores[entry] for entry in inputs]
 

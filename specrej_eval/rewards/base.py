@@ -17,9 +17,10 @@ A reward that keeps nothing between looks (a function, a server, an ensemble of 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from specrej_eval import checkpoint, registry
 from specrej_eval.config import RunConfig
@@ -143,6 +144,44 @@ def open_session(
     if hasattr(reward, "open"):
         return reward.open(conversation, response_prefix)
     return _FullScoring(reward, conversation, response_prefix)
+
+
+class Pair(NamedTuple):
+    """A finished answer and what was asked."""
+
+    conversation: tuple[Message, ...]
+    response: str
+
+    @property
+    def row(self) -> RowView:
+        """The answer as a row of its own."""
+        return RowView(0, self.response, (), "eos")
+
+
+def score_pairs(reward: RewardModel, pairs: Sequence[Pair]) -> list[float]:
+    """Scores of finished answers to any conversations: many at a time, if the reward model has ``score_pairs``.
+
+    Raises:
+        RewardError: as ``RewardModel.score``.
+    """
+    if hasattr(reward, "score_pairs"):
+        found: list[float] = reward.score_pairs(pairs)
+        return found
+    scores = [0.0] * len(pairs)
+    for places in by_conversation(pairs):
+        rows = [RowView(number, pairs[place].response, (), "eos") for number, place in enumerate(places)]
+        mine = reward.score(pairs[places[0]].conversation, rows)
+        for place, score in zip(places, mine, strict=True):
+            scores[place] = score
+    return scores
+
+
+def by_conversation(pairs: Sequence[Pair]) -> list[list[int]]:
+    """Places of the pairs, those of one conversation together."""
+    places: dict[str, list[int]] = {}
+    for place, pair in enumerate(pairs):
+        places.setdefault(json.dumps([dict(message) for message in pair.conversation]), []).append(place)
+    return list(places.values())
 
 
 class RewardFamily(Protocol):

@@ -18,7 +18,16 @@ from typing import Any, NamedTuple
 from specrej_eval.config import RunConfig, as_float
 from specrej_eval.core import Message, RowView, TokenStat, finite_or_none
 from specrej_eval.errors import ConfigError
-from specrej_eval.rewards.base import RewardModel, RewardSession, check_reward, make_reward, open_session
+from specrej_eval.rewards.base import (
+    Pair,
+    RewardModel,
+    RewardSession,
+    by_conversation,
+    check_reward,
+    make_reward,
+    open_session,
+    score_pairs,
+)
 
 _TERM = re.compile(r"\s*(?:(?P<weight>[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)\s*\*\s*)?(?P<name>.*?)\s*", re.DOTALL)
 _FORM = 'a+0.5*b, or a list such as ["a", "0.5*b", {"reward_model": "http://host:8000", "weight": 2}]'
@@ -148,6 +157,18 @@ class Ensemble:
             RewardError: as the members.
         """
         return self.join([list(member.score(conversation, rows, response_prefix)) for member in self.members])
+
+    def score_pairs(self, pairs: Sequence[Pair]) -> list[float]:
+        """Finished answers of any conversations; ranks are among the answers to one of them. Raises as ``score``."""
+        scores = [score_pairs(member, pairs) for member in self.members]
+        if not self.by_rank:
+            return self.join(scores)
+        joined = [0.0] * len(pairs)
+        for places in by_conversation(pairs):
+            mine = self.join([[member[place] for place in places] for member in scores])
+            for place, score in zip(places, mine, strict=True):
+                joined[place] = score
+        return joined
 
     def open(self, conversation: Sequence[Message], response_prefix: str = "") -> EnsembleSession:
         """Opens a session of every member."""

@@ -18,7 +18,7 @@ from specrej_eval.errors import CheckpointError, ConfigError, suggest
 from specrej_eval.rewards._http import JsonServer, without_password
 from specrej_eval.rewards._protocols import ENDPOINTS, PROTOCOLS, Item, ServerProtocol, find_protocol
 from specrej_eval.rewards._rendering import Renderer, renderer_options
-from specrej_eval.rewards.base import AUTO, Stateless
+from specrej_eval.rewards.base import AUTO, Pair, Stateless
 
 KEY_VARIABLES = ("SPECREJ_REWARD_API_KEY",)
 SATURATED = 4
@@ -138,11 +138,8 @@ class HttpReward(Stateless):
 
     def check(self) -> None:
         """Score two texts with it. Raises as the module's ``check``."""
-        conversations = [([{"role": "user", "content": prompt}], answer) for prompt, answer in _SAMPLE]
-        rows = [RowView(place, answer, (), "eos") for place, (_, answer) in enumerate(conversations)]
-        self._protocol.check(
-            [self._items(turns, [row], "")[0] for (turns, _), row in zip(conversations, rows, strict=True)]
-        )
+        pairs = [Pair(({"role": "user", "content": prompt},), answer) for prompt, answer in _SAMPLE]
+        self._protocol.check([self._items(pair.conversation, [pair.row], "")[0] for pair in pairs])
 
     def score(self, conversation: Sequence[Message], rows: Sequence[RowView], response_prefix: str = "") -> list[float]:
         """The server's raw scores.
@@ -150,7 +147,13 @@ class HttpReward(Stateless):
         Raises:
             RewardError: the server failed after its retries, or the chat template refuses the conversation.
         """
-        items = self._items(conversation, rows, response_prefix)
+        return self._score_items(self._items(conversation, rows, response_prefix))
+
+    def score_pairs(self, pairs: Sequence[Pair]) -> list[float]:
+        """Finished answers of any conversations, together in as few requests as can be. Raises as ``score``."""
+        return self._score_items([self._items(pair.conversation, [pair.row], "")[0] for pair in pairs])
+
+    def _score_items(self, items: Sequence[Item]) -> list[float]:
         unique = list(dict.fromkeys(items))
         scores: dict[Item, float] = {}
         for start in range(0, len(unique), self._batch_size):

@@ -19,7 +19,7 @@ from specrej_eval.config import RunConfig
 from specrej_eval.core import Message, RowView
 from specrej_eval.errors import ConfigError
 from specrej_eval.rewards._http import BadAnswerError, JsonServer, ServerError
-from specrej_eval.rewards.base import Stateless
+from specrej_eval.rewards.base import Pair, Stateless
 
 KEY_VARIABLES = ("SPECREJ_REWARD_API_KEY", "OPENAI_API_KEY")
 PROMPT = """\
@@ -155,22 +155,26 @@ class Judge(Stateless):
         Raises:
             RewardError: the server failed, or wrote no grade, after its retries.
         """
-        prompt = _as_text(conversation)
-        texts = []
-        for row in rows:
-            # an unfinished row may end within a character; the bytes so far decode to U+FFFD
-            response = response_prefix + (row.text if row.finished else row.text.rstrip("\ufffd"))
-            unfinished = self._note_unfinished and not row.finished
-            texts.append(self._asked(prompt, response) + (UNFINISHED if unfinished else ""))
+        return self._score_texts([self._asked(conversation, row, response_prefix) for row in rows])
+
+    def score_pairs(self, pairs: Sequence[Pair]) -> list[float]:
+        """Finished answers of any conversations. Raises as ``score``."""
+        return self._score_texts([self._asked(pair.conversation, pair.row) for pair in pairs])
+
+    def _score_texts(self, texts: Sequence[str]) -> list[float]:
         unique = list(dict.fromkeys(texts))
         grades = dict(zip(unique, self._server.each(self._grade, unique), strict=True))
         self.tokens_scored += sum(grade.tokens for grade in grades.values())
         return [grades[text].score for text in texts]
 
-    def _asked(self, prompt: str, response: str) -> str:
+    def _asked(self, conversation: Sequence[Message], row: RowView, response_prefix: str = "") -> str:
+        # an unfinished row may end within a character; the bytes so far decode to U+FFFD
+        response = response_prefix + (row.text if row.finished else row.text.rstrip("\ufffd"))
+        if self._note_unfinished and not row.finished:
+            response += UNFINISHED
+        places = {"{prompt}": _as_text(conversation), "{response}": response}
         # not str.format: answers are full of braces
-        parts = re.split(r"(\{prompt\}|\{response\})", self._prompt)
-        return "".join({"{prompt}": prompt, "{response}": response}.get(part, part) for part in parts)
+        return "".join(places.get(part, part) for part in re.split(r"(\{prompt\}|\{response\})", self._prompt))
 
     def _grade(self, text: str) -> Grade:
         while True:
