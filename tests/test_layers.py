@@ -40,7 +40,12 @@ FILES = {
     "__main__": "front",
     "api": "front",
     "init": "front",
+    "reward_doctor": "front",
+    "reward_list": "front",
+    "reward_options": "front",
+    "reward_probes": "front",
     "run": "front",
+    "score": "front",
     "cli": "front",
     "doctor": "front",
 }

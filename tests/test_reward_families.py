@@ -17,6 +17,7 @@ from reward_checkpoints import CASES, HELLO, QUESTION, TEXTS, Case, build, ids_o
 from safetensors.torch import save_file
 from tiny_models import save, tiny_reward_model, tiny_tokenizer
 
+from specrej_eval.cli import main
 from specrej_eval.config import RunConfig
 from specrej_eval.core import RowView
 from specrej_eval.errors import CheckpointError, ConfigError, RewardError
@@ -171,6 +172,24 @@ def test_an_unfinished_row_is_read_as_asked(name: str, folders: dict[str, Path])
     tail = len(reward.renderer.trailing_ids)
     text = reward.renderer.tokenizer.decode(live.ids[: len(live.ids) - tail])
     assert without_tail or text.endswith("It is")
+
+
+@each_case
+def test_looks_at_growing_rows_score_as_reading_them_in_full(name: str, folders: dict[str, Path]) -> None:
+    """Three looks with a rejection between each: caches change what is read, never the score."""
+    answers = ["First, take 2.\n\nThen add 2.\n\nSo it is 4.", "It is\nfour, of course: 🙂 four.", "2 + 2 = 5, so: 5"]
+    cached, full = (loaded(folders[name], CASES[name], reward_cache=cache) for cache in ("full", "off"))
+    asked = [{"role": "user", "content": 20 * QUESTION}]
+    session, live, tokens = cached.open(asked), [0, 1, 2], 0
+    for length, dropped in ((9, 2), (21, 1), (100, None)):
+        look = [RowView(i, answers[i][:length], [5], None if length < 100 else "eos") for i in live]
+        expected = full.score(asked, look)
+        assert session.score(look) == pytest.approx(expected, abs=1e-4)
+        tokens += sum(len(entry.ids) for entry in full.renderer.inputs(asked, look))
+        live = [i for i in live if i != dropped]
+        session.keep(live)
+    session.close()
+    assert cached.tokens_scored < tokens / 2  # it did not simply read everything anew
 
 
 # positions
@@ -376,6 +395,36 @@ def test_plain_classifiers_score_as_transformers_own_classes_do(arch: str, tmp_p
     reward = make_reward(RunConfig(pretrained="x", reward_model=str(folder)), device="cpu")
     assert reward.score(HELLO, rows(*TEXTS)) == pytest.approx(expected, rel=1e-5, abs=1e-5)
     assert max(expected) - min(expected) > 1e-3
+
+
+# the listing
+
+
+def test_every_family_says_what_it_reads_and_names_checkpoints(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["rewards", "--format", "json"]) == 0
+    listed = json.loads(capsys.readouterr().out)
+    assert set(listed["families"]) == set(base.families()) >= {case.family for case in CASES.values()}
+    for entry in listed["families"].values():
+        assert entry["reads"] and all(example.count("/") == 1 for example in entry["examples"])
+    assert {"likelihood", "a+0.5*b"} <= set(listed["other"])
+
+
+def test_the_listing_in_words_tells_what_is_needed_and_can_be_narrowed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["rewards", "starling"]) == 0
+    text = capsys.readouterr().out
+    assert "berkeley-nest/Starling-RM-7B-alpha" in text
+    assert "needs: for the 7B model, access to meta-llama/Llama-2-7b-chat-hf" in text
+    assert "armorm" not in text and max(map(len, text.splitlines())) <= 120
+
+
+def test_the_listing_of_an_unknown_family_suggests_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["rewards", "starlin"]) == 1
+    assert "Did you mean 'starling'?" in capsys.readouterr().err
+
+
+def test_no_checkpoint_is_named_by_two_families() -> None:
+    names = [example for family in base.families() for example in base.load_family(family).EXAMPLES]
+    assert len(names) == len(set(names))
 
 
 # what each family reads, in words

@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 
 _SEAM = 4
 """The prompt's last tokens may be others before some responses (blank lines); rows share at least all but these."""
-_PROBES = ("a", " a", "\n\na")
-"""Responses that begin differently: what their inputs have in common is the prompt."""
+_PROBES = ("a", " b", "\n\nc")
+"""Responses that begin differently, stripped or not: what their inputs have in common is the prompt."""
 
 
 @dataclass(eq=False, slots=True)

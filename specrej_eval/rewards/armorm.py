@@ -28,7 +28,7 @@ from specrej_eval.rewards._scoring import CheckpointReward
 
 READS = "19 ratings at the last token, weighed by a gating network at the prompt's end"
 EXAMPLES = ("RLHFlow/ArmoRM-Llama3-8B-v0.1",)
-NEEDS = "reward_dtype=bfloat16 halves its memory (the checkpoint is stored in float32)"
+NEEDS = "30 GB of memory as it is stored, in float32; reward_dtype=bfloat16 halves that"
 
 
 def matches(name: str, checkpoint_config: Mapping[str, Any]) -> bool:

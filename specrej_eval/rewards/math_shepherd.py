@@ -22,7 +22,7 @@ from specrej_eval.rewards.rlhflow_prm import plus_and_minus
 
 READS = "process: + against - at the mark behind each line; prm_reduce= makes one number"
 EXAMPLES = ("peiyi9979/math-shepherd-mistral-7b-prm",)
-NEEDS = "a copy under another name needs reward_family=math_shepherd"
+NEEDS = "reward_family=math_shepherd for a copy under another name"
 
 MARK = "ки"
 

@@ -20,7 +20,7 @@ from specrej_eval.rewards._scoring import CheckpointReward
 
 READS = "the logit of vocabulary id 0 behind the last token of a language model"
 EXAMPLES = ("nvidia/Llama-3.1-Nemotron-70B-Reward-HF", "nvidia/Llama-3.3-Nemotron-70B-Reward")
-NEEDS = "about 140 GB of memory in bfloat16; a copy under another name needs reward_family=nemotron"
+NEEDS = "about 140 GB of memory in bfloat16; reward_family=nemotron for a copy under another name"
 
 
 def matches(name: str, checkpoint_config: Mapping[str, Any]) -> bool:

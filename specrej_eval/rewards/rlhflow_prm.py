@@ -27,7 +27,7 @@ from specrej_eval.rewards._steps import GoodAgainstBad, StepHead, lines, paragra
 
 READS = "process: + against - after each paragraph as a user's turn; prm_reduce= makes one number"
 EXAMPLES = ("RLHFlow/Llama3.1-8B-PRM-Deepseek-Data", "RLHFlow/Llama3.1-8B-PRM-Mistral-Data")
-NEEDS = "a copy under another name needs reward_family=rlhflow_prm"
+NEEDS = "reward_family=rlhflow_prm for a copy under another name"
 
 GOOD, BAD = "+", "-"
 

@@ -23,7 +23,7 @@ from specrej_eval.rewards._steps import StepHead, StepRenderer, question, token_
 
 READS = "process: a value head at the line break behind each line; prm_reduce= makes one number"
 EXAMPLES = ("Skywork/Skywork-o1-Open-PRM-Qwen-2.5-7B", "Skywork/Skywork-o1-Open-PRM-Qwen-2.5-1.5B")
-NEEDS = "a copy under another name may need reward_family=skywork_o1_prm"
+NEEDS = "reward_family=skywork_o1_prm for some copies under another name"
 
 
 def matches(name: str, checkpoint_config: Mapping[str, Any]) -> bool:

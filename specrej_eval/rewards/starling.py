@@ -29,7 +29,9 @@ from specrej_eval.rewards.base import read_checkpoint_config
 
 READS = "a linear head at the last token; from a raw .pt file (7B) or under other names (34B)"
 EXAMPLES = ("berkeley-nest/Starling-RM-7B-alpha", "Nexusflow/Starling-RM-34B")
-NEEDS = "7B: access to meta-llama/Llama-2-7b-chat-hf (config, tokenizer), or a folder with its config and tokenizer"
+NEEDS = (
+    "for the 7B model, access to meta-llama/Llama-2-7b-chat-hf (gated: config, tokenizer), or a folder that holds them"
+)
 
 LLAMA_TEMPLATE = (
     "{{ bos_token }}"  # the tokenizer's; the text has its own
