@@ -132,6 +132,11 @@ class HttpReward(Stateless):
         self._warned = False
 
     @property
+    def renderer(self) -> Renderer | None:
+        """What makes the token ids, or the text, of a row; None where the server does."""
+        return self._renderer
+
+    @property
     def num_calls(self) -> int:
         """Requests answered."""
         return self._server.num_requests
