@@ -763,7 +763,7 @@ CASES = {
         "ultrarm",
         save_ultrarm,
         llama2_tokenizer,
-        lambda conversation, answer: f"<s>Human: {conversation[-1]['content']}\nAssistant: {answer}",
+        lambda conversation, answer: f"<s>Human: {conversation[-1]['content']}\n\nAssistant: {answer}",
         score_regression_head,
         head_key="regression_head.weight",
     ),

@@ -19,7 +19,7 @@ from specrej_eval.rewards._native import LastToken, assemble, fill, load_body, r
 from specrej_eval.rewards._scoring import CheckpointReward
 
 READS = "the logit of vocabulary id 0 behind the last token of a language model"
-EXAMPLES = ("nvidia/Llama-3.1-Nemotron-70B-Reward-HF", "nvidia/Llama-3.3-Nemotron-70B-Reward")
+EXAMPLES = ("nvidia/Llama-3.1-Nemotron-70B-Reward-HF",)
 NEEDS = "about 140 GB of memory in bfloat16; reward_family=nemotron for a copy under another name"
 
 

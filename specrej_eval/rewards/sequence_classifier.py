@@ -28,6 +28,7 @@ READS = "a linear head with one label, at the last token; encoders as they pool 
 EXAMPLES = (
     "Skywork/Skywork-Reward-V2-Qwen3-8B",
     "Skywork/Skywork-Reward-V2-Llama-3.1-8B",
+    "Skywork/Skywork-Reward-Llama-3.1-8B-v0.2",
     "Skywork/Skywork-Reward-Gemma-2-27B-v0.2",
     "sfairXC/FsfairX-LLaMA3-RM-v0.1",
     "weqweasdas/RM-Mistral-7B",

@@ -1,8 +1,8 @@
 """UltraRM: a linear head at the last token of Llama-2-13B, on "Human: ... Assistant: ..." text.
 
-Source: Cui et al., "UltraFeedback" (2023), and the model card of openbmb/UltraRM-13b, whose example is
-"Human: q\\nAssistant: a". Peers disagree: reward-bench writes "User: q", "Assistant: a" with blank lines between. We
-follow the card.
+Source: Cui et al., "UltraFeedback" (2023), and the model card of openbmb/UltraRM-13b. The card's template has a blank
+line before "Assistant:", its example texts one line break; reward-bench writes "User:" in place of "Human:". We follow
+the card's template.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from specrej_eval.config import RunConfig
 from specrej_eval.rewards._native import LastToken, TextRenderer, assemble, fill, load_body, read_tensors
 from specrej_eval.rewards._scoring import CheckpointReward
 
-READS = "a linear head at the last token of 'Human: q\\nAssistant: a'"
+READS = "a linear head at the last token of 'Human: q\\n\\nAssistant: a'"
 EXAMPLES = ("openbmb/UltraRM-13b",)
 NEEDS = ""
 
 TEMPLATE = (
     "{%- for message in messages -%}"
     "{%- if message['role'] == 'system' -%}{{ raise_exception('no system messages') }}{%- endif -%}"
-    "{%- if not loop.first -%}{{ '\n' }}{%- endif -%}"
+    "{%- if not loop.first -%}{{ '\n\n' }}{%- endif -%}"
     "{{ ('Human: ' if message['role'] == 'user' else 'Assistant: ') + message['content'] }}"
     "{%- endfor -%}"
-    "{%- if add_generation_prompt -%}{{ '\nAssistant:' }}{%- endif -%}"
+    "{%- if add_generation_prompt -%}{{ '\n\nAssistant:' }}{%- endif -%}"
 )
 
 
