@@ -22,7 +22,7 @@ from specrej_eval.cli import main
 from specrej_eval.config import RunConfig
 from specrej_eval.core import RowView
 from specrej_eval.errors import CheckpointError, ConfigError, RewardError
-from specrej_eval.rewards import base
+from specrej_eval.rewards import base, starling
 from specrej_eval.rewards._scoring import CheckpointReward
 from specrej_eval.rewards.base import check_reward, make_reward
 
@@ -155,6 +155,15 @@ def test_a_body_without_a_weight_is_an_error(name: str, folders: dict[str, Path]
 
 
 @each_case
+def test_the_bodys_dtype_is_the_checkpoints_unless_given(name: str, folders: dict[str, Path], tmp_path: Path) -> None:
+    case = CASES[name]
+    half = {key: t.bfloat16() if t.is_floating_point() else t for key, t in read(folders[name])[1].items()}
+    reward = loaded(changed_weights(folders[name], tmp_path, half), case)  # type: ignore[arg-type]
+    assert reward.body.dtype == torch.bfloat16
+    assert loaded(folders[name], case).body.dtype == torch.float32
+
+
+@each_case
 def test_a_token_beyond_the_vocabulary_names_the_row(name: str, folders: dict[str, Path]) -> None:
     reward = loaded(folders[name], CASES[name])
     reward.renderer.tokenizer.add_tokens(["brandnew"])
@@ -264,6 +273,91 @@ def test_a_prompt_cut_on_the_left_leaves_the_steps(name: str, folders: dict[str,
         assert len(cut) == len(whole)
     else:
         assert [position - len(entry.ids) for position in cut] == [position - len(short.ids) for position in whole]
+
+
+# files that are not as transformers would have them
+
+
+def test_weights_published_without_a_config_have_their_bodys(
+    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Starling-RM-7B-alpha is one .pt file; config and tokenizer are Llama-2-chat's."""
+    case, whole = CASES["starling-7b"], folders["starling-7b"]
+    bare = tmp_path / "Starling-RM-7B-alpha"
+    bare.mkdir()
+    shutil.copy(whole / "starling_rm.pt", bare)
+    with pytest.raises(CheckpointError, match="meta-llama/Llama-2-7b-chat-hf"):  # gated, and no network here
+        loaded(bare, case)
+    monkeypatch.setattr(base, "CONFIG_ELSEWHERE", {bare.name: str(whole)})
+    monkeypatch.setattr(starling, "TOKENIZERS", {bare.name: str(whole)})
+    assert loaded(bare, case).score(HELLO, rows(*TEXTS)) == loaded(whole, case).score(HELLO, rows(*TEXTS))
+
+
+def test_a_starling_folder_without_weights_says_so(folders: dict[str, Path], tmp_path: Path) -> None:
+    copy = tmp_path / "Starling-RM-7B-alpha"
+    shutil.copytree(folders["starling-7b"], copy)
+    (copy / "starling_rm.pt").unlink()
+    with pytest.raises(CheckpointError, match="no weight file"):
+        loaded(copy, CASES["starling-7b"])
+
+
+def test_a_language_model_is_no_starling(folders: dict[str, Path], tmp_path: Path) -> None:
+    copy = tmp_path / "Starling-RM-7B-alpha"
+    shutil.copytree(folders["nemotron"], copy)
+    with pytest.raises(CheckpointError, match=r"no weights under 'transformer\.'"):
+        loaded(copy, CASES["starling-7b"])
+
+
+def test_alpaca_farm_without_its_backbone_looks_for_the_one_the_reference_code_used(
+    folders: dict[str, Path], tmp_path: Path
+) -> None:
+    copy = tmp_path / "reward-model-human"
+    shutil.copytree(folders["alpaca_farm"], copy)
+    config = json.loads((copy / "config.json").read_text())
+    config["backbone_model_name_or_path"] = "/home/somebody/sft10k"
+    (copy / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match="'hmomin/sft10k' is not a folder"):
+        loaded(copy, CASES["alpaca_farm"])
+
+
+def test_a_body_that_transformers_does_not_have_is_named(folders: dict[str, Path], tmp_path: Path) -> None:
+    copy = tmp_path / "inf"
+    shutil.copytree(folders["inf_orm"], copy)
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps({**config, "model_type": "llamas"}))
+    with pytest.raises(CheckpointError, match="transformers has no model of type 'llamas'"):
+        loaded(copy, CASES["inf_orm"])
+
+
+@pytest.mark.parametrize("key", ["reward_token_id", "num_quantiles"])
+def test_a_config_without_what_a_family_needs_names_the_key(key: str, folders: dict[str, Path], tmp_path: Path) -> None:
+    name = {"reward_token_id": "internlm2_reward", "num_quantiles": "qrm"}[key]
+    copy = tmp_path / "incomplete"
+    shutil.copytree(folders[name], copy)
+    config = json.loads((copy / "config.json").read_text())
+    del config[key]
+    (copy / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ConfigError, match=f"does not say {key}"):
+        loaded(copy, CASES[name], reward_family=CASES[name].family)
+
+
+def test_a_gating_model_of_another_body_is_refused(folders: dict[str, Path], tmp_path: Path) -> None:
+    """Where its assistant's turn begins is not known."""
+    from reward_checkpoints import chatml_tokenizer, random_body, sizes
+
+    tokenizer = chatml_tokenizer()
+    folder = tmp_path / "qwen-gating"
+    shutil.copytree(folders["armorm"], folder)
+    for path in folder.glob("*.safetensors*"):
+        path.unlink()
+    body = {f"model.{key}": value for key, value in random_body("qwen2", sizes(tokenizer)).items()}
+    head = {key: value for key, value in read(folders["armorm"])[1].items() if not key.startswith("model.")}
+    save_file({**body, **head}, folder / "model.safetensors")
+    config = {**read(folders["armorm"])[0], **sizes(tokenizer), "model_type": "qwen2"}
+    (folder / "config.json").write_text(json.dumps(config))
+    tokenizer.save_pretrained(folder)
+    with pytest.raises(ConfigError, match="known for gemma2, llama, not for model_type 'qwen2'"):
+        loaded(folder, CASES["armorm"])
 
 
 # which family

@@ -84,7 +84,8 @@ def load(name: str, config: RunConfig, *, dtype: str, device: str, token: str | 
     CheckpointError: files that cannot be loaded, weights that are missing or of another shape.
     """
     model_config = body_config(name, read_checkpoint_config(name, token=token))
-    raw = Path(name).name == "Starling-RM-7B-alpha" or any(Path(name).expanduser().glob(_RAW_WEIGHTS))
+    folder = Path(name).expanduser()
+    raw = any(folder.glob(_RAW_WEIGHTS)) if folder.is_dir() else folder.name == "Starling-RM-7B-alpha"
     tensors = read_tensors(name, _belongs, token=token, pattern=_RAW_WEIGHTS if raw else None)
     options: dict[str, Any] = {"dtype": dtype, "device": device, "token": token, "model_config": model_config}
     body, tokenizer = load_body(
