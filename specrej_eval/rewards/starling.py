@@ -57,6 +57,7 @@ TOKENIZERS = {
 
 _RAW_WEIGHTS = "*.pt"
 _YI_VOCAB_SIZE = 64_000
+"""Llama-2's vocabulary is half as large: this tells the two bodies, and so their templates, apart."""
 
 
 def matches(name: str, checkpoint_config: Mapping[str, Any]) -> bool:
