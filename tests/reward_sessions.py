@@ -71,7 +71,7 @@ PAIRS = [("bytes", "bytes"), ("bytes", "merges"), ("merges", "unigram")]
 
 @cache
 def tokenizer(kind: str) -> Any:
-    """``bytes``: one token per byte; ``merges``: byte-level BPE; ``unigram``: SentencePiece-like, with byte fallback."""
+    """``bytes``: one token per byte; ``merges``: byte-level BPE; ``unigram``: like SentencePiece's."""
     if kind == "bytes":
         return tiny_tokenizer(chat_template=TEMPLATES["turns"])
     special = list(SPECIAL_TOKENS)
