@@ -15,6 +15,7 @@ import platform
 import random
 import statistics
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +28,11 @@ from specrej_eval.core import RowView
 from specrej_eval.rewards.sequence_classifier import SequenceClassifier
 
 LOOKS = (32, 64, 96, 128)
-WORDS = (
+TEXT = (
     "the river runs slowly to a grey sea and every fox that jumps over some lazy dog was seen by people who know "
     "seven quick numbers such as 12 or 305 which Anna counted twice before breakfast while it rained in London"
-).split()
+)
+WORDS = TEXT.split()
 
 
 def load(dtype: str) -> tuple[Any, Any, str]:
@@ -107,14 +109,17 @@ def main() -> None:
                 scores += model(**batch).logits[:, 0].float().tolist()
         return scores
 
-    # who is there at each look is settled once, so that both sides do the same work
+    # who is there at each look is settled once, so that both sides do the same work; this is pair 0's run in full
     live, schedule, expected = list(range(options.rows)), [], []
+    in_full(live[:1], LOOKS[0])  # warm-up, not timed
+    started = time.perf_counter()
     for tokens in LOOKS:
         scores = in_full(live, tokens)
         schedule.append((tokens, live))
         expected.append(scores)
         best = sorted(range(len(live)), key=lambda place: (-scores[place], place))[: -(-len(live) // 2)]
         live = sorted(live[place] for place in best)
+    first_in_full = time.perf_counter() - started
     schedule_next = [*[rows for _, rows in schedule[1:]], []]
 
     def theirs() -> list[list[float]]:
@@ -129,6 +134,7 @@ def main() -> None:
         session.close()
         return found
 
+    print(f"in full: {first_in_full:.1f} s for {[len(rows) for _, rows in schedule]} rows", flush=True)
     reward.open(conversation).close()  # tries the body out, once per model
     fed, calls = reward.tokens_scored, reward.num_calls
     mine = ours()  # warm-up, not timed; the tokens are the same each time
@@ -143,18 +149,16 @@ def main() -> None:
             needed += length - before[view.row] + closing
             before[view.row] = length
 
-    pairs = []
+    def timed(run: Callable[[], object]) -> float:
+        started = time.perf_counter()
+        run()
+        return time.perf_counter() - started
+
+    print(f"fed {fed} tokens, needed {needed}, in full {read_in_full}; largest difference {error:.1e}", flush=True)
+    pairs: list[tuple[float, float]] = []
     for pair in range(options.pairs):
-        seconds = []
-        for run in (ours, theirs):
-            started = time.perf_counter()
-            run()
-            seconds.append(time.perf_counter() - started)
-        pairs.append(seconds)
-        print(
-            f"pair {pair}: ours {seconds[0]:7.2f} s   in full {seconds[1]:7.2f} s   ratio {seconds[0] / seconds[1]:.3f}",
-            flush=True,
-        )
+        pairs.append((timed(ours), timed(theirs) if pair else first_in_full))
+        print("pair {}: ours {:7.2f} s   in full {:7.2f} s".format(pair, *pairs[-1]), flush=True)
     ratios = [mine / others for mine, others in pairs]
     result = {
         "benchmark": "reward_scoring",
@@ -185,8 +189,8 @@ def main() -> None:
         "transformers": transformers.__version__,
     }
     print(
-        f"median ratio {result['seconds_ratio_median']:.3f}; fed {fed} tokens, needed {needed}, in full {read_in_full}; "
-        f"scores differ by at most {error:.1e}"
+        f"median ratio {statistics.median(ratios):.3f} (min {min(ratios):.3f}, max {max(ratios):.3f}); "
+        f"fed {fed / needed:.3f} of what is needed"
     )
     if options.output:
         options.output.write_text(json.dumps(result, indent=2) + "\n")
