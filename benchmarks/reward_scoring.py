@@ -158,42 +158,42 @@ def main() -> None:
     pairs: list[tuple[float, float]] = []
     for pair in range(options.pairs):
         pairs.append((timed(ours), timed(theirs) if pair else first_in_full))
+        ratios = [mine / others for mine, others in pairs]
         print("pair {}: ours {:7.2f} s   in full {:7.2f} s".format(pair, *pairs[-1]), flush=True)
-    ratios = [mine / others for mine, others in pairs]
-    result = {
-        "benchmark": "reward_scoring",
-        "model": gguf,
-        "dtype": options.dtype,
-        "prompt_tokens": prompt_tokens,
-        "rows": options.rows,
-        "looks": list(LOOKS),
-        "rows_at_looks": [len(rows) for _, rows in schedule],
-        "pairs": options.pairs,
-        "tokens_fed": fed,
-        "forward_passes": calls,
-        "tokens_needed": needed,
-        "fed_over_needed": fed / needed,
-        "tokens_in_full": read_in_full,
-        "largest_score_difference": error,
-        "largest_score": max(abs(score) for scores in expected for score in scores),
-        "seconds_ratio_median": statistics.median(ratios),
-        "seconds_ratio_min": min(ratios),
-        "seconds_ratio_max": max(ratios),
-        "ours_seconds_median": statistics.median(mine for mine, _ in pairs),
-        "in_full_seconds_median": statistics.median(others for _, others in pairs),
-        "in_full_batch_rows": options.batch_rows,
-        "threads": torch.get_num_threads(),
-        "machine": platform.processor() or platform.machine(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-    }
+        result = {
+            "benchmark": "reward_scoring",
+            "model": gguf,
+            "dtype": options.dtype,
+            "prompt_tokens": prompt_tokens,
+            "rows": options.rows,
+            "looks": list(LOOKS),
+            "rows_at_looks": [len(rows) for _, rows in schedule],
+            "pairs": len(pairs),
+            "tokens_fed": fed,
+            "forward_passes": calls,
+            "tokens_needed": needed,
+            "fed_over_needed": fed / needed,
+            "tokens_in_full": read_in_full,
+            "largest_score_difference": error,
+            "largest_score": max(abs(score) for scores in expected for score in scores),
+            "seconds_ratio_median": statistics.median(ratios),
+            "seconds_ratio_min": min(ratios),
+            "seconds_ratio_max": max(ratios),
+            "ours_seconds_median": statistics.median(mine for mine, _ in pairs),
+            "in_full_seconds_median": statistics.median(others for _, others in pairs),
+            "in_full_batch_rows": options.batch_rows,
+            "threads": torch.get_num_threads(),
+            "machine": platform.processor() or platform.machine(),
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        }
+        if options.output:  # after every pair: a run of an hour should leave something if it is cut short
+            options.output.write_text(json.dumps(result, indent=2) + "\n")
     print(
         f"median ratio {statistics.median(ratios):.3f} (min {min(ratios):.3f}, max {max(ratios):.3f}); "
         f"fed {fed / needed:.3f} of what is needed"
     )
-    if options.output:
-        options.output.write_text(json.dumps(result, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -145,7 +145,11 @@ class CachedSession:
             prompt = self._shared_prompt([entry.ids for entry in unique])
             behind = [] if prompt is None else [entry for entry in unique if self._continues(prompt, entry.ids)]
             if prompt is not None and behind:
-                jobs = {entry: self._job(prompt, entry.ids, row_ids, inputs) for entry in behind}
+                held: dict[Input, list[_Entry]] = {}
+                for row, entry in zip(row_ids, inputs, strict=True):
+                    if row in self._entries:
+                        held.setdefault(entry, []).append(self._entries[row])
+                jobs = {entry: self._job(prompt, entry.ids, held.get(entry)) for entry in behind}
                 self._read(prompt, list(jobs.values()), keep_rows=keep_rows)
                 scores = dict(zip(jobs, self._scores(prompt, list(jobs.values())), strict=True))
                 found = {entry: _Entry(job.ids, scores[entry], job.place, job.hidden) for entry, job in jobs.items()}
@@ -191,14 +195,13 @@ class CachedSession:
         limit = self._reward.shared_body.limit
         return len(ids) > len(prompt.ids) and ids[: len(prompt.ids)] == prompt.ids and (not limit or len(ids) <= limit)
 
-    def _job(self, prompt: _Prompt, ids: tuple[int, ...], row_ids: Sequence[int], inputs: Sequence[Input]) -> _Job:
+    def _job(self, prompt: _Prompt, ids: tuple[int, ...], own: Sequence[_Entry] | None) -> _Job:
         """Where reading has to begin: behind what some held row has in common, but not behind a position whose hidden
-        state is wanted and not held."""
-        own = [
-            self._entries[row]
-            for row, entry in zip(row_ids, inputs, strict=True)
-            if entry.ids == ids and row in self._entries
-        ]
+        state is wanted and not held.
+
+        Args:
+            own: what the rows that read this were at the last look; None for rows not seen before.
+        """
         candidates = own or self._entries.values()
         source = max(candidates, key=lambda entry: common(entry.ids, ids), default=None)
         wanted = self._reward.positions_of(ids)
