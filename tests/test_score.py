@@ -198,6 +198,10 @@ def test_ranks_are_among_all_answers_to_a_prompt(pairs: Path) -> None:
     found = [row["reward"] for row in output(pairs.with_suffix(".scored.jsonl"))]
     assert found == [0.0, 0.5, 1.0, 1.0, 1.0]
     assert ranks([106, 108, 123]) == [0.0, 0.5, 1.0]
+    target = pairs.with_suffix(".scored.jsonl")
+    target.write_text("".join(target.read_text(encoding="utf-8").splitlines(keepends=True)[:2]), encoding="utf-8")
+    assert main(options) == 0  # of a part, ranks say nothing: it is done over
+    assert [row["reward"] for row in output(target)] == found
 
 
 def test_a_server_that_goes_away_is_one_error_and_nothing_is_lost(
@@ -207,7 +211,7 @@ def test_a_server_that_goes_away_is_one_error_and_nothing_is_lost(
     with servers.tei(lambda pair: float(len(pair[1])), most=2) as server:
         options = ["score", "--input", str(pairs), "--reward_model", server.url, "--reward_retries", "1"]
         plain = server.routes["POST", "/predict"]
-        left = iter(range(3))  # one is the check
+        left = iter(range(2))  # one is the check
 
         def breaks(body: Any) -> Any:
             if next(left, None) is None:
@@ -219,8 +223,9 @@ def test_a_server_that_goes_away_is_one_error_and_nothing_is_lost(
         assert main(options) == 1
         said = capsys.readouterr().err
         assert said.count("status 503") == 1
-        assert len(server.requests) - before == 5  # no row is tried alone
-        assert len(output(pairs.with_suffix(".scored.jsonl"))) == 4
+        assert "line 3" not in said  # it is no row's fault, and no row is tried alone
+        assert len(server.requests) - before == 4
+        assert len(output(pairs.with_suffix(".scored.jsonl"))) == 2
         server.routes["POST", "/predict"] = plain
         assert main(options) == 0
         assert [row["reward"] for row in output(pairs.with_suffix(".scored.jsonl"))] == [
