@@ -11,6 +11,7 @@ import functools
 import inspect
 import json
 import math
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
@@ -281,7 +282,15 @@ class RunConfig:
         return self.strategy != "best_of_n" and self.alpha > 0
 
     def to_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
+        """For records: without the password that an address may hold."""
+        values = dataclasses.asdict(self)
+        values["reward_model"] = without_passwords(self.reward_model)
+        return values
+
+
+def without_passwords(name: str | None) -> str | None:
+    """A ``reward_model`` as records may hold it: ``http://name:password@host`` becomes ``http://host``."""
+    return None if name is None else re.sub(r"(https?://)[^/@\s]*@", r"\1", name)
 
 
 @functools.cache

@@ -16,7 +16,7 @@ from typing import Any
 
 from specrej_eval.budget import DEFAULT_N
 from specrej_eval.checkpoint import DEMO_POLICY, DEMO_REWARD, stamp
-from specrej_eval.config import RunConfig
+from specrej_eval.config import RunConfig, without_passwords
 from specrej_eval.errors import ConfigError
 
 EMBEDDED = "embedded"
@@ -79,7 +79,7 @@ def of_models(config: RunConfig, host: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "pretrained": policy or EMBEDDED,
         "pretrained_files": stamp(policy or str(DEMO_POLICY)),
-        "reward_model": reward,
+        "reward_model": without_passwords(reward),
         "reward_files": _reward_files(str(DEMO_REWARD) if reward == EMBEDDED else reward),
         "reward_family": config.reward_family,
         "dtype": config.dtype,

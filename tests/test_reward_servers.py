@@ -18,6 +18,8 @@ from specrej_eval import load
 from specrej_eval.config import RunConfig
 from specrej_eval.core import RowView
 from specrej_eval.errors import ConfigError, RewardError, SpecRejError
+from specrej_eval.fingerprint import of_models
+from specrej_eval.names import model_name
 from specrej_eval.rewards import _http
 from specrej_eval.rewards.base import check_reward, make_reward
 
@@ -361,6 +363,9 @@ def test_a_password_in_the_address_is_never_shown(tokenizer_folder: str) -> None
         reward = reward_at(url, reward_tokenizer=tokenizer_folder)
         assert server.headers[-1]["Authorization"].startswith("Basic ")
         assert "secret" not in reward.name
+        config = RunConfig(reward_model=f"likelihood+{url}")
+        assert "secret" not in str(of_models(config, {})) + str(config.to_dict())
+        assert config.to_dict()["reward_model"] == f"likelihood+{server.url}"
         server.faults.extend([servers.status(500)] * 3)
         with pytest.raises(RewardError) as caught:
             reward.score(HELLO, rows("a"))
@@ -478,6 +483,20 @@ def test_the_judges_key(keys: dict[str, str], sent: str, monkeypatch: pytest.Mon
     with servers.chat(lambda text: {"5": 1.0}) as server:
         judge_at(server).score(HELLO, rows("x"))
         assert server.headers[-1]["Authorization"] == sent
+
+
+@pytest.mark.parametrize(
+    ("name", "called"),
+    [
+        ("judge:org/gpt-x@https://api.example.com/v1", "judge-gpt-x"),
+        ("http://me:secret@host:8000/classify", "host-8000-classify"),
+        ("org/a+0.5*likelihood", "a-likelihood"),
+        ('["org/a", {"reward_model": "org/b", "weight": 2}]', "a-b"),
+        ("deepconf", "deepconf"),
+    ],
+)
+def test_runs_are_named_after_their_rewards(name: str, called: str) -> None:
+    assert model_name(name) == called
 
 
 # ---- a whole run -----------------------------------------------------------------------------------------------------

@@ -137,9 +137,7 @@ class _FullScoring:
     def close(self) -> None: ...
 
 
-def open_session(
-    reward: RewardModel, conversation: Sequence[Message], response_prefix: str = ""
-) -> RewardSession:
+def open_session(reward: RewardModel, conversation: Sequence[Message], response_prefix: str = "") -> RewardSession:
     """``reward.open``, or for an object that has ``score`` alone what ``Stateless`` would give it."""
     if hasattr(reward, "open"):
         return reward.open(conversation, response_prefix)
