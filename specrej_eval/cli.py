@@ -37,6 +37,14 @@ COMMANDS = {
         "run alpaca_eval's own command, repaired and with our decoders, whether or not the startup hook works",
         pass_through=True,
     ),
+    "score": Command(
+        "specrej_eval.score",
+        "score a file of prompts with responses with any reward model",
+        (
+            "specrej-eval score --reward_model Skywork/Skywork-Reward-V2-Qwen3-0.6B --input pairs.jsonl",
+            "specrej-eval score --reward_model http://localhost:8000 --input pairs.csv --output scores.jsonl",
+        ),
+    ),
     "report": Command(
         "specrej_eval.report.summary",
         "print one table of the runs found under a folder",
@@ -71,10 +79,15 @@ COMMANDS = {
         "write our lm-eval tasks and alpaca_eval configurations into a folder, to run and to edit",
         ("specrej-eval init", "specrej-eval init my-evaluation --force"),
     ),
+    "rewards": Command(
+        "specrej_eval.reward_list",
+        "list the reward models there are: what each family reads, example checkpoints, what it needs",
+        ("specrej-eval rewards", "specrej-eval rewards armorm qwen_math_prm"),
+    ),
     "doctor": Command(
         "specrej_eval.doctor",
-        "check the installation: versions, startup hook, devices, attention backends, demo weights",
-        ("specrej-eval doctor",),
+        "check the installation (versions, startup hook, devices, demo weights), or with --reward a reward model",
+        ("specrej-eval doctor", "specrej-eval doctor --reward Skywork/Skywork-Reward-V2-Qwen3-0.6B"),
     ),
     "path": Command(
         "specrej_eval.paths",

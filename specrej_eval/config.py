@@ -13,6 +13,7 @@ import itertools
 import json
 import logging
 import math
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
@@ -29,6 +30,9 @@ MAX = "max"
 ON_GREEDY = ("sample", "greedy", "error")
 ON_NAN = ("error", "drop")
 PARTIAL_TURN = ("closed", "open")
+REWARD_CACHE = ("off", "prompt", "full")
+PRM_REDUCE = ("last", "min", "mean", "prod")
+REWARD_ENSEMBLE = ("sum", "rank")
 
 HOST_ARGUMENTS = (
     "add_bos_token",
@@ -96,9 +100,32 @@ class RunConfig:
     pretrained: str | None = None
     """Language model: a hub name or a folder. None = the embedded demo model."""
     reward_model: str | None = None
-    """Reward model: a hub name, a folder, ``likelihood`` or ``pkg.module:function``. None = the demo pair's."""
+    """A checkpoint (hub name or folder), ``likelihood``, ``self_certainty``, ``deepconf``, ``pkg.module:function``,
+    ``http://host:port``, ``judge:MODEL@http://host:port/v1``, or several: ``a+0.5*b``. None = the demo pair's."""
     reward_family: str = "auto"
     """How the reward checkpoint is read; ``auto`` looks at its ``architectures``."""
+    reward_template: str | None = None
+    """Chat template the reward model reads through, Jinja text or a file of it. None = its tokenizer's own."""
+    prm_reduce: str = "last"
+    """What a process reward model makes of its steps' probabilities: the ``last``, ``min``, ``mean`` or ``prod``."""
+    reward_tokenizer: str | None = None
+    """For a reward server: the checkpoint (hub name or folder) whose tokenizer and chat template render the rows."""
+    reward_batch_size: int = 32
+    """Most texts in one request to a reward server."""
+    reward_timeout: float = 60.0
+    """Seconds to wait for a reward server's answer, before another try."""
+    reward_retries: int = 5
+    """Tries after the first, with growing pauses, before a reward server counts as failed."""
+    reward_ensemble: str = "sum"
+    """How several rewards become one: weighted ``sum``, or weighted mean of their ``rank`` among the rows."""
+    judge_prompt: str | None = None
+    """What a judge is asked, text or a file of it, with {prompt} and {response}. None = ours, graded 0 to 9."""
+    judge_max_toks: int = 16
+    """Most tokens of a judge's answer; give more to one that thinks before it grades."""
+    reward_cache: str = "full"
+    """What a reward model keeps from look to look: ``off``, the ``prompt``'s KV, or ``full`` = each row's too."""
+    reward_kv_budget_tokens: int | None = None
+    """Tokens the reward model's caches may hold, over all prompts in flight. None = a share of the free memory."""
     strategy: str = "speculative_rejection"
     """``speculative_rejection`` or ``best_of_n``."""
     alpha: float = 0.5
@@ -133,6 +160,13 @@ class RunConfig:
     """Attention of the model outside our engine (log-likelihood requests); None = transformers' choice."""
     on_greedy: str = "sample"
     """What a task that asks for greedy decoding gets: ``sample``, ``greedy`` (one row) or ``error``."""
+    deepconf_window: int = 64
+    """reward_model=deepconf scores a row by its least sure stretch of this many tokens."""
+    floor_toks: int = 2
+    """likelihood, self_certainty and deepconf rank finished answers of fewer tokens last; 1 switches this off."""
+    floor_repetition: float = 0.5
+    """The same for rows of which more than this share is repetition (4-token sequences seen before in the row); 1 =
+    off."""
     on_nan: str = "error"
     """A reward that is not finite: ``error``, or ``drop`` = rank it last and count it."""
     partial_turn: str = "closed"
@@ -187,17 +221,21 @@ class RunConfig:
     def checked(self) -> Self:
         """Coerce what a command line leaves as text or floats, and hold each argument to its rule."""
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        for name in ("alpha", "temperature", "top_p", "min_p"):
+        for name in ("alpha", "temperature", "top_p", "min_p", "floor_repetition", "reward_timeout"):
             values[name] = as_float(name, values[name])
-        for name in ("top_k", "max_gen_toks", "seed", "batch_size"):
+        whole = ("top_k", "max_gen_toks", "seed", "batch_size", "deepconf_window", "floor_toks")
+        for name in (*whole, "reward_batch_size", "reward_retries", "judge_max_toks"):
             values[name] = as_int(name, values[name])
-        for name in ("first_look", "kv_budget_tokens"):
+        for name in ("first_look", "kv_budget_tokens", "reward_kv_budget_tokens"):
             values[name] = None if values[name] is None else as_int(name, values[name])
         if values["n"] is not None and values["n"] != MAX:
             values["n"] = as_int("n", values["n"], also=f"or {MAX!r}")
         for name in ("force_sampling_args", "logprobs", "trust_remote_code"):
             values[name] = as_bool(name, values[name])
-        for name in ("pretrained", "reward_model", "device", "reward_device", "trace_path", "journal"):
+        if isinstance(values["reward_model"], (list, tuple)):
+            values["reward_model"] = json.dumps(values["reward_model"], default=str)  # an ensemble, as YAML writes it
+        texts = ("pretrained", "reward_model", "reward_template", "reward_tokenizer", "judge_prompt")
+        for name in (*texts, "device", "reward_device", "trace_path", "journal"):
             values[name] = None if values[name] is None else str(values[name])
         config = dataclasses.replace(self, **values)
         config._check()
@@ -208,7 +246,7 @@ class RunConfig:
         _rule("alpha", self.alpha, 0 <= self.alpha < 1, "in [0, 1)", "alpha=0.5 rejects half of the rows at each look.")
         if self.n is not None and self.n != MAX:
             _rule("n", self.n, int(self.n) >= 1, "at least 1, or 'max'")
-        for name in ("first_look", "kv_budget_tokens"):
+        for name in ("first_look", "kv_budget_tokens", "reward_kv_budget_tokens"):
             value = getattr(self, name)
             _rule(name, value, value is None or value >= 1, "at least 1")
         _rule("max_gen_toks", self.max_gen_toks, self.max_gen_toks >= 1, "at least 1")
@@ -217,10 +255,20 @@ class RunConfig:
         _rule("top_k", self.top_k, self.top_k >= 0, "at least 0 (0 switches it off)")
         _rule("top_p", self.top_p, 0 < self.top_p <= 1, "in (0, 1]")
         _rule("min_p", self.min_p, 0 <= self.min_p <= 1, "in [0, 1]")
+        _rule("deepconf_window", self.deepconf_window, self.deepconf_window >= 1, "at least 1")
+        _rule("floor_toks", self.floor_toks, self.floor_toks >= 0, "at least 0 (0 and 1 switch it off)")
+        _rule("floor_repetition", self.floor_repetition, 0 <= self.floor_repetition <= 1, "in [0, 1] (1 = off)")
         _choice("strategy", self.strategy, registry.names("specrej_eval.strategies"))
         _choice("on_greedy", self.on_greedy, ON_GREEDY)
         _choice("on_nan", self.on_nan, ON_NAN)
         _choice("partial_turn", self.partial_turn, PARTIAL_TURN)
+        _choice("prm_reduce", self.prm_reduce, PRM_REDUCE)
+        _rule("reward_batch_size", self.reward_batch_size, self.reward_batch_size >= 1, "at least 1")
+        _rule("reward_timeout", self.reward_timeout, self.reward_timeout > 0, "above 0")
+        _rule("reward_retries", self.reward_retries, self.reward_retries >= 0, "at least 0")
+        _rule("judge_max_toks", self.judge_max_toks, self.judge_max_toks >= 1, "at least 1")
+        _choice("reward_cache", self.reward_cache, REWARD_CACHE)
+        _choice("reward_ensemble", self.reward_ensemble, REWARD_ENSEMBLE)
         _choice("dtype", self.dtype, ("auto", "float32", "bfloat16", "float16"))
         _choice("reward_dtype", self.reward_dtype, ("auto", "float32", "bfloat16", "float16"))
         if self.temperature == 0 and self.n != 1:
@@ -240,7 +288,15 @@ class RunConfig:
         return self.strategy != "best_of_n" and self.alpha > 0
 
     def to_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
+        """For records: without the password that an address may hold."""
+        values = dataclasses.asdict(self)
+        values["reward_model"] = without_passwords(self.reward_model)
+        return values
+
+
+def without_passwords(name: str | None) -> str | None:
+    """A ``reward_model`` as records may hold it: ``http://name:password@host`` becomes ``http://host``."""
+    return None if name is None else re.sub(r"(https?://)[^/@\s]*@", r"\1", name)
 
 
 @functools.cache

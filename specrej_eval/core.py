@@ -16,6 +16,10 @@ Message = Mapping[str, str]
 
 FinishReason = Literal["eos", "stop", "length", "rejected"]
 
+TokenStat = Literal["logprob", "self_certainty", "confidence"]
+"""A number the engine can record for every token it draws, of the untempered and unfiltered distribution p it was drawn
+from: the token's own log-prob; KL(uniform || p); minus the mean log-prob of p's 20 likeliest tokens."""
+
 
 def prompt_hash(text: str) -> str:
     """SHA-256 of a prompt's text, hex: the join key that lm-eval's samples files use too."""
@@ -74,6 +78,8 @@ class RowView:
     """None while the row is live."""
     mean_logprob: float | None = None
     """Mean log-prob of ``token_ids`` under the untempered, unfiltered model; None unless it was asked for."""
+    token_stats: Mapping[TokenStat, Sequence[float]] = field(default_factory=dict)
+    """One number per token id, for each statistic that was asked for."""
 
     @property
     def finished(self) -> bool:
@@ -98,6 +104,8 @@ class Trajectory:
     rounds_survived: int
     logprobs: list[float] | None = None
     """Log-prob of each id under the untempered, unfiltered model (``logprobs=True``)."""
+    reward_parts: dict[str, float | None] | None = None
+    """What each reward of an ensemble said of the row last; None where there is one reward."""
 
     @property
     def num_tokens(self) -> int:
@@ -113,6 +121,7 @@ class Trajectory:
             "finish_reason": self.finish_reason,
             "rounds_survived": self.rounds_survived,
             "logprobs": None if self.logprobs is None else [finite_or_none(value) for value in self.logprobs],
+            **({} if self.reward_parts is None else {"reward_parts": dict(self.reward_parts)}),
         }
 
 
@@ -161,7 +170,9 @@ class Ledger:
     reward_tokens: int = 0
     """Tokens the reward model read."""
     reward_calls: int = 0
-    """Forward passes (or calls of a callable) of the reward model."""
+    """Forward passes of the reward model; calls of a callable, requests to a server."""
+    scores_floored: int = 0
+    """Scores that ``floor_toks`` or ``floor_repetition`` put below all others, over all looks."""
     rows_started: int = 0
     rows_finished: int = 0
     rows_rejected: int = 0
@@ -176,6 +187,7 @@ class Ledger:
             "decode_tokens",
             "reward_tokens",
             "reward_calls",
+            "scores_floored",
             "rows_started",
             "rows_finished",
             "rows_rejected",
@@ -191,6 +203,7 @@ class Ledger:
             "decode_tokens": self.decode_tokens,
             "reward_tokens": self.reward_tokens,
             "reward_calls": self.reward_calls,
+            "scores_floored": self.scores_floored,
             "rows_started": self.rows_started,
             "rows_finished": self.rows_finished,
             "rows_rejected": self.rows_rejected,

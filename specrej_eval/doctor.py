@@ -223,9 +223,16 @@ SECTIONS: tuple[tuple[str, Callable[[], Iterator[Finding]]], ...] = (
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (parser.description or "") + " The exit code is 1 if something needed is broken."
+    from specrej_eval.reward_options import add_reward_options
+
+    add_reward_options(parser, reward_model="--reward")
 
 
 def run(args: argparse.Namespace) -> int:
+    if args.reward_model is not None:
+        from specrej_eval import reward_doctor
+
+        return reward_doctor.run(args)
     broken = 0
     for title, check in SECTIONS:
         print(title)

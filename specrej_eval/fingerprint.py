@@ -9,13 +9,14 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from specrej_eval.budget import DEFAULT_N
 from specrej_eval.checkpoint import DEMO_POLICY, DEMO_REWARD, stamp
-from specrej_eval.config import RunConfig
+from specrej_eval.config import RunConfig, without_passwords
 from specrej_eval.errors import ConfigError
 
 EMBEDDED = "embedded"
@@ -46,12 +47,20 @@ NEUTRAL = (
     "force_sampling_args",
     "journal",
     "on_greedy",
+    "reward_batch_size",
+    "reward_cache",
     "reward_device",
+    "reward_kv_budget_tokens",
+    "reward_retries",
+    "reward_timeout",
     "trace_path",
     "trust_remote_code",
 )
 """Arguments that decide no answer: how and where it is computed, where records go, what a task may ask for. Any other
 argument of ``RunConfig`` is about the models, and part of every fingerprint."""
+
+_BETWEEN_PARTS = re.compile(r"""[+*\[\]{}",\s]""")
+"""Where an ensemble's name, ``a+0.5*b`` or a JSON list, falls into its parts."""
 
 _PLACEMENT = {
     "backend",
@@ -78,7 +87,7 @@ def of_models(config: RunConfig, host: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "pretrained": policy or EMBEDDED,
         "pretrained_files": stamp(policy or str(DEMO_POLICY)),
-        "reward_model": reward,
+        "reward_model": without_passwords(reward),
         "reward_files": _reward_files(str(DEMO_REWARD) if reward == EMBEDDED else reward),
         **{name: value for name, value in _about_models(config).items() if name not in ("pretrained", "reward_model")},
         **{name: _plain(value) for name, value in sorted(host.items()) if name not in _PLACEMENT},
@@ -116,10 +125,17 @@ def is_demo(fingerprint: Mapping[str, Any]) -> bool:
 
 
 def _about_models(config: RunConfig) -> dict[str, Any]:
-    return {name: value for name, value in config.to_dict().items() if name not in (*DECIDING, *NEUTRAL)}
+    found = {name: value for name, value in config.to_dict().items() if name not in (*DECIDING, *NEUTRAL)}
+    for name in ("judge_prompt", "reward_template"):
+        found[name] = None if found[name] is None else _template(found[name])
+    return found
 
 
 def _reward_files(name: str) -> str | None:
+    pieces = [piece for piece in _BETWEEN_PARTS.split(name) if piece]
+    if len(pieces) > 1 and not Path(name).expanduser().exists():  # an ensemble: what is known of each part
+        found = [files for files in map(_reward_files, pieces) if files is not None]
+        return hashlib.sha256(" ".join(found).encode()).hexdigest() if found else None
     module, colon, function = name.partition(":")
     if not colon or not function.isidentifier():
         return stamp(name)
@@ -130,6 +146,12 @@ def _reward_files(name: str) -> str | None:
     origin = spec.origin if spec is not None else None
     # an edited reward function is another reward
     return hashlib.sha256(Path(origin).read_bytes()).hexdigest() if origin and Path(origin).is_file() else None
+
+
+def _template(value: str) -> str:
+    # an edited template file is another template
+    path = Path(value) if len(value) < 1000 and "{" not in value else None
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path is not None and path.is_file() else value
 
 
 def _plain(value: Any) -> Any:

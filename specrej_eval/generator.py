@@ -32,7 +32,7 @@ from specrej_eval.errors import RewardError
 from specrej_eval.fingerprint import DECIDING, EMBEDDED, of_models
 from specrej_eval.journal import Journal, request_key
 from specrej_eval.progress import Progress
-from specrej_eval.rewards.base import RewardModel
+from specrej_eval.rewards.base import RewardModel, RewardSession, open_session
 from specrej_eval.scheduler import Scheduler
 from specrej_eval.strategies.base import State, Strategy, make_strategy
 from specrej_eval.trace import Tracer, make_tracer
@@ -55,13 +55,15 @@ class Request:
 
 @dataclass(slots=True)
 class _Running:
-    """A prompt in flight: its engine session, its strategy's state, and what has been learned of its rows."""
+    """A prompt in flight: its two sessions, its strategy's state, and what has been learned of its rows."""
 
     index: int
     request: Request
     budget: Budget
     strategy: Strategy
     session: Any
+    """The engine's."""
+    scoring: RewardSession
     state: State
     look_at: int
     """Tokens per live row at which the look is due."""
@@ -197,7 +199,7 @@ class Generator:
                 bar.step([work.session for work in running])
         finally:
             for work_left in running:
-                self.engine.close(work_left.session)
+                self._close(work_left)
             bar.close()
 
     def _checked(self, requests: Sequence[Request], journal: Journal | None) -> list[tuple[int, Request, Budget]]:
@@ -228,7 +230,9 @@ class Generator:
             budget,
             until=request.until,
             with_logprobs=self.reward.needs_logprobs,
+            token_stats=getattr(self.reward, "needs_token_stats", ()),
         )
+        scoring = open_session(self.reward, request.prompt.conversation, request.prompt.response_prefix)
         state, plan = strategy.init(budget)
         self.engine.follow(session, plan)
         return _Running(
@@ -237,6 +241,7 @@ class Generator:
             budget=budget,
             strategy=strategy,
             session=session,
+            scoring=scoring,
             state=state,
             look_at=plan.num_tokens,
         )
@@ -271,6 +276,7 @@ class Generator:
         work.rounds.append(round_)
         tracer.round(work.request.prompt, len(work.rounds), round_)
         self.engine.follow(work.session, plan or Plan(keep=(), fresh=0, num_tokens=1))
+        work.scoring.keep(plan.keep if plan is not None else ())
         scoring = work.ledger.seconds["reward"] - scored
         work.ledger.seconds["other"] += time.perf_counter() - looked - scoring
         if plan is None:
@@ -281,12 +287,14 @@ class Generator:
     def _score(self, work: _Running, pool: Sequence[RowView]) -> list[float]:
         if not pool:
             return []
-        reward, prompt = self.reward, work.request.prompt
+        reward = self.reward
         started, tokens, calls = time.perf_counter(), reward.tokens_scored, reward.num_calls
-        scores = list(reward.score(prompt.conversation, pool, prompt.response_prefix))
+        floored = getattr(reward, "scores_floored", 0)
+        scores = list(work.scoring.score(pool))
         work.ledger.seconds["reward"] += time.perf_counter() - started
         work.ledger.reward_tokens += reward.tokens_scored - tokens
         work.ledger.reward_calls += reward.num_calls - calls
+        work.ledger.scores_floored += getattr(reward, "scores_floored", 0) - floored
         for place, (row, score) in enumerate(zip(pool, scores, strict=True)):
             if math.isfinite(score):
                 continue
@@ -299,8 +307,22 @@ class Generator:
             scores[place] = -math.inf
         return scores
 
+    def _close(self, work: _Running) -> None:
+        self.engine.close(work.session)
+        work.scoring.close()
+
+    @staticmethod
+    def _make_comparable(work: _Running, finished: Sequence[int]) -> None:
+        """Scores that hold only among the rows of one look (ranks) are made anew among all rows that finished."""
+        compare = getattr(work.scoring, "compare", None)
+        scores = None if compare is None else compare(finished)
+        if scores is not None:
+            work.rewards.update(zip(finished, scores, strict=True))
+
     def _result(self, work: _Running) -> GenerationResult:
-        session = work.session
+        session, rows = work.session, self.engine.rows(work.session)
+        self._make_comparable(work, [row.row for row in rows if row.finish_reason != "rejected"])
+        parts_of = getattr(work.scoring, "parts", None)  # an ensemble's
         trajectories = [
             Trajectory(
                 row=row.row,
@@ -310,10 +332,11 @@ class Generator:
                 finish_reason=row.finish_reason,
                 rounds_survived=work.survived[row.row],
                 logprobs=row.logprobs,
+                reward_parts=None if parts_of is None else parts_of(row.row),
             )
-            for row in self.engine.rows(session)
+            for row in rows
         ]
-        self.engine.close(session)
+        self._close(work)
         finished = [trajectory for trajectory in trajectories if trajectory.finish_reason != "rejected"]
         # highest reward first, ties by row index; a reward that is not finite ranks last
         best = min(finished, key=lambda item: (-math.inf if item.reward is None else item.reward) * -1)

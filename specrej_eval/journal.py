@@ -110,6 +110,7 @@ def result_from_dict(data: dict[str, Any]) -> GenerationResult:
             finish_reason=item["finish_reason"],
             rounds_survived=item["rounds_survived"],
             logprobs=item["logprobs"],
+            reward_parts=item.get("reward_parts"),
         )
         for item in data["trajectories"]
     ]

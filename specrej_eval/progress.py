@@ -59,6 +59,8 @@ def summary_line(answers: int, cost: Ledger, best: Sequence[float], finished: Se
         f"seconds: {seconds}",
         f"peak memory {cost.peak_bytes / 1e9:.2f} GB",
     ]
+    if cost.scores_floored:
+        parts.append(f"{cost.scores_floored:,} scores below the floor (repetition, or next to no tokens)")
     if best:
         parts.append(
             f"mean reward {sum(best) / len(best):.3f} (all rows that finished: {sum(finished) / len(finished):.3f})"

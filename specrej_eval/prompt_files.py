@@ -74,6 +74,19 @@ def read_prompts(path: str | Path, *, prompt_column: str | None = None, limit: i
     return records
 
 
+def read_rows(path: str | Path) -> list[tuple[str, Any]]:
+    """All rows of a file as they stand there, each with what messages call it: ``row 3``, or ``line 3`` of JSONL.
+
+    Raises:
+        ConfigError: no such file, a format we do not read, or no rows.
+    """
+    file = _checked_path(Path(path).expanduser())
+    rows = [(row.where, row.value) for row in _rows(file)]
+    if not rows:
+        raise ConfigError(f"{str(file)!r} is empty.", hint="it needs at least one row.")
+    return rows
+
+
 def _checked_path(file: Path) -> Path:
     if file.suffix.lower() not in SUFFIXES:
         raise ConfigError(

@@ -260,6 +260,7 @@ class SimulatedEngine:
         *,
         until: tuple[str, ...] = (),
         with_logprobs: bool = False,
+        token_stats: Sequence[str] = (),
     ) -> Session:
         process = self.process_of(prompt.conversation[-1]["content"], config.seed)
         session = Session(process=process, budget=budget, prompt_tokens=prompt.num_tokens)

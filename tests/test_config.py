@@ -51,6 +51,16 @@ def test_the_defaults_are_the_documented_ones():
         "on_nan": "error",
         "partial_turn": "closed",
         "reward_family": "auto",
+        "prm_reduce": "last",
+        "reward_cache": "full",
+        "reward_ensemble": "sum",
+        "reward_batch_size": 32,
+        "reward_timeout": 60.0,
+        "reward_retries": 5,
+        "judge_max_toks": 16,
+        "deepconf_window": 64,
+        "floor_toks": 2,
+        "floor_repetition": 0.5,
         "dtype": "auto",
         "reward_dtype": "auto",
         "force_sampling_args": False,
@@ -257,7 +267,9 @@ def test_an_unknown_choice_suggests_the_nearest_and_lists_all(name, slip, meant)
     assert "Known: " in message
 
 
-@pytest.mark.parametrize("name", ["strategy", "on_greedy", "on_nan", "partial_turn", "dtype", "reward_dtype"])
+@pytest.mark.parametrize(
+    "name", ["strategy", "on_greedy", "on_nan", "partial_turn", "prm_reduce", "reward_cache", "dtype", "reward_dtype"]
+)
 @pytest.mark.parametrize("value", [None, "", 3, ["sample"], "base", "__init__"])
 def test_what_is_no_choice_at_all_is_refused(name, value):
     assert f"unknown {name} {value!r}" in refused(**{name: value})

@@ -28,9 +28,9 @@ from engine_models import (
 from transformers import AttentionInterface
 
 from specrej_eval.engine import model as model_module
-from specrej_eval.engine.attention import shared_prefix
 from specrej_eval.engine.groups import Group
 from specrej_eval.engine.model import ModelRunner
+from specrej_eval.kv import shared_prefix
 
 EACH = pytest.mark.parametrize("arch", ARCHITECTURES, ids=lambda arch: arch.name)
 WITH_WINDOW = [arch for arch in ARCHITECTURES if arch.window and arch.path == "shared_prefix"]

@@ -18,8 +18,8 @@ from tiny_models import tiny_causal_lm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from specrej_eval.core import GenerationResult
-from specrej_eval.engine.attention import sdpa
 from specrej_eval.engine.transformers_engine import TransformersEngine
+from specrej_eval.kv.attention import sdpa
 
 N = 16
 LENGTH = 16

@@ -15,9 +15,9 @@ from specrej_eval.config import RunConfig
 from specrej_eval.core import Plan
 from specrej_eval.engine import model as model_module
 from specrej_eval.engine.groups import CPU_TOKEN_ALIGN, Group
-from specrej_eval.engine.kv_cache import Prefix, SuffixPool, TokenAccount, bytes_per_token
 from specrej_eval.engine.model import ModelRunner
 from specrej_eval.errors import KVBudgetExceededError
+from specrej_eval.kv.cache import Prefix, SuffixPool, TokenAccount, bytes_per_token
 
 LAYERS, HEADS, WIDTH = 2, 3, 4
 

@@ -14,8 +14,8 @@ from transformers import AutoConfig, AutoModelForImageTextToText, GenerationConf
 from specrej_eval import budget as budgets
 from specrej_eval.config import RunConfig
 from specrej_eval.core import Plan, Prompt
-from specrej_eval.engine.attention import shared_prefix
 from specrej_eval.engine.model import ModelRunner
+from specrej_eval.kv import shared_prefix
 
 IMPLEMENTATIONS = ["eager", "sdpa"]
 

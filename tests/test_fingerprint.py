@@ -31,6 +31,15 @@ OTHER = {
     "reward_dtype": "bfloat16",
     "on_nan": "drop",
     "partial_turn": "open",
+    "reward_template": "{{ messages }}",
+    "prm_reduce": "min",
+    "reward_tokenizer": "owner/other",
+    "reward_ensemble": "rank",
+    "judge_prompt": "{prompt} {response}",
+    "judge_max_toks": 64,
+    "deepconf_window": 8,
+    "floor_toks": 9,
+    "floor_repetition": 0.9,
 }
 
 
@@ -77,6 +86,20 @@ def test_another_checkpoint_in_the_same_folder_is_another_model(tmp_path: Path) 
     before = of_models(config, {})
     (tmp_path / "config.json").write_text('{"a": 1}')
     assert differences(before, of_models(config, {})).startswith("pretrained_files")
+
+
+def test_an_edited_template_file_is_another_template(tmp_path: Path) -> None:
+    file = tmp_path / "template.jinja"
+    file.write_text("one")
+    config = RunConfig(reward_template=str(file))
+    before = of_models(config, {})
+    file.write_text("two")
+    assert differences(before, of_models(config, {})).startswith("reward_template")
+
+
+def test_no_password_is_written_down() -> None:
+    config = RunConfig(reward_model="http://me:secret@host:8000")
+    assert "secret" not in str(of_run(config, {}))
 
 
 def test_the_demo_pair_is_known_wherever_it_lies() -> None:

@@ -18,6 +18,7 @@ from tiny_models import (
     END,
     EOS,
     NO_SYSTEM_TEMPLATE,
+    PAD,
     save,
     tiny_causal_lm,
     tiny_reward_model,
@@ -29,6 +30,8 @@ from specrej_eval.config import RunConfig
 from specrej_eval.core import RowView
 from specrej_eval.errors import CheckpointError, ConfigError, OutOfMemoryError, RewardError
 from specrej_eval.rewards import base
+from specrej_eval.rewards._rendering import Renderer
+from specrej_eval.rewards._scoring import CheckpointReward
 from specrej_eval.rewards.base import check_reward, make_reward
 from specrej_eval.rewards.callable_reward import CallableReward
 from specrej_eval.rewards.likelihood import Likelihood
@@ -224,8 +227,8 @@ def test_too_long_inputs_are_cut_on_the_left_with_one_warning(
 
 
 def test_the_tokenizers_maximum_counts_too_and_its_nonsense_does_not() -> None:
-    assert scorer(tokenizer=tiny_tokenizer(model_max_length=100))._max_length == 100
-    assert scorer(tokenizer=tiny_tokenizer(model_max_length=int(1e30)))._max_length == 512
+    assert scorer(tokenizer=tiny_tokenizer(model_max_length=100)).renderer.max_length == 100
+    assert scorer(tokenizer=tiny_tokenizer(model_max_length=int(1e30))).renderer.max_length == 512
 
 
 def test_equal_texts_are_read_once_and_are_exact_ties() -> None:
@@ -332,25 +335,123 @@ def test_a_vocabulary_too_small_for_the_tokenizer_names_the_row() -> None:
         scorer(model=tiny_reward_model(vocab_size=100)).score(HELLO, rows("Hello!"))
 
 
-def test_without_a_template_a_decoder_reads_plain_text_with_one_bos(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+PLAIN = "{{ bos_token }}{% for message in messages %}{{ message['content'] }}{% endfor %}"
+
+
+def test_a_decoder_without_a_template_asks_for_one() -> None:
+    with pytest.raises(ConfigError, match=r"no chat template(.|\n)*reward_template="):
+        scorer(tokenizer=tiny_tokenizer(chat_template=None))
+
+
+@pytest.mark.parametrize("own", [None, NO_SYSTEM_TEMPLATE], ids=["no template of its own", "another of its own"])
+@pytest.mark.parametrize("as_file", [False, True])
+def test_the_template_given_is_the_one_that_is_used(
+    own: str | None, as_file: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    reward = scorer(tokenizer=tiny_tokenizer(chat_template=None))
+    folder = save(tiny_reward_model(), tiny_tokenizer(chat_template=own), tmp_path / "reward")
+    (tmp_path / "plain.jinja").write_text(PLAIN)
+    given = str(tmp_path / "plain.jinja") if as_file else PLAIN
+    reward = make_reward(config_for(folder, reward_template=given), device="cpu")
+    assert isinstance(reward, SequenceClassifier)
     seen = inputs_of(reward, monkeypatch)
-    for start in ("", "<bos>"):  # a context that already begins with BOS gets no second one
-        reward.score([{"role": "user", "content": f"{start}Q: hello?\nA:"}], rows(" Hi"))
-    assert seen == [tuple(reward.tokenizer("Q: hello?\nA: Hi")["input_ids"])] * 2
+    reward.score([{"role": "user", "content": "Q: hello?\nA:"}], rows(" Hi"))
+    assert seen == [tuple(reward.tokenizer("Q: hello?\nA: Hi")["input_ids"])]
     assert seen[0].count(BOS) == 1
+
+
+@pytest.mark.usefixtures("no_weights_are_loaded")
+def test_a_template_file_that_is_not_there_is_found_before_weights(reward_folder: Path) -> None:
+    with pytest.raises(ConfigError, match=r"reward_template='templates/mine.jinja' is neither"):
+        make_reward(config_for(reward_folder, reward_template="templates/mine.jinja"), device="cpu")
+
+
+def plain_renderer(tokenizer: Any, **options: Any) -> Renderer:
+    return Renderer(tokenizer, name="reward model", vocab_size=300, without_template="text", **options)
+
+
+def test_a_family_may_read_plain_text_with_one_bos(caplog: pytest.LogCaptureFixture) -> None:
+    renderer = plain_renderer(tiny_tokenizer(chat_template=None))
+    seen = []
+    for start in ("", "<bos>"):  # a context that already begins with BOS gets no second one
+        seen += renderer.inputs([{"role": "user", "content": f"{start}Q: hello?\nA:"}], rows(" Hi"))
+    assert [entry.ids for entry in seen] == [tuple(renderer.tokenizer("Q: hello?\nA: Hi")["input_ids"])] * 2
+    assert seen[0].ids.count(BOS) == 1
     assert sum("no chat template" in record.message for record in caplog.records) == 1
 
 
-def test_nothing_to_read_at_all_is_still_scored() -> None:
+def test_nothing_to_read_at_all_is_a_padding_token() -> None:
     tokenizer = tiny_tokenizer(chat_template=None)
     tokenizer.backend_tokenizer.post_processor = tiny_tokenizer().backend_tokenizer.post_processor.__class__(
         single="$A", pair=None, special_tokens=[]
     )
-    (score,) = scorer(tokenizer=tokenizer).score([], rows(""))
-    assert math.isfinite(score)
+    assert plain_renderer(tokenizer).inputs([], rows("")) == [((PAD,), ())]
+
+
+@pytest.mark.parametrize("max_length", [None, 20])
+def test_trailing_ids_end_every_input(max_length: int | None) -> None:
+    tokenizer = tiny_tokenizer()
+    renderer = Renderer(
+        tokenizer, name="r", vocab_size=300, trailing_ids=(7, 8), partial_turn="open", max_length=max_length
+    )
+    texts = [*rows("Hello", finish=None), RowView(1, "Hello", [5], "eos")]
+    opened, closed = (entry.ids for entry in renderer.inputs(HELLO, texts))
+    full = [chat_ids(tokenizer, HELLO, "Hello", closed=end) for end in (False, True)]
+    if max_length is None:
+        assert [opened, closed] == [(*ids, 7, 8) for ids in full]
+    else:
+        assert [opened, closed] == [(BOS, *[*ids, 7, 8][-19:]) for ids in full]
+
+
+# -- what families build on
+
+
+class _Positions:
+    """Adds up one number per position: which ones is visible in the score."""
+
+    def __init__(self, size: int) -> None:
+        generator = torch.Generator().manual_seed(5)
+        self.weight = torch.randn(size, generator=generator)
+        self.shapes: list[tuple[int, ...]] = []
+
+    def __call__(self, hidden: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        assert hidden.dtype == torch.float32
+        assert mask.dtype == torch.bool
+        assert not hidden[~mask].any()
+        self.shapes.append(tuple(hidden.shape))
+        return (torch.tanh(hidden @ self.weight) * mask).sum(-1)
+
+
+def every_ninth(ids: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(range(3, len(ids), 9))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_head_gets_the_positions_it_asked_for_ragged(dtype: torch.dtype) -> None:
+    model = tiny_reward_model().to(dtype)
+    head = _Positions(32)
+    reward = CheckpointReward(
+        model.model, head, Renderer(tiny_tokenizer(), name="r", vocab_size=300), positions_of=every_ninth
+    )
+    expected = []
+    for text in TEXTS:
+        ids = chat_ids(tiny_tokenizer(), HELLO, text)
+        with torch.no_grad():
+            hidden = model.model(torch.tensor([ids])).last_hidden_state[0].float()
+        expected.append(float(torch.tanh(hidden[list(every_ninth(tuple(ids)))] @ head.weight).sum()))
+    assert reward.score(HELLO, rows(*TEXTS)) == pytest.approx(expected, abs=1e-4 if dtype == torch.float32 else 0.1)
+    counts = {len(every_ninth(tuple(chat_ids(tiny_tokenizer(), HELLO, text)))) for text in TEXTS}
+    assert len(counts) > 1  # ragged
+    assert head.shapes == [(len(TEXTS), max(counts), 32)]
+
+
+@pytest.mark.usefixtures("user_module")
+def test_a_reward_without_memory_has_sessions_that_score_in_full(user_module: str) -> None:
+    session = CallableReward(f"{user_module}:lengths").open(HELLO, "<p>")
+    assert session.score(rows("a", "bcd")) == [4.0, 6.0]
+    session.keep([1, 1])
+    assert session.score(rows("bcde")) == [7.0]
+    session.close()
+    session.close()
 
 
 # -- encoders
@@ -601,7 +702,6 @@ def test_one_row_needs_no_reward() -> None:
     [
         ("likelyhood", ConfigError, "did you mean 'likelihood'"),
         ("some-reward", ConfigError, "unknown reward_model 'some-reward'"),
-        ("http://localhost:8000/score", ConfigError, "reward server"),
         ("/no/such/folder", CheckpointError, "there is no folder '/no/such/folder'"),
     ],
 )
@@ -675,7 +775,7 @@ def test_two_families_that_claim_a_checkpoint_are_both_named(
     reward_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real = registry.load_module
-    greedy = SimpleNamespace(matches=lambda architectures: True)
+    greedy = SimpleNamespace(matches=lambda name, checkpoint_config: True)
     monkeypatch.setattr(base, "families", lambda: ("greedy", "sequence_classifier"))
     monkeypatch.setattr(
         registry,

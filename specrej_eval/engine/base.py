@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 from specrej_eval.budget import Budget
 from specrej_eval.config import RunConfig
-from specrej_eval.core import FinishReason, Message, Plan, Prompt, RowView
+from specrej_eval.core import FinishReason, Message, Plan, Prompt, RowView, TokenStat
 
 
 @dataclass(slots=True)
@@ -72,8 +72,13 @@ class Engine(Protocol):
         *,
         until: tuple[str, ...] = (),
         with_logprobs: bool = False,
+        token_stats: Sequence[TokenStat] = (),
     ) -> Any:
         """Prefill the prompt once and return its session. No row is started.
+
+        Args:
+            with_logprobs: ``RowView.mean_logprob`` must be filled in.
+            token_stats: what else ``RowView.token_stats`` must hold. Costs no forward pass.
 
         Raises:
             OutOfMemoryError: the prompt alone does not fit.

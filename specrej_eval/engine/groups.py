@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from specrej_eval.engine.kv_cache import Prefix, SuffixPool
+from specrej_eval.core import TokenStat
 from specrej_eval.engine.sampling import row_stream
+from specrej_eval.kv.cache import Prefix, SuffixPool
 
 CPU_TOKEN_ALIGN = 16  # see SuffixPool
 
@@ -36,7 +37,8 @@ class Group:
         rows = len(row_ids)
         self.ids = torch.tensor(row_ids, dtype=torch.int64, device=device)  # (rows,)
         self.tokens = torch.empty(rows, capacity, dtype=torch.int32, device=device)  # (rows, capacity)
-        self.logprobs: Tensor | None = None  # (rows, capacity), float32, if asked for
+        self.stats: dict[TokenStat, Tensor] = {}  # each (rows, capacity), float32
+        """What is kept of every token besides its id."""
         self.positions = torch.full((rows,), prefix.length, dtype=torch.int64, device=device)  # (rows,)
         self.steps = torch.zeros(rows, dtype=torch.int64, device=device)  # (rows,), num_sampled as a tensor
         self.key = torch.tensor(0)
@@ -47,7 +49,13 @@ class Group:
 
     @classmethod
     def start(
-        cls, prefix: Prefix, row_ids: list[int], *, capacity: int, device: torch.device, with_logprobs: bool = False
+        cls,
+        prefix: Prefix,
+        row_ids: list[int],
+        *,
+        capacity: int,
+        device: torch.device,
+        recorded: Sequence[TokenStat] = (),
     ) -> Group:
         """Fresh rows behind a prefix; ``capacity`` = tokens each row may reach before the next ``select``."""
         pool = None
@@ -55,8 +63,8 @@ class Group:
             pool = SuffixPool(len(row_ids), align=CPU_TOKEN_ALIGN if device.type == "cpu" else 1)
             pool.reserve(capacity)
         group = cls(prefix, row_ids, pool=pool, capacity=capacity, device=device)
-        if with_logprobs:
-            group.logprobs = torch.empty(len(row_ids), capacity, dtype=torch.float32, device=device)
+        for name in recorded:
+            group.stats[name] = torch.empty(len(row_ids), capacity, dtype=torch.float32, device=device)
         return group
 
     @property
@@ -75,11 +83,11 @@ class Group:
         self.key = key
         self.streams = row_stream(key, self.ids)
 
-    def sampled(self, tokens: Tensor, logprobs: Tensor | None) -> None:
-        """A token was drawn for every row: (rows,) ids and log-probs."""
+    def sampled(self, tokens: Tensor, stats: Mapping[TokenStat, Tensor]) -> None:
+        """A token was drawn for every row: (rows,) ids, and (rows,) numbers for each name in ``stats``."""
         self.tokens[:, self.num_sampled] = tokens.to(torch.int32)
-        if logprobs is not None and self.logprobs is not None:
-            self.logprobs[:, self.num_sampled] = logprobs
+        for name, buffer in self.stats.items():
+            buffer[:, self.num_sampled] = stats[name]
         self.num_sampled += 1
         self.steps += 1
 
@@ -88,13 +96,13 @@ class Group:
         index = torch.tensor(list(places), dtype=torch.int64, device=self._device)
         # everything that may run out of memory comes before the first change
         tokens = self._grown(self.tokens, index, capacity)
-        logprobs = None if self.logprobs is None else self._grown(self.logprobs, index, capacity)
+        stats = {name: self._grown(buffer, index, capacity) for name, buffer in self.stats.items()}
         positions, steps = self.positions[index], self.steps[index]
         ids = torch.tensor(row_ids, dtype=torch.int64, device=self._device)
         if self.pool is not None:
             self.pool.select(index, capacity)
         self._reorder_cache(index)
-        self.tokens, self.logprobs, self.positions, self.steps, self.ids = tokens, logprobs, positions, steps, ids
+        self.tokens, self.stats, self.positions, self.steps, self.ids = tokens, stats, positions, steps, ids
         self.row_ids = row_ids
         self.use_streams(self.key)
         self.capacity = max(self.capacity, capacity)
@@ -128,16 +136,15 @@ class Group:
         source_index = torch.tensor(sources, dtype=torch.int64, device=self._device)
         if self.pool is not None:
             self.pool.drop(source_index, hole_index, rows)
-        for buffer in (self.tokens, self.logprobs, self.ids, self.streams):
-            if buffer is not None and holes:
+        for buffer in (self.tokens, self.ids, self.streams, *self.stats.values()):
+            if holes:
                 buffer[hole_index] = buffer[source_index]
         for hole, source in zip(holes, sources, strict=True):
             self.row_ids[hole] = self.row_ids[source]
         self.row_ids = self.row_ids[:rows]
         for name in ("tokens", "ids", "positions", "steps", "streams"):
             setattr(self, name, getattr(self, name)[:rows])
-        if self.logprobs is not None:
-            self.logprobs = self.logprobs[:rows]
+        self.stats = {name: buffer[:rows] for name, buffer in self.stats.items()}
 
     def split(self) -> Group:
         """Keep the first half of the rows; return a group of the rest."""
@@ -147,11 +154,12 @@ class Group:
             rest.pool = self.pool.split(at)
         self.cache = rest.cache = None
         rest.row_ids, self.row_ids = self.row_ids[at:], self.row_ids[:at]
-        for name in ("ids", "tokens", "positions", "steps", "streams", "logprobs"):
+        for name in ("ids", "tokens", "positions", "steps", "streams"):
             whole = getattr(self, name)
-            if whole is not None:
-                setattr(rest, name, whole[at:])
-                setattr(self, name, whole[:at])
+            setattr(rest, name, whole[at:])
+            setattr(self, name, whole[:at])
+        rest.stats = {stat: buffer[at:] for stat, buffer in self.stats.items()}
+        self.stats = {stat: buffer[:at] for stat, buffer in self.stats.items()}
         return rest
 
     def park(self) -> None:

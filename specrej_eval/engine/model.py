@@ -21,20 +21,17 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from specrej_eval.engine.attention import shared_prefix
 from specrej_eval.engine.groups import Group
-from specrej_eval.engine.kv_cache import Prefix
+from specrej_eval.kv import shared_prefix
+from specrej_eval.kv.cache import Prefix
+from specrej_eval.kv.models import obstacle, our_attention, reset_rotary, rope_limit, windows_missing
+from specrej_eval.kv.shared_prefix import PREFILL_CHUNK, ROW_ALIGN
 
 logger = logging.getLogger(__name__)
 
 Path = Literal["shared_prefix", "replicated", "recompute"]
 PATHS: tuple[Path, ...] = ("shared_prefix", "replicated", "recompute")
 
-PREFILL_CHUNK = 512
-"""Prompt tokens per forward. Boundaries are counted from token 0, so a prompt's bits never depend on its company."""
-ROW_ALIGN = 16
-"""On CPU a batch is padded to a multiple of this many rows, so that every thread's share of a matmul has at least 4
-rows: with fewer, MKL takes another kernel and a row's bits would depend on its company."""
 _PROBE_TOKENS = 12
 _PROBE_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 8e-2, torch.float16: 2e-2}
 """Of the largest logit."""
@@ -68,23 +65,10 @@ class ModelRunner:
 
     # which path
 
-    def _may_share(self) -> str | None:
-        """Why the shared-prefix path is out of the question; None if it may work."""
-        kinds = set(getattr(self._text_config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
-        if kinds:
-            return f"layers of type {', '.join(sorted(kinds))}"
-        if not getattr(self.model, "_supports_attention_backend", False) and not self._settable():
-            return "attention that cannot be exchanged"
-        return None
-
-    def _settable(self) -> bool:
-        check = getattr(type(self.model), "_can_set_attn_implementation", None)
-        return bool(check and check())
-
     def _probe(self) -> Path:
         reasons: list[str] = []
         for path in PATHS:
-            reason = self._may_share() if path == "shared_prefix" else None
+            reason = obstacle(self.model) if path == "shared_prefix" else None
             if reason is None:
                 reason = self._probe_error(path)
             if reason is None:
@@ -127,7 +111,7 @@ class ModelRunner:
             tolerance = _PROBE_TOLERANCE.get(self.dtype, 8e-2) * float(want.abs().max().clamp_min(1e-6))
             if not float(error) <= tolerance:
                 return f"logits differ by {float(error):.1e}"
-            if path == "shared_prefix" and self._windows_missing():
+            if path == "shared_prefix" and windows_missing(self._text_config, self._windows):
                 return "its sliding window never reaches the attention function"
         except (RuntimeError, TypeError, ValueError, KeyError, AttributeError, IndexError, NotImplementedError) as exc:
             if isinstance(exc, torch.OutOfMemoryError):
@@ -135,54 +119,27 @@ class ModelRunner:
             return f"{type(exc).__name__}: {str(exc).splitlines()[0] if str(exc) else 'no message'}"
         return None
 
-    def _windows_missing(self) -> bool:
-        """Whether a layer that should have a window asked for none (the probe is too short to see that in numbers)."""
-        window = getattr(self._text_config, "sliding_window", None)
-        if not window or not getattr(self._text_config, "use_sliding_window", True):
-            return False
-        types = getattr(self._text_config, "layer_types", None) or ["sliding_attention"] * self._num_layers
-        return any(
-            kind == "sliding_attention" and self._windows.get(layer) != window for layer, kind in enumerate(types)
-        )
-
     def path_for(self, prompt_tokens: int, max_gen_toks: int) -> Path:
-        """The path for one prompt: rotary scaling that depends on the sequence's length needs care.
-
-        With ``dynamic`` and ``longrope`` scaling the angles change once a sequence outgrows the original context, so
-        keys cached before that are wrong after it; such prompts are recomputed.
-        """
-        original = self._rope_limit()
+        """The path for one prompt: those that may outgrow ``rope_limit`` are recomputed."""
+        original = rope_limit(self._text_config)
         if original is not None and prompt_tokens + max_gen_toks > original and self.path != "recompute":
             return "recompute"
         return self.path
-
-    def _rope_limit(self) -> int | None:
-        rope = getattr(self._text_config, "rope_parameters", None) or getattr(self._text_config, "rope_scaling", None)
-        entries = [rope, *rope.values()] if isinstance(rope, dict) else []
-        for entry in entries:
-            if isinstance(entry, dict) and entry.get("rope_type", entry.get("type")) in ("dynamic", "longrope"):
-                limit = entry.get("original_max_position_embeddings") or getattr(
-                    self._text_config, "original_max_position_embeddings", None
-                )
-                return int(limit or self._text_config.max_position_embeddings)
-        return None
 
     # forward passes
 
     @contextmanager
     def active(self) -> Iterator[None]:
         """Our attention is the model's only in here, so the same object still serves log-likelihood requests."""
-        self._reset_rotary()
+        reset_rotary(self.model, self.device)
         if self.path != "shared_prefix":
             yield
             return
-        self._exchanged = _attention_of(self.model.config)
-        try:
-            self.model.set_attn_implementation(shared_prefix.NAME)
-            yield
-        finally:
-            self.model.set_attn_implementation(self._exchanged)
-            self._exchanged = None
+        with our_attention(self.model) as self._exchanged:
+            try:
+                yield
+            finally:
+                self._exchanged = None
 
     @contextmanager
     def _own_attention(self) -> Iterator[None]:
@@ -199,22 +156,11 @@ class ModelRunner:
     def _recompute(self, ids: Tensor) -> Tensor:
         """Logits of the last of ``ids`` (rows, tokens), by a plain forward pass of the whole sequence."""
         with self._own_attention():
-            self._reset_rotary()
+            reset_rotary(self.model, self.device)
             try:
                 return self._logits(ids, None, 0)
             finally:
-                self._reset_rotary()
-
-    def _reset_rotary(self) -> None:
-        """``dynamic`` rotary scaling remembers the longest sequence it saw; numbers may not depend on other prompts."""
-        if self._rope_limit() is None:
-            return
-        for module in self.model.modules():
-            for name in [name for name in vars(module) if name.endswith("max_seq_len_cached")]:
-                prefix = name.removesuffix("max_seq_len_cached")
-                original = getattr(module, f"{prefix}original_inv_freq").to(self.device, copy=True)
-                module.register_buffer(f"{prefix}inv_freq", original, persistent=False)
-                setattr(module, name, module.original_max_seq_len)
+                reset_rotary(self.model, self.device)
 
     def prefill(self, token_ids: Sequence[int], path: Path | None = None) -> Prefix:
         """Read a prompt once, at batch 1. The prefix holds its KV and the logits of its last token."""
@@ -310,14 +256,3 @@ class ModelRunner:
         self.forward_passes += 1
         logits: Tensor = self.model(ids, **kwargs).logits
         return logits[:, -1]
-
-
-def _attention_of(config: Any) -> Any:
-    """The attention implementations of a config and its sub-configs, in the form ``set_attn_implementation`` takes."""
-    if not getattr(config, "sub_configs", None):
-        return config._attn_implementation
-    saved = {"": config._attn_implementation}
-    for name in config.sub_configs:
-        if getattr(config, name, None) is not None:
-            saved[name] = _attention_of(getattr(config, name))
-    return saved

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from specrej_eval.budget import Budget
 from specrej_eval.config import RunConfig
-from specrej_eval.core import FinishReason, Prompt, stream_key
+from specrej_eval.core import FinishReason, Prompt, TokenStat, stream_key
 from specrej_eval.engine.groups import Group
-from specrej_eval.engine.kv_cache import Prefix, TokenAccount
 from specrej_eval.engine.sampling import SamplingParams
+from specrej_eval.kv.cache import Prefix, TokenAccount
 
 
 @dataclass(slots=True)
@@ -25,6 +25,7 @@ class Record:
     finish_reason: FinishReason | None = None
     logprobs: list[float] | None = None
     mean_logprob: float | None = None
+    token_stats: dict[TokenStat, list[float]] = field(default_factory=dict)
     text: str = ""
 
 
@@ -38,14 +39,15 @@ class Session:
         budget: Budget,
         *,
         until: tuple[str, ...],
-        with_logprobs: bool,
+        recorded: tuple[TokenStat, ...],
         prefix: Prefix,
         codes: Tensor,
     ) -> None:
         self.prompt = prompt
         self.until = until
         self.budget = budget
-        self.with_logprobs = with_logprobs
+        self.recorded = recorded
+        """What is kept of every token drawn, besides its id."""
         self.keep_logprobs = config.logprobs
         self.prefix: Prefix | None = prefix
         self.codes = codes

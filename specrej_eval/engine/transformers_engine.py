@@ -6,6 +6,7 @@ Nothing is ever re-tokenised or re-prefilled. Device-resident state; per step on
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -17,16 +18,17 @@ from torch import Tensor
 
 from specrej_eval.budget import Budget
 from specrej_eval.config import RunConfig
-from specrej_eval.core import FinishReason, Message, Plan, Prompt, RowView
+from specrej_eval.core import FinishReason, Message, Plan, Prompt, RowView, TokenStat
 from specrej_eval.engine import hardware, text
 from specrej_eval.engine.base import FinishedRow
 from specrej_eval.engine.groups import Group
-from specrej_eval.engine.kv_cache import bytes_per_token
 from specrej_eval.engine.model import ModelRunner, Path
 from specrej_eval.engine.prompts import encode_prompt
-from specrej_eval.engine.sampling import logprobs_of, sample, uniform
+from specrej_eval.engine.sampling import sample, uniform
 from specrej_eval.engine.session import Record, Session
+from specrej_eval.engine.token_stats import stats_of
 from specrej_eval.errors import OutOfMemoryError, PromptError
+from specrej_eval.kv.cache import bytes_per_token
 
 logger = logging.getLogger(__name__)
 
@@ -106,6 +108,7 @@ class TransformersEngine:
         *,
         until: tuple[str, ...] = (),
         with_logprobs: bool = False,
+        token_stats: Sequence[TokenStat] = (),
     ) -> Session:
         """Prefill a prompt. See ``base.Engine.open``.
 
@@ -115,6 +118,9 @@ class TransformersEngine:
         self.check(prompt, config)
         started = time.perf_counter()
         path = self.runner.path_for(prompt.num_tokens, config.max_gen_toks)
+        wanted = set(token_stats)
+        if with_logprobs or config.logprobs:
+            wanted.add("logprob")
         with torch.inference_mode(), self.runner.active():
             prefix = self.runner.prefill(prompt.token_ids, path)
         assert prefix.logits is not None
@@ -123,7 +129,7 @@ class TransformersEngine:
             config,
             budget,
             until=until,
-            with_logprobs=with_logprobs or config.logprobs,
+            recorded=tuple(sorted(wanted)),
             prefix=prefix,
             codes=self._token_codes(until, prefix.logits.shape[-1]),
         )
@@ -163,7 +169,7 @@ class TransformersEngine:
                     rows,
                     capacity=plan.num_tokens,
                     device=self.device,
-                    with_logprobs=session.with_logprobs,
+                    recorded=session.recorded,
                 )
                 group.use_streams(session.key)
                 session.groups.append(group)
@@ -200,6 +206,7 @@ class TransformersEngine:
                 token_ids=session.records[row].token_ids,
                 finish_reason=session.records[row].finish_reason,
                 mean_logprob=session.records[row].mean_logprob,
+                token_stats=session.records[row].token_stats,
             )
             for row in session.in_pool
         ]
@@ -303,8 +310,8 @@ class TransformersEngine:
             if not batch:
                 return
             started = time.perf_counter()
-            tokens, logprobs = self._next_tokens(batch)
-            emptied = self._commit(batch, tokens, logprobs)
+            tokens, stats = self._next_tokens(batch)
+            emptied = self._commit(batch, tokens, stats)
             seconds = time.perf_counter() - started
             rows = sum(group.num_rows for _, group in batch) or 1
             for session, group in batch:
@@ -312,20 +319,22 @@ class TransformersEngine:
             if stop_early and emptied:
                 return
 
-    def _next_tokens(self, batch: Sequence[tuple[Session, Group]]) -> tuple[list[Tensor], list[Tensor | None]]:
+    def _next_tokens(
+        self, batch: Sequence[tuple[Session, Group]]
+    ) -> tuple[list[Tensor], list[dict[TokenStat, Tensor]]]:
         """One forward pass, and each row's next token drawn from its own uniform.
 
         Returns:
-            Per group: (rows,) ids and, if asked for, (rows,) log-probs.
+            Per group: (rows,) ids, and (rows,) numbers for each statistic its session records.
         """
         tokens: dict[int, Tensor] = {}
-        logprobs: dict[int, Tensor | None] = {}
+        stats: dict[int, dict[TokenStat, Tensor]] = {}
         fed = [(session, group) for session, group in batch if group.num_sampled]
         parts: list[tuple[list[tuple[Session, Group]], Tensor]] = []
         if fed:
             last = torch.cat([group.tokens[:, group.num_sampled - 1] for _, group in fed]).to(torch.int64)
             logits = self.runner.step([group for _, group in fed], last)  # (rows, vocab)
-            if len({(session.sampling, session.with_logprobs) for session, _ in fed}) == 1:
+            if len({(session.sampling, session.recorded) for session, _ in fed}) == 1:
                 parts.append((fed, logits))
             else:
                 split = logits.split([group.num_rows for _, group in fed])
@@ -340,26 +349,27 @@ class TransformersEngine:
             steps = torch.cat([group.steps for _, group in members])
             drawn = sample(logits, uniform(streams, steps), session.sampling)
             sizes = [group.num_rows for _, group in members]
-            scored = logprobs_of(logits, drawn).split(sizes) if session.with_logprobs else [None] * len(members)
-            for (_, group), mine, lps in zip(members, drawn.split(sizes), scored, strict=True):
-                tokens[id(group)], logprobs[id(group)] = mine, lps
-        return [tokens[id(group)] for _, group in batch], [logprobs[id(group)] for _, group in batch]
+            told = {name: values.split(sizes) for name, values in stats_of(logits, drawn, session.recorded).items()}
+            for place, ((_, group), mine) in enumerate(zip(members, drawn.split(sizes), strict=True)):
+                tokens[id(group)] = mine
+                stats[id(group)] = {name: parts[place] for name, parts in told.items()}
+        return [tokens[id(group)] for _, group in batch], [stats[id(group)] for _, group in batch]
 
     def _commit(
-        self, batch: Sequence[tuple[Session, Group]], tokens: list[Tensor], logprobs: list[Tensor | None]
+        self, batch: Sequence[tuple[Session, Group]], tokens: list[Tensor], stats: list[dict[TokenStat, Tensor]]
     ) -> bool:
         """Make a step count, and let finished rows leave. True if a session has no live row left."""
         codes = torch.cat([session.codes[mine] for (session, _), mine in zip(batch, tokens, strict=True)])
         host_codes = codes.tolist()  # one byte per row: the only copy to the host in a step
         emptied = False
         first = 0
-        for (session, group), mine, lps in zip(batch, tokens, logprobs, strict=True):
+        for (session, group), mine, told in zip(batch, tokens, stats, strict=True):
             rows = group.num_rows
             session.account.hold(rows)
             session.decode_tokens += rows
             if group.num_sampled:
                 group.advance()
-            group.sampled(mine, lps)
+            group.sampled(mine, told)
             session.held_at[group.num_sampled - group.sampled_at_look] += rows * group.num_sampled
             self._finish_rows(session, group, host_codes[first : first + rows])
             emptied |= session.num_live == 0
@@ -398,17 +408,17 @@ class TransformersEngine:
         self._fetch(session, group, [place])
 
     def _fetch(self, session: Session, group: Group, places: Sequence[int]) -> None:
-        """Copy rows' tokens (and log-probs) to their records. Once per look and once when a row finishes."""
+        """Copy rows' tokens and their statistics to the records. Once per look and once when a row finishes."""
         index = torch.tensor(list(places), dtype=torch.int64, device=self.device)
         ids = group.tokens[index, : group.num_sampled].tolist()
-        lps = None if group.logprobs is None else group.logprobs[index, : group.num_sampled].double()
-        means = None if lps is None or not group.num_sampled else lps.mean(-1).tolist()
+        stats = {name: buffer[index, : group.num_sampled].double().tolist() for name, buffer in group.stats.items()}
         for offset, place in enumerate(places):
             record = session.records[group.row_ids[place]]
             record.token_ids = ids[offset]
-            if lps is not None:
-                record.logprobs = lps[offset].tolist()
-                record.mean_logprob = means[offset] if means is not None else None
+            record.token_stats = {name: values[offset] for name, values in stats.items()}
+            if "logprob" in record.token_stats:
+                record.logprobs = record.token_stats["logprob"]
+                record.mean_logprob = math.fsum(record.logprobs) / len(ids[offset]) if ids[offset] else None
             reason = None if record.finish_reason == "rejected" else record.finish_reason
             record.text = self.detokenizer.visible(record.token_ids, reason, session.until)
 

@@ -39,7 +39,9 @@ _LOADING = (
     "attn_implementation",
     "device",
     "partial_turn",
+    "reward_cache",
     "reward_device",
+    "reward_kv_budget_tokens",
     "trust_remote_code",
 )
 _KEPT = 2  # a model and a reference model are asked in turn, 64 instructions each

@@ -6,6 +6,7 @@ configuration has no influence on it.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import inspect
 import logging
@@ -26,7 +27,10 @@ from specrej_eval.harness.patching import patch, takes
 from specrej_eval.rewards.base import RewardModel
 
 NAME = "specrej_reward_judge"
-ARGUMENTS = ("reward_model", "reward_family", "reward_dtype", "device", "trust_remote_code")
+ARGUMENTS = (
+    *(field.name for field in dataclasses.fields(RunConfig) if field.name.startswith(("reward_", "judge_"))),
+    *("prm_reduce", "device", "trust_remote_code"),
+)
 """Of ``RunConfig``, with its rules; ``preference_temperature`` is the judge's own."""
 
 _logger = logging.getLogger(__name__)

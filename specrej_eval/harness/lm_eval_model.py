@@ -44,7 +44,19 @@ logger = logging.getLogger("lm_eval.models.specrej")  # below lm-eval's own logg
 
 VERSIONS = ("specrej_eval", "lm_eval", "torch", "transformers")
 FINGERPRINT = "specrej:fingerprint"
-_NEVER_CHANGES_RESULTS = {"batch_size", "trace_path", "journal", "device", "reward_device", "logprobs"}
+_NEVER_CHANGES_RESULTS = {
+    "batch_size",
+    "trace_path",
+    "journal",
+    "device",
+    "reward_device",
+    "logprobs",
+    "reward_batch_size",
+    "reward_timeout",
+    "reward_retries",
+    "reward_cache",
+    "reward_kv_budget_tokens",
+}
 
 
 class SpecRejLM(HFLM):

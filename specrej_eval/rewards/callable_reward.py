@@ -16,6 +16,7 @@ from typing import Any
 
 from specrej_eval.core import Message, RowView
 from specrej_eval.errors import ConfigError, RewardError, nearest
+from specrej_eval.rewards.base import Stateless
 
 RULE = "a reward callable must return one number per response"
 
@@ -89,7 +90,7 @@ def _origin(module: Any) -> str:
     return str(getattr(module, "__file__", None) or "memory")
 
 
-class CallableReward:
+class CallableReward(Stateless):
     """Calls the user's function once per look with all rows of one prompt."""
 
     needs_logprobs = False

@@ -7,34 +7,21 @@ here the log-probs fall out of decoding.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-from specrej_eval.core import Message, RowView
+from specrej_eval.core import RowView
 from specrej_eval.errors import RewardError
+from specrej_eval.rewards._self_scores import SelfScore
 
 
-class Likelihood:
-    """Reads ``RowView.mean_logprob``, in nats per token, under the untempered and unfiltered model."""
+class Likelihood(SelfScore):
+    """Reads ``RowView.mean_logprob``, in nats per token, under the untempered and unfiltered model; at most 0."""
 
     name = "likelihood"
     needs_logprobs = True
 
-    def __init__(self) -> None:
-        self.tokens_scored = 0  # stays 0: the log-probs fall out of decoding
-        self.num_calls = 0
-
-    def score(self, conversation: Sequence[Message], rows: Sequence[RowView], response_prefix: str = "") -> list[float]:
-        """Mean log-prob of each row, at most 0.
-
-        Raises:
-            RewardError: a row came without its mean log-prob (the engine ignored ``needs_logprobs``).
-        """
-        del conversation, response_prefix  # already in the condition of each log-prob
-        scores = []
-        for row in rows:
-            if row.mean_logprob is None:
-                raise RewardError(
-                    f"reward_model=likelihood needs the log-probs of row {row.row}, but the engine did not record them."
-                )
-            scores.append(float(row.mean_logprob))
-        return scores
+    def _of(self, row: RowView) -> float:
+        if row.mean_logprob is None:
+            raise RewardError(
+                f"reward_model=likelihood needs the log-probs of row {row.row}, but the engine did not record them.",
+                hint="it scores while decoding; texts from a file have no such numbers.",
+            )
+        return float(row.mean_logprob)

@@ -1,4 +1,4 @@
-"""The attention function transformers calls while our engine runs, and the cache object handed to the model.
+"""The attention function transformers calls while we run a model, and the cache object handed to the model.
 
 Registered as ``specrej_shared_prefix``. A model reaches it in every layer with rotary position already applied; which
 keys it attends to is taken from the step in progress (module-level slot), not from the arguments, because some models
@@ -18,15 +18,22 @@ from torch import Tensor
 from transformers import AttentionInterface
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from specrej_eval.engine.attention import sdpa
-from specrej_eval.engine.kv_cache import Prefix, SuffixPool
+from specrej_eval.kv.attention import sdpa
+from specrej_eval.kv.cache import Prefix, SuffixPool
+from specrej_eval.kv.ragged import Extension
 
 NAME = "specrej_shared_prefix"
+PREFILL_CHUNK = 512
+"""Prompt tokens per forward. Boundaries are counted from token 0, so a prompt's bits never depend on its company."""
+ROW_ALIGN = 16
+"""On CPU a batch is padded to a multiple of this many rows, so that every thread's share of a matmul has at least 4
+rows: with fewer, MKL takes another kernel and a row's bits would depend on its company."""
 
 
 @dataclass(slots=True)
 class Step:
-    """One forward pass in progress: either a chunk of a prompt, or one token for every row of some groups."""
+    """One forward pass in progress: a chunk of a prompt, one token for every row of some groups, or new tokens of rows
+    of unequal lengths."""
 
     backend: ModuleType = sdpa
     prefix: Prefix | None = None
@@ -35,6 +42,8 @@ class Step:
     """Prefill: position of the chunk's first token."""
     groups: Sequence[tuple[Prefix, SuffixPool]] = field(default_factory=list)
     """Decode: the groups in batch order. Rows beyond their sum are padding."""
+    extension: Extension | None = None
+    """Ragged: rows of one prompt, their new tokens packed into one sequence. Tokens beyond theirs are padding."""
     windows: dict[int, int | None] = field(default_factory=dict)
     """Out: the sliding window each layer asked for."""
 
@@ -55,7 +64,7 @@ def running(step: Step) -> Iterator[Step]:
 
 def _current() -> Step:
     if _step is None:
-        raise RuntimeError(f"attention implementation {NAME!r} was called outside the engine.")
+        raise RuntimeError(f"attention implementation {NAME!r} was called outside a step of ours.")
     return _step
 
 
@@ -75,6 +84,8 @@ class _Layer(CacheLayerMixin):
         step = _current()
         if step.prefix is not None:
             return step.start
+        if step.extension is not None:
+            return step.extension.prefix.length
         prefix, pool = step.groups[0]
         return prefix.length + pool.length
 
@@ -86,7 +97,7 @@ class _Layer(CacheLayerMixin):
 
 
 class SharedPrefixCache(Cache):
-    """The ``past_key_values`` of every forward pass of the engine."""
+    """The ``past_key_values`` of every forward pass of ours."""
 
     def __init__(self, num_layers: int) -> None:
         super().__init__(layers=[_Layer() for _ in range(num_layers)])  # type: ignore[no-untyped-call]  # an untyped base
@@ -108,8 +119,9 @@ def attention_forward(
     """Attention of one layer.
 
     Args:
-        query: (1, heads, chunk, head_dim) in prefill, (rows padded, heads, 1, head_dim) in decode.
-        key, value: (batch, kv_heads, chunk or 1, head_dim), the new positions; stored in the step's prefix or pools.
+        query: (1, heads, chunk, head_dim) in prefill, (rows padded, heads, 1, head_dim) in decode, (1, heads, tokens
+            padded, head_dim) in an extension.
+        key, value: the same with kv_heads, the new positions; stored in the step's prefix or pools.
 
     Returns:
         (batch, tokens, heads, head_dim), contiguous, and None for the weights.
@@ -133,6 +145,11 @@ def attention_forward(
             sinks=s_aux,
         )
         return out.transpose(1, 2).contiguous(), None
+    if step.extension is not None:
+        out = step.extension.attend(
+            layer, query[0], key[0], value[0], scale=scale, window=sliding_window, softcap=softcap, sinks=s_aux
+        )
+        return out[None], None
     parts = []
     first = 0
     for prefix, pool in step.groups:

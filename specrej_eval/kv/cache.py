@@ -96,7 +96,7 @@ class SuffixPool:
         self.capacity = tokens
         for store in (self._keys, self._values):
             for layer, old in store.items():
-                new = old.new_empty(self.rows, old.shape[1], tokens, old.shape[3])
+                new = self._allocate(old, self.rows, old.shape[1], tokens, old.shape[3])
                 new[:, :, : self.length] = old[: self.rows, :, : self.length]
                 store[layer] = new  # one layer at a time: the peak is one layer's extra copy
 
@@ -108,7 +108,7 @@ class SuffixPool:
         """
         for store, new in ((self._keys, key), (self._values, value)):
             if layer not in store:
-                store[layer] = new.new_empty(self.rows, new.shape[1], self.capacity, new.shape[3])
+                store[layer] = self._allocate(new, self.rows, new.shape[1], self.capacity, new.shape[3])
             store[layer][: self.rows, :, self.length] = new[:, :, 0]
 
     def layer(self, layer: int) -> tuple[Tensor, Tensor]:
@@ -132,9 +132,12 @@ class SuffixPool:
         self.rows = rows
 
     def _gathered(self, old: Tensor, index: Tensor) -> Tensor:
-        new = old.new_empty(index.shape[0], old.shape[1], self.capacity, old.shape[3])
+        new = self._allocate(old, index.shape[0], old.shape[1], self.capacity, old.shape[3])
         new[:, :, : self.length] = old[:, :, : self.length].index_select(0, index.to(old.device))
         return new
+
+    def _allocate(self, like: Tensor, *shape: int) -> Tensor:
+        return like.new_empty(*shape)
 
     def drop(self, sources: Tensor, holes: Tensor, rows: int) -> None:
         """Move rows ``sources`` into ``holes`` and forget everything from ``rows`` on: O(rows dropped), no gather."""

@@ -1,0 +1,91 @@
+"""What has to be known of a transformers model before our attention and cache may stand in for its own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from specrej_eval.kv import shared_prefix
+
+
+def obstacle(model: Any) -> str | None:
+    """Why a model's attention cannot be exchanged for ours; None if it may work (a probe has the last word)."""
+    text_config = model.config.get_text_config(decoder=True)
+    kinds = set(getattr(text_config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
+    if kinds:
+        return f"layers of type {', '.join(sorted(kinds))}"
+    settable = getattr(type(model), "_can_set_attn_implementation", None)
+    if not getattr(model, "_supports_attention_backend", False) and not (settable and settable()):
+        return "attention that cannot be exchanged"
+    return None
+
+
+@contextmanager
+def our_attention(model: Any) -> Iterator[Any]:
+    """Inside, the model attends through ``shared_prefix``; gives what its attention is outside.
+
+    The same object still serves other callers: with our attention no padding mask is built.
+    """
+    own = attention_of(model.config)
+    try:
+        model.set_attn_implementation(shared_prefix.NAME)
+        yield own
+    finally:
+        model.set_attn_implementation(own)
+
+
+def attention_of(config: Any) -> Any:
+    """The attention implementations of a config and its sub-configs, in the form ``set_attn_implementation`` takes."""
+    if not getattr(config, "sub_configs", None):
+        return config._attn_implementation
+    saved = {"": config._attn_implementation}
+    for name in config.sub_configs:
+        if getattr(config, name, None) is not None:
+            saved[name] = attention_of(getattr(config, name))
+    return saved
+
+
+def windows_missing(text_config: Any, windows: Mapping[int, int | None]) -> bool:
+    """Whether a layer that should have a sliding window asked for none (a probe is too short to see it in numbers).
+
+    Args:
+        windows: what each layer asked for (``shared_prefix.Step.windows``).
+    """
+    window = getattr(text_config, "sliding_window", None)
+    if not window or not getattr(text_config, "use_sliding_window", True):
+        return False
+    num_layers = int(text_config.num_hidden_layers)
+    types = getattr(text_config, "layer_types", None) or ["sliding_attention"] * num_layers
+    return any(kind == "sliding_attention" and windows.get(layer) != window for layer, kind in enumerate(types))
+
+
+def rope_limit(text_config: Any) -> int | None:
+    """Tokens from which on a sequence's rotary angles change with its length; None where they never do.
+
+    With ``dynamic`` and ``longrope`` scaling the angles change once a sequence outgrows the original context, so keys
+    cached before that are wrong after it.
+    """
+    rope = getattr(text_config, "rope_parameters", None) or getattr(text_config, "rope_scaling", None)
+    entries = [rope, *rope.values()] if isinstance(rope, dict) else []
+    for entry in entries:
+        if isinstance(entry, dict) and entry.get("rope_type", entry.get("type")) in ("dynamic", "longrope"):
+            limit = entry.get("original_max_position_embeddings") or getattr(
+                text_config, "original_max_position_embeddings", None
+            )
+            return int(limit or text_config.max_position_embeddings)
+    return None
+
+
+def reset_rotary(model: Any, device: torch.device) -> None:
+    """``dynamic`` rotary scaling remembers the longest sequence it saw; numbers may not depend on other prompts."""
+    if rope_limit(model.config.get_text_config(decoder=True)) is None:
+        return
+    for module in model.modules():
+        for name in [name for name in vars(module) if name.endswith("max_seq_len_cached")]:
+            prefix = name.removesuffix("max_seq_len_cached")
+            original = getattr(module, f"{prefix}original_inv_freq").to(device, copy=True)
+            module.register_buffer(f"{prefix}inv_freq", original, persistent=False)
+            setattr(module, name, module.original_max_seq_len)

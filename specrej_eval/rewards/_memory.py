@@ -1,0 +1,94 @@
+"""Forward passes and caches within the memory there is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import TypeVar
+
+import psutil
+import torch
+
+from specrej_eval.config import MAX, RunConfig
+from specrej_eval.kv.cache import Prefix, bytes_per_token
+
+Item = TypeVar("Item")
+Value = TypeVar("Value")
+
+MEMORY_SHARE = 0.25
+"""Of the memory free at first use, what the caches of a reward model may take unless told otherwise."""
+MEMORY_SHARE_BESIDE_MAX = 0.05
+"""The same beside ``n=max`` on a GPU: there the language model's cache takes all but a tenth of what is free."""
+
+
+class Allowance:
+    """Tokens that the caches of one reward model hold, over all its sessions, and may hold.
+
+    Args:
+        limit: most tokens; None = a share of the memory that is free at first use (``measure``).
+    """
+
+    def __init__(self, limit: int | None = None, *, share: float = MEMORY_SHARE) -> None:
+        self.limit = limit
+        self.held = 0
+        self._share = share
+
+    @classmethod
+    def of(cls, config: RunConfig) -> Allowance:
+        on_cpu = "cpu" in (config.reward_device, config.device) or not torch.cuda.is_available()
+        share = MEMORY_SHARE_BESIDE_MAX if config.n == MAX and not on_cpu else MEMORY_SHARE
+        return cls(config.reward_kv_budget_tokens, share=share)
+
+    def grows_by(self, tokens: int) -> bool:
+        """Whether ``tokens`` more may be held."""
+        return self.limit is None or self.held + tokens <= self.limit
+
+    def measure(self, prefix: Prefix, device: torch.device) -> None:
+        """Find the limit, unless there is one, from a prefilled prompt and the memory that is free."""
+        if self.limit is not None:
+            return
+        if device.type == "cuda":
+            free, _ = torch.cuda.mem_get_info(device)
+        else:
+            free = psutil.virtual_memory().available
+        self.limit = int(free * self._share) // bytes_per_token(prefix)
+
+
+def in_batches(items: Sequence[Item], length: Callable[[Item], int], most: int) -> Iterator[list[Item]]:
+    """Runs of items, sorted by length, of at most ``most`` padded tokens each; an item longer than that goes alone."""
+    batch: list[Item] = []
+    for item in items:
+        if batch and (len(batch) + 1) * length(item) > most:
+            yield batch
+            batch = []
+        batch.append(item)
+    if batch:
+        yield batch
+
+
+def in_halves(
+    batch: list[Item], forward: Callable[[list[Item]], list[Value]], too_big: Callable[[Item], Exception]
+) -> list[Value]:
+    """``forward(batch)``, or of halves of it where memory does not suffice.
+
+    The smaller size is not remembered: the split must not depend on the prompts that came before.
+
+    Raises:
+        Exception: ``too_big(item)``, if not even one item fits.
+    """
+    try:
+        return forward(batch)
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        if len(batch) == 1:
+            raise too_big(batch[0]) from error
+    # outside the except block: the traceback would keep the failed pass's tensors alive
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    middle = len(batch) // 2
+    return in_halves(batch[:middle], forward, too_big) + in_halves(batch[middle:], forward, too_big)
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    # torch's CPU allocator raises a plain RuntimeError
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)

@@ -1,0 +1,265 @@
+"""Conversation and response -> the token ids a reward model reads.
+
+All rules are here, so that a family states only where it differs: text is rendered and tokenised in one go (text that
+went through a template must not meet the tokenizer's own BOS), a refused system message goes before the first user
+message, an unfinished answer is a closed or an open turn, half a character at its end is not read, and what is too
+long is cut on the left, so that the response stays.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from specrej_eval.config import RunConfig
+from specrej_eval.core import Message, RowView
+from specrej_eval.errors import ConfigError, RewardError
+
+_NO_LIMIT = 1_000_000
+"""Tokenizers without a maximum length report about 1e30."""
+
+_logger = logging.getLogger(__name__)
+
+
+class Input(NamedTuple):
+    """What the model reads for one row."""
+
+    ids: tuple[int, ...]
+    types: tuple[int, ...] = ()
+    """Segment ids of a text pair; empty where the tokenizer has none."""
+
+
+class Renderer:
+    """Makes the inputs of one reward model. A family may give its own template, or override ``encode``.
+
+    Args:
+        tokenizer: the checkpoint's.
+        name: the reward model's name, for messages.
+        vocab_size: ids from here on are refused: tokenizer and weights do not belong together.
+        max_length: most tokens of an input; None = no limit (see ``max_length_of``).
+        partial_turn: how an unfinished answer is read: ``closed``, as if it were the whole turn (the reference code's
+            way), or ``open``, without the template's tail. Finished answers are always closed.
+        template: a Jinja chat template that wins over the tokenizer's. It writes its own BOS; none is added.
+        trailing_ids: token ids put behind every input, open turns included (InternLM2's reward token).
+        without_template: what a tokenizer without a chat template (and no ``template``) means: ``ask`` = an error that
+            asks for ``reward_template=``, ``pair`` = an encoder's text pair, ``text`` = prompt + response as one text,
+            with the BOS that the tokenizer adds.
+
+    Raises:
+        ConfigError: there is no template and the rule is ``ask``.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        *,
+        name: str,
+        vocab_size: int,
+        max_length: int | None = None,
+        partial_turn: str = "closed",
+        template: str | None = None,
+        trailing_ids: Sequence[int] = (),
+        without_template: Literal["ask", "pair", "text"] = "ask",
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.name = name
+        self.vocab_size = vocab_size
+        self.max_length = max_length
+        self.template: str | None = template
+        self.trailing_ids = tuple(trailing_ids)
+        self.without_template = without_template
+        self.has_template = template is not None or tokenizer.chat_template is not None
+        if not self.has_template and without_template == "ask":
+            raise ConfigError(
+                f"reward_model={name!r}: its tokenizer has no chat template, so how a conversation is to be written "
+                "for it is not known.",
+                hint="reward_template= takes a Jinja chat template or a file that holds one; "
+                "\"{{ bos_token }}{% for m in messages %}{{ m['content'] }}{% endfor %}\" reads the plain text.",
+            )
+        candidates = (tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id)
+        self.filler: int = next((i for i in candidates if i is not None and i < vocab_size), 0)
+        """The id used for padding, which no real token ever attends to."""
+        self._open_partials = partial_turn == "open"
+        self._merge_system = False
+        self._warned: set[str] = set()
+
+    def inputs(
+        self, conversation: Sequence[Message], rows: Sequence[RowView], response_prefix: str = ""
+    ) -> list[Input]:
+        """Each row's input, in row order; too long ones are cut on the left, with one warning.
+
+        Raises:
+            RewardError: the chat template refuses the conversation, or a token is beyond the model's vocabulary.
+        """
+        known: dict[tuple[str, bool], tuple[Input, int]] = {}
+        inputs = []
+        dropped = []
+        for row in rows:
+            # an unfinished row may end within a character; the bytes so far decode to U+FFFD
+            text = row.text if row.finished else row.text.rstrip("\ufffd")
+            key = (response_prefix + text, self._open_partials and not row.finished)
+            if key not in known:
+                known[key] = self._input(conversation, *key, row=row.row)
+            entry, num_dropped = known[key]
+            inputs.append(entry)
+            if num_dropped:
+                dropped.append(num_dropped)
+        if dropped:
+            self.warn(
+                "truncation",
+                f"{len(dropped)} of {len(rows)} rows are longer than its {self.max_length} tokens; cut on the left by "
+                f"up to {max(dropped)} tokens (said once).",
+            )
+        return inputs
+
+    def encode(self, messages: list[dict[str, str]], response: str, *, open_turn: bool) -> Any:
+        """Tokenise one conversation with its response; a family with a form of its own overrides this.
+
+        Args:
+            messages: the turns before the response; a copy, free to change.
+            open_turn: leave the response's turn open.
+
+        Returns:
+            A mapping with ``input_ids`` (list[int]), and ``token_type_ids`` for a text pair.
+
+        Raises:
+            Exception: whatever the template raises; it is tried again with system messages merged into the user's, and
+                then becomes a RewardError that names the row.
+        """
+        if not self.has_template:
+            return self._encode_plain(messages, response)
+        if open_turn and not response.strip():  # nothing to continue: the turn has only been opened
+            return self.tokenizer.apply_chat_template(
+                messages, chat_template=self.template, tokenize=True, return_dict=True, add_generation_prompt=True
+            )
+        return self.tokenizer.apply_chat_template(
+            [*messages, {"role": "assistant", "content": response}],
+            chat_template=self.template,
+            tokenize=True,
+            return_dict=True,
+            add_generation_prompt=False,
+            continue_final_message=open_turn,
+        )
+
+    def warn(self, key: str, text: str) -> None:
+        """Log a warning about this reward model, once per key."""
+        if key not in self._warned:
+            self._warned.add(key)
+            _logger.warning("reward_model=%s: %s", self.name, text)
+
+    def _encode_plain(self, messages: Sequence[Message], response: str) -> Any:
+        pair = self.without_template == "pair"
+        self.warn(
+            "template",
+            "its tokenizer has no chat template; it reads the plain text of prompt and response "
+            + ("as a text pair." if pair else "as one text."),
+        )
+        prompt = "\n".join(message["content"] for message in messages)
+        if pair:
+            return self.tokenizer(prompt, response)
+        bos = self.tokenizer.bos_token
+        return self.tokenizer((prompt + response).removeprefix(bos or ""))  # the tokenizer adds BOS itself
+
+    def _input(self, conversation: Sequence[Message], response: str, open_turn: bool, *, row: int) -> tuple[Input, int]:
+        """One input and the number of tokens cut from it."""
+        encoded = self._encode_or_merge(conversation, response, open_turn, row=row)
+        ids = [*encoded["input_ids"], *self.trailing_ids]
+        if not ids:  # an empty prompt and response, and a tokenizer without BOS: as the harness does, a prefix token
+            ids = [self.filler]
+        if max(ids) >= self.vocab_size:
+            raise RewardError(
+                f"reward_model={self.name!r}: row {row} has token id {max(ids)}, but the model's vocabulary ends at "
+                f"{self.vocab_size}: {response[:80]!r}",
+                hint="tokenizer and weights do not belong together.",
+            )
+        types = list(encoded.get("token_type_ids") or ()) if self.without_template == "pair" else []
+        cut = self._positions_to_cut(ids, encoded)
+        kept = [position for position in range(len(ids)) if position not in cut]
+        entry = Input(tuple(ids[i] for i in kept), tuple(types[i] for i in kept) if types else ())
+        return entry, len(cut)
+
+    def _positions_to_cut(self, ids: list[int], encoded: Any) -> set[int]:
+        """The leftmost tokens over the limit; BOS stays, and of a pair the prompt goes before the response."""
+        excess = len(ids) - self.max_length if self.max_length is not None else 0
+        if excess <= 0:
+            return set()
+        leading = {self.tokenizer.bos_token_id, self.tokenizer.cls_token_id} - {None}
+        order = [position for position in range(len(ids)) if position > 0 or ids[0] not in leading]
+        if not self.has_template and self.without_template == "pair" and encoded.encodings:
+            sides = encoded.sequence_ids(0)  # 0 = prompt, 1 = response, None = [CLS], [SEP]
+            order = [i for side in (0, 1) for i in order if sides[i] == side]
+        return set(order[:excess])
+
+    def _encode_or_merge(self, conversation: Sequence[Message], response: str, open_turn: bool, *, row: int) -> Any:
+        messages = [dict(message) for message in conversation]
+        has_system = any(message["role"] == "system" for message in messages)
+        try:
+            ready = _merged(messages) if self._merge_system and has_system else messages
+            return self.encode(ready, response, open_turn=open_turn)
+        except Exception as error:  # templates refuse with jinja's errors, and fail with any other
+            if self._merge_system or not has_system or not self.has_template:
+                raise self._template_error(error, row, response, open_turn) from error
+            try:
+                encoded = self.encode(_merged(messages), response, open_turn=open_turn)
+            except Exception:
+                raise self._template_error(error, row, response, open_turn) from error
+        self._merge_system = True
+        self.warn("system", "its chat template takes no system message; it is put before the first user message.")
+        return encoded
+
+    def _template_error(self, error: Exception, row: int, response: str, open_turn: bool) -> RewardError:
+        return RewardError(
+            f"the chat template of reward_model={self.name!r} failed: {type(error).__name__}: {error}\n"
+            f"  row {row}: {response[:80]!r}",
+            hint="it must render a conversation that ends with an assistant message"
+            + (" and leave that message's text as it is (else partial_turn=closed)." if open_turn else "."),
+        )
+
+
+def renderer_options(config: RunConfig) -> dict[str, Any]:
+    """What the arguments say of rendering, as keyword arguments of ``Renderer``: a given ``reward_template`` comes last
+    in ``{"template": family's own, **renderer_options(config)}``, so that it wins."""
+    options: dict[str, Any] = {"partial_turn": config.partial_turn}
+    if config.reward_template is not None:
+        options["template"] = read_template(config.reward_template)
+    return options
+
+
+def read_template(value: str) -> str:
+    """``reward_template=``: Jinja text as it is, or the text of the file it names.
+
+    Raises:
+        ConfigError: it is no Jinja text, and there is no such file.
+    """
+    if "{{" in value or "{%" in value:
+        return value
+    path = Path(value).expanduser()
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            f"reward_template={value!r} is neither a Jinja template nor a file that can be read ({error}).",
+            hint="inline templates contain {{ ... }} or {% ... %}.",
+        ) from error
+
+
+def max_length_of(config: Any, tokenizer: Any) -> int | None:
+    """Most tokens a model reads: the smaller of what model config and tokenizer say; None if neither says."""
+    text_config = config.get_text_config()
+    stated = [getattr(text_config, name, None) for name in ("max_position_embeddings", "n_positions")]
+    stated.append(tokenizer.model_max_length)
+    limits = [int(limit) for limit in stated if limit is not None and 0 < limit < _NO_LIMIT]
+    return min(limits, default=None)
+
+
+def _merged(messages: Sequence[Mapping[str, str]]) -> list[dict[str, str]]:
+    """The same conversation with its system messages put before the first user message."""
+    system = [message["content"] for message in messages if message["role"] == "system"]
+    rest = [dict(message) for message in messages if message["role"] != "system"]
+    for message in rest:
+        if message["role"] == "user":
+            message["content"] = "\n\n".join([*system, message["content"]])
+            return rest
+    return [{"role": "user", "content": "\n\n".join(system)}, *rest] if system else rest

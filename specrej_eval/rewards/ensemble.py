@@ -1,0 +1,258 @@
+"""Several rewards as one: ``reward_model=a+0.5*b``, or a list; ``reward_ensemble=sum|rank`` says how they are joined.
+
+``sum``: the weighted sum of the scores, which is fair only among rewards of one scale. ``rank``: the weighted mean of
+each reward's ranks among the rows of one call, from 0 (worst) to 1 (best), equal scores sharing the mean of their
+places; it needs no common scale. A rank holds only among the rows it was made of: the loop asks once more for those
+that finished, before it picks the best (``RewardSession.compare``).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from specrej_eval.config import RunConfig, as_float
+from specrej_eval.core import Message, RowView, TokenStat, finite_or_none
+from specrej_eval.errors import ConfigError
+from specrej_eval.rewards.base import (
+    Pair,
+    RewardModel,
+    RewardSession,
+    by_conversation,
+    check_reward,
+    make_reward,
+    open_session,
+    score_pairs,
+)
+
+_TERM = re.compile(r"\s*(?:(?P<weight>[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)\s*\*\s*)?(?P<name>.*?)\s*", re.DOTALL)
+_FORM = 'a+0.5*b, or a list such as ["a", "0.5*b", {"reward_model": "http://host:8000", "weight": 2}]'
+_OWN = {"reward_family", "reward_template", "reward_tokenizer", "reward_device", "reward_dtype", "reward_batch_size"}
+"""Arguments that a part in a list may have for itself, with ``weight`` and ``reward_model``."""
+
+
+class Part(NamedTuple):
+    weight: float
+    config: RunConfig
+    """The run's, with ``reward_model`` and what else the part has for itself."""
+
+    @property
+    def name(self) -> str:
+        return str(self.config.reward_model)
+
+
+def claims(name: str) -> bool:
+    """Whether a ``reward_model`` names several rewards, or one with a weight. A folder of that very name wins."""
+    if name.lstrip().startswith("["):
+        return True
+    if Path(name).expanduser().exists():
+        return False
+    match = _TERM.fullmatch(name)
+    return "+" in name or (match is not None and match["weight"] is not None)
+
+
+def parse(name: str, config: RunConfig) -> list[Part]:
+    """The parts, in the order given.
+
+    Raises:
+        ConfigError: an empty part, a weight that is no finite number or is 0, an unknown name in a list's entry.
+    """
+    entries: Sequence[Any] = _split(name)
+    if name.lstrip().startswith("["):
+        try:
+            entries = json.loads(name)
+        except ValueError as error:
+            raise ConfigError(f"reward_model={name!r} is not a JSON list ({error}).", hint=f"{_FORM}.") from error
+    if not entries:
+        raise ConfigError("reward_model=[] names no reward.", hint=f"{_FORM}.")
+    return [_part(entry, name, config) for entry in entries]
+
+
+def check(name: str, config: RunConfig, token: str | bool | None = None) -> None:
+    """Check every part, and that together they make sense. Raises as ``parse`` and ``base.check_reward``."""
+    for part in parse(name, config):
+        check_reward(part.config, token=token)
+
+
+def make(name: str, config: RunConfig, device: str, token: str | bool | None = None) -> Ensemble:
+    """Load every part. Raises as ``check``."""
+    parts = parse(name, config)
+    return Ensemble(
+        [make_reward(part.config, device=device, token=token) for part in parts],
+        [part.weight for part in parts],
+        name=name,
+        by_rank=config.reward_ensemble == "rank",
+    )
+
+
+def _split(name: str) -> list[str]:
+    """At each plus sign but that of a number such as 1e+3."""
+    return re.split(r"(?<![\d.][eE])\+", name)
+
+
+def _part(entry: Any, whole: str, config: RunConfig) -> Part:
+    given: dict[str, Any] = dict(entry) if isinstance(entry, Mapping) else {"reward_model": entry}
+    name, weight = given.pop("reward_model", None), given.pop("weight", None)
+    if unknown := sorted(given.keys() - _OWN):
+        raise ConfigError(
+            f"reward_model={whole!r}: a part has no argument {unknown[0]!r}.",
+            hint=f"it can have: {', '.join(sorted({'reward_model', 'weight', *_OWN}))}.",
+        )
+    if not isinstance(name, str) or not name.strip():
+        raise ConfigError(f"reward_model={whole!r} has a part without a name.", hint=f"{_FORM}.")
+    match = _TERM.fullmatch(name)
+    if weight is None and match is not None and match["weight"] is not None:
+        name, weight = match["name"], match["weight"]
+    value = as_float(f"the weight of {name!r}", 1 if weight is None else weight)
+    if value == 0 or not name.strip() or claims(name):
+        raise ConfigError(
+            f"reward_model={whole!r}: {entry!r} is no part of an ensemble.",
+            hint=f"a weight other than 0 and one reward's name each: {_FORM}. A plus sign in an address is %2B.",
+        )
+    return Part(value, config.replace(reward_model=name.strip(), **given))
+
+
+class Ensemble:
+    """Weighted sum, or weighted mean rank, of several rewards. See the module's text.
+
+    Args:
+        members: the rewards, at least one.
+        weights: one each; negative ones count against.
+        by_rank: join ranks in place of scores.
+    """
+
+    def __init__(
+        self, members: Sequence[RewardModel], weights: Sequence[float], *, name: str = "ensemble", by_rank: bool = False
+    ) -> None:
+        self.name = name
+        self.members = list(members)
+        self.weights = list(weights)
+        self.by_rank = by_rank
+        self.needs_logprobs = any(member.needs_logprobs for member in members)
+        wanted: dict[TokenStat, None] = {}
+        for member in members:
+            wanted.update(dict.fromkeys(getattr(member, "needs_token_stats", ())))
+        self.needs_token_stats: tuple[TokenStat, ...] = tuple(wanted)
+
+    @property
+    def tokens_scored(self) -> int:
+        return sum(member.tokens_scored for member in self.members)
+
+    @property
+    def num_calls(self) -> int:
+        return sum(member.num_calls for member in self.members)
+
+    @property
+    def scores_floored(self) -> int:
+        return sum(getattr(member, "scores_floored", 0) for member in self.members)
+
+    def score(self, conversation: Sequence[Message], rows: Sequence[RowView], response_prefix: str = "") -> list[float]:
+        """One number per row; ranks are among the rows given.
+
+        Raises:
+            RewardError: as the members.
+        """
+        return self.join([list(member.score(conversation, rows, response_prefix)) for member in self.members])
+
+    def score_pairs(self, pairs: Sequence[Pair]) -> list[float]:
+        """Finished answers of any conversations; ranks are among the answers to one of them. Raises as ``score``."""
+        scores = [score_pairs(member, pairs) for member in self.members]
+        if not self.by_rank:
+            return self.join(scores)
+        joined = [0.0] * len(pairs)
+        for places in by_conversation(pairs):
+            mine = self.join([[member[place] for place in places] for member in scores])
+            for place, score in zip(places, mine, strict=True):
+                joined[place] = score
+        return joined
+
+    def open(self, conversation: Sequence[Message], response_prefix: str = "") -> EnsembleSession:
+        """Opens a session of every member."""
+        return EnsembleSession(self, [open_session(member, conversation, response_prefix) for member in self.members])
+
+    def join(self, scores: Sequence[Sequence[float]]) -> list[float]:
+        """Members' scores (members, rows) -> (rows,).
+
+        A row that any member scores NaN is NaN, and has no part in the others' ranks.
+        """
+        columns = list(zip(*scores, strict=True))
+        sound = [place for place, column in enumerate(columns) if not any(math.isnan(score) for score in column)]
+        total = sum(abs(weight) for weight in self.weights)
+        joined = [math.nan] * len(columns)
+        table = [[member[place] for place in sound] for member in scores]
+        if self.by_rank:
+            table = [ranks(member) for member in table]
+        for number, place in enumerate(sound):
+            products = [weight * member[number] for weight, member in zip(self.weights, table, strict=True)]
+            joined[place] = _sum(products) / (total if self.by_rank else 1)
+        return joined
+
+
+class EnsembleSession:
+    """See ``RewardSession``."""
+
+    def __init__(self, ensemble: Ensemble, members: Sequence[RewardSession]) -> None:
+        self._ensemble = ensemble
+        self._members = members
+        self._parts: dict[int, tuple[float, ...]] = {}
+
+    def score(self, rows: Sequence[RowView]) -> list[float]:
+        scores = [list(member.score(rows)) for member in self._members]
+        self._parts.update(zip([row.row for row in rows], zip(*scores, strict=True), strict=True))
+        return self._ensemble.join(scores)
+
+    def compare(self, row_ids: Sequence[int]) -> list[float] | None:
+        """Scores of rows that were looked at at different times, made comparable; from what the members said then.
+
+        None where they are comparable as they are.
+        """
+        if not self._ensemble.by_rank or not row_ids:
+            return None
+        return self._ensemble.join(list(zip(*(self._parts[row] for row in row_ids), strict=True)))
+
+    def parts(self, row_id: int) -> dict[str, float | None] | None:
+        """What each member last said of a row; None for a row never looked at."""
+        found = self._parts.get(row_id)
+        if found is None:
+            return None
+        named: dict[str, float | None] = {}
+        for member, value in zip(self._ensemble.members, found, strict=True):
+            name = member.name
+            while name in named:
+                name += "'"  # the same reward twice
+            named[name] = finite_or_none(value)
+        return named
+
+    def keep(self, row_ids: Sequence[int]) -> None:
+        for member in self._members:
+            member.keep(row_ids)
+
+    def close(self) -> None:
+        for member in self._members:
+            member.close()
+
+
+def ranks(scores: Sequence[float]) -> list[float]:
+    """Each score's rank from 0 (lowest) to 1 (highest); equal ones share the mean of their places. 1 for one alone."""
+    if len(scores) == 1:
+        return [1.0]
+    order = sorted(range(len(scores)), key=lambda place: scores[place])
+    found = [0.0] * len(scores)
+    start = 0
+    while start < len(order):
+        end = start
+        while end + 1 < len(order) and scores[order[end + 1]] == scores[order[start]]:
+            end += 1
+        for place in order[start : end + 1]:
+            found[place] = (start + end) / 2 / (len(scores) - 1)
+        start = end + 1
+    return found
+
+
+def _sum(products: Sequence[float]) -> float:
+    """Exact where it can be; infinities of both signs are NaN."""
+    return math.fsum(products) if all(math.isfinite(value) for value in products) else sum(products)
