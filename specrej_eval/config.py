@@ -9,6 +9,7 @@ import ast
 import dataclasses
 import functools
 import inspect
+import itertools
 import json
 import math
 import re
@@ -298,7 +299,7 @@ def descriptions() -> dict[str, str]:
     """What each argument does: the string below its field."""
     body = next(node for node in ast.parse(inspect.getsource(RunConfig)).body if isinstance(node, ast.ClassDef)).body
     found = {}
-    for field, text in zip(body, body[1:], strict=False):
+    for field, text in itertools.pairwise(body):
         if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name) and isinstance(text, ast.Expr):
             found[field.target.id] = " ".join(str(ast.literal_eval(text.value)).replace("``", "").split())
     return found
