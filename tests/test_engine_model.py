@@ -64,7 +64,7 @@ def test_ours_is_set_inside_only() -> None:
     with runner.active():
         assert settings_of(runner.model.config)[""] == shared_prefix.NAME
     assert settings_of(runner.model.config) == before
-    with pytest.raises(RuntimeError, match="outside the engine"), runner.active():
+    with pytest.raises(RuntimeError, match="outside a step of ours"), runner.active():
         runner.model(torch.tensor([[5, 6]]))
     assert settings_of(runner.model.config) == before
 

@@ -15,7 +15,8 @@ from torch.nn import functional
 from specrej_eval.kv.cache import Prefix, SuffixPool
 
 _SCORE_BYTES = 128 * 2**20
-"""Attention scores materialised at a time; rows take turns beyond that."""
+"""Most memory of a layer's attention scores, were they materialised (with softcap or sinks they are); rows take turns
+beyond that, which also bounds the copies of the prefix."""
 
 
 class RaggedPool(SuffixPool):
@@ -170,7 +171,7 @@ class Extension:
             seen &= sources > own[..., None] - window
         seen = seen[:, None, None].expand(-1, 1, groups, -1, -1).reshape(count, 1, groups * longest, -1)
         packed = query.reshape(count, kv_heads, groups * longest, width)
-        if softcap is None and sinks is None and query.is_cuda:
+        if softcap is None and sinks is None:
             out = functional.scaled_dot_product_attention(packed, keys, values, attn_mask=seen, scale=scale)
         else:
             scores = torch.matmul(packed, keys.transpose(2, 3)).float() * scale
