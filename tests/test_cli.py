@@ -123,7 +123,7 @@ def test_report_shows_scores_and_costs_of_each_run(tmp_path: Path, capsys: pytes
         "Sampling, n=1",
         "Best-of-N, n=16",
     ]
-    assert lines[2].split()[-8:] == ["0.7500", "±", "0.2500", "1.500", "12,345", "6,789", "50.0%", "3.8"]
+    assert lines[2].split()[-9:] == ["0.7500", "±", "0.2500", "1.500", "12,345", "6,789", "50.0%", "3.8", "27%"]
     assert lines[3].split()[-2] == "0.0%"
     assert "hardware: 4 cores" in lines
 
@@ -161,7 +161,7 @@ def test_report_names_metrics_filters_and_tasks_where_there_are_several(
 
 def test_report_shows_a_run_of_another_model_without_costs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_results(tmp_path, date=1.0)
-    assert report(capsys, tmp_path).splitlines()[2].split() == ["hf", "0.7500", "±", "0.2500", *"-----"]
+    assert report(capsys, tmp_path).splitlines()[2].split() == ["hf", "0.7500", "±", "0.2500", *"------"]
 
 
 def test_report_warns_of_what_makes_runs_incomparable(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -178,6 +178,7 @@ def test_report_as_json_is_data(tmp_path: Path, capsys: pytest.CaptureFixture[st
     write_results(tmp_path, date=1.0, resolved=arguments())
     (row,) = json.loads(report(capsys, tmp_path, "--format", "json"))
     assert (row["value"], row["stderr"], row["rejected_share"], row["seconds"]) == (0.75, 0.25, 0.5, 3.75)
+    assert row["scoring_share"] == 1 / 3.75
 
 
 def test_report_passes_over_files_that_are_not_results(tmp_path: Path) -> None:

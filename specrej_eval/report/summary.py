@@ -147,7 +147,14 @@ def costs(run: Run) -> dict[str, Any]:
         "reward_tokens": totals.get("reward_tokens"),
         "rejected_share": rejected / started if started and rejected is not None else None,
         "seconds": sum(seconds.values()) if isinstance(seconds, Mapping) else seconds,
+        "scoring_share": _scoring_share(seconds),
     }
+
+
+def _scoring_share(seconds: Any) -> float | None:
+    """What share of the seconds the reward model took."""
+    total = sum(seconds.values()) if isinstance(seconds, Mapping) else 0
+    return seconds.get("reward", 0.0) / total if total else None
 
 
 def render(runs: Sequence[Run], style: str = "text") -> str:
@@ -167,7 +174,7 @@ def render(runs: Sequence[Run], style: str = "text") -> str:
     header += ["task"] if several_tasks else []
     header += ["filter"] if several_filters else []
     header += [f"{one_metric} ± stderr"] if one_metric else ["metric", "value ± stderr"]
-    header += ["mean reward", "tokens decoded", "reward tokens", "rejected", "seconds"]
+    header += ["mean reward", "tokens decoded", "reward tokens", "rejected", "seconds", "scoring"]
     lines = []
     previous = None
     for row in table:
@@ -185,9 +192,10 @@ def render(runs: Sequence[Run], style: str = "text") -> str:
                 number(row["reward_tokens"], ",.0f"),
                 number(row["rejected_share"], ".1%"),
                 number(row["seconds"], ".1f"),
+                number(row["scoring_share"], ".0%"),
             ]
         else:
-            line += [""] * 5
+            line += [""] * 6
         lines.append(line)
     left = 1 + several_tasks + several_filters + (one_metric is None)  # so many columns of words, then numbers
     return align(header, lines, left, style)
