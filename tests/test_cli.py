@@ -124,7 +124,7 @@ def test_report_shows_scores_and_costs_of_each_run(tmp_path: Path, capsys: pytes
         "Best-of-N, n=16",
     ]
     assert lines[2].split()[-9:] == ["0.7500", "±", "0.2500", "1.500", "12,345", "6,789", "50.0%", "3.8", "27%"]
-    assert lines[3].split()[-2] == "0.0%"
+    assert lines[3].split()[-3] == "0.0%"
     assert "hardware: 4 cores" in lines
 
 
