@@ -21,7 +21,7 @@ from specrej_eval.answering import AUTO, Question, answer, requests_for
 from specrej_eval.config import HOST_ARGUMENTS, RunConfig, as_bool, as_float, as_int, checked_until
 from specrej_eval.engine.base import Engine
 from specrej_eval.errors import ConfigError
-from specrej_eval.fingerprint import of_models, of_run
+from specrej_eval.fingerprint import NEUTRAL, of_models, of_run
 from specrej_eval.generator import Generator
 from specrej_eval.outputs import Answer, OutputsFolder, RunRecord, total_cost
 from specrej_eval.progress import summary_line
@@ -35,15 +35,7 @@ DECODER_ARGUMENTS = ("apply_chat_template", "is_chatml_prompt", "max_tokens", "p
 STRATEGIES = {"specrej_completions": "speculative_rejection", "specrej_best_of_n": "best_of_n"}
 """Our completion functions and the strategy each presets."""
 
-_LOADING = (
-    "attn_implementation",
-    "device",
-    "partial_turn",
-    "reward_cache",
-    "reward_device",
-    "reward_kv_budget_tokens",
-    "trust_remote_code",
-)
+_PER_RUN = {"batch_size", "force_sampling_args", "journal", "on_greedy", "trace_path"}
 _KEPT = 2  # a model and a reference model are asked in turn, 64 instructions each
 _loaded: dict[str, dict[str, Generator]] = {}
 """models -> configuration -> generator; the generators of one inner dict share engine and reward model."""
@@ -155,7 +147,9 @@ class Generation:
 
     def generator(self) -> Generator:
         """The models, loaded once for all chunks and for all configurations that name the same ones."""
-        models = _key(of_models(self.config, self.host), [getattr(self.config, name) for name in _LOADING])
+        placed = [getattr(self.config, name) for name in NEUTRAL if name not in _PER_RUN]
+        # a self-score has no floor where nothing is compared
+        models = _key(of_models(self.config, self.host), placed, self.config.partial_turn, self.config.n == 1)
         if models not in _loaded:
             while len(_loaded) >= _KEPT:
                 del _loaded[next(iter(_loaded))]  # the oldest, before new ones ask for memory
