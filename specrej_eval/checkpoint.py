@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from specrej_eval.errors import CheckpointError, ConfigError, nearest
-from specrej_eval.paths import PACKAGE
+from specrej_eval.paths import PACKAGE, expanded
 
 DEMO_POLICY = PACKAGE / "demo" / "policy"
 """The embedded language model (``specrej_eval.demo.POLICY_DIR``, which rooms below the front do not import)."""
@@ -46,7 +46,7 @@ def check_folder(argument: str, name: str) -> Path | None:
     Raises:
         CheckpointError: the folder is missing (the nearest one beside it is suggested), or is a file.
     """
-    folder = Path(name).expanduser()
+    folder = expanded(name)
     if folder.is_dir():
         return folder
     if folder.exists():
@@ -61,7 +61,7 @@ def check_folder(argument: str, name: str) -> Path | None:
 
 def folder_hint(name: str) -> str:
     """What lies beside a folder that does not exist."""
-    parent = Path(name).expanduser().absolute().parent
+    parent = expanded(name).absolute().parent
     if not parent.is_dir():
         return f"{str(parent)!r} does not exist either."
     siblings = [entry.name for entry in parent.iterdir() if entry.is_dir()]
@@ -188,10 +188,10 @@ def stamp(name: str | None) -> str | None:
     Names, sizes, and the first and last megabyte of every file; None for anything that is not a folder (a hub name is
     told apart by its revision).
     """
-    if name is None or not Path(name).expanduser().is_dir():
+    if name is None or not expanded(name).is_dir():
         return None
     digest = hashlib.sha256()
-    folder = Path(name).expanduser()
+    folder = expanded(name)
     for path in sorted({path for pattern in _STAMPED for path in folder.glob(pattern)}):
         size = path.stat().st_size
         with path.open("rb") as file:

@@ -18,6 +18,7 @@ from specrej_eval.budget import DEFAULT_N
 from specrej_eval.checkpoint import DEMO_POLICY, DEMO_REWARD, stamp
 from specrej_eval.config import RunConfig, without_passwords
 from specrej_eval.errors import ConfigError
+from specrej_eval.paths import expanded
 
 EMBEDDED = "embedded"
 """The demo pair's name in records: its folder differs from machine to machine."""
@@ -133,7 +134,7 @@ def _about_models(config: RunConfig) -> dict[str, Any]:
 
 def _reward_files(name: str) -> str | None:
     pieces = [piece for piece in _BETWEEN_PARTS.split(name) if piece]
-    if len(pieces) > 1 and not Path(name).expanduser().exists():  # an ensemble: what is known of each part
+    if len(pieces) > 1 and not expanded(name).exists():  # an ensemble: what is known of each part
         found = [files for files in map(_reward_files, pieces) if files is not None]
         return hashlib.sha256(" ".join(found).encode()).hexdigest() if found else None
     module, colon, function = name.partition(":")

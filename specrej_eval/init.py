@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from specrej_eval.errors import ConfigError
-from specrej_eval.paths import FOLDERS, folder
+from specrej_eval.paths import FOLDERS, expanded, folder
 
 
 def files() -> Iterator[tuple[Path, Path]]:
@@ -73,7 +73,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    target: Path = args.folder.expanduser()
+    target: Path = expanded(args.folder)
     written, kept = write(target, force=args.force)
     for name in FOLDERS:
         below = sum(path.relative_to(target).parts[0] == name for path in written)

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 
 from specrej_eval.errors import SpecRejError
 
 FOLDERS = ("tasks", "model_configs")
 PACKAGE = Path(__file__).resolve().parent
+
+
+def expanded(name: str | Path) -> Path:
+    """The path with a leading ``~`` resolved; as it is where there is no such user (``Path.expanduser`` fails then)."""
+    return Path(os.path.expanduser(name))
 
 
 def folder(name: str) -> Path:

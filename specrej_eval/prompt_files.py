@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from specrej_eval.errors import ConfigError, nearest
+from specrej_eval.paths import expanded
 
 logger = logging.getLogger(__name__)
 
@@ -64,7 +65,7 @@ def read_prompts(path: str | Path, *, prompt_column: str | None = None, limit: i
     """
     if limit is not None and limit < 1:
         raise ConfigError(f"limit must be at least 1, got {limit}.")
-    file = _checked_path(Path(path).expanduser())
+    file = _checked_path(expanded(path))
     rows = list(itertools.islice(_rows(file), limit))
     if not rows:
         raise ConfigError(f"{str(file)!r} holds no prompts.", hint="it needs at least one row.")
@@ -80,7 +81,7 @@ def read_rows(path: str | Path) -> list[tuple[str, Any]]:
     Raises:
         ConfigError: no such file, a format we do not read, or no rows.
     """
-    file = _checked_path(Path(path).expanduser())
+    file = _checked_path(expanded(path))
     rows = [(row.where, row.value) for row in _rows(file)]
     if not rows:
         raise ConfigError(f"{str(file)!r} is empty.", hint="it needs at least one row.")

@@ -21,6 +21,7 @@ from specrej_eval.core import finite_or_none
 from specrej_eval.errors import ConfigError, RewardError
 from specrej_eval.fingerprint import check_same, of_models
 from specrej_eval.jsonl import drop_torn_line, open_append, read_lines, write_atomically
+from specrej_eval.paths import expanded
 from specrej_eval.prompt_files import read_rows
 from specrej_eval.reward_options import add_reward_options, load_reward, reward_config
 
@@ -73,8 +74,8 @@ def run(args: argparse.Namespace) -> int:
         RewardError: the reward failed; what was scored before is in the output.
     """
     config = reward_config(args)
-    source = Path(args.input).expanduser()
-    target = Path(args.output).expanduser() if args.output else source.with_suffix(".scored.jsonl")
+    source = expanded(args.input)
+    target = expanded(args.output) if args.output else source.with_suffix(".scored.jsonl")
     entries = read_pairs(source, column=args.column)
     if target.exists() and target.samefile(source):
         raise ConfigError(f"--output {str(target)!r} is the input itself.", hint="name another file.")

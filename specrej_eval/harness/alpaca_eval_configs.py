@@ -12,6 +12,7 @@ from typing import Any
 
 from specrej_eval.errors import ConfigError, nearest
 from specrej_eval.harness.patching import patch, takes
+from specrej_eval.paths import expanded
 
 OUR_ANNOTATORS = Path(__file__).resolve().parent / "annotators_configs"
 """Judges that come with this package."""
@@ -76,7 +77,7 @@ def find_annotators_outside_the_package(base: ModuleType) -> None:
 
 def _find_file(name: Any, folders: Iterable[Path]) -> Path | None:
     for folder in folders:
-        path = (folder / Path(name).expanduser()).absolute()
+        path = (folder / expanded(name)).absolute()
         if path.is_file():
             return path
         if (path / _FILE).is_file():
@@ -148,7 +149,7 @@ def _absolute_template(template: Any, folders: Sequence[Path], where: str) -> st
     text = str(template)
     if "\n" not in text:
         for folder in folders:
-            path = folder / Path(text).expanduser()
+            path = folder / expanded(text)
             try:
                 if path.is_file():
                     return str(path.absolute())

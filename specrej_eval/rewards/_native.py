@@ -21,6 +21,7 @@ from transformers.utils import logging as transformers_logging
 from specrej_eval import checkpoint
 from specrej_eval.config import RunConfig
 from specrej_eval.errors import CheckpointError, ConfigError
+from specrej_eval.paths import expanded
 from specrej_eval.rewards._loading import load_checkpoint
 from specrej_eval.rewards._rendering import Renderer, max_length_of, renderer_options
 from specrej_eval.rewards._scoring import CheckpointReward, Head, PositionsOf, last_position
@@ -131,7 +132,7 @@ def read_tensors(
 
 
 def _files(name: str, pattern: str, token: str | bool | None) -> list[Path]:
-    folder = Path(name).expanduser()
+    folder = expanded(name)
     if not folder.is_dir():
         from huggingface_hub import snapshot_download
 

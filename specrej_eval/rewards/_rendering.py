@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from specrej_eval.config import RunConfig
 from specrej_eval.core import Message, RowView
 from specrej_eval.errors import ConfigError, RewardError
+from specrej_eval.paths import expanded
 
 _NO_LIMIT = 1_000_000
 """Tokenizers without a maximum length report about 1e30."""
@@ -235,7 +235,7 @@ def read_template(value: str) -> str:
     """
     if "{{" in value or "{%" in value:
         return value
-    path = Path(value).expanduser()
+    path = expanded(value)
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:

@@ -21,6 +21,7 @@ from torch import nn
 
 from specrej_eval import checkpoint
 from specrej_eval.config import RunConfig
+from specrej_eval.paths import expanded
 from specrej_eval.rewards._native import (
     LastToken,
     TextRenderer,
@@ -70,9 +71,9 @@ def load(name: str, config: RunConfig, *, dtype: str, device: str, token: str | 
     """
     raw = checkpoint.read_config("reward_model", name, token=token)
     backbone = str(raw.get("backbone_model_name_or_path"))
-    if not Path(backbone).expanduser().is_dir():
+    if not expanded(backbone).is_dir():
         backbone = BACKBONE
-    own_tokenizer = any((Path(name).expanduser() / file).is_file() for file in checkpoint.TOKENIZER_FILES)
+    own_tokenizer = any((expanded(name) / file).is_file() for file in checkpoint.TOKENIZER_FILES)
     body, tokenizer = load_body(
         name,
         config,

@@ -26,6 +26,7 @@ from specrej_eval import checkpoint, registry
 from specrej_eval.config import RunConfig
 from specrej_eval.core import Message, RowView
 from specrej_eval.errors import ConfigError, nearest, suggest
+from specrej_eval.paths import expanded
 
 LIKELIHOOD = "likelihood"
 SELF_SCORES = (LIKELIHOOD, "self_certainty", "deepconf")
@@ -305,7 +306,7 @@ def read_checkpoint_config(name: str, *, token: str | bool | None = None) -> dic
         CheckpointError: as ``checkpoint.read_config``.
     """
     elsewhere = CONFIG_ELSEWHERE.get(Path(name).name)
-    if elsewhere is not None and not (Path(name).expanduser() / "config.json").is_file():
+    if elsewhere is not None and not (expanded(name) / "config.json").is_file():
         return checkpoint.read_config("reward_model", elsewhere, token=token)
     return checkpoint.read_config("reward_model", name, token=token)
 
@@ -341,7 +342,7 @@ def _check_is_checkpoint(name: str) -> None:
     """Raises:
     ConfigError: neither a folder, nor ``owner/name`` of the hub, nor a path.
     """
-    if Path(name).expanduser().is_dir() or "/" in name:
+    if expanded(name).is_dir() or "/" in name:
         return
     best = nearest(name, SELF_SCORES)
     forms = (

@@ -11,13 +11,13 @@ import logging
 import math
 import re
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 from specrej_eval.config import RunConfig
 from specrej_eval.core import Message, RowView
 from specrej_eval.errors import ConfigError
+from specrej_eval.paths import expanded
 from specrej_eval.rewards._http import BadAnswerError, JsonServer, ServerError
 from specrej_eval.rewards.base import Pair, Stateless
 
@@ -95,7 +95,7 @@ def read_prompt(value: str | None) -> str:
     text = value
     if "{response}" not in value:
         try:
-            text = Path(value).expanduser().read_text(encoding="utf-8")
+            text = expanded(value).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError, ValueError) as error:
             raise ConfigError(
                 f"judge_prompt={value!r} has no {{response}} in it, and is no file that can be read ({error}).",

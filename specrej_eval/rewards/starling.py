@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from specrej_eval import checkpoint
 from specrej_eval.config import RunConfig
 from specrej_eval.errors import CheckpointError
+from specrej_eval.paths import expanded
 from specrej_eval.rewards._loading import named
 from specrej_eval.rewards._native import LastToken, TextRenderer, assemble, body_config, fill, load_body, read_tensors
 from specrej_eval.rewards._scoring import CheckpointReward
@@ -85,7 +86,7 @@ def load(name: str, config: RunConfig, *, dtype: str, device: str, token: str | 
     CheckpointError: files that cannot be loaded, weights that are missing or of another shape.
     """
     model_config = body_config(name, read_checkpoint_config(name, token=token))
-    folder = Path(name).expanduser()
+    folder = expanded(name)
     raw = any(folder.glob(_RAW_WEIGHTS)) if folder.is_dir() else folder.name == "Starling-RM-7B-alpha"
     tensors = read_tensors(name, _belongs, token=token, pattern=_RAW_WEIGHTS if raw else None)
     options: dict[str, Any] = {"dtype": dtype, "device": device, "token": token, "model_config": model_config}
@@ -121,7 +122,7 @@ def _body_state(name: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def _tokenizer_from(name: str) -> str | None:
     """None: the checkpoint's own folder."""
-    folder = Path(name).expanduser()
+    folder = expanded(name)
     if any((folder / file).is_file() for file in checkpoint.TOKENIZER_FILES):
         return None
     return TOKENIZERS.get(folder.name)
