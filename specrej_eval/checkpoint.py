@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from specrej_eval.errors import CheckpointError, ConfigError, nearest
-from specrej_eval.paths import PACKAGE, expanded
+from specrej_eval.paths import PACKAGE, expanded, is_folder, is_there
 
 DEMO_POLICY = PACKAGE / "demo" / "policy"
 """The embedded language model (``specrej_eval.demo.POLICY_DIR``, which rooms below the front do not import)."""
@@ -47,9 +47,9 @@ def check_folder(argument: str, name: str) -> Path | None:
         CheckpointError: the folder is missing (the nearest one beside it is suggested), or is a file.
     """
     folder = expanded(name)
-    if folder.is_dir():
+    if is_folder(name):
         return folder
-    if folder.exists():
+    if is_there(name):
         raise CheckpointError(
             f"{argument} must be a checkpoint folder or a hub name, got the file {name!r}.",
             hint=f"give its folder: {str(folder.parent)!r}. A GGUF file goes into gguf_file=.",
@@ -188,7 +188,7 @@ def stamp(name: str | None) -> str | None:
     Names, sizes, and the first and last megabyte of every file; None for anything that is not a folder (a hub name is
     told apart by its revision).
     """
-    if name is None or not expanded(name).is_dir():
+    if name is None or not is_folder(name):
         return None
     digest = hashlib.sha256()
     folder = expanded(name)

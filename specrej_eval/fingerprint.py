@@ -18,7 +18,7 @@ from specrej_eval.budget import DEFAULT_N
 from specrej_eval.checkpoint import DEMO_POLICY, DEMO_REWARD, stamp
 from specrej_eval.config import RunConfig, without_passwords
 from specrej_eval.errors import ConfigError
-from specrej_eval.paths import expanded
+from specrej_eval.paths import expanded, is_folder, is_there
 
 EMBEDDED = "embedded"
 """The demo pair's name in records: its folder differs from machine to machine."""
@@ -134,7 +134,7 @@ def _about_models(config: RunConfig) -> dict[str, Any]:
 
 def _reward_files(name: str) -> str | None:
     pieces = [piece for piece in _BETWEEN_PARTS.split(name) if piece]
-    if len(pieces) > 1 and not expanded(name).exists():  # an ensemble: what is known of each part
+    if len(pieces) > 1 and not is_there(name):  # an ensemble: what is known of each part
         found = [files for files in map(_reward_files, pieces) if files is not None]
         return hashlib.sha256(" ".join(found).encode()).hexdigest() if found else None
     module, colon, function = name.partition(":")
@@ -151,8 +151,8 @@ def _reward_files(name: str) -> str | None:
 
 def _template(value: str) -> str:
     # an edited template file is another template
-    path = Path(value) if len(value) < 1000 and "{" not in value else None
-    return hashlib.sha256(path.read_bytes()).hexdigest() if path is not None and path.is_file() else value
+    is_file = "{" not in value and is_there(value) and not is_folder(value)
+    return hashlib.sha256(expanded(value).read_bytes()).hexdigest() if is_file else value
 
 
 def _plain(value: Any) -> Any:

@@ -10,7 +10,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from specrej_eval.fingerprint import EMBEDDED, is_demo
-from specrej_eval.paths import expanded
+from specrej_eval.paths import is_there
 
 
 def default_name(fingerprint: Mapping[str, Any], *, n: int | None = None) -> str:
@@ -71,7 +71,7 @@ def _parts(text: str) -> list[str]:
             return []
         names = [entry.get("reward_model") if isinstance(entry, dict) else entry for entry in entries]
     else:
-        names = [] if expanded(text).exists() else text.split("+")
+        names = [] if is_there(text) else text.split("+")
     return [str(name).rpartition("*")[2].strip() for name in names]
 
 

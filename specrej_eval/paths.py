@@ -17,6 +17,16 @@ def expanded(name: str | Path) -> Path:
     return Path(os.path.expanduser(name))
 
 
+def is_folder(name: str | Path) -> bool:
+    """Whether a name is a folder's. Any text may be asked: what is too long for a path is none (pathlib fails)."""
+    return os.path.isdir(expanded(name))
+
+
+def is_there(name: str | Path) -> bool:
+    """Whether a name is that of a file or folder; see ``is_folder``."""
+    return os.path.exists(expanded(name))
+
+
 def folder(name: str) -> Path:
     """The folder of lm-eval tasks (`tasks`) or of alpaca_eval configurations (`model_configs`)."""
     candidates = (PACKAGE / f"_{name}", PACKAGE.parent / name)  # a wheel's copy; an editable install's original

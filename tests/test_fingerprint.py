@@ -115,3 +115,11 @@ def test_a_difference_is_told_in_words() -> None:
     ):
         check_same(then, now, what="out", remedy="delete it")
     check_same(then, then, what="out", remedy="delete it")
+
+
+@pytest.mark.parametrize("name", ["~nobody/there", "x" * 5000, '["' + "a" * 300 + '", "likelihood"]', "with\0nothing"])
+def test_any_text_can_be_asked_for_as_a_name(name: str) -> None:
+    """Reward names may be long lists; a path that the file system does not take is simply not there."""
+    config = RunConfig(pretrained="owner/model", reward_model=name)
+    assert of_models(config, {})["reward_model"] == name
+    assert RunConfig(reward_template=name, judge_prompt=name) and of_models(RunConfig(judge_prompt=name), {})

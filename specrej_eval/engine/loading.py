@@ -21,7 +21,7 @@ from transformers.models.auto.modeling_auto import (
 from specrej_eval import checkpoint
 from specrej_eval.config import RunConfig, as_bool, as_dict
 from specrej_eval.errors import CheckpointError, ConfigError, MissingDependencyError, OutOfMemoryError
-from specrej_eval.paths import expanded
+from specrej_eval.paths import is_folder
 
 SUPPORTED = (
     "add_bos_token",
@@ -310,7 +310,7 @@ def _load_error(argument: str, name: str, error: Exception, *, what: str) -> Che
     if isinstance(error, ImportError):
         return MissingDependencyError(text, hint="install the package that the message names.")
     hint = None
-    if not expanded(name).is_dir():
+    if not is_folder(name):
         hint = f"it was looked for on the hub. If a folder was meant: {checkpoint.folder_hint(name)}"
     return CheckpointError(text, hint=hint)
 

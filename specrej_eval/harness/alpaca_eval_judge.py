@@ -24,7 +24,7 @@ from specrej_eval.errors import ConfigError, RewardError
 from specrej_eval.harness import alpaca_eval_runs
 from specrej_eval.harness.alpaca_eval_prompts import RenderedPrompt
 from specrej_eval.harness.patching import patch, takes
-from specrej_eval.paths import expanded
+from specrej_eval.paths import expanded, is_folder
 from specrej_eval.rewards.base import RewardModel
 
 NAME = "specrej_reward_judge"
@@ -153,8 +153,7 @@ def _same_reward(one: Mapping[str, str | None], other: Mapping[str, str | None])
 
 
 def _same_folder(name: str, folder: Path) -> bool:
-    path = expanded(name)
-    return path.is_dir() and folder.is_dir() and path.samefile(folder)
+    return is_folder(name) and is_folder(folder) and expanded(name).samefile(folder)
 
 
 def _checked(arguments: Mapping[str, Any]) -> tuple[RunConfig, float]:

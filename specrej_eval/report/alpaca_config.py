@@ -16,7 +16,7 @@ from specrej_eval.config import RunConfig, as_bool, as_int, checked_until
 from specrej_eval.errors import ConfigError
 from specrej_eval.fingerprint import differences, of_run
 from specrej_eval.outputs import Answer, RunRecord
-from specrej_eval.paths import expanded
+from specrej_eval.paths import is_folder
 
 STRATEGIES = {"specrej_completions": "speculative_rejection", "specrej_best_of_n": "best_of_n"}
 """Our completion functions and the strategy each presets."""
@@ -178,7 +178,7 @@ def local_paths(config: ModelConfig) -> list[str]:
     return [
         f"{name}={value}"
         for name, value in named.items()
-        if isinstance(value, str) and "/" in value and (not is_hub_name(value) or expanded(value).is_dir())
+        if isinstance(value, str) and "/" in value and (not is_hub_name(value) or is_folder(value))
     ]
 
 

@@ -21,7 +21,7 @@ from torch import nn
 
 from specrej_eval import checkpoint
 from specrej_eval.config import RunConfig
-from specrej_eval.paths import expanded
+from specrej_eval.paths import expanded, is_folder
 from specrej_eval.rewards._native import (
     LastToken,
     TextRenderer,
@@ -71,7 +71,7 @@ def load(name: str, config: RunConfig, *, dtype: str, device: str, token: str | 
     """
     raw = checkpoint.read_config("reward_model", name, token=token)
     backbone = str(raw.get("backbone_model_name_or_path"))
-    if not expanded(backbone).is_dir():
+    if not is_folder(backbone):
         backbone = BACKBONE
     own_tokenizer = any((expanded(name) / file).is_file() for file in checkpoint.TOKENIZER_FILES)
     body, tokenizer = load_body(

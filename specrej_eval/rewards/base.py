@@ -26,7 +26,7 @@ from specrej_eval import checkpoint, registry
 from specrej_eval.config import RunConfig
 from specrej_eval.core import Message, RowView
 from specrej_eval.errors import ConfigError, nearest, suggest
-from specrej_eval.paths import expanded
+from specrej_eval.paths import expanded, is_folder
 
 LIKELIHOOD = "likelihood"
 SELF_SCORES = (LIKELIHOOD, "self_certainty", "deepconf")
@@ -342,7 +342,7 @@ def _check_is_checkpoint(name: str) -> None:
     """Raises:
     ConfigError: neither a folder, nor ``owner/name`` of the hub, nor a path.
     """
-    if expanded(name).is_dir() or "/" in name:
+    if is_folder(name) or "/" in name:
         return
     best = nearest(name, SELF_SCORES)
     forms = (

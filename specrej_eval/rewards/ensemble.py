@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from specrej_eval.config import RunConfig, as_float
 from specrej_eval.core import Message, RowView, TokenStat, finite_or_none
 from specrej_eval.errors import ConfigError
-from specrej_eval.paths import expanded
+from specrej_eval.paths import is_there
 from specrej_eval.rewards.base import (
     Pair,
     RewardModel,
@@ -49,7 +49,7 @@ def claims(name: str) -> bool:
     """Whether a ``reward_model`` names several rewards, or one with a weight. A folder of that very name wins."""
     if name.lstrip().startswith("["):
         return True
-    if expanded(name).exists():
+    if is_there(name):
         return False
     match = _TERM.fullmatch(name)
     return "+" in name or (match is not None and match["weight"] is not None)
