@@ -160,7 +160,7 @@ def help_text() -> str:
     listing = "\n".join(f"  {name:<{width}}  {command.summary}" for name, command in COMMANDS.items())
     return (
         "usage: specrej-eval COMMAND ...\n\n"
-        "Speculative Rejection and Best-of-N inside lm-evaluation-harness.\n\n"
+        "Speculative Rejection and Best-of-N inside lm-evaluation-harness and alpaca_eval.\n\n"
         f"commands:\n{listing}\n\n{EXAMPLES}"
     )
 
