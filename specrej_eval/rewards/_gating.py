@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
+from torch import nn
+
+from specrej_eval.config import RunConfig
 from specrej_eval.errors import ConfigError, RewardError
+from specrej_eval.rewards._native import assemble, fill, load_body, read_tensors
+from specrej_eval.rewards._scoring import CheckpointReward
 
 ASSISTANT_TURN = {
     "llama": "<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n",
@@ -47,3 +53,24 @@ class GatingPositions:
             hint="an answer longer than the reward model's context cuts it off: a smaller max_gen_toks; a template of "
             "your own must write it.",
         )
+
+
+def load_gated(
+    name: str,
+    config: RunConfig,
+    head_class: Callable[[Any], nn.Module],
+    *,
+    dtype: str,
+    device: str,
+    token: str | bool | None,
+) -> CheckpointReward:
+    """A body, and above it ``head_class(body.config)`` under its original key names.
+
+    Raises:
+        CheckpointError: files that cannot be loaded, weights that are missing or of another shape.
+    """
+    body, tokenizer = load_body(name, config, dtype=dtype, device=device, token=token)
+    tensors = read_tensors(name, lambda key: not key.startswith("model."), token=token)
+    head = fill(name, head_class(body.config), tensors)
+    positions_of = GatingPositions(name, tokenizer, body.config.model_type)
+    return assemble(name, config, body, tokenizer, head, positions_of=positions_of)

@@ -269,3 +269,18 @@ def required(name: str, raw: Mapping[str, Any], *keys: str) -> None:
             f"reward_model={name!r}: its config.json does not say {', '.join(absent)}.",
             hint="is it a checkpoint of this reward_family?",
         )
+
+
+def load_regression_head(
+    name: str, config: RunConfig, template: str, *, dtype: str, device: str, token: str | bool | None
+) -> CheckpointReward:
+    """A linear ``regression_head`` at the last token of text in a template of the family's own (openbmb's models).
+
+    Raises:
+        CheckpointError: files that cannot be loaded, weights that are missing or of another shape.
+    """
+    body, tokenizer = load_body(name, config, dtype=dtype, device=device, token=token)
+    tensors = read_tensors(name, lambda key: key.startswith("regression_head."), token=token)
+    layer = torch.nn.Linear(body.config.hidden_size, 1, bias=False)
+    head = LastToken(fill(name, layer, tensors, prefix="regression_head."))
+    return assemble(name, config, body, tokenizer, head, renderer_class=TextRenderer, template=template)

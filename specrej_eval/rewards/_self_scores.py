@@ -7,6 +7,7 @@ of one token. So rows that repeat themselves, and finished answers that are (nex
 from __future__ import annotations
 
 import logging
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -56,7 +57,7 @@ def repetition(token_ids: Sequence[int]) -> float:
     return 1 - len(distinct) / total
 
 
-class SelfScore(Stateless):
+class SelfScore(Stateless, ABC):
     """A reward made of what the engine recorded while it decoded. Reads no text and feeds no token to any model.
 
     Subclasses say which statistic they need and what a row's score is.
@@ -82,8 +83,8 @@ class SelfScore(Stateless):
         del conversation, response_prefix  # already in the condition of each number
         return [self._floored(row, self._of(row)) for row in rows]
 
-    def _of(self, row: RowView) -> float:
-        raise NotImplementedError
+    @abstractmethod
+    def _of(self, row: RowView) -> float: ...
 
     def _stat(self, row: RowView, name: TokenStat) -> Sequence[float]:
         values = row.token_stats.get(name)

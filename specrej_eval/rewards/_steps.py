@@ -7,6 +7,7 @@ the last step is just shorter. ``partial_turn`` makes no difference.
 from __future__ import annotations
 
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
@@ -82,7 +83,19 @@ class GoodAgainstBad(nn.Module):
         return difference
 
 
-class StepRenderer(Renderer):
+def rendered(renderer: Renderer, messages: list[dict[str, str]], *, add_generation_prompt: bool) -> list[int]:
+    """Ids of a conversation in the renderer's chat template."""
+    ids: list[int] = renderer.tokenizer.apply_chat_template(
+        messages,
+        chat_template=renderer.template,
+        tokenize=True,
+        return_dict=True,
+        add_generation_prompt=add_generation_prompt,
+    )["input_ids"]
+    return ids
+
+
+class StepRenderer(Renderer, ABC):
     """Conversation and steps -> ids whose marks can be found again.
 
     A family implements ``encode_steps``. Marks are looked for behind the prompt only: a prompt may hold the same token
@@ -96,9 +109,9 @@ class StepRenderer(Renderer):
         super().__init__(*args, **options)
         self._prompts: dict[tuple[int, ...], None] = {}
 
+    @abstractmethod
     def encode_steps(self, messages: list[dict[str, str]], response: str) -> tuple[list[int], list[int], int]:
         """The prompt's ids, those of the steps with their marks, and how many steps there are."""
-        raise NotImplementedError
 
     def encode(self, messages: list[dict[str, str]], response: str, *, open_turn: bool) -> Any:
         """Raises:

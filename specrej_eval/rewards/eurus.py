@@ -14,11 +14,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from torch import nn
-
 from specrej_eval import checkpoint
 from specrej_eval.config import RunConfig
-from specrej_eval.rewards._native import LastToken, TextRenderer, assemble, fill, load_body, read_tensors
+from specrej_eval.rewards._native import load_regression_head
 from specrej_eval.rewards._scoring import CheckpointReward
 
 READS = "a linear head at the last token of '[INST] q [/INST] a'"
@@ -47,7 +45,4 @@ def load(name: str, config: RunConfig, *, dtype: str, device: str, token: str | 
     """Raises:
     CheckpointError: files that cannot be loaded, weights that are missing or of another shape.
     """
-    body, tokenizer = load_body(name, config, dtype=dtype, device=device, token=token)
-    tensors = read_tensors(name, lambda key: key.startswith("regression_head."), token=token)
-    head = fill(name, nn.Linear(body.config.hidden_size, 1, bias=False), tensors, prefix="regression_head.")
-    return assemble(name, config, body, tokenizer, LastToken(head), renderer_class=TextRenderer, template=TEMPLATE)
+    return load_regression_head(name, config, TEMPLATE, dtype=dtype, device=device, token=token)

@@ -23,8 +23,8 @@ from torch import Tensor, nn
 
 from specrej_eval import checkpoint
 from specrej_eval.config import RunConfig
-from specrej_eval.rewards._gating import GatingPositions
-from specrej_eval.rewards._native import assemble, fill, load_body, read_tensors, required
+from specrej_eval.rewards._gating import load_gated
+from specrej_eval.rewards._native import required
 from specrej_eval.rewards._scoring import CheckpointReward
 
 READS = "quantiles of 19 ratings at the last token, weighed by a gating network at the prompt's end"
@@ -57,16 +57,7 @@ def load(name: str, config: RunConfig, *, dtype: str, device: str, token: str | 
     """Raises:
     CheckpointError: files that cannot be loaded, weights that are missing or of another shape.
     """
-    body, tokenizer = load_body(name, config, dtype=dtype, device=device, token=token)
-    tensors = read_tensors(name, lambda key: not key.startswith("model."), token=token)
-    return assemble(
-        name,
-        config,
-        body,
-        tokenizer,
-        fill(name, QRMHead(body.config), tensors),
-        positions_of=GatingPositions(name, tokenizer, body.config.model_type),
-    )
+    return load_gated(name, config, QRMHead, dtype=dtype, device=device, token=token)
 
 
 class QRMHead(nn.Module):

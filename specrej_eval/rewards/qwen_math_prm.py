@@ -23,7 +23,7 @@ from specrej_eval.config import RunConfig
 from specrej_eval.errors import ConfigError
 from specrej_eval.rewards._native import assemble, fill, load_body, read_tensors
 from specrej_eval.rewards._scoring import CheckpointReward
-from specrej_eval.rewards._steps import GoodAgainstBad, StepHead, StepRenderer, paragraphs, token_id
+from specrej_eval.rewards._steps import GoodAgainstBad, StepHead, StepRenderer, paragraphs, rendered, token_id
 
 READS = "process: a two-layer head at <extra_0> behind each paragraph; prm_reduce= makes one number"
 EXAMPLES = ("Qwen/Qwen2.5-Math-PRM-7B", "Qwen/Qwen2.5-Math-PRM-72B", "Qwen/Qwen2.5-Math-7B-PRM800K")
@@ -70,17 +70,7 @@ class QwenSteps(StepRenderer):
             messages = [{"role": "system", "content": SYSTEM}, *messages]
         steps = paragraphs(response)
         answer = {"role": "assistant", "content": "".join(step + MARK for step in steps)}
-        prompt = self._render(messages, add_generation_prompt=True)
-        ids = self._render([*messages, answer], add_generation_prompt=False)
+        prompt = rendered(self, messages, add_generation_prompt=True)
+        ids = rendered(self, [*messages, answer], add_generation_prompt=False)
         start = next((i for i, (a, b) in enumerate(zip(prompt, ids, strict=False)) if a != b), len(prompt))
         return ids[:start], ids[start:], len(steps)
-
-    def _render(self, messages: list[dict[str, str]], *, add_generation_prompt: bool) -> list[int]:
-        ids: list[int] = self.tokenizer.apply_chat_template(
-            messages,
-            chat_template=self.template,
-            tokenize=True,
-            return_dict=True,
-            add_generation_prompt=add_generation_prompt,
-        )["input_ids"]
-        return ids

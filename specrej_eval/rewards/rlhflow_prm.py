@@ -23,7 +23,7 @@ from specrej_eval.rewards._loading import named
 from specrej_eval.rewards._native import assemble, fill, load_body, read_tensors
 from specrej_eval.rewards._rendering import Renderer
 from specrej_eval.rewards._scoring import CheckpointReward
-from specrej_eval.rewards._steps import GoodAgainstBad, StepHead, lines, paragraphs, question, token_id
+from specrej_eval.rewards._steps import GoodAgainstBad, StepHead, lines, paragraphs, question, rendered, token_id
 
 READS = "process: + against - after each paragraph as a user's turn; prm_reduce= makes one number"
 EXAMPLES = ("RLHFlow/Llama3.1-8B-PRM-Deepseek-Data", "RLHFlow/Llama3.1-8B-PRM-Mistral-Data")
@@ -67,8 +67,8 @@ class TurnRenderer(Renderer):
     def __init__(self, tokenizer: Any, **options: Any) -> None:
         super().__init__(tokenizer, **options)
         self.split = lines if "mistral" in Path(self.name).name.lower() else paragraphs
-        opened = self._render([{"role": "user", "content": "x"}], add_generation_prompt=True)
-        before = self._render([{"role": "user", "content": "x"}], add_generation_prompt=False)
+        opened = rendered(self, [{"role": "user", "content": "x"}], add_generation_prompt=True)
+        before = rendered(self, [{"role": "user", "content": "x"}], add_generation_prompt=False)
         self.pattern = (*opened[len(before) :], token_id(tokenizer, GOOD))
 
     def encode(self, messages: list[dict[str, str]], response: str, *, open_turn: bool) -> Any:
@@ -78,7 +78,8 @@ class TurnRenderer(Renderer):
         del open_turn  # the last turn is always "+"
         steps = [step.strip() for step in self.split(response)]
         turns = [f"{question(messages)} {steps[0]}", *steps[1:]]
-        ids = self._render(
+        ids = rendered(
+            self,
             [
                 turn
                 for text in turns
@@ -95,13 +96,3 @@ class TurnRenderer(Renderer):
         size = len(self.pattern)
         found = tuple(end - 2 for end in range(size, len(ids) + 1) if ids[end - size : end] == self.pattern)
         return found or (len(ids) - 1,)
-
-    def _render(self, messages: list[dict[str, str]], *, add_generation_prompt: bool) -> list[int]:
-        ids: list[int] = self.tokenizer.apply_chat_template(
-            messages,
-            chat_template=self.template,
-            tokenize=True,
-            return_dict=True,
-            add_generation_prompt=add_generation_prompt,
-        )["input_ids"]
-        return ids
