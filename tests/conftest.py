@@ -4,8 +4,10 @@
 """
 
 import os
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -40,3 +42,28 @@ def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The working folder is the test's own."""
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+@pytest.fixture
+def counted(request: pytest.FixtureRequest) -> Callable[[str, int], None]:
+    """``counted("arguments changed", 31)``: what a suite tried, added up over all tests and printed at the end."""
+
+    def add(what: str, number: int = 1) -> None:
+        request.node.user_properties.append(("counted", (what, number)))
+
+    return add
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """The counts of ``counted``; they come from the reports, so tests may run in several processes."""
+    counts: Counter[str] = Counter()
+    for reports in terminalreporter.stats.values():
+        for report in reports:
+            if getattr(report, "when", None) == "call":
+                for name, value in report.user_properties:
+                    if name == "counted":
+                        counts[value[0]] += value[1]
+    if counts:
+        terminalreporter.section("counted")
+        for what, number in sorted(counts.items()):
+            terminalreporter.write_line(f"{number:>8,}  {what}")
