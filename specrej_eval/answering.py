@@ -19,6 +19,7 @@ from specrej_eval.engine.base import Engine
 from specrej_eval.errors import ConfigError, PromptError
 from specrej_eval.generator import Generator, Request
 from specrej_eval.outputs import Answer, OutputsFolder
+from specrej_eval.special_tokens import ContentText
 
 logger = logging.getLogger(__name__)
 
@@ -65,7 +66,7 @@ def encode(engine: Engine, question: Question, *, apply_chat_template: bool | st
     elif use_template:
         prompt = engine.encode([{"role": "user", "content": text}])
     else:
-        prompt = engine.encode(text)
+        prompt = engine.encode(ContentText.around(text, question.instruction))  # the template around it is the user's
     return replace(prompt, conversation=({"role": "user", "content": question.instruction},))
 
 

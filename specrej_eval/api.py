@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from specrej_eval import budget
 from specrej_eval.config import RunConfig, as_dict
+from specrej_eval.special_tokens import ENCODE_AS_TEXT
 
 if TYPE_CHECKING:
     from specrej_eval.engine.transformers_engine import TransformersEngine
@@ -50,8 +51,13 @@ def check(config: RunConfig, host: Mapping[str, Any]) -> None:
     check_reward(config, token=host.get("token"))
 
 
-def load_models(config: RunConfig, host: Mapping[str, Any]) -> tuple[TransformersEngine, RewardModel]:
+def load_models(
+    config: RunConfig, host: Mapping[str, Any], *, content_rule: str = ENCODE_AS_TEXT
+) -> tuple[TransformersEngine, RewardModel]:
     """The engine and the reward model; none of the strategy's and sampler's arguments is looked at.
+
+    Args:
+        content_rule: what ``special_tokens_in_content=None`` means to the engine.
 
     Raises:
         ConfigError, CheckpointError, MissingDependencyError: as ``load``.
@@ -71,6 +77,7 @@ def load_models(config: RunConfig, host: Mapping[str, Any]) -> tuple[Transformer
         think_end_token=host.get("think_end_token"),
         add_bos_token=host.get("add_bos_token"),
         chat_template_args=template_args,
+        special_tokens_in_content=config.special_tokens_in_content or content_rule,
     )
     reward = make_reward(config, device=config.reward_device or str(engine.device), token=host.get("token"))
     return engine, reward

@@ -33,6 +33,7 @@ PARTIAL_TURN = ("closed", "open")
 REWARD_CACHE = ("off", "prompt", "full")
 PRM_REDUCE = ("last", "min", "mean", "prod")
 REWARD_ENSEMBLE = ("sum", "rank")
+SPECIAL_TOKENS_IN_CONTENT = ("encode_as_text", "allow", "error")
 
 HOST_ARGUMENTS = (
     "add_bos_token",
@@ -171,6 +172,10 @@ class RunConfig:
     """A reward that is not finite: ``error``, or ``drop`` = rank it last and count it."""
     partial_turn: str = "closed"
     """How a reward model reads an unfinished answer: as a ``closed`` assistant turn, or ``open``."""
+    special_tokens_in_content: str | None = None
+    """Special tokens such as ``<|im_end|>`` that a user or an answer spells: ``encode_as_text``, ``allow`` (control
+    tokens) or ``error``. None = text for rewards, judges and chat messages; as ``--model hf`` for prompts of a harness.
+    """
     force_sampling_args: bool = False
     """True: our sampling arguments win over those of a task that samples."""
     logprobs: bool = False
@@ -262,6 +267,8 @@ class RunConfig:
         _choice("on_greedy", self.on_greedy, ON_GREEDY)
         _choice("on_nan", self.on_nan, ON_NAN)
         _choice("partial_turn", self.partial_turn, PARTIAL_TURN)
+        if self.special_tokens_in_content is not None:
+            _choice("special_tokens_in_content", self.special_tokens_in_content, SPECIAL_TOKENS_IN_CONTENT)
         _choice("prm_reduce", self.prm_reduce, PRM_REDUCE)
         _rule("reward_batch_size", self.reward_batch_size, self.reward_batch_size >= 1, "at least 1")
         _rule("reward_timeout", self.reward_timeout, self.reward_timeout > 0, "above 0")

@@ -27,6 +27,7 @@ FILES = {
     "names": "core",
     "paths": "core",
     "registry": "core",
+    "special_tokens": "core",
     "journal": "record",
     "jsonl": "record",
     "outputs": "record",

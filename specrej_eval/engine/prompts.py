@@ -7,6 +7,7 @@ from typing import Any
 
 from specrej_eval.core import Message, Prompt, prompt_hash
 from specrej_eval.errors import PromptError
+from specrej_eval.special_tokens import ContentText, SpecialTokenError, Tokeniser
 
 
 def encode_prompt(
@@ -16,6 +17,7 @@ def encode_prompt(
     repeat: int = 0,
     add_bos_token: bool | None = None,
     chat_template_args: Mapping[str, Any] | None = None,
+    tokeniser: Tokeniser | None = None,
 ) -> Prompt:
     """A raw context (str), or chat messages rendered with the tokenizer's own template.
 
@@ -24,16 +26,38 @@ def encode_prompt(
     Args:
         repeat: which draw of this prompt it is; part of the random stream's key.
         add_bos_token: None = the tokenizer's own way. A string that begins with BOS never gets a second one.
+        tokeniser: what becomes of special tokens in messages, and in the spans of a ``ContentText``; None = as text.
+            In any other string they are the caller's own, and stay special tokens.
 
     Raises:
-        PromptError: empty text, no messages, a message without role or content, or no chat template.
+        PromptError: empty text, no messages, a message without role or content, no chat template, or special tokens in
+            content that are not allowed, or cannot be told from the template's.
     """
+    tokeniser = tokeniser or Tokeniser(tokenizer)
+    try:
+        return _encoded(tokeniser, prompt, repeat, add_bos_token, chat_template_args)
+    except SpecialTokenError as error:
+        raise PromptError(
+            f"{error}.",
+            hint="special_tokens_in_content=allow reads special tokens in prompts as control tokens, encode_as_text as "
+            "text.",
+        ) from error
+
+
+def _encoded(
+    tokeniser: Tokeniser,
+    prompt: str | Sequence[Message],
+    repeat: int,
+    add_bos_token: bool | None,
+    chat_template_args: Mapping[str, Any] | None,
+) -> Prompt:
+    tokenizer = tokeniser.tokenizer
     if isinstance(prompt, str):
         if not prompt:
             raise PromptError("the prompt is an empty string.", hint="give a non-empty string or chat messages.")
         return Prompt(
-            token_ids=tuple(encode_text(tokenizer, prompt, add_bos_token)),
-            conversation=({"role": "user", "content": prompt},),
+            token_ids=tuple(encode_text(tokenizer, prompt, add_bos_token, tokeniser)),
+            conversation=({"role": "user", "content": str(prompt)},),
             prompt_hash=prompt_hash(prompt),
             repeat=repeat,
         )
@@ -52,7 +76,7 @@ def encode_prompt(
         **(chat_template_args or {}),
     }
     rendered = tokenizer.apply_chat_template(messages, tokenize=False, **options)
-    encoding = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True, **options)
+    encoding = tokeniser.chat(messages, **options)
     return Prompt(
         token_ids=tuple(encoding["input_ids"]),
         conversation=tuple(messages[:-1] if continued else messages),
@@ -62,8 +86,19 @@ def encode_prompt(
     )
 
 
-def encode_text(tokenizer: Any, text: str, add_bos_token: bool | None = None) -> list[int]:
+def encode_text(
+    tokenizer: Any, text: str, add_bos_token: bool | None = None, tokeniser: Tokeniser | None = None
+) -> list[int]:
     """Token ids of a raw context. As HFLM: the tokenizer decides on BOS, unless the text begins with it already."""
+    if isinstance(text, ContentText) and tokeniser is not None:
+        marked = tokeniser.all_content(text)
+        if marked.marks:
+            bos = getattr(tokenizer, "bos_token", None)
+            begun = bool(bos) and marked.without_leading(bos) != marked
+            adds = False if begun else True if add_bos_token is None else add_bos_token
+            found: list[int] = tokeniser.encode(marked, add_special_tokens=adds)["input_ids"]
+            return found
+    text = str(text)
     bos = getattr(tokenizer, "bos_token", None)
     kwargs: dict[str, bool] = {}
     if bos and text.startswith(bos):

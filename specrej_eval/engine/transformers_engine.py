@@ -29,6 +29,7 @@ from specrej_eval.engine.session import Record, Session
 from specrej_eval.engine.token_stats import stats_of
 from specrej_eval.errors import OutOfMemoryError, PromptError
 from specrej_eval.kv.cache import bytes_per_token
+from specrej_eval.special_tokens import ENCODE_AS_TEXT, Tokeniser
 
 logger = logging.getLogger(__name__)
 
@@ -49,6 +50,7 @@ class TransformersEngine:
         think_end_token: text or id that ends a reasoning part (see ``text.Detokenizer``).
         add_bos_token: None = the tokenizer's own way.
         chat_template_args: passed to the tokenizer's chat template.
+        special_tokens_in_content: what becomes of special tokens that a message spells (see ``special_tokens``).
         path: force one of the runner's paths; None = the best that gives the model's own logits.
     """
 
@@ -61,6 +63,7 @@ class TransformersEngine:
         think_end_token: str | int | None = None,
         add_bos_token: bool | None = None,
         chat_template_args: Mapping[str, Any] | None = None,
+        special_tokens_in_content: str = ENCODE_AS_TEXT,
         path: Path | None = None,
     ) -> None:
         self.model = model
@@ -70,6 +73,7 @@ class TransformersEngine:
         self.max_length = max_length or context_length(model, tokenizer)
         self.has_chat_template = bool(getattr(tokenizer, "chat_template", None))
         self.detokenizer = text.Detokenizer(tokenizer, think_end_token=think_end_token)
+        self.tokeniser = Tokeniser(tokenizer, special_tokens_in_content)
         self._add_bos_token = add_bos_token
         self._chat_template_args = chat_template_args
         self.eos_ids = text.stop_ids(model, tokenizer)
@@ -87,6 +91,7 @@ class TransformersEngine:
             repeat=repeat,
             add_bos_token=self._add_bos_token,
             chat_template_args=self._chat_template_args,
+            tokeniser=self.tokeniser,
         )
 
     def check(self, prompt: Prompt, config: RunConfig) -> None:

@@ -26,6 +26,7 @@ from specrej_eval.generator import Generator
 from specrej_eval.outputs import Answer, OutputsFolder, RunRecord, total_cost
 from specrej_eval.progress import summary_line
 from specrej_eval.rewards.base import RewardModel
+from specrej_eval.special_tokens import ALLOW, concerned
 
 logger = logging.getLogger(__name__)
 
@@ -86,6 +87,8 @@ class Generation:
     record: RunRecord | None = None
     places: dict[str, int] = field(default_factory=dict)
     """Instructions of the whole run and where each stands; when all are answered the run is complete."""
+    warned: bool = False
+    """Whether special tokens in instructions were told of."""
     answered: dict[str, Answer] = field(default_factory=dict)
 
     @classmethod
@@ -153,7 +156,7 @@ class Generation:
         if models not in _loaded:
             while len(_loaded) >= _KEPT:
                 del _loaded[next(iter(_loaded))]  # the oldest, before new ones ask for memory
-            engine, reward = api.load_models(self.config, self.host)
+            engine, reward = api.load_models(self.config, self.host, content_rule=ALLOW)
             _loaded[models] = {"": self._with(engine, reward)}
         generators = _loaded[models]
         key = _key(self.config.to_dict())
@@ -215,6 +218,11 @@ def _completions(prompts: Sequence[str], generation: Generation) -> dict[str, li
         max_tokens=generation.max_tokens,
         truncate=True,
     )
+
+    told = concerned(getattr(generator.engine, "tokeniser", None), [question.instruction for question in questions])
+    if told is not None and generation.config.special_tokens_in_content is None and not generation.warned:
+        generation.warned = True
+        logger.warning("%s", told)
 
     def keep_capacity(_: Answer) -> None:
         if record is not None and store is not None and record.capacity_tokens != generator.capacity_tokens:

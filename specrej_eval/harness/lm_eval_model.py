@@ -23,7 +23,7 @@ from specrej_eval import budget, demo
 from specrej_eval.checkpoint import stamp
 from specrej_eval.config import RunConfig
 from specrej_eval.core import Prompt, finite_or_none, prompt_hash
-from specrej_eval.errors import ConfigError
+from specrej_eval.errors import ConfigError, PromptError
 from specrej_eval.generator import Generator, Request
 from specrej_eval.harness.lm_eval_arguments import check_host_arguments, merge_options, name_of, seq2seq_refused
 from specrej_eval.harness.lm_eval_requests import (
@@ -38,6 +38,7 @@ from specrej_eval.harness.lm_eval_requests import (
     translate,
 )
 from specrej_eval.harness.lm_eval_tally import Tally, strict_json
+from specrej_eval.special_tokens import ALLOW, Marked, SpecialTokenError, Tokeniser, concerned
 from specrej_eval.trace import rank_path
 
 logger = logging.getLogger("lm_eval.models.specrej")  # below lm-eval's own logger: its format and --verbosity hold
@@ -118,6 +119,7 @@ class SpecRejLM(HFLM):
             journal=config.journal and rank_path(config.journal, self.rank, self.world_size),
         )
         self.host_arguments = host
+        self.tokeniser = Tokeniser(self.tokenizer, config.special_tokens_in_content or ALLOW)
         self.tally = Tally()
         self._uses_chat_template = False
         self._ranks: list[Tally] = []
@@ -156,6 +158,7 @@ class SpecRejLM(HFLM):
         """
         self._refuse_cached_repeats(requests)
         draws, source = draws_of(requests)
+        self._warn_of_special_tokens(draws)
         work = self._translated(draws)
         texts: list[str] = [""] * len(draws)
         first: dict[str, int] = {}
@@ -221,7 +224,7 @@ class SpecRejLM(HFLM):
                 f"of {self.max_length} tokens.",
                 hint="lower max_gen_toks (a task's own value is overridden by --gen_kwargs max_gen_toks=...).",
             )
-        token_ids = self.tok_encode(context) or [self.prefix_token_id]
+        token_ids = self._encoded(task, context) or [self.prefix_token_id]
         if len(token_ids) > room:
             self.tally.task(task).truncated += 1
             self._warn(
@@ -243,6 +246,52 @@ class SpecRejLM(HFLM):
             prompt_hash=prompt_hash(context),
             task=task,
         )
+
+    def _encoded(self, task: str, context: str) -> list[int]:
+        """As ``tok_encode``, with ``special_tokens_in_content`` if it is given."""
+        try:
+            marked = self._marked(context)
+        except SpecialTokenError as error:
+            raise PromptError(
+                f"task {task!r}: {error}.", hint="special_tokens_in_content=allow reads them as --model hf does."
+            ) from error
+        if not marked.marks:
+            ids: list[int] = self.tok_encode(context)
+            return ids
+        # BOS as in tok_encode: none where the text begins with it already
+        bos = self.tokenizer.decode(self.prefix_token_id)
+        begun = marked.without_leading(bos) != marked
+        adds = False if begun else True if self.add_bos_token is None else bool(self.add_bos_token)
+        found: list[int] = self.tokeniser.encode(marked, add_special_tokens=adds)["input_ids"]
+        return found
+
+    def _marked(self, context: str) -> Marked:
+        if self.tokeniser.rule == ALLOW:
+            return Marked(str(context), ())
+        if not isinstance(context, ChatPrompt):  # few-shot text: nothing in it is a template's
+            return self.tokeniser.all_content(context)
+        if not self.tokeniser.check([message["content"] for message in context.messages]):
+            return Marked(str(context), ())
+
+        def render(contents: Sequence[str]) -> str:
+            messages = [{**message, "content": text} for message, text in zip(context.messages, contents, strict=True)]
+            text: str = super(SpecRejLM, self).apply_chat_template(messages, context.add_generation_prompt)
+            return text
+
+        return self.tokeniser.marked([message["content"] for message in context.messages], render, str(context))
+
+    def _warn_of_special_tokens(self, draws: Sequence[Draw]) -> None:
+        if self.run_config.special_tokens_in_content is not None:
+            return
+        by_task: dict[str, dict[str, list[str]]] = {}
+        for draw in draws:
+            context = draw.instance.args[0]
+            contents = [m["content"] for m in context.messages] if isinstance(context, ChatPrompt) else [context]
+            by_task.setdefault(draw.instance.task_name or "", {})[context] = contents
+        for task, prompts in by_task.items():
+            told = concerned(self.tokeniser, ["\n".join(contents) for contents in prompts.values()])
+            if told is not None:
+                self._warn(f"Task {task!r}: {told}", key=("special tokens", task))
 
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         self._warn_of_loglikelihood()

@@ -229,14 +229,13 @@ class TextRenderer(Renderer):
 
     def encode(self, messages: list[dict[str, str]], response: str, *, open_turn: bool) -> Any:
         just_opened = open_turn and not response.strip()
-        text = self.tokenizer.apply_chat_template(
+        text = self.tokeniser.render(
             messages if just_opened else [*messages, {"role": "assistant", "content": response}],
             chat_template=self.template,
-            tokenize=False,
             add_generation_prompt=just_opened,
             continue_final_message=open_turn and not just_opened,
         )
-        return self.tokenizer(text.removeprefix(self.tokenizer.bos_token or ""))
+        return self.tokeniser.encode(text.without_leading(self.tokenizer.bos_token))
 
 
 @runtime_checkable

@@ -16,6 +16,7 @@ from specrej_eval.config import RunConfig
 from specrej_eval.core import Message, RowView
 from specrej_eval.errors import ConfigError, RewardError
 from specrej_eval.paths import expanded
+from specrej_eval.special_tokens import ENCODE_AS_TEXT, SpecialTokenError, Tokeniser
 
 _NO_LIMIT = 1_000_000
 """Tokenizers without a maximum length report about 1e30."""
@@ -46,6 +47,7 @@ class Renderer:
         without_template: what a tokenizer without a chat template (and no ``template``) means: ``ask`` = an error that
             asks for ``reward_template=``, ``pair`` = an encoder's text pair, ``text`` = prompt + response as one text,
             with the BOS that the tokenizer adds.
+        special_tokens_in_content: see ``special_tokens.Tokeniser``.
 
     Raises:
         ConfigError: there is no template and the rule is ``ask``.
@@ -62,8 +64,10 @@ class Renderer:
         template: str | None = None,
         trailing_ids: Sequence[int] = (),
         without_template: Literal["ask", "pair", "text"] = "ask",
+        special_tokens_in_content: str = ENCODE_AS_TEXT,
     ) -> None:
         self.tokenizer = tokenizer
+        self.tokeniser = Tokeniser(tokenizer, special_tokens_in_content)
         self.name = name
         self.vocab_size = vocab_size
         self.max_length = max_length
@@ -131,14 +135,10 @@ class Renderer:
         if not self.has_template:
             return self._encode_plain(messages, response)
         if open_turn and not response.strip():  # nothing to continue: the turn has only been opened
-            return self.tokenizer.apply_chat_template(
-                messages, chat_template=self.template, tokenize=True, return_dict=True, add_generation_prompt=True
-            )
-        return self.tokenizer.apply_chat_template(
+            return self.tokeniser.chat(messages, chat_template=self.template, add_generation_prompt=True)
+        return self.tokeniser.chat(
             [*messages, {"role": "assistant", "content": response}],
             chat_template=self.template,
-            tokenize=True,
-            return_dict=True,
             add_generation_prompt=False,
             continue_final_message=open_turn,
         )
@@ -158,9 +158,9 @@ class Renderer:
         )
         prompt = "\n".join(message["content"] for message in messages)
         if pair:
-            return self.tokenizer(prompt, response)
-        bos = self.tokenizer.bos_token
-        return self.tokenizer((prompt + response).removeprefix(bos or ""))  # the tokenizer adds BOS itself
+            return self.tokeniser.pair(prompt, response)
+        text = self.tokeniser.all_content(prompt + response)
+        return self.tokeniser.encode(text.without_leading(self.tokenizer.bos_token))  # the tokenizer adds BOS itself
 
     def _input(self, conversation: Sequence[Message], response: str, open_turn: bool, *, row: int) -> tuple[Input, int]:
         """One input and the number of tokens cut from it."""
@@ -198,16 +198,27 @@ class Renderer:
         try:
             ready = _merged(messages) if self._merge_system and has_system else messages
             return self.encode(ready, response, open_turn=open_turn)
+        except SpecialTokenError as error:
+            raise self._special_token_error(error, row, response) from error
         except Exception as error:  # templates refuse with jinja's errors, and fail with any other
             if self._merge_system or not has_system or not self.has_template:
                 raise self._template_error(error, row, response, open_turn) from error
             try:
                 encoded = self.encode(_merged(messages), response, open_turn=open_turn)
+            except SpecialTokenError as refusal:
+                raise self._special_token_error(refusal, row, response) from refusal
             except Exception:
                 raise self._template_error(error, row, response, open_turn) from error
         self._merge_system = True
         self.warn("system", "its chat template takes no system message; it is put before the first user message.")
         return encoded
+
+    def _special_token_error(self, error: SpecialTokenError, row: int, response: str) -> RewardError:
+        return RewardError(
+            f"reward_model={self.name!r}: {error}.\n  row {row}: {response[:80]!r}",
+            hint="special_tokens_in_content=allow reads special tokens in prompts and answers as control tokens, "
+            "encode_as_text as text.",
+        )
 
     def _template_error(self, error: Exception, row: int, response: str, open_turn: bool) -> RewardError:
         return RewardError(
@@ -222,6 +233,7 @@ def renderer_options(config: RunConfig) -> dict[str, Any]:
     """What the arguments say of rendering, as keyword arguments of ``Renderer``: a given ``reward_template`` comes last
     in ``{"template": family's own, **renderer_options(config)}``, so that it wins."""
     options: dict[str, Any] = {"partial_turn": config.partial_turn}
+    options["special_tokens_in_content"] = config.special_tokens_in_content or ENCODE_AS_TEXT
     if config.reward_template is not None:
         options["template"] = read_template(config.reward_template)
     return options

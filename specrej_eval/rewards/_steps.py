@@ -16,6 +16,8 @@ from torch import Tensor, nn
 
 from specrej_eval.rewards._rendering import Renderer
 
+MAX_SPELLED = 4096
+"""Inputs a renderer remembers in which the answer writes the mark."""
 MAX_PROMPTS = 8
 """Prompts a renderer remembers. Positions are asked for right after inputs were made, so the newest would do."""
 
@@ -85,12 +87,8 @@ class GoodAgainstBad(nn.Module):
 
 def rendered(renderer: Renderer, messages: list[dict[str, str]], *, add_generation_prompt: bool) -> list[int]:
     """Ids of a conversation in the renderer's chat template."""
-    ids: list[int] = renderer.tokenizer.apply_chat_template(
-        messages,
-        chat_template=renderer.template,
-        tokenize=True,
-        return_dict=True,
-        add_generation_prompt=add_generation_prompt,
+    ids: list[int] = renderer.tokeniser.chat(
+        messages, chat_template=renderer.template, add_generation_prompt=add_generation_prompt
     )["input_ids"]
     return ids
 
@@ -108,19 +106,25 @@ class StepRenderer(Renderer, ABC):
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self._prompts: dict[tuple[int, ...], None] = {}
+        self._spelled: dict[tuple[int, ...], tuple[int, ...]] = {}
+        """Inputs in which the answer itself writes the mark, and where ours are, counted from the end."""
 
     @abstractmethod
-    def encode_steps(self, messages: list[dict[str, str]], response: str) -> tuple[list[int], list[int], int]:
-        """The prompt's ids, those of the steps with their marks, and how many steps there are."""
+    def encode_steps(self, messages: list[dict[str, str]], response: str) -> tuple[list[int], list[int], list[int]]:
+        """The prompt's ids, those of the steps with their marks, and where in these the marks behind the steps are."""
 
     def encode(self, messages: list[dict[str, str]], response: str, *, open_turn: bool) -> Any:
         """Raises:
         ValueError: the marks are not found again; the tokenizer is not the one this family was written for.
         """
         del open_turn
-        prompt, steps, count = self.encode_steps(messages, response)
-        if steps.count(self.mark) < count:
-            raise ValueError(f"of {count} steps only {steps.count(self.mark)} end with the token id {self.mark}")
+        prompt, steps, places = self.encode_steps(messages, response)
+        if wrong := sum(steps[place] != self.mark for place in places):
+            raise ValueError(f"of {len(places)} steps {wrong} do not end with the token id {self.mark}")
+        if steps.count(self.mark) > len(places):
+            self._spelled[tuple(prompt + steps)] = tuple(len(steps) - place for place in places)
+            while len(self._spelled) > MAX_SPELLED:
+                del self._spelled[next(iter(self._spelled))]
         self._prompts.pop(tuple(prompt), None)
         self._prompts[tuple(prompt)] = None  # last in order: the newest
         while len(self._prompts) > MAX_PROMPTS:
@@ -128,7 +132,12 @@ class StepRenderer(Renderer, ABC):
         return {"input_ids": prompt + steps}
 
     def positions_of(self, ids: tuple[int, ...]) -> tuple[int, ...]:
-        """Where the marks behind the prompt are."""
+        """Where the marks behind the steps are."""
+        ends = self._spelled.get(ids) or next(
+            (ends for known, ends in self._spelled.items() if len(ids) > 1 and known[1 - len(ids) :] == ids[1:]), None
+        )
+        if ends is not None:
+            return tuple(len(ids) - end for end in ends if end <= len(ids)) or (len(ids) - 1,)
         whole = [len(prompt) for prompt in self._prompts if ids[: len(prompt)] == prompt]
         start = max(whole or (_kept(prompt, ids) for prompt in self._prompts), default=0)
         found = tuple(i for i in range(start, len(ids)) if ids[i] == self.mark)

@@ -19,6 +19,7 @@ from specrej_eval.rewards._http import JsonServer, without_password
 from specrej_eval.rewards._protocols import ENDPOINTS, PROTOCOLS, Item, ServerProtocol, find_protocol
 from specrej_eval.rewards._rendering import Renderer, renderer_options
 from specrej_eval.rewards.base import AUTO, Pair, Stateless
+from specrej_eval.special_tokens import DEFUSED, ENCODE_AS_TEXT, ContentGuard, Marked
 
 KEY_VARIABLES = ("SPECREJ_REWARD_API_KEY",)
 SATURATED = 4
@@ -130,6 +131,8 @@ class HttpReward(Stateless):
         self._form = protocol.form(self._renderer is not None, has_template)
         self._batch_size = min(config.reward_batch_size, protocol.most_items or config.reward_batch_size)
         self._warned = False
+        known = None if self._renderer is None else self._renderer.tokeniser
+        self._guard = ContentGuard(self.name, config.special_tokens_in_content or ENCODE_AS_TEXT, known)
 
     @property
     def renderer(self) -> Renderer | None:
@@ -183,10 +186,12 @@ class HttpReward(Stateless):
                 text = self._renderer.text(conversation, response, open_turn, row=row.row)
                 items.append(Item(text=text, prompt=self._renderer.text(conversation, "", True, row=row.row)))
             elif self._form == "pair":
-                prompt = "\n".join(message["content"] for message in conversation)
+                prompt = self._guard.text("\n".join(message["content"] for message in conversation), row.row)
+                response = self._guard.text(response, row.row)
                 items.append(Item(prompt=prompt, response=response or " "))  # no second text is no pair
             else:
-                turns = [(message["role"], message["content"]) for message in conversation]
+                turns = [(message["role"], self._guard.text(message["content"], row.row)) for message in conversation]
+                response = self._guard.text(response, row.row)
                 items.append(Item(messages=(*turns, ("assistant", response)), open_turn=open_turn and bool(response)))
         return items
 
@@ -231,20 +236,21 @@ class _TextRenderer(Renderer):
         """
         self._as_text = True
         try:
-            rendered: str = self._encode_or_merge(conversation, response, open_turn, row=row)
+            rendered: Marked = self._encode_or_merge(conversation, response, open_turn, row=row)
         finally:
             self._as_text = False
         bos = self.tokenizer.bos_token
-        return rendered.removeprefix(bos) if self._adds_bos and bos else rendered
+        if rendered.marks:
+            self.warn("special tokens", DEFUSED)
+        return (rendered.without_leading(bos) if self._adds_bos else rendered).defused
 
     def encode(self, messages: list[dict[str, str]], response: str, *, open_turn: bool) -> Any:
         if not self._as_text:
             return super().encode(messages, response, open_turn=open_turn)
         turn = [] if open_turn and not response.strip() else [{"role": "assistant", "content": response}]
-        return self.tokenizer.apply_chat_template(
+        return self.tokeniser.render(
             [*messages, *turn],
             chat_template=self.template,
-            tokenize=False,
             add_generation_prompt=not turn,
             continue_final_message=bool(turn) and open_turn,
         )

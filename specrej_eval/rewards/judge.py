@@ -20,6 +20,7 @@ from specrej_eval.errors import ConfigError
 from specrej_eval.paths import expanded
 from specrej_eval.rewards._http import BadAnswerError, JsonServer, ServerError
 from specrej_eval.rewards.base import Pair, Stateless
+from specrej_eval.special_tokens import ENCODE_AS_TEXT, ContentGuard
 
 KEY_VARIABLES = ("SPECREJ_REWARD_API_KEY", "OPENAI_API_KEY")
 PROMPT = """\
@@ -81,6 +82,7 @@ def make(name: str, config: RunConfig, device: str, token: str | bool | None = N
         prompt=read_prompt(config.judge_prompt),
         max_tokens=config.judge_max_toks,
         note_unfinished=config.partial_turn == "open",
+        special_tokens_in_content=config.special_tokens_in_content or ENCODE_AS_TEXT,
     )
 
 
@@ -126,8 +128,10 @@ class Judge(Stateless):
         prompt: str = PROMPT,
         max_tokens: int = 16,
         note_unfinished: bool = False,
+        special_tokens_in_content: str = ENCODE_AS_TEXT,
     ) -> None:
         self.name = f"judge:{model}@{server.shown_url}"
+        self._guard = ContentGuard(self.name, special_tokens_in_content)
         self.model = model
         self.tokens_scored = 0
         self._server = server
@@ -172,7 +176,11 @@ class Judge(Stateless):
         response = response_prefix + (row.text if row.finished else row.text.rstrip("\ufffd"))
         if self._note_unfinished and not row.finished:
             response += UNFINISHED
-        places = {"{prompt}": _as_text(conversation), "{response}": response}
+        guard = self._guard  # what looks like a control token is text to the judge
+        places = {
+            "{prompt}": guard.text(_as_text(conversation), row.row),
+            "{response}": guard.text(response, row.row),
+        }
         # not str.format: answers are full of braces
         return "".join(places.get(part, part) for part in re.split(r"(\{prompt\}|\{response\})", self._prompt))
 

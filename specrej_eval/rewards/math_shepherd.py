@@ -19,6 +19,7 @@ from specrej_eval.rewards._native import assemble, load_body
 from specrej_eval.rewards._scoring import CheckpointReward
 from specrej_eval.rewards._steps import StepHead, StepRenderer, lines, question, token_id
 from specrej_eval.rewards.rlhflow_prm import plus_and_minus
+from specrej_eval.special_tokens import ContentText
 
 READS = "process: + against - at the mark behind each line; prm_reduce= makes one number"
 EXAMPLES = ("peiyi9979/math-shepherd-mistral-7b-prm",)
@@ -53,13 +54,20 @@ class MarkedLines(StepRenderer):
         super().__init__(tokenizer, **options)
         self.mark = token_id(tokenizer, MARK)
 
-    def encode_steps(self, messages: list[dict[str, str]], response: str) -> tuple[list[int], list[int], int]:
+    def encode_steps(self, messages: list[dict[str, str]], response: str) -> tuple[list[int], list[int], list[int]]:
         asked = question(messages)
         steps = lines(response)
-        text = f"{asked} " + "\n".join(f"{step} {MARK}" for step in steps)
-        encoded = self.tokenizer(text, return_offsets_mapping=True)
+        text, spans, ends = f"{asked} ", [(0, len(asked))], set()
+        for number, step in enumerate(steps):
+            text += "\n" if number else ""
+            spans.append((len(text), len(text) + len(step)))
+            text += f"{step} {MARK}"
+            ends.add(len(text))
+        encoded = self.tokeniser.text(ContentText(text, spans), return_offsets_mapping=True)
         ids: list[int] = encoded["input_ids"]
         offsets: list[tuple[int, int]] = encoded["offset_mapping"]
         # the first token that begins behind the question; special tokens have empty offsets
         start = next((i for i, (a, b) in enumerate(offsets) if a >= len(asked) and b > a), len(ids))
-        return ids[:start], ids[start:], len(steps)
+        # the mark's last token, of those that end where ours does (a character may be several tokens)
+        last = {b: i for i, (a, b) in enumerate(offsets) if b in ends and b > a}
+        return ids[:start], ids[start:], [last[end] - start for end in sorted(ends) if end in last]

@@ -24,6 +24,7 @@ from specrej_eval.errors import ConfigError
 from specrej_eval.rewards._native import assemble, fill, load_body, read_tensors
 from specrej_eval.rewards._scoring import CheckpointReward
 from specrej_eval.rewards._steps import GoodAgainstBad, StepHead, StepRenderer, paragraphs, rendered, token_id
+from specrej_eval.special_tokens import ContentText
 
 READS = "process: a two-layer head at <extra_0> behind each paragraph; prm_reduce= makes one number"
 EXAMPLES = ("Qwen/Qwen2.5-Math-PRM-7B", "Qwen/Qwen2.5-Math-PRM-72B", "Qwen/Qwen2.5-Math-7B-PRM800K")
@@ -65,12 +66,16 @@ class QwenSteps(StepRenderer):
             raise ConfigError(f"reward_model={self.name!r}: its tokenizer has no token {MARK}.")
         self.mark = token_id(tokenizer, MARK)
 
-    def encode_steps(self, messages: list[dict[str, str]], response: str) -> tuple[list[int], list[int], int]:
+    def encode_steps(self, messages: list[dict[str, str]], response: str) -> tuple[list[int], list[int], list[int]]:
         if not any(message["role"] == "system" for message in messages):
             messages = [{"role": "system", "content": SYSTEM}, *messages]
         steps = paragraphs(response)
-        answer = {"role": "assistant", "content": "".join(step + MARK for step in steps)}
+        spans, text = [], ""
+        for step in steps:
+            spans.append((len(text), len(text) + len(step)))
+            text += step + MARK
+        answer = {"role": "assistant", "content": ContentText(text, spans)}
         prompt = rendered(self, messages, add_generation_prompt=True)
         ids = rendered(self, [*messages, answer], add_generation_prompt=False)
         start = next((i for i, (a, b) in enumerate(zip(prompt, ids, strict=False)) if a != b), len(prompt))
-        return ids[:start], ids[start:], len(steps)
+        return ids[:start], ids[start:], [i for i, token in enumerate(ids[start:]) if token == self.mark]

@@ -23,6 +23,7 @@ from specrej_eval.errors import ConfigError
 from specrej_eval.rewards._loading import load_checkpoint, named
 from specrej_eval.rewards._rendering import Renderer, max_length_of, renderer_options
 from specrej_eval.rewards._scoring import CheckpointReward, linear_head
+from specrej_eval.special_tokens import ENCODE_AS_TEXT
 
 READS = "a linear head with one label, at the last token; encoders as they pool (text pair)"
 EXAMPLES = (
@@ -90,7 +91,7 @@ class SequenceClassifier(CheckpointReward):
     Args:
         model: a transformers sequence classifier with one label, on its device.
         tokenizer: its tokenizer, with its chat template if it has one.
-        partial_turn, template: see ``_rendering.Renderer``.
+        partial_turn, template, special_tokens_in_content: see ``_rendering.Renderer``.
         options: of ``CheckpointReward``.
     """
 
@@ -102,6 +103,7 @@ class SequenceClassifier(CheckpointReward):
         name: str = "reward model",
         partial_turn: str = "closed",
         template: str | None = None,
+        special_tokens_in_content: str = ENCODE_AS_TEXT,
         **options: Any,
     ) -> None:
         self.model = model.eval()
@@ -114,6 +116,7 @@ class SequenceClassifier(CheckpointReward):
             max_length=max_length_of(model.config, tokenizer),
             partial_turn=partial_turn,
             template=template,
+            special_tokens_in_content=special_tokens_in_content,
             without_template="pair" if base is None else "ask",
         )
         head = None if base is None else linear_head(model.score)

@@ -20,6 +20,7 @@ from specrej_eval.rewards._loading import named
 from specrej_eval.rewards._native import assemble, fill, load_body, read_tensors
 from specrej_eval.rewards._scoring import CheckpointReward
 from specrej_eval.rewards._steps import StepHead, StepRenderer, question, token_id
+from specrej_eval.special_tokens import ContentText
 
 READS = "process: a value head at the line break behind each line; prm_reduce= makes one number"
 EXAMPLES = ("Skywork/Skywork-o1-Open-PRM-Qwen-2.5-7B", "Skywork/Skywork-o1-Open-PRM-Qwen-2.5-1.5B")
@@ -64,11 +65,15 @@ class Lines(StepRenderer):
         super().__init__(tokenizer, **options)
         self.mark = token_id(tokenizer, "\n")
 
-    def encode_steps(self, messages: list[dict[str, str]], response: str) -> tuple[list[int], list[int], int]:
-        prompt = self._ids((self.tokenizer.bos_token or "") + question(messages) + "\n")
-        steps = response.rstrip("\n").split("\n")
-        return prompt, [token for step in steps for token in (*self._ids(step), self.mark)], len(steps)
+    def encode_steps(self, messages: list[dict[str, str]], response: str) -> tuple[list[int], list[int], list[int]]:
+        bos, asked = self.tokenizer.bos_token or "", question(messages)
+        prompt = self._ids(ContentText(f"{bos}{asked}\n", [(len(bos), len(bos) + len(asked))]))
+        ids, places = [], []
+        for step in response.rstrip("\n").split("\n"):
+            ids += [*self._ids(step), self.mark]
+            places.append(len(ids) - 1)
+        return prompt, ids, places
 
     def _ids(self, text: str) -> list[int]:
-        ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        ids: list[int] = self.tokeniser.text(text, add_special_tokens=False)["input_ids"]
         return ids
