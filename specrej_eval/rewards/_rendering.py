@@ -159,8 +159,8 @@ class Renderer:
         prompt = "\n".join(message["content"] for message in messages)
         if pair:
             return self.tokeniser.pair(prompt, response)
-        text = self.tokeniser.all_content(prompt + response)
-        return self.tokeniser.encode(text.without_leading(self.tokenizer.bos_token))  # the tokenizer adds BOS itself
+        # a context may begin with BOS already; the tokenizer adds it itself
+        return self.tokeniser.text(prompt.removeprefix(self.tokenizer.bos_token or "") + response)
 
     def _input(self, conversation: Sequence[Message], response: str, open_turn: bool, *, row: int) -> tuple[Input, int]:
         """One input and the number of tokens cut from it."""
