@@ -26,7 +26,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from specrej_eval import demo
 from specrej_eval.core import prompt_hash
 from specrej_eval.demo.tokenizer import EOS_ID, PAD_ID, VOCAB_SIZE, build_tokenizer
-from specrej_eval.errors import ConfigError
+from specrej_eval.errors import ConfigError, PromptError
 from specrej_eval.harness.lm_eval_model import BestOfNLM, SpecRejLM
 
 SHORT = {"max_gen_toks": 16, "n": 4, "first_look": 6, "device": "cpu"}
@@ -731,3 +731,36 @@ def test_a_real_chat_model_through_its_template() -> None:
     block = results["config"]["specrej"]
     assert block["totals"]["requests"] == 2
     assert block["totals"]["rows_started"] == 6
+
+
+# special tokens in content
+
+
+def test_special_tokens_in_prompts_are_as_with_model_hf_and_counted(tiny: str, warnings: list[str]) -> None:
+    lm = make(tiny)
+    token = lm.tokenizer.eos_token
+    spelled = f"Say{token} hello."
+    lm.generate_until(requests("Say hello.", spelled, until=["\n"]))
+    assert lm._encoded("toy", spelled) == lm.tok_encode(spelled)
+    assert sum("1 of 2 prompts hold special tokens" in text for text in warnings) == 1
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_special_tokens_in_content_holds_for_the_prompts_of_lm_eval(tiny: str, chat: bool) -> None:
+    lm = make(tiny, special_tokens_in_content="encode_as_text")
+    token = lm.tokenizer.eos_token
+    special = lm.tokenizer.convert_tokens_to_ids(token)
+
+    def context(text: str) -> str:
+        return lm.apply_chat_template([{"role": "user", "content": text}]) if chat else text
+
+    spelled, plain = context(f"Say{token} hello."), context("Say it hello.")
+    ids = lm._encoded("toy", spelled)
+    assert ids.count(special) == lm.tok_encode(plain).count(special)
+    assert lm.tokenizer.decode(ids) == lm.tokenizer.decode(lm.tok_encode(spelled))
+    assert lm._encoded("toy", plain) == lm.tok_encode(plain)
+    refusing = make(tiny, special_tokens_in_content="error")
+    with pytest.raises(PromptError, match="toy"):
+        refusing._encoded("toy", spelled)
+    with pytest.raises(ConfigError, match="special_tokens_in_content"):
+        lm.generate_until(requests("Say hello.", special_tokens_in_content="allow"))
