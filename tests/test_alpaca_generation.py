@@ -122,7 +122,7 @@ def test_models_are_loaded_once_for_all_chunks_and_both_strategies(
     loads = []
     original = api.load_models
     monkeypatch.setattr(alpaca_eval_decoder, "_loaded", {})
-    monkeypatch.setattr(api, "load_models", lambda *args: loads.append(args) or original(*args))
+    monkeypatch.setattr(api, "load_models", lambda *args, **options: loads.append(args) or original(*args, **options))
     dataset(tmp_path)
     evaluate(config(tmp_path), chunksize=2)
     bon = config(tmp_path, "bon", fn_completions="specrej_best_of_n")
@@ -274,7 +274,7 @@ def test_bad_arguments_are_told_before_anything_is_loaded_or_written(
     from specrej_eval import api
 
     dataset(tmp_path)
-    monkeypatch.setattr(api, "load_models", lambda *_: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(api, "load_models", lambda *_, **__: pytest.fail("a model was loaded"))
     with pytest.raises((ConfigError, OSError), match=told):
         evaluate(config(tmp_path, **entry))
     assert not list((tmp_path / "results").rglob("*.json*"))
@@ -308,7 +308,7 @@ def test_bad_options_are_told_before_anything_is_loaded(
     (tmp_path / "broken.json").write_text('[{"instruction": "half')
     (tmp_path / "empty.json").write_text("[]")
     (tmp_path / "bare.json").write_text('[{"instruction": "1+1"}]')
-    monkeypatch.setattr(api, "load_models", lambda *_: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(api, "load_models", lambda *_, **__: pytest.fail("a model was loaded"))
     given = {"evaluation_dataset": "ref.json", "annotators_config": JUDGE, **options}
     with pytest.raises(ConfigError, match=told):
         alpaca_eval.main.evaluate_from_model(config(tmp_path), **given)
