@@ -28,7 +28,7 @@ from specrej_eval.core import (
     finite_or_none,
 )
 from specrej_eval.engine.base import Engine
-from specrej_eval.errors import RewardError
+from specrej_eval.errors import OutOfMemoryError, RewardError
 from specrej_eval.fingerprint import DECIDING, EMBEDDED, of_models
 from specrej_eval.journal import Journal, request_key
 from specrej_eval.progress import Progress
@@ -338,6 +338,11 @@ class Generator:
         ]
         self._close(work)
         finished = [trajectory for trajectory in trajectories if trajectory.finish_reason != "rejected"]
+        if not finished:
+            raise OutOfMemoryError(
+                "out of memory: of this prompt's rows not one could be decoded to its end.",
+                hint="use a smaller model or dtype, a shorter prompt, or fewer rows (n).",
+            )
         # highest reward first, ties by row index; a reward that is not finite ranks last
         best = min(finished, key=lambda item: (-math.inf if item.reward is None else item.reward) * -1)
         ledger = work.ledger

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import platform
 import resource
 import sys
@@ -26,13 +25,6 @@ def peak_bytes(device: torch.device) -> int:
         return int(torch.cuda.max_memory_allocated(device))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024  # kilobytes on Linux
-
-
-def release_memory(device: torch.device) -> None:
-    """Give back what is no longer referenced. After an out-of-memory error only: it is slow."""
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
 
 
 def synchronize(device: torch.device) -> None:

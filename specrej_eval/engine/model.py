@@ -24,6 +24,7 @@ from transformers import DynamicCache
 from specrej_eval.engine.groups import Group
 from specrej_eval.kv import shared_prefix
 from specrej_eval.kv.cache import Prefix
+from specrej_eval.kv.memory import is_out_of_memory
 from specrej_eval.kv.models import obstacle, our_attention, reset_rotary, rope_limit, windows_missing
 from specrej_eval.kv.shared_prefix import PREFILL_CHUNK, ROW_ALIGN
 
@@ -114,7 +115,7 @@ class ModelRunner:
             if path == "shared_prefix" and windows_missing(self._text_config, self._windows):
                 return "its sliding window never reaches the attention function"
         except (RuntimeError, TypeError, ValueError, KeyError, AttributeError, IndexError, NotImplementedError) as exc:
-            if isinstance(exc, torch.OutOfMemoryError):
+            if is_out_of_memory(exc):
                 raise
             return f"{type(exc).__name__}: {str(exc).splitlines()[0] if str(exc) else 'no message'}"
         return None

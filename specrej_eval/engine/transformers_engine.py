@@ -8,8 +8,10 @@ from __future__ import annotations
 import logging
 import math
 import time
+import weakref
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -21,7 +23,7 @@ from specrej_eval.config import RunConfig
 from specrej_eval.core import FinishReason, Message, Plan, Prompt, RowView, TokenStat
 from specrej_eval.engine import hardware, text
 from specrej_eval.engine.base import FinishedRow
-from specrej_eval.engine.groups import Group
+from specrej_eval.engine.groups import Group, Selection
 from specrej_eval.engine.model import ModelRunner, Path
 from specrej_eval.engine.prompts import encode_prompt
 from specrej_eval.engine.sampling import sample, uniform
@@ -29,12 +31,14 @@ from specrej_eval.engine.session import Record, Session
 from specrej_eval.engine.token_stats import stats_of
 from specrej_eval.errors import OutOfMemoryError, PromptError
 from specrej_eval.kv.cache import bytes_per_token
+from specrej_eval.kv.memory import clear_error, is_out_of_memory, release_memory, twice
 from specrej_eval.special_tokens import ENCODE_AS_TEXT, Tokeniser
 
 logger = logging.getLogger(__name__)
 
 _EOS, _MAY_STOP = 1, 2
 """What a token id can mean, besides being a token: bits of a lookup table."""
+_SMALLER = "use a smaller model or dtype, a shorter prompt, fewer rows (n), or a smaller kv_budget_tokens."
 MEMORY_FRACTION = {"cuda": 0.9, "cpu": 0.25}
 """Share of the free memory that ``n=max`` gives to the KV cache; the rest is for what a forward pass allocates. A GPU
 says when it is full; a CPU's memory belongs to others too, and its kernel kills without a word."""
@@ -68,7 +72,8 @@ class TransformersEngine:
     ) -> None:
         self.model = model
         self.tokenizer = tokenizer
-        self.runner = ModelRunner(model, path=path)
+        with clear_error("the model was tried out", _SMALLER):
+            self.runner = twice(lambda: ModelRunner(model, path=path))
         self.device = self.runner.device
         self.max_length = max_length or context_length(model, tokenizer)
         self.has_chat_template = bool(getattr(tokenizer, "chat_template", None))
@@ -80,6 +85,7 @@ class TransformersEngine:
         self._codes: dict[tuple[str, ...], Tensor] = {}
         self.oom_splits = 0
         """Times a batch was split because memory ran out."""
+        self._open_sessions: weakref.WeakSet[Session] = weakref.WeakSet()
 
     # sessions
 
@@ -119,6 +125,7 @@ class TransformersEngine:
 
         Raises:
             PromptError: the prompt is empty, or prompt + max_gen_toks exceed the context.
+            OutOfMemoryError: the prompt alone does not fit.
         """
         self.check(prompt, config)
         started = time.perf_counter()
@@ -126,84 +133,124 @@ class TransformersEngine:
         wanted = set(token_stats)
         if with_logprobs or config.logprobs:
             wanted.add("logprob")
-        with torch.inference_mode(), self.runner.active():
-            prefix = self.runner.prefill(prompt.token_ids, path)
-        assert prefix.logits is not None
-        session = Session(
-            prompt,
-            config,
-            budget,
-            until=until,
-            recorded=tuple(sorted(wanted)),
-            prefix=prefix,
-            codes=self._token_codes(until, prefix.logits.shape[-1]),
-        )
+
+        def opened() -> Session:
+            with torch.inference_mode(), self._active():
+                prefix = self.runner.prefill(prompt.token_ids, path)
+            assert prefix.logits is not None
+            return Session(
+                prompt,
+                config,
+                budget,
+                until=until,
+                recorded=tuple(sorted(wanted)),
+                prefix=prefix,
+                codes=self._token_codes(until, prefix.logits.shape[-1]),
+            )
+
+        with clear_error(f"reading a prompt of {prompt.num_tokens} tokens", _SMALLER):
+            try:
+                session = twice(opened)
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
+                session = None
+            if session is None:
+                # the other prompts in flight make room; their KV comes back when they decode again
+                for other in list(self._open_sessions):
+                    for group in other.groups:
+                        group.park()
+                release_memory()
+                session = opened()
+        self._open_sessions.add(session)
         hardware.synchronize(self.device)
         session.prefill_seconds = time.perf_counter() - started
         return session
 
+    @contextmanager
+    def _active(self) -> Iterator[None]:
+        """``ModelRunner.active``, whose entry may meet the end of memory too."""
+        with ExitStack() as stack:
+            twice(lambda: stack.enter_context(self.runner.active()))
+            yield
+
     def follow(self, session: Session, plan: Plan) -> None:
-        """Keep, fork and start rows. See ``base.Engine.follow``."""
+        """Keep, fork and start rows. See ``base.Engine.follow``.
+
+        Raises:
+            OutOfMemoryError: there is no room for the rows that go on, on the device or on the host.
+        """
         assert session.prefix is not None
         live = {row: (group, place) for group in session.groups for place, row in enumerate(group.row_ids)}
         wanted: dict[int, list[tuple[int, int]]] = {}  # group -> (place, row id)
         seen: set[int] = set()
+        known = len(session.records)
         for row in plan.keep:
             group, place = live[row]
-            new_row = row if row not in seen else self._new_row(session, parent=row)
+            # a fork gets a row id of its own, else it would draw its parent's uniforms again
+            new_row = row if row not in seen else known
+            known += row in seen
             seen.add(row)
             wanted.setdefault(id(group), []).append((place, new_row))
-        with torch.inference_mode():
-            for row in live.keys() - seen:
-                self._record_rows(session, *live[row], "rejected")
-            kept_groups = []
-            session.account.hold(
-                sum((len(wanted.get(id(group), [])) - group.num_rows) * group.num_sampled for group in session.groups)
-            )
-            for group in session.groups:
-                chosen = wanted.get(id(group), [])
-                if chosen:
-                    places, rows = [place for place, _ in chosen], [row for _, row in chosen]
-                    self._select(group, places, rows, group.num_sampled + plan.num_tokens)
-                    kept_groups.append(group)
-            session.groups = kept_groups
-            if plan.fresh:
-                rows = [self._new_row(session) for _ in range(plan.fresh)]
-                group = Group.start(
-                    session.prefix,
-                    rows,
-                    capacity=plan.num_tokens,
-                    device=self.device,
-                    recorded=session.recorded,
+        fresh = list(range(known, known + plan.fresh))
+        growth = sum((len(wanted.get(id(group), [])) - group.num_rows) * group.num_sampled for group in session.groups)
+        session.account.check(growth)
+        kept_groups = [group for group in session.groups if id(group) in wanted]
+
+        def prepared() -> tuple[list[Record], list[Selection], list[Group]]:
+            """Everything that changes nothing: records of the rows that go, the rows that stay, and the new ones."""
+            rejected = [
+                record
+                for group in session.groups
+                for record in self._records_of(
+                    session,
+                    group,
+                    {place: "rejected" for place, row in enumerate(group.row_ids) if row not in seen},
                 )
-                group.use_streams(session.key)
-                session.groups.append(group)
+            ]
+            selections = []
+            for group in kept_groups:
+                places, rows = zip(*wanted[id(group)], strict=True)
+                selections.append(group.selection(places, list(rows), group.num_sampled + plan.num_tokens))
+            return rejected, selections, [self._fresh(session, fresh, plan.num_tokens)] if fresh else []
+
+        with torch.inference_mode(), clear_error("gathering the rows that go on", _SMALLER):
+            rejected, selections, started = twice(prepared)
+            for group, selection in zip(kept_groups, selections, strict=True):
+                group.gather(selection)
+        # nothing below can fail
+        for record in rejected:
+            session.records[record.row] = record
+        for row in range(len(session.records), known + plan.fresh):
+            session.records.append(Record(row=row))
+        session.account.hold(growth)
+        for group, selection in zip(kept_groups, selections, strict=True):
+            group.take(selection)
+        session.groups = [*kept_groups, *started]
         session.in_pool = sorted(row for group in session.groups for row in group.row_ids)
         session.held_at = Counter({0: session.account.held - session.prompt_tokens})
         for group in session.groups:
             group.sampled_at_look = group.num_sampled
 
-    def _select(self, group: Group, places: list[int], rows: list[int], capacity: int) -> None:
-        try:
-            group.select(places, rows, capacity)
-            return
-        except torch.OutOfMemoryError:
-            logger.debug("out of memory while gathering %d rows: gathered on the host", len(rows), exc_info=True)
-        hardware.release_memory(self.device)
-        group.park()
-        group.select(places, rows, capacity)
-
-    def _new_row(self, session: Session, parent: int | None = None) -> int:
-        """A fork gets a row id of its own, else it would draw its parent's uniforms again."""
-        del parent  # its tokens so far are gathered with the group's buffers
-        session.records.append(Record(row=len(session.records)))
-        return len(session.records) - 1
+    def _fresh(self, session: Session, rows: list[int], capacity: int) -> Group:
+        assert session.prefix is not None
+        group = Group.start(session.prefix, rows, capacity=capacity, device=self.device, recorded=session.recorded)
+        group.use_streams(session.key)
+        return group
 
     def pool(self, session: Session) -> list[RowView]:
         """Rows of the look. See ``base.Engine.pool``."""
-        with torch.inference_mode():
-            for group in session.groups:
-                self._fetch(session, group, range(group.num_rows))
+
+        def fetched() -> list[Record]:
+            return [
+                record
+                for group in session.groups
+                for record in self._records_of(session, group, dict.fromkeys(range(group.num_rows)))
+            ]
+
+        with torch.inference_mode(), clear_error("copying the rows' tokens to the host", _SMALLER):
+            for record in twice(fetched):
+                session.records[record.row] = record
         return [
             RowView(
                 row=row,
@@ -240,39 +287,44 @@ class TransformersEngine:
         """One batch, ``num_tokens`` steps. See ``base.Engine.decode``."""
         batch = [(session, group) for session in sessions for group in session.groups]
         targets = {id(group): group.num_sampled + num_tokens for _, group in batch}
-        with torch.inference_mode(), self.runner.active():
+        with torch.inference_mode(), self._active(), clear_error("decoding", _SMALLER):
             self._decode_turn(batch, targets, alone=True)
 
     def _decode_turn(self, batch: list[tuple[Session, Group]], targets: dict[int, int], *, alone: bool) -> None:
-        """Decode a batch to its targets; out of memory splits it into two that take turns.
+        """Decode a batch to its targets; out of memory, twice at that, splits it into two that take turns.
 
-        A step changes nothing until its tokens are drawn, so after a failure it is simply taken again. Logical rows,
+        A step changes nothing until all of it is there, so after a failure it is simply taken again. Logical rows,
         uniforms and rounds stay as they are; only where tensors live changes.
         """
-        try:
+        for _ in range(2):
+            try:
+                for _, group in batch:
+                    group.unpark()
+                self._decode_batch(batch, targets, stop_early=alone)
+                return
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
+                logger.debug("out of memory with %d groups", len(batch), exc_info=True)
+            # outside the handler, so that the exception's traceback no longer holds the failed step's tensors
             for _, group in batch:
-                group.unpark()
-            self._decode_batch(batch, targets, stop_early=alone)
-            return
-        except torch.OutOfMemoryError:
-            logger.debug("out of memory with %d groups", len(batch), exc_info=True)
-        # outside the handler, so that the exception's traceback no longer holds the failed step's tensors
-        hardware.release_memory(self.device)
+                group.cache = None  # on the replicated path it may hold the failed step already: it is made again
+            release_memory()
         self.oom_splits += 1
-        halves = self._halves(batch, targets)
+        halves = twice(lambda: self._halves(batch, targets))
         if halves is None:
             self._give_up(*batch[0])
             return
         for half in halves:
             for _, group in half:
-                group.park()
+                twice(group.park)
         for half in halves:
             live = [(session, group) for session, group in half if group in session.groups]
             if live:
                 self._decode_turn(live, targets, alone=False)
             for session, group in live:
                 if group in session.groups:
-                    group.park()
+                    twice(group.park)
 
     def _halves(
         self, batch: list[tuple[Session, Group]], targets: dict[int, int]
@@ -305,9 +357,11 @@ class TransformersEngine:
             )
         logger.warning("out of memory with a single row: row %d is given up", group.row_ids[0])
         session.degraded = True
-        self._record_rows(session, group, 0, "rejected")
+        [record] = twice(lambda: self._records_of(session, group, {0: "rejected"}))
+        session.records[record.row] = record
         session.in_pool = [row for row in session.in_pool if row not in group.row_ids]
-        self._remove(session, group, [0])
+        session.account.hold(-group.num_sampled)
+        session.groups = [other for other in session.groups if other is not group]
 
     def _decode_batch(self, batch: list[tuple[Session, Group]], targets: dict[int, int], *, stop_early: bool) -> None:
         while True:
@@ -363,69 +417,102 @@ class TransformersEngine:
     def _commit(
         self, batch: Sequence[tuple[Session, Group]], tokens: list[Tensor], stats: list[dict[TokenStat, Tensor]]
     ) -> bool:
-        """Make a step count, and let finished rows leave. True if a session has no live row left."""
+        """Make a step count, and let finished rows leave. True if a session has no live row left.
+
+        All of it or nothing: what can run out of memory comes first, and leaves nothing that another try would not
+        write again.
+        """
         codes = torch.cat([session.codes[mine] for (session, _), mine in zip(batch, tokens, strict=True)])
         host_codes = codes.tolist()  # one byte per row: the only copy to the host in a step
-        emptied = False
+        steps = []
         first = 0
         for (session, group), mine, told in zip(batch, tokens, stats, strict=True):
+            group.write(mine, told)
+            ended = self._ended(session, group, host_codes[first : first + group.num_rows])
+            steps.append((session, group, ended, group.next_counters(fed=group.num_sampled > 0)))
+            first += group.num_rows
+        emptied = False
+        for session, group, ended, counters in steps:  # cannot fail, but for the budget, which is a defect
             rows = group.num_rows
             session.account.hold(rows)
             session.decode_tokens += rows
-            if group.num_sampled:
-                group.advance()
-            group.sampled(mine, told)
+            group.count(*counters, fed=group.num_sampled > 0)
             session.held_at[group.num_sampled - group.sampled_at_look] += rows * group.num_sampled
-            self._finish_rows(session, group, host_codes[first : first + rows])
+            for record in ended.values():
+                session.records[record.row] = record
+            session.account.hold(-len(ended) * group.num_sampled)
+        for session, group, ended, _ in steps:
+            if ended:
+                self._let_go(group, list(ended))
+                if not group.num_rows:
+                    session.groups = [other for other in session.groups if other is not group]
             emptied |= session.num_live == 0
-            first += rows
         return emptied
 
-    def _finish_rows(self, session: Session, group: Group, codes: list[int]) -> None:
-        at_cap = group.num_sampled >= session.budget.max_gen_toks
-        gone: list[int] = []
+    def _ended(self, session: Session, group: Group, codes: list[int]) -> dict[int, Record]:
+        """Records of the rows that the token just written ends, by place."""
+        count = group.num_sampled + 1
+        at_cap = count >= session.budget.max_gen_toks
+        reasons: dict[int, FinishReason | None] = {}
         for place, code in enumerate(codes):
-            reason: FinishReason | None = None
             if code & _EOS:
-                reason = "eos"
-            elif code & _MAY_STOP:
-                ids = group.tokens[place, : group.num_sampled].tolist()
-                if self.detokenizer.stop_position(ids, session.until) is not None:
-                    reason = "stop"
-            if reason is None and at_cap:
-                reason = "length"
-            if reason is not None:
-                self._record_rows(session, group, place, reason)
-                gone.append(place)
-        if gone:
-            self._remove(session, group, gone)
+                reasons[place] = "eos"
+            elif code & _MAY_STOP and self._stops(session, group.tokens[place, :count].tolist()):
+                reasons[place] = "stop"
+            elif at_cap:
+                reasons[place] = "length"
+        return dict(zip(reasons, self._records_of(session, group, reasons, count=count), strict=True))
 
-    def _remove(self, session: Session, group: Group, places: list[int]) -> None:
-        session.account.hold(-len(places) * group.num_sampled)
-        group.drop(places)
-        if not group.num_rows:
-            session.groups = [other for other in session.groups if other is not group]
+    def _stops(self, session: Session, token_ids: list[int]) -> bool:
+        return self.detokenizer.stop_position(token_ids, session.until) is not None
+
+    @staticmethod
+    def _let_go(group: Group, places: list[int]) -> None:
+        """Close the gaps that finished rows leave; on the host if the device has no room for it."""
+        try:
+            twice(lambda: group.drop(places))
+            return
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+        with clear_error("finished rows left a batch", _SMALLER):
+            twice(group.park)
+            twice(lambda: group.drop(places))
+            twice(group.unpark)
 
     # host side
 
-    def _record_rows(self, session: Session, group: Group, place: int, reason: FinishReason) -> None:
-        session.records[group.row_ids[place]].finish_reason = reason
-        self._fetch(session, group, [place])
+    def _records_of(
+        self,
+        session: Session,
+        group: Group,
+        reasons: Mapping[int, FinishReason | None],
+        *,
+        count: int | None = None,
+    ) -> list[Record]:
+        """Copy rows' tokens and their statistics to the host. Once per look and once when a row finishes.
 
-    def _fetch(self, session: Session, group: Group, places: Sequence[int]) -> None:
-        """Copy rows' tokens and their statistics to the records. Once per look and once when a row finishes."""
-        index = torch.tensor(list(places), dtype=torch.int64, device=self.device)
-        ids = group.tokens[index, : group.num_sampled].tolist()
-        stats = {name: buffer[index, : group.num_sampled].double().tolist() for name, buffer in group.stats.items()}
-        for offset, place in enumerate(places):
-            record = session.records[group.row_ids[place]]
-            record.token_ids = ids[offset]
+        Args:
+            reasons: by place, why the row ends; None while it is live.
+            count: tokens of each row; None = those that count.
+        """
+        if not reasons:
+            return []
+        count = group.num_sampled if count is None else count
+        index = torch.tensor(list(reasons), dtype=torch.int64, device=self.device)
+        ids = group.tokens[index, :count].tolist()
+        stats = {name: buffer[index, :count].double().tolist() for name, buffer in group.stats.items()}
+        records = []
+        for offset, (place, reason) in enumerate(reasons.items()):
+            record = Record(row=group.row_ids[place], token_ids=ids[offset], finish_reason=reason)
             record.token_stats = {name: values[offset] for name, values in stats.items()}
             if "logprob" in record.token_stats:
                 record.logprobs = record.token_stats["logprob"]
                 record.mean_logprob = math.fsum(record.logprobs) / len(ids[offset]) if ids[offset] else None
-            reason = None if record.finish_reason == "rejected" else record.finish_reason
-            record.text = self.detokenizer.visible(record.token_ids, reason, session.until)
+            shown = None if reason == "rejected" else reason
+            record.text = self.detokenizer.visible(record.token_ids, shown, session.until)
+            records.append(record)
+        return records
 
     def _token_codes(self, until: tuple[str, ...], vocab: int) -> Tensor:
         """(vocab,) uint8 lookup table of what a token id means."""
@@ -454,7 +541,7 @@ class TransformersEngine:
                 )
             per_token = bytes_per_token(prefix)
             del prefix
-        hardware.release_memory(self.device)
+        release_memory()
         free = hardware.free_bytes(self.device)
         share = MEMORY_FRACTION.get(self.device.type, MEMORY_FRACTION["cpu"])
         tokens = int(free * share) // per_token // config.batch_size

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from specrej_eval.errors import KVBudgetExceededError
+from specrej_eval.kv.memory import is_out_of_memory
 
 
 @dataclass(slots=True)
@@ -30,9 +31,17 @@ class TokenAccount:
         Raises:
             KVBudgetExceededError: the limit would be passed.
         """
+        self.check(tokens)
+        self.held += tokens
+
+    def check(self, tokens: int) -> None:
+        """Whether ``tokens`` more may be held.
+
+        Raises:
+            KVBudgetExceededError: the limit would be passed.
+        """
         if tokens > 0 and self.held + tokens > self.limit:
             raise KVBudgetExceededError(f"{self.held} + {tokens} tokens exceed the KV budget of {self.limit}.")
-        self.held += tokens
 
 
 @dataclass(slots=True)
@@ -127,8 +136,11 @@ class SuffixPool:
             for layer, old in store.items():
                 try:
                     store[layer] = self._gathered(old, index)
-                except torch.OutOfMemoryError:  # this layer goes to the host; ``to`` brings it back
-                    store[layer] = self._gathered(old.cpu(), index)
+                    continue
+                except RuntimeError as error:
+                    if not is_out_of_memory(error):
+                        raise
+                store[layer] = self._gathered(old.cpu(), index)  # this layer goes to the host; ``to`` brings it back
         self.rows = rows
 
     def _gathered(self, old: Tensor, index: Tensor) -> Tensor:
@@ -139,13 +151,13 @@ class SuffixPool:
     def _allocate(self, like: Tensor, *shape: int) -> Tensor:
         return like.new_empty(*shape)
 
-    def drop(self, sources: Tensor, holes: Tensor, rows: int) -> None:
-        """Move rows ``sources`` into ``holes`` and forget everything from ``rows`` on: O(rows dropped), no gather."""
+    def move(self, sources: Tensor, holes: Tensor) -> None:
+        """Copy rows ``sources`` over ``holes``: O(rows moved), no gather. Doing it again is harmless as long as no row
+        is a source and a hole; lowering ``rows`` then forgets the sources."""
         if sources.numel():
             for store in (self._keys, self._values):
                 for tensor in store.values():
                     tensor[holes, :, : self.length] = tensor[sources, :, : self.length]
-        self.rows = rows
 
     def split(self, at: int) -> SuffixPool:
         """Keep rows [0, at); return a pool of the rest. Both are views of the same memory, and never overlap."""
@@ -153,9 +165,9 @@ class SuffixPool:
         rest.length, rest.capacity = self.length, self.capacity
         rest._keys = {layer: tensor[at : self.rows] for layer, tensor in self._keys.items()}
         rest._values = {layer: tensor[at : self.rows] for layer, tensor in self._values.items()}
-        self._keys = {layer: tensor[:at] for layer, tensor in self._keys.items()}
-        self._values = {layer: tensor[:at] for layer, tensor in self._values.items()}
-        self.rows = at
+        keys = {layer: tensor[:at] for layer, tensor in self._keys.items()}
+        values = {layer: tensor[:at] for layer, tensor in self._values.items()}
+        self._keys, self._values, self.rows = keys, values, at
         return rest
 
     def to(self, device: torch.device | str) -> None:

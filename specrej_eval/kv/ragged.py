@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from specrej_eval.kv.cache import Prefix, SuffixPool
+from specrej_eval.kv.memory import twice
 
 _SCORE_BYTES = 128 * 2**20
 """Most memory of a layer's attention scores, were they materialised (with softcap or sinks they are); rows take turns
@@ -46,9 +47,10 @@ class RaggedPool(SuffixPool):
 
     def gather(self, places: Sequence[int], length: int, capacity: int, device: torch.device) -> None:
         """Keep the rows at ``places`` (duplicates fork), their first ``length`` positions; room for ``capacity``."""
+        index = twice(lambda: torch.tensor(list(places), dtype=torch.int64, device=device))
         self.length = min(length, self.capacity)
-        self.select(torch.tensor(list(places), dtype=torch.int64, device=device), capacity)
-        self.to(device)  # ``select`` moves a layer to the host where memory is short
+        self.select(index, capacity)
+        twice(lambda: self.to(device))  # ``select`` moves a layer to the host where memory is short
 
 
 class Extension:

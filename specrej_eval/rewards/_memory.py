@@ -10,6 +10,7 @@ import torch
 
 from specrej_eval.config import MAX, RunConfig
 from specrej_eval.kv.cache import Prefix, bytes_per_token
+from specrej_eval.kv.memory import is_out_of_memory, release_memory, twice
 
 Item = TypeVar("Item")
 Value = TypeVar("Value")
@@ -68,7 +69,7 @@ def in_batches(items: Sequence[Item], length: Callable[[Item], int], most: int) 
 def in_halves(
     batch: list[Item], forward: Callable[[list[Item]], list[Value]], too_big: Callable[[Item], Exception]
 ) -> list[Value]:
-    """``forward(batch)``, or of halves of it where memory does not suffice.
+    """``forward(batch)``, or, should memory not suffice twice, of halves of it.
 
     The smaller size is not remembered: the split must not depend on the prompts that came before.
 
@@ -76,19 +77,13 @@ def in_halves(
         Exception: ``too_big(item)``, if not even one item fits.
     """
     try:
-        return forward(batch)
+        return twice(lambda: forward(batch))
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
         if len(batch) == 1:
             raise too_big(batch[0]) from error
     # outside the except block: the traceback would keep the failed pass's tensors alive
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    release_memory()
     middle = len(batch) // 2
     return in_halves(batch[:middle], forward, too_big) + in_halves(batch[middle:], forward, too_big)
-
-
-def is_out_of_memory(error: RuntimeError) -> bool:
-    # torch's CPU allocator raises a plain RuntimeError
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)

@@ -17,6 +17,7 @@ from torch import Tensor
 from specrej_eval.config import RunConfig
 from specrej_eval.core import Message, RowView
 from specrej_eval.errors import OutOfMemoryError
+from specrej_eval.kv.memory import clear_error, twice
 from specrej_eval.kv.models import reset_rotary, rope_limit
 from specrej_eval.rewards._memory import Allowance, in_batches, in_halves
 from specrej_eval.rewards._rendering import Input, Renderer
@@ -24,6 +25,7 @@ from specrej_eval.rewards._sessions import CachedSession
 from specrej_eval.rewards._shared_body import SharedBody
 from specrej_eval.rewards.base import Pair, RewardSession, Stateless
 
+_SMALLER = "reward_dtype=bfloat16, or another reward_device."
 MAX_PADDED_TOKENS = 16_384
 """Tokens of one forward pass, padding included."""
 
@@ -94,9 +96,10 @@ class CheckpointReward(Stateless):
         if self.cache == "off" or self.head is None:
             return super().open(conversation, response_prefix)
         if not self._probed:
-            self._probed = True
             shared = SharedBody(self.body)
-            reason = shared.probe()
+            with clear_error(f"reward_model={self.name!r} was tried out", _SMALLER):
+                reason = twice(shared.probe)
+            self._probed = True
             if reason is None:
                 self.shared_body = shared
             else:
@@ -168,8 +171,8 @@ class CheckpointReward(Stateless):
             hidden = self.body(**arguments, use_cache=False)[0]  # (rows, longest, hidden size)
             places = [self.positions_of(entry.ids) for entry in batch]
             values = self.head_scores([row[list(wanted)] for row, wanted in zip(hidden, places, strict=True)])
-        self.count(int(lengths.sum()))
         scores: list[float] = values.tolist()
+        self.count(sum(len(entry.ids) for entry in batch))  # nothing can fail behind it: what is done again counts once
         return scores
 
     def count(self, num_tokens: int) -> None:
@@ -188,7 +191,7 @@ class CheckpointReward(Stateless):
     def out_of_memory(self, num_tokens: int) -> OutOfMemoryError:
         return OutOfMemoryError(
             f"reward_model={self.name!r}: one sequence of {num_tokens} tokens does not fit in memory.",
-            hint="reward_dtype=bfloat16, or another reward_device.",
+            hint=_SMALLER,
         )
 
 

@@ -9,6 +9,7 @@ generator's, and forks, which find their parent by what they share with it.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -18,8 +19,9 @@ from torch import Tensor
 from specrej_eval.core import Message, RowView
 from specrej_eval.errors import OutOfMemoryError
 from specrej_eval.kv.cache import Prefix
+from specrej_eval.kv.memory import is_out_of_memory, twice
 from specrej_eval.kv.ragged import RaggedPool
-from specrej_eval.rewards._memory import in_batches, in_halves, is_out_of_memory
+from specrej_eval.rewards._memory import in_batches, in_halves
 from specrej_eval.rewards._rendering import Input
 
 if TYPE_CHECKING:
@@ -141,7 +143,8 @@ class CachedSession:
         assert body is not None
         scores: dict[Input, float] = {}
         unique = dict.fromkeys(inputs)
-        with body.active():
+        with ExitStack() as stack:
+            twice(lambda: stack.enter_context(body.active()))
             prompt = self._shared_prompt([entry.ids for entry in unique])
             behind = [] if prompt is None else [entry for entry in unique if self._continues(prompt, entry.ids)]
             if prompt is not None and behind:
@@ -183,7 +186,7 @@ class CachedSession:
                 "have; every look is read in full (said once). reward_kv_budget_tokens= allows more.",
             )
             return None
-        prefix, hidden = body.prefill(ids)
+        prefix, hidden = twice(lambda: body.prefill(ids))
         self._reward.count(len(ids))
         self._prompt = _Prompt(ids, prefix, hidden)
         self._reward.allowance.measure(prefix, self._reward.device)
@@ -272,10 +275,10 @@ class CachedSession:
         new = [job.ids[job.start :] for job in batch]
         starts = [job.start - shared for job in batch]
         fed = body.extend(prompt.prefix, starts, new, pool=pool, first=batch[0].place if pool is not None else 0)
-        self._reward.count(sum(map(len, new)))
         for job, hidden in zip(batch, fed, strict=True):
             # cloned: a view would keep the hidden states of the whole batch alive
             job.hidden = {p: hidden[p - job.start].clone() for p in job.wanted if p >= job.start}
+        self._reward.count(sum(map(len, new)))  # nothing can fail behind it: what is done again counts once
         return [None] * len(batch)
 
     def _scores(self, prompt: _Prompt, jobs: Sequence[_Job]) -> list[float]:
@@ -284,10 +287,16 @@ class CachedSession:
         values: list[float] = []
         if fresh:
             shared = len(prompt.ids)
-            hidden = [
-                torch.stack([prompt.hidden[p] if p < shared else job.hidden[p] for p in job.wanted]) for job in fresh
-            ]
-            values = self._reward.head_scores(hidden).tolist()
+
+            def head() -> list[float]:
+                hidden = [
+                    torch.stack([prompt.hidden[p] if p < shared else job.hidden[p] for p in job.wanted])
+                    for job in fresh
+                ]
+                scores: list[float] = self._reward.head_scores(hidden).tolist()
+                return scores
+
+            values = twice(head)
         found = dict(zip(map(id, fresh), values, strict=True))
         return [found[id(job)] if job.known_score is None else job.known_score for job in jobs]
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from specrej_eval.kv import shared_prefix
 from specrej_eval.kv.cache import Prefix
+from specrej_eval.kv.memory import is_out_of_memory
 from specrej_eval.kv.models import obstacle, our_attention, reset_rotary, rope_limit, windows_missing
 from specrej_eval.kv.ragged import Extension, RaggedPool
 from specrej_eval.kv.shared_prefix import PREFILL_CHUNK, ROW_ALIGN
@@ -112,9 +113,9 @@ class SharedBody:
         try:
             with torch.inference_mode():
                 error, largest = self._try_out()
-        except torch.OutOfMemoryError:
-            raise
         except (RuntimeError, TypeError, ValueError, KeyError, AttributeError, IndexError, NotImplementedError) as exc:
+            if is_out_of_memory(exc):
+                raise
             return f"{type(exc).__name__}: {str(exc).splitlines()[0] if str(exc) else 'no message'}"
         if not error <= _TOLERANCE.get(self.dtype, 8e-2) * max(largest, 1e-6):
             return f"hidden states differ by {error:.1e}"
