@@ -205,8 +205,12 @@ class Comparison:
     """Other versions, another device: worth a warning."""
 
 
-def compare(then: Mapping[str, Any], now: Mapping[str, Any]) -> Comparison:
-    """Hold two fingerprints against each other; one from before ``numbers_version`` by what both have."""
+def compare(then: Mapping[str, Any], now: Mapping[str, Any], *, sides: tuple[str, str] = ("then", "now")) -> Comparison:
+    """Hold two fingerprints against each other; one from before ``numbers_version`` by what both have.
+
+    Args:
+        sides: what the two are called.
+    """
     found = Comparison()
     now, then = _plain(now), _plain(then)
     environment = then.get("environment") or {}
@@ -215,7 +219,7 @@ def compare(then: Mapping[str, Any], now: Mapping[str, Any]) -> Comparison:
         for name, value in (now.get("environment") or {}).items()
         if name in environment and environment[name] != value
     ]
-    old = "numbers_version" not in then
+    old = "numbers_version" not in then and "numbers_version" in now
     if old:
         then = _as_now(then, now, found)
     for name in sorted(then.keys() | now.keys()):
@@ -236,7 +240,7 @@ def compare(then: Mapping[str, Any], now: Mapping[str, Any]) -> Comparison:
         ):
             found.changed.append(f"{name}: the text of its file changed")
         else:
-            found.changed.append(f"{name}: {_short(before)} then, {_short(after)} now")
+            found.changed.append(f"{name}: {_short(before)} {sides[0]}, {_short(after)} {sides[1]}")
     return found
 
 
@@ -451,7 +455,7 @@ def _value(fingerprint: Mapping[str, Any], name: str) -> Any:
         return fingerprint[name]
     if name in _CONFIG_DEFAULTS:
         return _CONFIG_DEFAULTS[name]
-    return _HOST_DEFAULTS.get(name)
+    return [] if name == "until" else _HOST_DEFAULTS.get(name)
 
 
 _CONFIG_DEFAULTS = {name: value for name, value in RunConfig().to_dict().items() if name not in DECIDING}
@@ -480,7 +484,7 @@ def _changed_commits(then: Mapping[str, str], now: Mapping[str, str]) -> list[st
 def _changed_files(name: str, then: Any, now: Any) -> list[str]:
     label = "reward_model" if name == "reward_files" else name.removesuffix("_files")
     if not isinstance(then, dict) or not isinstance(now, dict):
-        return [f"{label}: other files than then"]
+        return [f"{label}: other files"]
     told = [f"{file} changed" for file in sorted(then.keys() & now.keys()) if then[file] != now[file]]
     told += [f"{file} is new" for file in sorted(now.keys() - then.keys())]
     told += [f"{file} is gone" for file in sorted(then.keys() - now.keys())]

@@ -385,7 +385,7 @@ def test_use_cache_refuses_answers_of_other_weights_in_the_same_folder(tiny: str
     content = bytearray(weights.read_bytes())
     content[-1] ^= 1
     weights.write_bytes(content)
-    with pytest.raises(ConfigError, match="pretrained: model.safetensors changed"):
+    with pytest.raises(ConfigError, match=r"pretrained: model.safetensors changed"):
         evaluate(make(str(folder)), task(), use_cache=cache, limit=1)
 
 

@@ -24,7 +24,7 @@ from typing import Any
 
 from specrej_eval.core import Ledger
 from specrej_eval.errors import ConfigError, SpecRejError
-from specrej_eval.fingerprint import differences
+from specrej_eval.fingerprint import compare
 from specrej_eval.names import default_name
 from specrej_eval.outputs import Answer, OutputsFolder, RunRecord, open_run, total_cost
 
@@ -108,7 +108,9 @@ def _check_same_but_seed(sources: Sequence[Source]) -> None:
     first = sources[0]
     ours = {**first.record.fingerprint, "seed": None}
     for other in sources[1:]:
-        details = differences(ours, {**other.record.fingerprint, "seed": None})
+        theirs = {**other.record.fingerprint, "seed": None}
+        older, newer = (theirs, ours) if "numbers_version" in ours else (ours, theirs)
+        details = "; ".join(compare(older, newer, sides=("in one", "in another")).changed)
         if details:
             raise ConfigError(
                 f"{first.path!r} and {other.path!r} differ in more than the seed ({details}).",
