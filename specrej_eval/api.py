@@ -84,6 +84,5 @@ def load_models(
 
 
 def identity_of(host: Mapping[str, Any]) -> dict[str, Any]:
-    """What of the host's arguments decides an answer, for a journal's fingerprint."""
-    names = ("revision", "subfolder", "gguf_file", "peft", "tokenizer")
-    return {name: host[name] for name in names if name in host}
+    """The host's arguments for a journal's fingerprint, which leaves out those that decide no answer."""
+    return {name: value for name, value in host.items() if name != "token"}

@@ -28,8 +28,13 @@ from specrej_eval.core import (
     finite_or_none,
 )
 from specrej_eval.engine.base import Engine
+<<<<<<< HEAD
 from specrej_eval.errors import OutOfMemoryError, RewardError
 from specrej_eval.fingerprint import DECIDING, EMBEDDED, of_models
+=======
+from specrej_eval.errors import RewardError
+from specrej_eval.fingerprint import DECIDING, EMBEDDED, of_models, warn_of_uncovered
+>>>>>>> fingerprint
 from specrej_eval.journal import Journal, request_key
 from specrej_eval.progress import Progress
 from specrej_eval.rewards.base import RewardModel, RewardSession, open_session
@@ -88,11 +93,18 @@ class Generator:
         engine: decodes; see ``engine.base.Engine``.
         reward: scores; see ``rewards.base.RewardModel``.
         config: defaults for ``generate``; ``batch_size``, ``trace_path`` and ``journal`` hold for all requests.
-        identity: what else decides an answer (checkpoints, revisions), for the journal's fingerprint.
+        identity: the host's arguments (``fingerprint.of_models``), for the journal's fingerprint.
+        fingerprint: of the models, for the journal, where the caller has made it already.
     """
 
     def __init__(
-        self, *, engine: Engine, reward: RewardModel, config: RunConfig, identity: Mapping[str, Any] | None = None
+        self,
+        *,
+        engine: Engine,
+        reward: RewardModel,
+        config: RunConfig,
+        identity: Mapping[str, Any] | None = None,
+        fingerprint: Mapping[str, Any] | None = None,
     ) -> None:
         self.engine = engine
         self.reward = reward
@@ -100,6 +112,10 @@ class Generator:
         self.totals = Ledger()
         """Cost of everything answered so far."""
         self.identity = dict(identity or {})
+        # of the files as they were loaded, where a journal is kept: an edit from now on must not pass for what answers
+        self.fingerprint = fingerprint
+        if fingerprint is None and config.journal is not None:
+            self.fingerprint = of_models(config, self.identity)
         self._tracer: Tracer | None = None
         self._journal: Journal | None = None
         self.capacity_tokens: int | None = None
@@ -391,7 +407,9 @@ class Generator:
 
     def _open_journal(self) -> Journal | None:
         if self._journal is None and self.config.journal is not None:
-            self._journal = Journal(self.config.journal, of_models(self.config, self.identity))
+            fingerprint = of_models(self.config, self.identity) if self.fingerprint is None else self.fingerprint
+            self._journal = Journal(self.config.journal, dict(fingerprint))
+            warn_of_uncovered(fingerprint)
         return self._journal
 
     def _not_in(

@@ -228,6 +228,7 @@ class OutputsFolder:
                     f"{record.generator!r}.",
                     hint="keep that name, or give this run a folder of its own.",
                 )
+            record.fingerprint = before.fingerprint  # of the oldest answer here: what it did not know stays unknown
             record.capacity_tokens = before.capacity_tokens
             record.described = record.described or before.described
         elif self.rank == 0:

@@ -23,7 +23,7 @@ from specrej_eval.answering import AUTO, Question, answer, requests_for
 from specrej_eval.config import HOST_ARGUMENTS, MAX, RunConfig, as_bool, as_int, checked_until, descriptions
 from specrej_eval.config import SYNONYMS as NAMES_ELSEWHERE
 from specrej_eval.errors import ConfigError, nearest
-from specrej_eval.fingerprint import of_run
+from specrej_eval.fingerprint import DECIDING, from_first_rank, of_run, same, warn_of_uncovered
 from specrej_eval.generator import Generator, Request
 from specrej_eval.names import default_name
 from specrej_eval.outputs import Answer, OutputsFolder, RunRecord, total_cost
@@ -46,6 +46,8 @@ VALUES = {
     "variance_reduce": "it has no code behind it in the reference code either. ",
 }
 """What to say of the reference code's options that are no other name of ours."""
+TEXT_ARGUMENTS = ("until", "apply_chat_template", "max_tokens")
+"""Arguments of this command that decide answers."""
 _NOT_OURS = {"journal"}  # the archive holds it
 
 
@@ -134,7 +136,13 @@ def run(words: list[str]) -> int:
     records = read_prompts(own["prompts"], prompt_column=own.get("prompt_column"), limit=limit)
     questions = [Question(instruction=item.instruction, index=item.index, fields=item.fields) for item in records]
 
-    fingerprint = of_run(config, host, until=until, apply_chat_template=template, max_tokens=max_tokens)
+    fingerprint = from_first_rank(
+        lambda: of_run(config, host, until=until, apply_chat_template=template, max_tokens=max_tokens),
+        rank=ranks.rank,
+        world_size=ranks.world_size,
+    )
+    if ranks.main:
+        warn_of_uncovered(fingerprint)
     name = own.get("name") or default_name(fingerprint)
     store = OutputsFolder(own.get("output") or Path("results") / name, rank=ranks.rank, world_size=ranks.world_size)
     record = RunRecord(
@@ -165,7 +173,9 @@ def run(words: list[str]) -> int:
     if ranks.world_size > 1 and config.device is None:
         config = config.replace(device=_own_device(ranks))
     engine, reward = api.load_models(config, host)
-    generator = Generator(engine=engine, reward=reward, config=config, identity=api.identity_of(host))
+    # a journal's fingerprint is that of a run without what stands in each entry's key
+    models = {name: value for name, value in fingerprint.items() if name not in (*DECIDING, *TEXT_ARGUMENTS)}
+    generator = Generator(engine=engine, reward=reward, config=config, identity=host, fingerprint=models)
     requests = requests_for(
         engine, questions, config, task=TASK, until=until, apply_chat_template=template, max_tokens=max_tokens
     )
@@ -263,7 +273,7 @@ def _ranks(device: str | None) -> Ranks:
 def _is_complete(store: OutputsFolder, record: RunRecord, questions: Sequence[Question]) -> bool:
     """Whether this very run has been made, of these very prompts."""
     before = store.record()
-    if before is None or not before.complete or before.fingerprint != record.fingerprint:
+    if before is None or not before.complete or not same(before.fingerprint, record.fingerprint):
         return False
     if before.generator != record.generator:
         return False

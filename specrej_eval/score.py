@@ -168,7 +168,9 @@ def _fields(record: Mapping[str, Any]) -> str:
 
 def _fingerprint(config: RunConfig, source: Path, args: argparse.Namespace) -> dict[str, Any]:
     models = of_models(config, {})
-    deciding = {name: value for name, value in models.items() if name.startswith(("reward", "judge"))}
+    deciding = {
+        name: value for name, value in models.items() if name not in ("pretrained", "pretrained_files", "dtype")
+    }
     return {**deciding, "input": hashlib.sha256(source.read_bytes()).hexdigest(), "column": args.column}
 
 

@@ -17,7 +17,7 @@ from alpaca_eval import annotators, utils
 from alpaca_runs import LITERAL, sums, write
 from alpaca_runs import alpaca_eval as run_alpaca_eval
 
-from specrej_eval import checkpoint
+from specrej_eval import checkpoint, digests
 from specrej_eval.demo import arithmetic
 from specrej_eval.errors import CheckpointError, ConfigError, RewardError
 from specrej_eval.harness import alpaca_eval_judge
@@ -153,7 +153,7 @@ def test_it_judges_pairs_not_texts() -> None:
 
 def test_a_reward_is_known_by_its_files(tmp_path: Path, calls: list[Any]) -> None:
     embedded = identity({})
-    assert embedded == {"reward_model": "embedded", "reward_files": checkpoint.stamp(str(checkpoint.DEMO_REWARD))}
+    assert embedded == {"reward_model": "embedded", "reward_files": digests.of_folder(checkpoint.DEMO_REWARD)}
     assert identity({"reward_model": str(checkpoint.DEMO_REWARD)}) == embedded
     copied = shutil.copytree(checkpoint.DEMO_REWARD, tmp_path / "copied")
     assert identity({"reward_model": str(copied)})["reward_files"] == embedded["reward_files"]

@@ -9,7 +9,7 @@ import pytest
 
 from specrej_eval.config import RunConfig
 from specrej_eval.errors import ConfigError
-from specrej_eval.fingerprint import DECIDING, NEUTRAL, check_same, differences, is_demo, of_models, of_run
+from specrej_eval.fingerprint import DECIDING, NEUTRAL, check_same, differences, is_demo, of_models, of_run, same
 
 # another valid value for every argument; an argument without one fails the test that it is there
 OTHER = {
@@ -40,6 +40,7 @@ OTHER = {
     "deepconf_window": 8,
     "floor_toks": 9,
     "floor_repetition": 0.9,
+    "trust_remote_code": True,
 }
 
 
@@ -58,7 +59,7 @@ def test_every_argument_but_the_neutral_ones_is_part_of_it(name: str) -> None:
 @pytest.mark.parametrize("name", NEUTRAL)
 def test_neutral_arguments_are_not(name: str) -> None:
     config = dataclasses.replace(RunConfig(), **{name: "something else"})
-    assert of_run(config, {}) == of_run(RunConfig(), {})
+    assert same(of_run(config, {}), of_run(RunConfig(), {}))
 
 
 def test_what_is_left_out_and_what_is_written_out_are_the_same_run() -> None:
@@ -77,7 +78,7 @@ def test_an_edited_reward_function_is_another_reward(tmp_path: Path, monkeypatch
     config = RunConfig(reward_model="a_reward_of_mine:score")
     before = of_models(config, {})
     module.write_text("def score(conversation, responses): return [1.0 for _ in responses]\n")
-    assert "reward_files" in differences(before, of_models(config, {}))
+    assert differences(before, of_models(config, {})) == "reward_model: a_reward_of_mine.py changed"
 
 
 def test_another_checkpoint_in_the_same_folder_is_another_model(tmp_path: Path) -> None:
@@ -85,7 +86,7 @@ def test_another_checkpoint_in_the_same_folder_is_another_model(tmp_path: Path) 
     config = RunConfig(pretrained=str(tmp_path), reward_model="likelihood")
     before = of_models(config, {})
     (tmp_path / "config.json").write_text('{"a": 1}')
-    assert differences(before, of_models(config, {})).startswith("pretrained_files")
+    assert differences(before, of_models(config, {})) == "pretrained: config.json changed"
 
 
 def test_an_edited_template_file_is_another_template(tmp_path: Path) -> None:

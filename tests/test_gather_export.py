@@ -211,11 +211,11 @@ def test_a_prompt_asked_twice_in_one_run_is_two_prompts(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
-        ({"reward_model": "org/other"}, "reward_model: 'org/judge' and 'org/other'"),
-        ({"reward_files": "def"}, "reward_files: 'abc' and 'def'"),
-        ({"temperature": 0.7}, "temperature: 1.0 and 0.7"),
-        ({"strategy": "speculative_rejection", "alpha": 0.5}, "alpha: None and 0.5; strategy"),
-        ({"prompt_template": "Q: {instruction}"}, "prompt_template: None and"),
+        ({"reward_model": "org/other"}, "reward_model: 'org/judge' in one, 'org/other' in another"),
+        ({"reward_files": "def"}, "reward_model: other files"),
+        ({"temperature": 0.7}, "temperature: 1.0 in one, 0.7 in another"),
+        ({"strategy": "speculative_rejection", "alpha": 0.5}, "alpha: None in one, 0.5 in another; strategy"),
+        ({"prompt_template": "Q: {instruction}"}, "prompt_template: None in one"),
     ],
 )
 def test_runs_that_differ_in_more_than_the_seed(tmp_path: Path, changes: dict[str, Any], named: str) -> None:

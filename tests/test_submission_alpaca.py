@@ -620,7 +620,7 @@ def test_a_configurations_fingerprint_is_the_decoders(finished: Run) -> None:
     config = alpaca_config.read(finished.write_config({**kwargs, "pretrained": "org/small", "reward_model": "org/r"}))
     mine = config.fingerprint()
     assert mine.keys() == theirs.keys()
-    models = {"pretrained", "reward_model", "pretrained_files", "reward_files"}
+    models = {"pretrained", "reward_model", "pretrained_files", "reward_files", "uncovered"}
     assert {name: mine[name] for name in mine.keys() - models} == {
         name: theirs[name] for name in theirs.keys() - models
     }

@@ -166,7 +166,7 @@ class Generation:
         return generators[key]
 
     def _with(self, engine: Engine, reward: RewardModel) -> Generator:
-        return Generator(engine=engine, reward=reward, config=self.config, identity=api.identity_of(self.host))
+        return Generator(engine=engine, reward=reward, config=self.config, identity=self.host)
 
     def price(self, done: Answer) -> float:
         return done.seconds / 3600 * self.price_per_hour

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from specrej_eval.errors import ConfigError
+from specrej_eval.fingerprint import warn_of_uncovered
 from specrej_eval.harness import alpaca_eval_slips
 from specrej_eval.outputs import OutputsFolder, RunRecord
 
@@ -111,6 +112,7 @@ def _begin(
         is_strip_output=arguments["is_strip_output"],
     )
     generation.record = RunRecord(generator=name, fingerprint=fingerprint, arguments=generation.config.to_dict())
+    warn_of_uncovered(fingerprint)
     if generation.record.embedded_demo_pair:
         logger.warning(
             "DEMO: %s uses the embedded demo models, which know nothing but small sums. Name `pretrained` and "

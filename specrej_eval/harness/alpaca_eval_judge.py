@@ -68,7 +68,7 @@ def specrej_reward_judge(
     }
 
 
-def identity(arguments: Mapping[str, Any]) -> dict[str, str | None]:
+def identity(arguments: Mapping[str, Any]) -> dict[str, Any]:
     """Which reward model judges: ``reward_model`` and ``reward_files``, as our decoders write them down for theirs.
 
     Raises:
@@ -85,7 +85,7 @@ def identity(arguments: Mapping[str, Any]) -> dict[str, str | None]:
     return {"reward_model": fingerprint.EMBEDDED if embedded else name, "reward_files": models["reward_files"]}
 
 
-def _stamp(arguments: Mapping[str, Any]) -> dict[str, str | None]:
+def _stamp(arguments: Mapping[str, Any]) -> dict[str, Any]:
     """What the annotation cache must know of the files; for a hub repository, its commit."""
     found = identity(arguments)
     name = found["reward_model"]
@@ -128,7 +128,7 @@ def _generators(pairwise: ModuleType, outputs: Any) -> list[str]:
     return [str(name) for name in frame["generator"].unique()] if "generator" in frame.columns else []
 
 
-def _note(judge: Mapping[str, str | None], generators: Sequence[str]) -> None:
+def _note(judge: Mapping[str, Any], generators: Sequence[str]) -> None:
     name = judge["reward_model"]
     if name == fingerprint.EMBEDDED:
         alpaca_eval_runs.note(
@@ -144,11 +144,11 @@ def _note(judge: Mapping[str, str | None], generators: Sequence[str]) -> None:
             )
 
 
-def _same_reward(one: Mapping[str, str | None], other: Mapping[str, str | None]) -> bool:
+def _same_reward(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
     names = one.get("reward_model"), other.get("reward_model")
-    files = one.get("reward_files"), other.get("reward_files")
-    if None not in files:
-        return files[0] == files[1]
+    same_files = fingerprint.same_reward_files(one, other)
+    if same_files is not None:
+        return same_files
     return names[0] == names[1] or (None not in names and _same_folder(str(names[0]), Path(str(names[1]))))
 
 

@@ -28,7 +28,7 @@ class Run:
 
     output_path: Path | None = None
     """Where annotations and weights are kept; None = the user asked for no files."""
-    decoding_rewards: dict[str, Mapping[str, str | None]] = field(default_factory=dict)
+    decoding_rewards: dict[str, Mapping[str, Any]] = field(default_factory=dict)
     """Generator -> ``{"reward_model": ..., "reward_files": ...}`` of the reward that chose among its answers (see
     ``fingerprint.of_models``)."""
     notes: list[str] = field(default_factory=list)
@@ -47,7 +47,7 @@ def current() -> Run | None:
 
 
 @contextmanager
-def run_in(output_path: Path | None, rewards: Mapping[str, Mapping[str, str | None]], **more: Any) -> Iterator[Run]:
+def run_in(output_path: Path | None, rewards: Mapping[str, Mapping[str, Any]], **more: Any) -> Iterator[Run]:
     """A run, or one inside another: then it says what it has to say together with the outer one."""
     outer = _current.get()
     run = Run(output_path, dict(rewards), **more)
@@ -77,10 +77,10 @@ def epilogue() -> list[str]:
     return [] if run is None else [*run.lengths.values(), *(f"NOTE: {text}" for text in run.notes)]
 
 
-def decoding_rewards(places: Iterable[Any]) -> dict[str, Mapping[str, str | None]]:
+def decoding_rewards(places: Iterable[Any]) -> dict[str, Mapping[str, Any]]:
     """What our decoders wrote down beside outputs: ``specrej_run.json`` (``specrej_reference_run.json``) in their
     folder, and ``<stem>.specrej.json`` of exported outputs."""
-    found: dict[str, Mapping[str, str | None]] = {}
+    found: dict[str, Mapping[str, Any]] = {}
     for place in places:
         if not isinstance(place, (str, Path)):
             continue

@@ -7,10 +7,9 @@ into prompts, results into the strings it wants, and what happened into the ``sp
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
 from typing import Any, ClassVar
 
@@ -19,8 +18,7 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.utils import simple_parse_args_string
 from transformers import PreTrainedModel
 
-from specrej_eval import budget, demo
-from specrej_eval.checkpoint import stamp
+from specrej_eval import budget, fingerprint
 from specrej_eval.config import RunConfig
 from specrej_eval.core import Prompt, finite_or_none, prompt_hash
 from specrej_eval.errors import ConfigError, PromptError
@@ -45,19 +43,6 @@ logger = logging.getLogger("lm_eval.models.specrej")  # below lm-eval's own logg
 
 VERSIONS = ("specrej_eval", "lm_eval", "torch", "transformers")
 FINGERPRINT = "specrej:fingerprint"
-_NEVER_CHANGES_RESULTS = {
-    "batch_size",
-    "trace_path",
-    "journal",
-    "device",
-    "reward_device",
-    "logprobs",
-    "reward_batch_size",
-    "reward_timeout",
-    "reward_retries",
-    "reward_cache",
-    "reward_kv_budget_tokens",
-}
 
 
 class SpecRejLM(HFLM):
@@ -102,6 +87,7 @@ class SpecRejLM(HFLM):
             logger.info("No pretrained given: using the embedded demo pair (a tiny arithmetic model, float32).")
         if config.attn_implementation is not None and loaded is None:
             host["attn_implementation"] = config.attn_implementation
+        self._given_as_objects = ("pretrained",) if loaded is not None else ()
         super().__init__(
             **policy if loaded is None else {**policy, "pretrained": loaded},
             trust_remote_code=config.trust_remote_code,
@@ -337,24 +323,43 @@ class SpecRejLM(HFLM):
             theirs = cache_hook.dbdict.get(FINGERPRINT)
             if theirs is None and len(cache_hook.dbdict):
                 raise _stale_cache("it was filled by another model")
-            if theirs is not None and theirs != ours:
-                changed = sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name))
-                detail = ", ".join(f"{name}={theirs.get(name)!r} (now {ours.get(name)!r})" for name in changed)
-                raise _stale_cache(f"it was filled with {detail}")
-            cache_hook.dbdict[FINGERPRINT] = ours
+            if theirs is None:
+                cache_hook.dbdict[FINGERPRINT] = ours
+            else:  # it stays that of the oldest answer here: what it did not know stays unknown
+                found = fingerprint.compare(theirs, ours)
+                if found.changed:
+                    raise _stale_cache(f"it was filled with other arguments or files ({'; '.join(found.changed)})")
+                for warning in fingerprint.warnings_of(found, what="the --use_cache file"):
+                    self._warn(warning[0].upper() + warning[1:])
+            if text := fingerprint.uncovered(ours):
+                self._warn(text)
         super().set_cache_hook(cache_hook)
 
     def fingerprint(self) -> dict[str, Any]:
-        """Every argument that answers depend on, and a digest of the checkpoints' files."""
-        config = self.run_config.to_dict()
-        ours = {name: value for name, value in config.items() if name not in _NEVER_CHANGES_RESULTS}
-        files = {
-            "pretrained_files": stamp(self.run_config.pretrained or str(demo.POLICY_DIR)),
-            "reward_files": stamp(self.run_config.reward_model or str(demo.REWARD_DIR)),
-        }
-        everything = {**self.host_arguments, **ours, **files}
-        parsed: dict[str, Any] = json.loads(json.dumps(everything, default=name_of, sort_keys=True))
-        return parsed
+        """Everything that answers in lm-eval's cache depend on, beside their prompts and gen_kwargs.
+
+        What gen_kwargs may add to is held as it was given, and so is what decides how a task's own arguments count.
+        """
+        config = self.run_config
+        return self._from_first_rank(
+            lambda: fingerprint.of_run(
+                config,
+                self.host_arguments,
+                loaded=self._given_as_objects,
+                alpha=config.alpha,
+                n=config.n,
+                on_greedy=config.on_greedy,
+                force_sampling_args=config.force_sampling_args,
+            )
+        )
+
+    def _of_models(self) -> dict[str, Any]:
+        return self._from_first_rank(
+            lambda: fingerprint.of_models(self.run_config, self.host_arguments, loaded=self._given_as_objects)
+        )
+
+    def _from_first_rank(self, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        return fingerprint.from_first_rank(compute, rank=self.rank, world_size=self.world_size)
 
     def _refuse_cached_repeats(self, requests: Sequence[Any]) -> None:
         if self.cache_hook.dbdict is None:
@@ -423,8 +428,8 @@ def _generator(lm: SpecRejLM) -> Generator:
 
     reward = make_reward(lm.run_config, device=str(lm.device), token=lm.host_arguments.get("token"))
     engine = TransformersEngine(lm.model, lm.tokenizer, max_length=lm.max_length, think_end_token=lm.think_end_token)
-    identity = {name: value for name, value in lm.fingerprint().items() if name in lm.host_arguments}
-    return Generator(engine=engine, reward=reward, config=lm.run_config, identity=identity)
+    models = None if lm.run_config.journal is None else lm._of_models()
+    return Generator(engine=engine, reward=reward, config=lm.run_config, identity=lm.host_arguments, fingerprint=models)
 
 
 def _version(package: str) -> str | None:

@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from specrej_eval.checkpoint import DEMO_POLICY, DEMO_REWARD, stamp
+from specrej_eval.checkpoint import DEMO_POLICY, DEMO_REWARD
 from specrej_eval.errors import ConfigError, SpecRejError
+from specrej_eval.fingerprint import has_files_of
 from specrej_eval.outputs import Answer, OutputsFolder, RunRecord
 from specrej_eval.report.submission_tree import read_rows, start_of
 
@@ -133,7 +134,7 @@ def find_run(*, name: str, file: Path, unverified: bool) -> RunRecord | None:
 def _is_demo(record: RunRecord) -> bool:
     """Whether an embedded model had a part in it, under whatever name."""
     files = {"pretrained_files": DEMO_POLICY, "reward_files": DEMO_REWARD}
-    named = any(record.fingerprint.get(name) == stamp(str(folder)) for name, folder in files.items())
+    named = any(has_files_of(record.fingerprint, name, folder) for name, folder in files.items())
     return named or record.embedded_demo_pair
 
 

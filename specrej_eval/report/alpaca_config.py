@@ -127,6 +127,7 @@ def check_same_run(config: ModelConfig, record: RunRecord) -> None:
     ours = config.fingerprint()
     # digests of local files are the machine's; what one side does not know cannot be compared
     shared = [name for name in ours if name in record.fingerprint and not name.endswith("_files")]
+    shared = [name for name in shared if name not in ("hub_commits", "numbers_version")]  # of the time, not of the text
     if isinstance(record.fingerprint.get("seed"), list):  # several runs merged: no configuration has all their seeds
         shared.remove("seed")
     found = differences({name: record.fingerprint[name] for name in shared}, {name: ours[name] for name in shared})

@@ -24,6 +24,7 @@ from typing import Any
 
 from specrej_eval.core import Ledger
 from specrej_eval.errors import ConfigError, SpecRejError
+from specrej_eval.fingerprint import compare
 from specrej_eval.names import default_name
 from specrej_eval.outputs import Answer, OutputsFolder, RunRecord, open_run, total_cost
 
@@ -105,12 +106,12 @@ def gather(sources: Sequence[Source], *, name: str | None = None, incomplete: bo
 
 def _check_same_but_seed(sources: Sequence[Source]) -> None:
     first = sources[0]
-    ours = {key: value for key, value in first.record.fingerprint.items() if key != "seed"}
+    ours = {**first.record.fingerprint, "seed": None}
     for other in sources[1:]:
-        theirs = {key: value for key, value in other.record.fingerprint.items() if key != "seed"}
-        differing = [key for key in sorted(ours.keys() | theirs.keys()) if ours.get(key) != theirs.get(key)]
-        if differing:
-            details = "; ".join(f"{key}: {ours.get(key)!r} and {theirs.get(key)!r}" for key in differing)
+        theirs = {**other.record.fingerprint, "seed": None}
+        older, newer = (theirs, ours) if "numbers_version" in ours else (ours, theirs)
+        details = "; ".join(compare(older, newer, sides=("in one", "in another")).changed)
+        if details:
             raise ConfigError(
                 f"{first.path!r} and {other.path!r} differ in more than the seed ({details}).",
                 hint="only runs of one method and one pair of models make one run; gather the others by themselves.",

@@ -9,24 +9,23 @@ from __future__ import annotations
 import importlib
 import logging
 import os
-import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+from specrej_eval import reward_names
 from specrej_eval.core import Message, RowView
 from specrej_eval.errors import ConfigError, RewardError, nearest
 from specrej_eval.rewards.base import Stateless
 
 RULE = "a reward callable must return one number per response"
 
-_CALLABLE = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
 _logger = logging.getLogger(__name__)
 
 
 def is_callable_name(name: str) -> bool:
     """Whether ``name`` has the form ``pkg.module:function``."""
-    return _CALLABLE.fullmatch(name) is not None
+    return reward_names.is_callable(name)
 
 
 def import_callable(name: str) -> Callable[..., Any]:

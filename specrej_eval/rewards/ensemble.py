@@ -10,14 +10,13 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from specrej_eval import reward_names
 from specrej_eval.config import RunConfig, as_float
 from specrej_eval.core import Message, RowView, TokenStat, finite_or_none
 from specrej_eval.errors import ConfigError
-from specrej_eval.paths import is_there
 from specrej_eval.rewards.base import (
     Pair,
     RewardModel,
@@ -29,7 +28,6 @@ from specrej_eval.rewards.base import (
     score_pairs,
 )
 
-_TERM = re.compile(r"\s*(?:(?P<weight>[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)\s*\*\s*)?(?P<name>.*?)\s*", re.DOTALL)
 _FORM = 'a+0.5*b, or a list such as ["a", "0.5*b", {"reward_model": "http://host:8000", "weight": 2}]'
 _OWN = {"reward_family", "reward_template", "reward_tokenizer", "reward_device", "reward_dtype", "reward_batch_size"}
 """Arguments that a part in a list may have for itself, with ``weight`` and ``reward_model``."""
@@ -47,12 +45,7 @@ class Part(NamedTuple):
 
 def claims(name: str) -> bool:
     """Whether a ``reward_model`` names several rewards, or one with a weight. A folder of that very name wins."""
-    if name.lstrip().startswith("["):
-        return True
-    if is_there(name):
-        return False
-    match = _TERM.fullmatch(name)
-    return "+" in name or (match is not None and match["weight"] is not None)
+    return reward_names.is_ensemble(name)
 
 
 def parse(name: str, config: RunConfig) -> list[Part]:
@@ -61,7 +54,7 @@ def parse(name: str, config: RunConfig) -> list[Part]:
     Raises:
         ConfigError: an empty part, a weight that is no finite number or is 0, an unknown name in a list's entry.
     """
-    entries: Sequence[Any] = _split(name)
+    entries: Sequence[Any] = reward_names.split(name)
     if name.lstrip().startswith("["):
         try:
             entries = json.loads(name)
@@ -89,11 +82,6 @@ def make(name: str, config: RunConfig, device: str, token: str | bool | None = N
     )
 
 
-def _split(name: str) -> list[str]:
-    """At each plus sign but that of a number such as 1e+3."""
-    return re.split(r"(?<![\d.][eE])\+", name)
-
-
 def _part(entry: Any, whole: str, config: RunConfig) -> Part:
     given: dict[str, Any] = dict(entry) if isinstance(entry, Mapping) else {"reward_model": entry}
     name, weight = given.pop("reward_model", None), given.pop("weight", None)
@@ -104,7 +92,7 @@ def _part(entry: Any, whole: str, config: RunConfig) -> Part:
         )
     if not isinstance(name, str) or not name.strip():
         raise ConfigError(f"reward_model={whole!r} has a part without a name.", hint=f"{_FORM}.")
-    match = _TERM.fullmatch(name)
+    match = reward_names.TERM.fullmatch(name)
     if weight is None and match is not None and match["weight"] is not None:
         name, weight = match["name"], match["weight"]
     value = as_float(f"the weight of {name!r}", 1 if weight is None else weight)
