@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from specrej_eval import budget as budgets
+from specrej_eval import stopping
 from specrej_eval.budget import Budget
 from specrej_eval.checkpoint import DEMO_REWARD
 from specrej_eval.config import MAX, RunConfig, checked_until
@@ -173,9 +174,12 @@ class Generator:
         scheduler = Scheduler(self._not_in(journal, work), batch_size=self.config.batch_size)
         bar = Progress(len(requests), shown=progress, summary=summary)
         running: list[_Running] = []
+        keeping = stopping.keeping(len(requests), None if journal is None else journal.path)
+        kept = keeping.__enter__()
         try:
             for index, done in self._taken_from(journal, work):
                 bar.finished(done)
+                kept.add()
                 yield index, done
             while True:
                 for index, request, budget in scheduler.admit(len(running)):
@@ -192,8 +196,10 @@ class Generator:
                     running.remove(due)
                     self.totals.add(result.ledger)
                     tracer.request(result)
-                    if journal is not None:
-                        journal.put(due.request.key, result)
+                    with stopping.held():
+                        if journal is not None:
+                            journal.put(due.request.key, result)
+                        kept.add()
                     bar.finished(result)
                     yield due.index, result
                 bar.step([work.session for work in running])
@@ -201,6 +207,7 @@ class Generator:
             for work_left in running:
                 self._close(work_left)
             bar.close()
+            keeping.__exit__(None, None, None)
 
     def _checked(self, requests: Sequence[Request], journal: Journal | None) -> list[tuple[int, Request, Budget]]:
         checked = []

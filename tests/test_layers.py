@@ -27,6 +27,7 @@ FILES = {
     "names": "core",
     "paths": "core",
     "registry": "core",
+    "stopping": "core",
     "journal": "record",
     "jsonl": "record",
     "outputs": "record",
@@ -90,6 +91,7 @@ LIGHT_FILES_IN_HEAVY_ROOMS = {
     "harness.alpaca_eval_swap",
     "harness.alpaca_eval_winrate",
     "harness.lm_eval_cli",
+    "harness.lm_eval_run",
     "harness.patching",
     "harness.startup_hooks",
 }
