@@ -32,6 +32,7 @@ FILES = {
     "jsonl": "record",
     "outputs": "record",
     "prompt_files": "record",
+    "ranks": "record",
     "trace": "record",
     "answering": "generator",
     "generator": "generator",

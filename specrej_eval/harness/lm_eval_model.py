@@ -20,7 +20,7 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.utils import simple_parse_args_string
 from transformers import PreTrainedModel
 
-from specrej_eval import budget, demo, stopping
+from specrej_eval import budget, demo, ranks, stopping
 from specrej_eval.checkpoint import stamp
 from specrej_eval.config import RunConfig
 from specrej_eval.core import Prompt, finite_or_none, prompt_hash
@@ -118,6 +118,7 @@ class SpecRejLM(HFLM):
         if hasattr(self, "accelerator"):  # HFLM leaves CPU ranks at 0 of 1, and takes the local index for the rank
             self._rank = self.accelerator.process_index
             self._world_size = self.accelerator.num_processes
+        self._watch = ranks.watch(self.rank, self.world_size)
 
         # HFLM has a `config` already: the checkpoint's
         self.run_config = config.replace(
@@ -182,7 +183,7 @@ class SpecRejLM(HFLM):
         for index, draw in enumerate(draws):
             first.setdefault(draw.instance.task_name or "", index)
         progress = not disable_tqdm and self.rank == 0
-        with self._keeping(len(draws)) as kept:
+        with self._needs_all_ranks(), self._keeping(len(draws)) as kept:
             for index, result in self.generator.run(work, progress=progress):
                 instance = draws[index].instance
                 texts[index] = ScoredText(result.text, finite_or_none(result.best.reward), result.best.num_tokens)
@@ -361,10 +362,28 @@ class SpecRejLM(HFLM):
     # Results
 
     def barrier(self) -> None:
-        """Wait for the other ranks. lm-eval calls it on all of them after each kind of request: time to add up."""
-        super().barrier()
+        """Wait for the other ranks. lm-eval calls it on all of them after each kind of request: time to add up.
+
+        Raises:
+            RankError: one of them has died; so do the other calls that need all ranks.
+        """
+        with self._needs_all_ranks():
+            super().barrier()
         if self.world_size > 1:
             self._ranks = self.gather_object(self.tally) or []
+
+    def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
+        with self._needs_all_ranks():
+            gathered: torch.Tensor = super().all_gather(tensor)
+            return gathered
+
+    def gather_object(self, obj: Any, dst: int = 0) -> list[Any] | None:
+        with self._needs_all_ranks():
+            gathered: list[Any] | None = super().gather_object(obj, dst)
+            return gathered
+
+    def _needs_all_ranks(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext() if self._watch is None else self._watch.guard()
 
     def get_model_info(self) -> dict[str, Any]:
         """What goes into the results file beside HFLM's own: our arguments, costs and warnings."""
