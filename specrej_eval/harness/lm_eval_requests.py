@@ -188,6 +188,8 @@ def _wants_greedy(explicit: Mapping[str, Any]) -> bool:
     """
     do_sample = as_bool("do_sample", explicit["do_sample"]) if "do_sample" in explicit else None
     temperature = as_float("temperature", explicit["temperature"]) if "temperature" in explicit else None
+    if temperature is not None and temperature < 0:
+        raise ConfigError(f"temperature must be at least 0, got {temperature}.")
     wants = do_sample is False or (temperature == 0 and do_sample is None)
     contrary = do_sample is False and temperature
     if contrary or (do_sample and temperature == 0) or (wants and explicit.get("on_greedy") in ("sample", "error")):
