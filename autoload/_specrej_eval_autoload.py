@@ -12,6 +12,8 @@ import sys
 # imported module -> function of specrej_eval.harness.startup_hooks that is called with it, once it has been executed
 HOOKS = {
     "lm_eval.models": "register_lm_eval_models",
+    "lm_eval.evaluator": "wrap_lm_eval",
+    "lm_eval.__main__": "wrap_lm_eval_command",
     "alpaca_eval.constants": "repair_alpaca_eval",
     "alpaca_eval.utils": "repair_alpaca_eval",
     "alpaca_eval.decoders": "repair_alpaca_eval",
@@ -27,7 +29,8 @@ BEFORE = {
 }
 # `python -m NAME` executes a module anew, as __main__, where no hook sees it: this is executed instead
 RUN_AS_MAIN = {
-    "alpaca_eval.main": "if __name__ == '__main__':\n    from alpaca_eval.main import main\n    main()\n",
+    name: f"if __name__ == '__main__':\n    from {name} import {function}\n    {function}()\n"
+    for name, function in {"lm_eval.__main__": "cli_evaluate", "alpaca_eval.main": "main"}.items()
 }
 
 

@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from specrej_eval import stopping
 from specrej_eval.config import RunConfig
 from specrej_eval.core import Message, Prompt
 from specrej_eval.engine.base import Engine
@@ -161,19 +162,23 @@ def answer(
         if answers:
             logger.warning("%d of %d answers were recorded already; %d to go.", len(answers), len(requests), len(left))
         work = [requests[index] for index in left]
-        for place, result in generator.run(work, progress=progress, summary=summary):
-            index = left[place]
-            question = questions[index]
-            done = Answer.of(
-                result,
-                key=requests[index].key,
-                instruction=question.instruction,
-                index=question.index,
-                others=question.fields,
-            )
-            if store is not None:
-                store.put(done)
-            if on_answer is not None:
-                on_answer(done)
-            answers[index] = done
+        where = store.path if store is not None else generator.config.journal
+        with stopping.keeping(len(requests), where, answers=len(answers)) as kept:
+            for place, result in generator.run(work, progress=progress, summary=summary):
+                index = left[place]
+                question = questions[index]
+                done = Answer.of(
+                    result,
+                    key=requests[index].key,
+                    instruction=question.instruction,
+                    index=question.index,
+                    others=question.fields,
+                )
+                with stopping.held():
+                    if store is not None:
+                        store.put(done)
+                    kept.add()
+                if on_answer is not None:
+                    on_answer(done)
+                answers[index] = done
     return [answers[index] for index in range(len(requests))]

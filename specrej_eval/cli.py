@@ -6,11 +6,13 @@ A subcommand is one entry of COMMANDS and a module with `add_arguments(parser)` 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import sys
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from specrej_eval import stopping
 from specrej_eval.errors import SpecRejError, nearest
 
 
@@ -127,11 +129,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"specrej-eval: unknown command {name!r}; {hint}", file=sys.stderr)
         return 2
 
+    # a harness behind our command takes care of itself, as it does behind its own
+    ours = contextlib.nullcontext() if COMMANDS[name].module.endswith("_eval_cli") else stopping.signals()
     try:
-        return dispatch(name, rest)
+        with stopping.command() if argv is None else contextlib.nullcontext(), ours:
+            return dispatch(name, rest)
     except SpecRejError as error:
         print(f"specrej-eval {name}: {error}", file=sys.stderr)
         return 1
+    except stopping.Stopped as stopped:
+        return stopping.leave(f"specrej-eval {name}", stopped)
     except KeyboardInterrupt:
         print(f"specrej-eval {name}: stopped. {STOPPED}", file=sys.stderr)
         return 130

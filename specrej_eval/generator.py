@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from specrej_eval import budget as budgets
+from specrej_eval import stopping
 from specrej_eval.budget import Budget
 from specrej_eval.checkpoint import DEMO_REWARD
 from specrej_eval.config import MAX, RunConfig, checked_until
@@ -28,13 +29,8 @@ from specrej_eval.core import (
     finite_or_none,
 )
 from specrej_eval.engine.base import Engine
-<<<<<<< HEAD
 from specrej_eval.errors import OutOfMemoryError, RewardError
-from specrej_eval.fingerprint import DECIDING, EMBEDDED, of_models
-=======
-from specrej_eval.errors import RewardError
 from specrej_eval.fingerprint import DECIDING, EMBEDDED, of_models, warn_of_uncovered
->>>>>>> fingerprint
 from specrej_eval.journal import Journal, request_key
 from specrej_eval.progress import Progress
 from specrej_eval.rewards.base import RewardModel, RewardSession, open_session
@@ -189,9 +185,12 @@ class Generator:
         scheduler = Scheduler(self._not_in(journal, work), batch_size=self.config.batch_size)
         bar = Progress(len(requests), shown=progress, summary=summary)
         running: list[_Running] = []
+        keeping = stopping.keeping(len(requests), None if journal is None else journal.path)
+        kept = keeping.__enter__()
         try:
             for index, done in self._taken_from(journal, work):
                 bar.finished(done)
+                kept.add()
                 yield index, done
             while True:
                 for index, request, budget in scheduler.admit(len(running)):
@@ -208,8 +207,10 @@ class Generator:
                     running.remove(due)
                     self.totals.add(result.ledger)
                     tracer.request(result)
-                    if journal is not None:
-                        journal.put(due.request.key, result)
+                    with stopping.held():
+                        if journal is not None:
+                            journal.put(due.request.key, result)
+                        kept.add()
                     bar.finished(result)
                     yield due.index, result
                 bar.step([work.session for work in running])
@@ -217,6 +218,7 @@ class Generator:
             for work_left in running:
                 self._close(work_left)
             bar.close()
+            keeping.__exit__(None, None, None)
 
     def _checked(self, requests: Sequence[Request], journal: Journal | None) -> list[tuple[int, Request, Budget]]:
         checked = []

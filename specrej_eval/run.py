@@ -8,6 +8,7 @@ Under `accelerate launch` each process answers its share of the prompts; the ans
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import os
@@ -29,6 +30,8 @@ from specrej_eval.names import default_name
 from specrej_eval.outputs import Answer, OutputsFolder, RunRecord, total_cost
 from specrej_eval.progress import summary_line
 from specrej_eval.prompt_files import read_prompts
+from specrej_eval.ranks import Watch
+from specrej_eval.ranks import watch as watch_ranks
 from specrej_eval.trace import rank_path
 
 TASK = "specrej_run"
@@ -59,6 +62,7 @@ class Ranks:
     world_size: int = 1
     local_rank: int = 0
     state: Any = None
+    watch: Watch | None = None
 
     @property
     def main(self) -> bool:
@@ -66,7 +70,12 @@ class Ranks:
 
     def wait(self) -> None:
         if self.state is not None:
-            self.state.wait_for_everyone()
+            with self.guard():
+                self.state.wait_for_everyone()
+
+    def guard(self) -> contextlib.AbstractContextManager[None]:
+        """What happens inside needs all processes: see ``ranks.Watch.guard``."""
+        return contextlib.nullcontext() if self.watch is None else self.watch.guard()
 
 
 def parser() -> argparse.ArgumentParser:
@@ -126,6 +135,11 @@ def run(words: list[str]) -> int:
     """
     options = parse(words)
     ranks = _ranks(options.get("device"))
+    with ranks.guard():
+        return _run(options, ranks)
+
+
+def _run(options: dict[str, Any], ranks: Ranks) -> int:
     own, config, host = split(options)
     until = _until(own.get("until"))
     template = own.get("apply_chat_template", AUTO)
@@ -267,7 +281,8 @@ def _ranks(device: str | None) -> Ranks:
     from accelerate import PartialState
 
     state = PartialState(cpu=device == "cpu" or not torch.cuda.is_available())
-    return Ranks(state.process_index, state.num_processes, state.local_process_index, state)
+    watch = watch_ranks(state.process_index, state.num_processes)
+    return Ranks(state.process_index, state.num_processes, state.local_process_index, state, watch)
 
 
 def _is_complete(store: OutputsFolder, record: RunRecord, questions: Sequence[Question]) -> bool:

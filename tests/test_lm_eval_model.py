@@ -187,8 +187,9 @@ def test_on_greedy_error_refuses_before_anything_is_decoded(tiny: str, shown: An
 
 
 def test_gen_kwargs_from_the_command_line_are_honoured(tiny: str, warnings: list[str]) -> None:
-    gen_kwargs = "do_sample=True,temperature=0.7,top_p=0.9,max_gen_toks=12,num_beams=2,alpha=0.25,n=5"
-    block = evaluate(make(tiny), task(), gen_kwargs=gen_kwargs)["config"]["specrej"]
+    gen_kwargs = "do_sample=True,temperature=0.7,top_p=0.9,max_gen_toks=12,alpha=0.25,n=5"
+    beams = task(generation_kwargs={"until": ["\n"], "num_beams": 2})
+    block = evaluate(make(tiny), beams, gen_kwargs=gen_kwargs)["config"]["specrej"]
     resolved = block["per_task"]["toy"]["resolved"]
     expected = {"temperature": 0.7, "top_p": 0.9, "max_gen_toks": 12, "alpha": 0.25, "n": 5, "until": ["\n"]}
     assert {name: resolved[name] for name in expected} == expected

@@ -16,7 +16,7 @@ from typing import Any, Self
 import torch
 from alpaca_eval import utils
 
-from specrej_eval import api
+from specrej_eval import api, stopping
 from specrej_eval.answering import AUTO, Question, answer, requests_for
 from specrej_eval.config import HOST_ARGUMENTS, RunConfig, as_bool, as_float, as_int, checked_until
 from specrej_eval.engine.base import Engine
@@ -62,14 +62,16 @@ def specrej_completions(
         ConfigError, CheckpointError: before anything is loaded.
         PromptError, RewardError, OutOfMemoryError: what finished before is recorded.
     """
-    return _completions(prompts, generation or Generation.of("specrej_completions", completions_kwargs))
+    with stopping.signals():
+        return _completions(prompts, generation or Generation.of("specrej_completions", completions_kwargs))
 
 
 def specrej_best_of_n(
     prompts: Sequence[str], *, generation: Generation | None = None, **completions_kwargs: Any
 ) -> dict[str, list[Any]]:
     """Answer prompts by Best-of-N. See ``specrej_completions``."""
-    return _completions(prompts, generation or Generation.of("specrej_best_of_n", completions_kwargs))
+    with stopping.signals():
+        return _completions(prompts, generation or Generation.of("specrej_best_of_n", completions_kwargs))
 
 
 @dataclass(slots=True, kw_only=True)

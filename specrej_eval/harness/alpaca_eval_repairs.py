@@ -16,6 +16,7 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
+from specrej_eval import stopping
 from specrej_eval.cli import STOPPED
 from specrej_eval.errors import ConfigError, SpecRejError, nearest
 from specrej_eval.harness.patching import patch
@@ -103,10 +104,13 @@ def print_errors_without_traceback(main: ModuleType) -> None:
         @functools.wraps(original)
         def command() -> Any:
             try:
-                return original()
+                with stopping.command():
+                    return original()
             except SpecRejError as error:
                 print(f"alpaca_eval: {error}", file=sys.stderr)
                 sys.exit(1)
+            except stopping.Stopped as stopped:
+                sys.exit(stopping.leave("alpaca_eval", stopped))
             except KeyboardInterrupt:
                 print(f"alpaca_eval: stopped. {STOPPED}", file=sys.stderr)
                 sys.exit(130)

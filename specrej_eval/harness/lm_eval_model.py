@@ -6,10 +6,11 @@ into prompts, results into the strings it wants, and what happened into the ``sp
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import metadata
 from typing import Any, ClassVar
 
@@ -18,11 +19,12 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.utils import simple_parse_args_string
 from transformers import PreTrainedModel
 
-from specrej_eval import budget, fingerprint
+from specrej_eval import budget, fingerprint, ranks, stopping
 from specrej_eval.config import RunConfig
 from specrej_eval.core import Prompt, finite_or_none, prompt_hash
 from specrej_eval.errors import ConfigError, PromptError
 from specrej_eval.generator import Generator, Request
+from specrej_eval.harness import lm_eval_run
 from specrej_eval.harness.lm_eval_arguments import check_host_arguments, merge_options, name_of, seq2seq_refused
 from specrej_eval.harness.lm_eval_requests import (
     SAMPLED_TASKS,
@@ -71,14 +73,20 @@ class SpecRejLM(HFLM):
         pretrained: str | os.PathLike[str] | PreTrainedModel | None = None,
         *,
         harness_options: Mapping[str, Any] | None = None,
+        host_run: lm_eval_run.HostRun | None = None,
         **arguments: Any,
     ) -> None:
         loaded = pretrained if isinstance(pretrained, torch.nn.Module) else None
         arguments["pretrained"] = name_of(loaded) if loaded is not None else pretrained
         arguments.setdefault("strategy", self.default_strategy)
         host_batch_size, notes = merge_options(arguments, harness_options or {})
+        self.seed_from = lm_eval_run.FROM_MODEL_ARGS if "seed" in arguments else lm_eval_run.FROM_DEFAULT
+        if host_run is not None:
+            arguments["seed"], self.seed_from = host_run.seed(arguments)
         config, host = RunConfig.from_args(arguments)
         budget.check_arguments(config, max_gen_toks_known="max_gen_toks" in arguments)
+        if host_run is not None:
+            lm_eval_run.checked_against(host_run, translate, config)
         check_host_arguments(host)
         self.embedded_demo_pair = config.pretrained is None
         policy = _checked_checkpoints(config, host, language_model=loaded is None)
@@ -97,6 +105,7 @@ class SpecRejLM(HFLM):
         if hasattr(self, "accelerator"):  # HFLM leaves CPU ranks at 0 of 1, and takes the local index for the rank
             self._rank = self.accelerator.process_index
             self._world_size = self.accelerator.num_processes
+        self._watch = ranks.watch(self.rank, self.world_size)
 
         # HFLM has a `config` already: the checkpoint's
         self.run_config = config.replace(
@@ -112,6 +121,9 @@ class SpecRejLM(HFLM):
         self.generator = _generator(self)
         for note in notes:
             self._warn(note)
+        if host_run is not None and self.rank == 0:
+            seed = host_run.gen_kwargs.get("seed")
+            logger.info("Seed %s of all draws, from %s.", config.seed if seed is None else seed, self.seed_from)
         if self.mixed_precision_dtype is not None:
             self._warn("mixed_precision_dtype holds for log-likelihood requests only; dtype decides for the others.")
 
@@ -121,8 +133,17 @@ class SpecRejLM(HFLM):
     def create_from_arg_obj(
         cls, arg_dict: dict[str, Any], additional_config: dict[str, Any] | None = None
     ) -> SpecRejLM:
-        """Make the model from ``--model_args`` and lm-eval's own options (batch_size, max_batch_size, device)."""
-        return cls(**{**arg_dict, "harness_options": additional_config})
+        """Make the model from ``--model_args`` and lm-eval's own options (batch_size, max_batch_size, device).
+
+        lm-eval's seed and ``--gen_kwargs`` are those of the ``simple_evaluate`` that calls this, if one does.
+        """
+        run = lm_eval_run.current()
+        if run is None and lm_eval_run.is_blind() and "seed" not in arg_dict:
+            logger.warning(
+                "lm-eval's --seed, if given, decides nothing here (our startup hook has not reached lm-eval, or it is "
+                "of a release we do not know): seed= in --model_args does. `specrej-eval doctor` tells more."
+            )
+        return cls(**{**arg_dict, "harness_options": additional_config, "host_run": run})
 
     @classmethod
     def create_from_arg_string(cls, arg_string: str, additional_config: dict[str, Any] | None = None) -> SpecRejLM:
@@ -151,13 +172,29 @@ class SpecRejLM(HFLM):
         for index, draw in enumerate(draws):
             first.setdefault(draw.instance.task_name or "", index)
         progress = not disable_tqdm and self.rank == 0
-        for index, result in self.generator.run(work, progress=progress):
-            instance = draws[index].instance
-            texts[index] = ScoredText(result.text, finite_or_none(result.best.reward), result.best.num_tokens)
-            self.tally.add(result, first_of_task=first[instance.task_name or ""] == index)
-            context, gen_kwargs = instance.args
-            self.cache_hook.add_partial("generate_until", (context, gen_kwargs), texts[index])
+        with self._needs_all_ranks(), self._keeping(len(draws)) as kept:
+            for index, result in self.generator.run(work, progress=progress):
+                instance = draws[index].instance
+                texts[index] = ScoredText(result.text, finite_or_none(result.best.reward), result.best.num_tokens)
+                self.tally.add(result, first_of_task=first[instance.task_name or ""] == index)
+                context, gen_kwargs = instance.args
+                with stopping.held():
+                    self.cache_hook.add_partial("generate_until", (context, gen_kwargs), texts[index])
+                    kept.add()
         return [texts[index] for index in source]
+
+    @contextlib.contextmanager
+    def _keeping(self, total: int) -> Iterator[stopping.Kept]:
+        """Count what --use_cache keeps, and see that it is on disk, however this ends. A journal counts for itself."""
+        cache = self.cache_hook.dbdict
+        if cache is None or self.run_config.journal is not None:
+            yield stopping.Kept(total, None)
+            return
+        with stopping.keeping(total, cache.filename) as kept:
+            try:
+                yield kept
+            finally:
+                cache.commit(blocking=True)
 
     def _translated(self, draws: Sequence[Draw]) -> list[Request]:
         requests = []
@@ -181,7 +218,12 @@ class SpecRejLM(HFLM):
         if task in SAMPLED_TASKS:
             gen_kwargs = {"do_sample": True, **gen_kwargs}
         try:
-            translated = translate(gen_kwargs, self.run_config)
+            run = lm_eval_run.current()
+            explicit = run.gen_kwargs if run is not None else {}
+            translated = translate(gen_kwargs, self.run_config, explicit=explicit)
+            if translated.config.seed != self.run_config.seed:
+                named = explicit.get("seed") is not None
+                self.seed_from = lm_eval_run.FROM_GEN_KWARGS if named else lm_eval_run.FROM_TASK
         except ConfigError as error:
             raise ConfigError(
                 f"task {task!r}, gen_kwargs {dict(gen_kwargs)!r}: {error.args[0]}", hint=error.hint
@@ -374,10 +416,28 @@ class SpecRejLM(HFLM):
     # Results
 
     def barrier(self) -> None:
-        """Wait for the other ranks. lm-eval calls it on all of them after each kind of request: time to add up."""
-        super().barrier()
+        """Wait for the other ranks. lm-eval calls it on all of them after each kind of request: time to add up.
+
+        Raises:
+            RankError: one of them has died; so do the other calls that need all ranks.
+        """
+        with self._needs_all_ranks():
+            super().barrier()
         if self.world_size > 1:
             self._ranks = self.gather_object(self.tally) or []
+
+    def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
+        with self._needs_all_ranks():
+            gathered: torch.Tensor = super().all_gather(tensor)
+            return gathered
+
+    def gather_object(self, obj: Any, dst: int = 0) -> list[Any] | None:
+        with self._needs_all_ranks():
+            gathered: list[Any] | None = super().gather_object(obj, dst)
+            return gathered
+
+    def _needs_all_ranks(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext() if self._watch is None else self._watch.guard()
 
     def get_model_info(self) -> dict[str, Any]:
         """What goes into the results file beside HFLM's own: our arguments, costs and warnings."""
@@ -386,6 +446,7 @@ class SpecRejLM(HFLM):
         reward_model = described.pop("reward_model")
         block = {
             "arguments": {**self.run_config.to_dict(), **tally.resolved_first()},
+            "seed_from": self.seed_from,
             "totals": {**tally.totals.to_dict(), "requests": tally.num_requests},
             "mean_reward": tally.mean_reward,
             "per_task": {name: task.to_dict() for name, task in sorted(tally.tasks.items())},

@@ -11,7 +11,7 @@ from typing import Any
 
 from lm_eval.models.utils import normalize_gen_kwargs
 
-from specrej_eval.config import RunConfig, as_bool, checked_until
+from specrej_eval.config import RunConfig, as_bool, as_float, as_int, checked_until
 from specrej_eval.core import Message
 from specrej_eval.errors import ConfigError, nearest
 
@@ -105,16 +105,25 @@ class Translated:
     """Names we have no use for, such as ``num_beams``."""
 
 
-def translate(gen_kwargs: Mapping[str, Any], base: RunConfig) -> Translated:
+def translate(
+    gen_kwargs: Mapping[str, Any], base: RunConfig, *, explicit: Mapping[str, Any] | None = None
+) -> Translated:
     """One request's arguments: ``base`` (model_args) with its gen_kwargs applied.
 
     ``do_sample``, ``temperature`` and the names of the length limit are read as lm-eval reads them. A task that
     samples brings its own sampling arguments (unless ``force_sampling_args``); one that asks for greedy decoding does
-    not: what becomes of it is ``on_greedy``.
+    not: what becomes of it is ``on_greedy``. What the user gave (``explicit``) is another matter: it wins over the
+    task's own and over model_args, ``do_sample=False`` or ``temperature=0`` means greedy decoding, and what can have
+    no effect is refused.
+
+    Args:
+        gen_kwargs: the task's own, with the user's merged into them.
+        explicit: the user's alone (``--gen_kwargs``).
 
     Raises:
         ConfigError: a bad value, a bad stop string, or an argument that a single request cannot change.
     """
+    explicit = {name: value for name, value in (explicit or {}).items() if value is not None}
     given = {name: value for name, value in gen_kwargs.items() if name != "until" and value is not None}
     until = checked_until(gen_kwargs.get("until"))
     fields = {field.name for field in dataclasses.fields(RunConfig)}
@@ -123,32 +132,121 @@ def translate(gen_kwargs: Mapping[str, Any], base: RunConfig) -> Translated:
         raise ConfigError(
             f"{', '.join(fixed)} cannot be set in gen_kwargs: the model is already loaded.", hint="use --model_args."
         )
+    wants_greedy = _wants_greedy(explicit)
+    _let_explicit_win(given, explicit)
     if "do_sample" in given:
         given["do_sample"] = as_bool("do_sample", given["do_sample"])
+    for name in _LENGTHS:
+        if name in given:
+            given[name] = as_int(name, given[name])
+    if "temperature" in given:
+        given["temperature"] = as_float("temperature", given["temperature"])
     # a task that samples and leaves the temperature to us: without one, lm-eval would warn of temperature=0
     ours = {"temperature": base.temperature} if given.get("do_sample") else {}
     kwargs = normalize_gen_kwargs({**ours, **given}, base.max_gen_toks)
 
     changes = {name: given[name] for name in KNOBS if name in given}
     changes["max_gen_toks"] = kwargs["max_gen_toks"]
+    if wants_greedy:
+        changes["on_greedy"] = "greedy"
     if not kwargs["do_sample"]:
-        config = base.replace(**changes)
-        asks_greedy = config.temperature > 0
-        if asks_greedy and config.on_greedy == "greedy":
-            config = greedy(config)
+        changes.update({name: explicit[name] for name in SAMPLING if name in explicit and name != "temperature"})
+    elif as_bool("force_sampling_args", changes.get("force_sampling_args", base.force_sampling_args)):
+        changes.update({name: explicit[name] for name in SAMPLING if name in explicit})
     else:
-        asks_greedy = False
-        if not as_bool("force_sampling_args", changes.get("force_sampling_args", base.force_sampling_args)):
-            changes.update({name: given[name] for name in SAMPLING if name in given})
-            if not float(changes.get("temperature", 1)):  # sampling at 0 is a contradiction: ours, as if left out
-                del changes["temperature"]
-            if changes.get("top_k") == -1:  # vLLM's way to switch it off
-                changes["top_k"] = 0
-        config = base.replace(**changes)
+        changes.update({name: given[name] for name in SAMPLING if name in given})
+        if not float(changes.get("temperature", 1)):  # sampling at 0 is a contradiction: ours, as if left out
+            del changes["temperature"]
+    if changes.get("top_k") == -1:  # vLLM's way to switch it off
+        changes["top_k"] = 0
+    config = base.replace(**changes)
+    asks_greedy = not kwargs["do_sample"] and config.temperature > 0
+    if asks_greedy and config.on_greedy == "greedy":
+        _refuse_without_effect(explicit, config)
+        config = greedy(config)
+    elif explicit.get("alpha") is not None and config.strategy == "best_of_n" and config.alpha:
+        raise ConfigError(
+            f"alpha={explicit['alpha']} in gen_kwargs has no effect: best_of_n decodes all rows to the end.",
+            hint="leave it out, or use strategy=speculative_rejection.",
+        )
     known = {*KNOBS, *SAMPLING, *_LENGTHS, "do_sample"}
     ignored = tuple(sorted(name for name in given.keys() - known if given[name] != _NEUTRAL.get(name)))
     _refuse_slips(ignored)
+    if foreign := [name for name in ignored if name in explicit]:
+        raise ConfigError(
+            f"--gen_kwargs has names that our decoding does not know: {describe_ignored(foreign)}.",
+            hint=f"leave them out. Known: {', '.join(sorted({*known, 'until'}))}.",
+        )
     return Translated(config, until, asks_greedy, ignored)
+
+
+def _wants_greedy(explicit: Mapping[str, Any]) -> bool:
+    """Whether the user asks for greedy decoding.
+
+    Raises:
+        ConfigError: the user asks for it and for its contrary.
+    """
+    do_sample = as_bool("do_sample", explicit["do_sample"]) if "do_sample" in explicit else None
+    temperature = as_float("temperature", explicit["temperature"]) if "temperature" in explicit else None
+    if temperature is not None and temperature < 0:
+        raise ConfigError(f"temperature must be at least 0, got {temperature}.")
+    wants = do_sample is False or (temperature == 0 and do_sample is None)
+    contrary = do_sample is False and temperature
+    if contrary or (do_sample and temperature == 0) or (wants and explicit.get("on_greedy") in ("sample", "error")):
+        names = ("do_sample", "temperature", "on_greedy")
+        both = ", ".join(f"{name}={explicit[name]}" for name in names if name in explicit)
+        raise ConfigError(
+            f"{both} in gen_kwargs contradict each other.",
+            hint="do_sample=False or temperature=0 decodes greedily; temperature above 0 samples.",
+        )
+    return wants
+
+
+def _let_explicit_win(given: dict[str, Any], explicit: Mapping[str, Any]) -> None:
+    """Take out what of the task's own would get in the way of the user's arguments, merged into them by lm-eval.
+
+    Raises:
+        ConfigError: the user gives two lengths.
+    """
+    if lengths := [name for name in _LENGTHS if name in explicit]:
+        if len({str(explicit[name]) for name in lengths}) > 1:
+            told = ", ".join(f"{name}={explicit[name]}" for name in lengths)
+            raise ConfigError(f"{told} in gen_kwargs are one limit with two values.", hint="give one of them.")
+        for name in _LENGTHS:
+            if name not in explicit:
+                given.pop(name, None)
+    if "temperature" in explicit and "do_sample" not in explicit:
+        given.pop("do_sample", None)
+    if "do_sample" in explicit and "temperature" not in explicit and not as_bool("do_sample", explicit["do_sample"]):
+        given.pop("temperature", None)
+
+
+def _refuse_without_effect(explicit: Mapping[str, Any], config: RunConfig) -> None:
+    """Raises:
+    ConfigError: the user's own arguments mean nothing to greedy decoding.
+    """
+    neutral = {"n": 1, "strategy": "best_of_n", "force_sampling_args": False}
+    idle = (
+        "alpha",
+        "first_look",
+        "force_sampling_args",
+        "kv_budget_tokens",
+        "n",
+        "strategy",
+        "top_p",
+        "top_k",
+        "min_p",
+    )
+    told = [
+        f"{name}={explicit[name]}"
+        for name in idle
+        if name in explicit and (name not in neutral or getattr(config, name) != neutral[name])
+    ]
+    if told:
+        raise ConfigError(
+            f"{', '.join(told)} in gen_kwargs would have no effect: decoding is greedy, one row without rejection.",
+            hint="leave out either these or what makes it greedy (do_sample=False, temperature=0, on_greedy=greedy).",
+        )
 
 
 def greedy(config: RunConfig) -> RunConfig:

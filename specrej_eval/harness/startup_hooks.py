@@ -62,6 +62,16 @@ failed_repairs: dict[str, str] = {}
 """Repair -> why it could not be done, for `specrej-eval doctor`."""
 
 
+def wrap_lm_eval(evaluator: ModuleType) -> None:
+    """After `lm_eval.evaluator`: its seed and the user's gen_kwargs can be read while it runs."""
+    importlib.import_module("specrej_eval.harness.lm_eval_run").wrap_simple_evaluate(evaluator)
+
+
+def wrap_lm_eval_command(main: ModuleType) -> None:
+    """After `lm_eval.__main__`: our errors, and signals, end in one message."""
+    importlib.import_module("specrej_eval.harness.lm_eval_run").wrap_command(main)
+
+
 def register_lm_eval_models(models: ModuleType) -> None:
     """After `lm_eval.models`: put our names beside the built-in ones.
 

@@ -1,0 +1,217 @@
+"""Several processes of one run that look after each other: if one dies, the others say which, and stop.
+
+A process that waits for a dead one waits for minutes, or fails with a message of the communication library that names
+nobody. So each tells the others where it runs, and a thread of its own watches them: on the same machine by process
+id, on others by a heartbeat in the store that the launcher has set up. It imports torch only where it is used.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from specrej_eval import stopping
+from specrej_eval.errors import SpecRejError
+
+POLL = 1.0
+"""Seconds between two looks at the others."""
+GRACE = 3.0
+"""Seconds for which a process that is gone may just have finished before us."""
+SILENCE = 30.0
+"""Seconds without a heartbeat from another machine."""
+_PREFIX = "specrej_eval/rank"
+
+
+class RankError(SpecRejError, RuntimeError):
+    """Another process of the run has died, or has stopped with an error."""
+
+
+@dataclass(frozen=True, slots=True)
+class Peer:
+    """One of the other processes."""
+
+    rank: int
+    host: str
+    pid: int
+    started: str
+    """When, in the kernel's words: a process id may be given out again."""
+
+    def __str__(self) -> str:
+        return f"rank {self.rank} (pid {self.pid} on {self.host})"
+
+    @classmethod
+    def of_this_process(cls, rank: int) -> Peer:
+        return cls(rank, socket.gethostname(), os.getpid(), _started(os.getpid()) or "")
+
+    @property
+    def alive(self) -> bool:
+        """Whether it runs; on this machine only."""
+        return _started(self.pid) == (self.started or None)
+
+
+class Watch:
+    """Watches the other ranks while ``guard`` is entered.
+
+    Args:
+        rank, world_size: this process among those of the run.
+        store: the run's rendezvous store, ``torch.distributed``'s.
+    """
+
+    def __init__(self, rank: int, world_size: int, store: Any) -> None:
+        self.rank = rank
+        self.store = store
+        self.me = Peer.of_this_process(rank)
+        self.peers: dict[int, Peer | None] = {other: None for other in range(world_size) if other != rank}
+        """None until it has said where it runs."""
+        self._beats: dict[int, tuple[bytes, float]] = {}
+        self._inside = 0
+        self._since = 0.0
+        store.set(f"{_PREFIX}{rank}", json.dumps([self.me.rank, self.me.host, self.me.pid, self.me.started]))
+        threading.Thread(target=self._run, name="specrej-ranks", daemon=True).start()
+
+    @contextlib.contextmanager
+    def guard(self) -> Iterator[None]:
+        """What happens inside needs all ranks: it ends with a ``RankError`` or with the process if one is lost.
+
+        Raises:
+            RankError: names the rank; in place of the communication library's own error.
+        """
+        self._inside += 1
+        self._since = time.monotonic()
+        try:
+            yield
+        except SpecRejError as error:
+            self._tell(str(error))
+            raise
+        except KeyboardInterrupt:
+            self._tell("a signal")
+            raise
+        except RuntimeError as error:
+            lost = self._wait_for_loss()
+            if lost is None:
+                self._tell(f"{type(error).__name__}: {error}")
+                raise
+            raise RankError(f"{lost}: this process stops too.", hint=stopping.what_is_kept()) from error
+        finally:
+            self._inside -= 1
+
+    def lost(self) -> str | None:
+        """What has become of a rank that is no longer there; None while all are."""
+        for other, known in self.peers.items():
+            peer = known or self._find(other)
+            if peer is None:
+                continue
+            told = self._told(peer)
+            if told is not None:
+                return f"{peer} has stopped: {told}"
+            if peer.host == self.me.host:
+                if not peer.alive:
+                    return f"{peer} has died"
+            elif self._silent(peer):
+                return f"{peer} has not been heard of for {SILENCE:.0f} seconds"
+        return None
+
+    def _find(self, other: int) -> Peer | None:
+        with contextlib.suppress(RuntimeError):
+            if self.store.check([f"{_PREFIX}{other}"]):
+                self.peers[other] = Peer(*json.loads(self.store.get(f"{_PREFIX}{other}")))
+        return self.peers[other]
+
+    def _run(self) -> None:
+        missing = 0.0
+        for count in range(sys.maxsize):
+            time.sleep(POLL)
+            with contextlib.suppress(RuntimeError):  # the store goes with the process that holds it
+                self.store.set(f"{_PREFIX}{self.rank}/beat", str(count))
+            lost = self.lost()  # outside a guard too: to know a peer before it is gone
+            if lost is None or not self._inside:
+                missing = 0.0
+                continue
+            missing = missing or time.monotonic()
+            if time.monotonic() - max(missing, self._since) < GRACE:
+                continue
+            # the main thread may wait in C code for hours: nothing that it could catch would reach it
+            text = f"specrej-eval: {lost}: {stopping.rank_name()} stops too.\n  hint: {stopping.what_is_kept()}\n"
+            sys.stderr.write(text)
+            sys.stderr.flush()
+            os._exit(1)
+
+    def _wait_for_loss(self) -> str | None:
+        deadline = time.monotonic() + GRACE - POLL
+        while (lost := self.lost()) is None and time.monotonic() < deadline:
+            time.sleep(0.1)
+        return lost
+
+    def _tell(self, message: str) -> None:
+        with contextlib.suppress(RuntimeError):
+            self.store.set(f"{_PREFIX}{self.rank}/error", message)
+
+    def _told(self, peer: Peer) -> str | None:
+        key = f"{_PREFIX}{peer.rank}/error"
+        with contextlib.suppress(RuntimeError):
+            if self.store.check([key]):
+                return str(self.store.get(key).decode())
+        return None
+
+    def _silent(self, peer: Peer) -> bool:
+        beat = b""
+        with contextlib.suppress(RuntimeError):
+            key = f"{_PREFIX}{peer.rank}/beat"
+            beat = self.store.get(key) if self.store.check([key]) else b""
+        last, since = self._beats.get(peer.rank, (None, 0.0))
+        if beat != last:
+            self._beats[peer.rank] = (beat, time.monotonic())
+            return False
+        return time.monotonic() - since > SILENCE
+
+
+def watch(rank: int, world_size: int) -> Watch | None:
+    """Watch the ranks of the process group there is; None for a single process, or where there is no group.
+
+    All ranks have to call it.
+    """
+    if world_size < 2:
+        return None
+    import torch.distributed as dist
+
+    if not dist.is_available() or not dist.is_initialized():
+        return None
+    address, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
+    if not address or not port:
+        return None
+    from datetime import timedelta
+
+    # a connection of our own: the group's may be busy waiting, for a rank that is dead
+    store = dist.TCPStore(  # type: ignore[attr-defined]  # torch does not list it among its exports
+        address, int(port), None, False, timedelta(seconds=60), wait_for_workers=False
+    )
+    return Watch(rank, world_size, store)
+
+
+def _started(pid: int) -> str | None:
+    """When a process of this machine was started; None if it runs no more."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return None if fields[0] in "ZX" else fields[19]
+    except FileNotFoundError:
+        pass
+    except OSError:
+        return None
+    if Path("/proc/self/stat").is_file():
+        return None
+    try:
+        os.kill(pid, 0)  # no /proc: macOS
+    except ProcessLookupError:
+        return None
+    except PermissionError:
+        pass
+    return "runs"
