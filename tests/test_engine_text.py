@@ -332,7 +332,9 @@ def test_texts_with_thinking_are_what_lm_eval_makes_of_them(
             parts = rng.choices((*ANSWERS, *until), k=rng.randint(0, 9))
             markers = rng.choice((0, 1, 1, 1, 1, 2, 3))
             for _ in range(markers):
-                behind = rng.choice(("", "\n\n", "\r\n", " ", "<|end|>", "<|end|>\n\n", *until))
+                # a stop string that is part of a special token's text stops at that token; lm-eval strips it first
+                special = () if any(stop in "<|end|>" for stop in until) else ("<|end|>", "<|end|>\n\n")
+                behind = rng.choice(("", "\n\n", "\r\n", " ", *special, *until))
                 parts.insert(rng.randint(0, len(parts)), marker + behind)
             ids = ids_of("".join(parts))
             markers = TOKENIZER.decode(ids).count(marker)
