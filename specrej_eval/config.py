@@ -120,7 +120,8 @@ class RunConfig:
     reward_ensemble: str = "sum"
     """How several rewards become one: weighted ``sum``, or weighted mean of their ``rank`` among the rows."""
     judge_prompt: str | None = None
-    """What a judge is asked, text or a file of it, with {prompt} and {response}. None = ours, graded 0 to 9."""
+    """What a judge is asked, text or a file of it, with {prompt}, {response} and {key}, a word
+    for delimiters that no content contains; the form of the grade, 0 to 9, is asked for behind it. None = ours."""
     judge_max_toks: int = 16
     """Most tokens of a judge's answer; give more to one that thinks before it grades."""
     reward_cache: str = "full"

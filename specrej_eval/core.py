@@ -173,6 +173,8 @@ class Ledger:
     """Forward passes of the reward model; calls of a callable, requests to a server."""
     scores_floored: int = 0
     """Scores that ``floor_toks`` or ``floor_repetition`` put below all others, over all looks."""
+    grades_unreadable: int = 0
+    """Scores that a judge's answer did not give, over all looks; ``on_nan`` decides about them."""
     rows_started: int = 0
     rows_finished: int = 0
     rows_rejected: int = 0
@@ -188,6 +190,7 @@ class Ledger:
             "reward_tokens",
             "reward_calls",
             "scores_floored",
+            "grades_unreadable",
             "rows_started",
             "rows_finished",
             "rows_rejected",
@@ -204,6 +207,7 @@ class Ledger:
             "reward_tokens": self.reward_tokens,
             "reward_calls": self.reward_calls,
             "scores_floored": self.scores_floored,
+            "grades_unreadable": self.grades_unreadable,
             "rows_started": self.rows_started,
             "rows_finished": self.rows_finished,
             "rows_rejected": self.rows_rejected,

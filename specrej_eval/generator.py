@@ -307,18 +307,22 @@ class Generator:
             return []
         reward = self.reward
         started, tokens, calls = time.perf_counter(), reward.tokens_scored, reward.num_calls
-        floored = getattr(reward, "scores_floored", 0)
+        floored, unreadable = getattr(reward, "scores_floored", 0), getattr(reward, "grades_unreadable", 0)
         scores = list(work.scoring.score(pool))
         work.ledger.seconds["reward"] += time.perf_counter() - started
         work.ledger.reward_tokens += reward.tokens_scored - tokens
         work.ledger.reward_calls += reward.num_calls - calls
         work.ledger.scores_floored += getattr(reward, "scores_floored", 0) - floored
+        work.ledger.grades_unreadable += getattr(reward, "grades_unreadable", 0) - unreadable
+        reasons: dict[int, str] = getattr(reward, "nan_reasons", {})
         for place, (row, score) in enumerate(zip(pool, scores, strict=True)):
             if math.isfinite(score):
                 continue
             if work.request.config.on_nan == "error":
+                reason = f" ({reasons[place]})" if place in reasons else ""
                 raise RewardError(
-                    f"{reward.name} scored row {row.row} of a prompt with {score}; its text begins {row.text[:80]!r}.",
+                    f"{reward.name} scored row {row.row} of a prompt with {score}{reason}; its text begins "
+                    f"{row.text[:80]!r}.",
                     hint="on_nan=drop ranks such rows last and counts them.",
                 )
             work.nan_rewards += 1

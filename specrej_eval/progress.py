@@ -61,6 +61,8 @@ def summary_line(answers: int, cost: Ledger, best: Sequence[float], finished: Se
     ]
     if cost.scores_floored:
         parts.append(f"{cost.scores_floored:,} scores below the floor (repetition, or next to no tokens)")
+    if cost.grades_unreadable:
+        parts.append(f"{cost.grades_unreadable:,} grades of the judge unreadable")
     if best:
         parts.append(
             f"mean reward {sum(best) / len(best):.3f} (all rows that finished: {sum(finished) / len(finished):.3f})"

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from specrej_eval.config import RunConfig
 from specrej_eval.core import RowView
-from specrej_eval.errors import ConfigError, SpecRejError
+from specrej_eval.errors import ConfigError, RewardError, SpecRejError
 from specrej_eval.reward_options import load_reward, reward_config
 from specrej_eval.reward_probes import PROBES, Probes, demo_probes
 
@@ -151,13 +151,13 @@ def check_stability(patient: Patient) -> Iterator[Finding]:
     reward = patient.reward
     prompt, answers = patient.probes.answers[0]
     rows = [_row(text, number) for number, text in enumerate(answers)]
-    together = list(reward.score(_asked(prompt), rows))
+    together = _scores(reward, prompt, rows)
     if getattr(reward, "by_rank", False):
         yield Finding(
             "note", "single == batch", "ranks hold among the rows of one call, so there is nothing to compare"
         )
         return
-    single = [reward.score(_asked(prompt), [row])[0] for row in rows]
+    single = [_scores(reward, prompt, [row])[0] for row in rows]
     exact = str(getattr(getattr(reward, "body", None), "dtype", "")) == "torch.float32"
     bound = FLOAT32_BOUND if exact else COARSE_BOUND
     yield _compared("single == batch", single, together, bound)
@@ -176,8 +176,8 @@ def check_stability(patient: Patient) -> Iterator[Finding]:
 
 
 def _compared(subject: str, one: Sequence[float], other: Sequence[float], bound: float) -> Finding:
-    if any(math.isnan(value) for value in (*one, *other)):
-        return Finding("broken", subject, f"NaN among the scores: {_listed(one)} and {_listed(other)}")
+    if not all(math.isfinite(value) for value in (*one, *other)):
+        return Finding("broken", subject, f"NaN or infinity among the scores: {_listed(one)} and {_listed(other)}")
     worst = max(abs(a - b) for a, b in zip(one, other, strict=True))
     allowed = bound * max(1.0, *(abs(value) for value in other))
     return Finding(
@@ -212,10 +212,16 @@ def _left_padded(reward: Any, prompt: str, rows: Sequence[RowView]) -> list[floa
 # ---- whether it knows good from bad ----------------------------------------------------------------------------------
 
 
+LUCK = 0.05
+"""How seldom a reward that tosses a coin may get so many pairs right, for the pairs to say something."""
+
+
 def check_pairs(patient: Patient) -> Iterator[Finding]:
-    """Answers of which one is plainly better."""
+    """Answers of which one is plainly better, and what luck would have given."""
+    right = []
     for prompt, better, worse in patient.probes.pairs:
-        good, bad = patient.reward.score(_asked(prompt), [_row(better), _row(worse, 1)])
+        good, bad = _scores(patient.reward, prompt, [_row(better), _row(worse, 1)])
+        right.append(good > bad)
         status: Literal["ok", "broken"] = "ok" if good > bad else "broken"
         shown = prompt if len(prompt) <= 60 else prompt[:57] + "..."
         yield Finding(
@@ -223,15 +229,31 @@ def check_pairs(patient: Patient) -> Iterator[Finding]:
             f"{good:.4g} {'>' if good > bad else '<='} {bad:.4g}",
             f"better {'>' if good > bad else 'not >'} worse: {shown}",
         )
+    for prompt, answers in patient.probes.answers:  # no answer is in two pairs, so a coin is right or wrong anew
+        scores = _scores(patient.reward, prompt, [_row(text, number) for number, text in enumerate(answers)])
+        right += [scores[better] > scores[worse] for better, worse in patient.probes.in_order]
+    chance = by_luck(sum(right), len(right))
+    yield Finding(
+        "ok" if chance < LUCK else "broken",
+        f"{sum(right)} of {len(right)} pairs",
+        f"right, those of the mixed answers below included; a coin gets as many in {chance:.2g} of tries "
+        f"(allowed: below {LUCK:g})",
+    )
+
+
+def by_luck(right: int, pairs: int) -> float:
+    """Probability that a fair coin gets ``right`` or more of ``pairs`` right."""
+    ways: int = sum(math.comb(pairs, number) for number in range(right, pairs + 1))
+    return float(ways / 2**pairs)
 
 
 def check_partial(patient: Patient) -> Iterator[Finding]:
     """Rejecting early pays only if the score of half an answer says something of the whole one's."""
     found = []
     for prompt, answers in patient.probes.answers:
-        whole = patient.reward.score(_asked(prompt), [_row(text, number) for number, text in enumerate(answers)])
+        whole = _scores(patient.reward, prompt, [_row(text, number) for number, text in enumerate(answers)])
         halves = [RowView(number, text[: len(text) // 2], (), None) for number, text in enumerate(answers)]
-        partial = patient.reward.score(_asked(prompt), halves)
+        partial = _scores(patient.reward, prompt, halves)
         found.append(rank_correlation(partial, whole))
         yield Finding("ok", f"{found[-1]:+.2f}", f"half against whole, {len(answers)} answers: {prompt[:57]}")
     mean = fmean(found)
@@ -248,6 +270,21 @@ def rank_correlation(one: Sequence[float], other: Sequence[float]) -> float:
     product = math.fsum((x - mean_a) * (y - mean_b) for x, y in zip(a, b, strict=True))
     scale = math.sqrt(math.fsum((x - mean_a) ** 2 for x in a) * math.fsum((y - mean_b) ** 2 for y in b))
     return product / scale if scale > 0 else 0.0
+
+
+def _scores(reward: RewardModel, prompt: str, rows: Sequence[RowView]) -> list[float]:
+    """One finite number for each row.
+
+    Raises:
+        RewardError: there is something else among the scores, or another number of them.
+    """
+    scores = list(reward.score(_asked(prompt), rows))
+    if len(scores) != len(rows):
+        raise RewardError(f"{len(scores)} scores came for {len(rows)} answers.")
+    for row, score in zip(rows, scores, strict=True):
+        if isinstance(score, bool) or not isinstance(score, (int, float)) or not math.isfinite(score):
+            raise RewardError(f"an answer has the score {score!r}, which is no finite number: {row.text[:60]!r}")
+    return scores
 
 
 CHECKS: tuple[tuple[str, Callable[[Patient], Iterator[Finding]]], ...] = (

@@ -12,6 +12,8 @@ class Probes(NamedTuple):
     """(prompt, better answer, worse answer)."""
     answers: tuple[tuple[str, tuple[str, ...]], ...]
     """(prompt, answers of mixed worth)."""
+    in_order: tuple[tuple[int, int], ...] = ((0, 3), (1, 4), (2, 5))
+    """Places in ``answers`` of (better, worse)."""
 
 
 PROBES = Probes(
@@ -117,4 +119,4 @@ def demo_probes() -> Probes:
     for operands in arithmetic.distinct_problems("select", 4, seed=5):
         mixed = [arithmetic.solution(operands), *(slipped(operands) for _ in range(7)), arithmetic.noise(operands, rng)]
         answers.append((arithmetic.question(operands), tuple(mixed)))
-    return Probes(tuple(pairs), tuple(answers))
+    return Probes(tuple(pairs), tuple(answers), in_order=((0, 1),))  # all but the first are wrong

@@ -33,7 +33,9 @@ _MARKS = "\U000fff00\U000fff01\U0010ff00\U0010ff01"
 _BASES = (0xF0000, 0x100000)
 """Where placeholders may begin: one code point for each special token."""
 _CONTROL_LIKE = re.compile(
-    r"<\|[^<>|\s]{1,40}\|>|<\uff5c[^<>\s]{1,40}\uff5c>|</?s>|\[/?INST\]|<</?SYS>>|<(?:start|end)_of_turn>|<extra_\d+>|<[be]os>"
+    r"<[|\uff5c][^<>\n]{0,80}>|<[^<>\n]{1,80}[|\uff5c]>"
+    r"|</?(?:s|bos|eos|pad|unk|mask|sep|cls|start_of_turn|end_of_turn|extra_(?:id_)?\d+|reserved_\d+)>|<</?SYS>>"
+    r"|\[/?(?:INST|SYSTEM_PROMPT|AVAILABLE_TOOLS|TOOL_CALLS|TOOL_RESULTS|THINK|CLS|SEP|PAD|MASK|UNK|gMASK)\]"
 )
 """What looks like a control token where the tokenizer is not known."""
 _JOINER = "\u200b"

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import random
 import string
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
-from itertools import pairwise
+from itertools import pairwise, permutations
 from typing import Any
 
 import pytest
 import torch
+from conftest import FULL
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from lm_eval.api.instance import Instance
+from lm_eval.models.huggingface import HFLM
+from lm_eval.models.utils import postprocess_generated_text
 from tiny_models import END, EOS, TURN, tiny_causal_lm, tiny_tokenizer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -203,24 +208,172 @@ def test_eos_wins_over_stop_and_stop_over_length() -> None:
 
 def test_think_end_token_as_text() -> None:
     row = run("so\n\nhm</think>\n\nthe answer\nmore", ["\n\n", "\nm"], think_end_token="</think>")
-    # stops count only behind it: the first blank line is reasoning, the second one is the answer's beginning
-    assert (row.finish_reason, row.text) == ("stop", "")
+    # stops count only behind it, and behind the space that follows it
+    assert (row.finish_reason, row.text) == ("stop", "the answer")
+    assert row.token_ids == ids_of("so\n\nhm</think>\n\nthe answer\nm")
     row = run("so. hm</think> the answer. more", ["."], think_end_token="</think>")
     assert (row.finish_reason, row.text) == ("stop", "the answer")
     assert row.token_ids == ids_of("so. hm</think> the answer.")
 
 
-@pytest.mark.parametrize("token", [TURN, "<|turn|>"])
+@pytest.mark.parametrize("token", [TURN, str(TURN), "<|turn|>"])
 def test_think_end_token_as_special_token(token: int | str) -> None:
     ids = [*ids_of("so. hm"), TURN, *ids_of(" the answer.")]
     row = run(ids, ["."], think_end_token=token)
     assert (row.finish_reason, row.text, row.token_ids) == ("stop", "the answer", ids)
 
 
+@pytest.mark.parametrize("token", [TURN, "<|turn|>", "</think>"])
+@pytest.mark.parametrize("until", ["\n\n", "\n", " ", "\r\n"])
+@pytest.mark.parametrize("between", ["", "\n\n", "\n\n\n\n", "\r\n\r\n", " \n\n\t", "\n\n<|end|>\n\n", "<|end|>\n\n "])
+def test_space_behind_the_thinking_stops_nothing(token: int | str, until: str, between: str) -> None:
+    marker = "</think>" if token == "</think>" else "<|turn|>"
+    ids = ids_of(f"hm.{until}so{marker}{between}4{until}")
+    row = run(ids, [until], think_end_token=token)
+    assert (row.finish_reason, row.text, row.token_ids) == ("stop", "4", ids)
+
+
+def test_a_special_token_stops_the_answer_at_its_very_beginning() -> None:
+    ids = ids_of("hm</think>\n<|end|>")
+    row = run(ids, ["<|end|>"], think_end_token="</think>")
+    assert (row.finish_reason, row.text, row.token_ids) == ("stop", "", ids)
+
+
 @pytest.mark.parametrize("token", [TURN, "</think>"])
 def test_reasoning_that_never_ends(token: int | str) -> None:
-    row = run("so. hm. well. ", ["."], think_end_token=token, max_gen_toks=14)
-    assert (row.finish_reason, row.text) == ("length", "so. hm. well. ")
+    # at the cap it is what lm-eval makes of it: stripped and cut, as if it were the answer
+    row = run("\nso. hm. well. ", ["."], think_end_token=token, max_gen_toks=14)
+    assert (row.finish_reason, row.text, len(row.token_ids)) == ("length", "so", 14)
+    row = run([*ids_of("\nso. hm"), EOS], ["."], think_end_token=token)
+    assert (row.finish_reason, row.text) == ("eos", "so")
+    # until then a reward model sees all of it
+    detokenizer = Detokenizer(TOKENIZER, think_end_token=token)
+    assert detokenizer.visible(ids_of("\nso. hm. well. "), None, (".",)) == "so. hm. well. "
+
+
+def test_thinking_that_begins_again_drops_what_came_before() -> None:
+    row = run("a</think>\nb</think>\n\nc.", ["."], think_end_token="</think>")
+    assert (row.finish_reason, row.text) == ("stop", "c")
+    # a row ends at the first stop of its answer, whatever it would have gone on to think
+    row = run("a</think>b. so</think>c.", ["."], think_end_token="</think>")
+    assert (row.finish_reason, row.text, row.token_ids) == ("stop", "b", ids_of("a</think>b."))
+
+
+@pytest.mark.parametrize("token", [EOS, TURN, "</think>"])
+def test_a_marker_at_the_very_end_leaves_no_answer(token: int | str) -> None:
+    marker = {EOS: "<eos>", TURN: "<|turn|>"}.get(token, token)  # type: ignore[call-overload]
+    row = run(ids_of(f"so. hm{marker}"), ["."], think_end_token=token, max_gen_toks=len(ids_of(f"so. hm{marker}")))
+    assert row.text == ""
+
+
+# ---- reasoning, against lm-eval's own post-processing --------------------------------------------------------------
+
+ANSWERS = (
+    "The answer is 4",
+    "x",
+    "STOP",
+    "Q:",
+    "\n\n",
+    "\n",
+    "\r\n",
+    ". ",
+    "é",
+    "日本",
+    " ",
+    "\u3000",
+    "ab",
+    "</s",
+    "<",
+)
+MARKERS: tuple[tuple[int | str, str], ...] = (
+    ("</think>", "</think>"),
+    ("\n\nAnswer:", "\n\nAnswer:"),
+    (TURN, "<|turn|>"),
+    ("<|turn|>", "<|turn|>"),
+)
+
+
+def apart(stops: Sequence[str]) -> bool:
+    """Whether no two can share a character of a text: else lm-eval's cut depends on their order."""
+    return not any(
+        one in other or any(one.endswith(other[:k]) for k in range(1, len(other)))
+        for one in stops
+        for other in stops
+        if one != other
+    )
+
+
+def decoded(detokenizer: Detokenizer, ids: Sequence[int], until: Sequence[str], ends: FinishReason) -> tuple[str, int]:
+    """What is seen of a row, and after how many tokens it ended; as the engine asks for it."""
+    may = detokenizer.may_complete(until, VOCAB)
+    for end in range(1, len(ids) + 1):
+        if may[ids[end - 1]] and detokenizer.stop_position(ids[:end], until) is not None:
+            return detokenizer.visible(ids[:end], "stop", until), end
+    if ends == "eos":
+        return detokenizer.visible([*ids, EOS], "eos", until), len(ids)
+    return detokenizer.visible(ids, "length", until), len(ids)
+
+
+@pytest.mark.parametrize(("token", "marker"), MARKERS)
+def test_texts_with_thinking_are_what_lm_eval_makes_of_them(
+    token: int | str, marker: str, counted: Callable[[str, int], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hflm = HFLM(pretrained=model(), tokenizer=TOKENIZER, backend="causal", batch_size=64)
+    hflm.think_end_token = TURN if marker == "<|turn|>" else token
+    detokenizer = Detokenizer(TOKENIZER, think_end_token=token)
+    rng = random.Random(marker)
+    texts_of_one_until = 16
+    for _ in range(300 if FULL else 12):
+        until = [rng.choice((*PIECES, *ANSWERS, " the", "\n\nQ", "b\n")) for _ in range(rng.randint(0, 3))]
+        if not apart(until):
+            until = until[:1]
+        rows, ends, cases = [], [], []
+        for _ in range(texts_of_one_until):
+            parts = rng.choices((*ANSWERS, *until), k=rng.randint(0, 9))
+            markers = rng.choice((0, 1, 1, 1, 1, 2, 3))
+            for _ in range(markers):
+                # a stop string that is part of a special token's text stops at that token; lm-eval strips it first
+                special = () if any(stop in "<|end|>" for stop in until) else ("<|end|>", "<|end|>\n\n")
+                behind = rng.choice(("", "\n\n", "\r\n", " ", *special, *until))
+                parts.insert(rng.randint(0, len(parts)), marker + behind)
+            ids = ids_of("".join(parts))
+            markers = TOKENIZER.decode(ids).count(marker)
+            ends.append(rng.choice(("eos", "length")))
+            if ids:
+                cases.append((ids, markers, decoded(detokenizer, ids, until, ends[-1])))
+                rows += [ids, ids[: cases[-1][2][1]]]
+        longest = max(map(len, rows)) + 1
+
+        def generated(context: torch.Tensor, rows: Any = rows, longest: int = longest, **_: Any) -> torch.Tensor:
+            ids = [rows[int(TOKENIZER.decode(mine, skip_special_tokens=True))] for mine in context]
+            padded = [[*mine, *[EOS] * (longest - len(mine))] for mine in ids]
+            return torch.cat([context, torch.tensor(padded)], dim=1)
+
+        monkeypatch.setattr(hflm, "_model_generate", generated)
+        arguments = {"until": until, "max_gen_toks": 64}
+        requests = [
+            Instance("generate_until", {}, (str(place), arguments), 0, metadata=("t", place, 1))
+            for place in range(len(rows))
+        ]
+        wanted = hflm.generate_until(requests, disable_tqdm=True)
+        for place, (ids, markers, (text, end)) in enumerate(cases):
+            assert text == wanted[2 * place + 1], (TOKENIZER.decode(ids[:end]), until)
+            if markers <= 1:  # else what lm-eval would have generated on may hold one more
+                assert text == wanted[2 * place], (TOKENIZER.decode(ids), until)
+        counted("texts with thinking compared with lm-eval", len(cases))
+
+
+@settings(max_examples=2000 if FULL else 300)
+@given(
+    parts=st.lists(st.sampled_from([*PIECES, "</think>", "\n\n", " ", "a", "b", "c", "\r\n", "é"]), max_size=14),
+    until=st.lists(st.sampled_from([*PIECES, "b", "bc", "k>", "\n", " ", "ab\n"]), min_size=1, max_size=3),
+)
+def test_stops_that_overlap_cut_as_lm_eval_does_in_some_order(parts: list[str], until: list[str]) -> None:
+    ids = piece_tokenizer().encode("".join(parts))
+    detokenizer = Detokenizer(piece_tokenizer(), think_end_token="</think>")
+    text, end = decoded(detokenizer, ids, until, "length")
+    raw = piece_tokenizer().decode(ids[:end])
+    assert text in {postprocess_generated_text(raw, list(order), "</think>") for order in permutations(until)}
 
 
 # ---- characters of several bytes ---------------------------------------------------------------------------------

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+import random
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,6 +21,7 @@ from specrej_eval import reward_doctor
 from specrej_eval.checkpoint import DEMO_REWARD
 from specrej_eval.cli import main
 from specrej_eval.config import RunConfig
+from specrej_eval.errors import RewardError
 from specrej_eval.reward_doctor import Patient, check_input, check_pairs, check_partial, check_stability
 from specrej_eval.reward_probes import PROBES, demo_probes
 from specrej_eval.rewards.base import make_reward
@@ -193,7 +197,51 @@ def test_nan_is_broken() -> None:
 def test_known_pairs() -> None:
     for name, status in (("knowing", "ok"), ("contrary", "broken"), ("saturated", "broken")):
         findings = list(check_pairs(Patient(callable_reward(name), PROBES)))
-        assert [finding.status for finding in findings] == [status] * 6
+        assert [finding.status for finding in findings] == [status] * 7  # six pairs, and what luck would give
+
+
+def test_a_coin_seldom_passes() -> None:
+    rng = random.Random(0)
+    passed = 0
+    for _ in range(400):
+        coin = SimpleNamespace(score=lambda conversation, rows: [rng.random() for _ in rows])
+        *_, luck = check_pairs(Patient(coin, PROBES))  # type: ignore[arg-type]
+        passed += luck.status == "ok"
+    assert passed < 0.08 * 400
+    assert luck.subject.endswith("of 18 pairs")
+    assert reward_doctor.by_luck(5, 6) == pytest.approx(7 / 64)
+    assert reward_doctor.by_luck(13, 18) < reward_doctor.LUCK < reward_doctor.by_luck(12, 18)
+
+
+@pytest.mark.parametrize("wrong", [math.nan, math.inf, -math.inf, None, "1", "short", "long"])
+@pytest.mark.parametrize("check", [check_stability, check_pairs, check_partial])
+def test_what_is_no_number_is_broken_wherever_it_comes(
+    check: Any, wrong: Any, counted: Callable[[str, int], None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    calls = 0
+
+    def score(conversation: Any, rows: Any) -> list[Any]:
+        nonlocal calls
+        calls += 1
+        scores: list[Any] = knowing(conversation, [row.text for row in rows])
+        if calls - 1 == at:
+            if wrong in ("short", "long"):
+                return scores[1:] if wrong == "short" else [*scores, 0.0]
+            scores[-1] = wrong
+        return scores
+
+    reward = SimpleNamespace(score=score, name="r")
+    at = -1
+    list(check(Patient(reward, PROBES)))  # type: ignore[arg-type]
+    total = calls
+    for at in range(total):  # noqa: B007  read by score
+        calls = 0
+        with pytest.raises(RewardError, match=r"no finite number|scores came for"):
+            list(check(Patient(reward, PROBES)))  # type: ignore[arg-type]
+    counted("scores that are no numbers put before the doctor", total)
+    at, calls = 3, 0
+    assert reward_doctor.examine(reward) == 1  # type: ignore[arg-type]
+    assert "BROKEN" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("name", "status"), [("knowing", "ok"), ("contrary", "broken"), ("saturated", "broken")])

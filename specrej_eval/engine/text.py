@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from typing import Any
+from itertools import groupby
+from typing import Any, NamedTuple, overload
 
 from specrej_eval.core import FinishReason
 
@@ -17,21 +18,49 @@ logger = logging.getLogger(__name__)
 REPLACEMENT = "\ufffd"  # half of a UTF-8 character decodes to this
 
 
+class _Answer(NamedTuple):
+    """The part of a row that is its answer. Without a ``think_end_token`` all of it is."""
+
+    ids: list[int]
+    """Ids after an integer marker."""
+    raw: str
+    """Their text, special tokens kept."""
+    start: int
+    """Where in ``raw`` the answer begins: behind a marker that is text."""
+    first: int
+    """Where its first character stands that is shown and no space: all before it is stripped."""
+    special: list[tuple[int, int]]
+    """Spans of ``raw`` that are special tokens. Known only where thinking is dropped."""
+
+
 class Detokenizer:
     """A tokenizer's decoding side, with the end of a reasoning part if the model has one.
 
+    As lm-eval's ``postprocess_generated_text`` and its HF backend's handling of ids: what comes up to the last marker
+    is dropped, then leading space is stripped, and only then stop strings count. So the line breaks that follow
+    ``</think>`` stop nothing, nor does anything in the thinking. A row that ends without a marker (still thinking at
+    the cap, or EOS) is treated the same: all of it is stripped and cut.
+
+    We differ in this: a row ends at the first stop string of its answer, as a text without thinking does. lm-eval's
+    HF backend ends its rows at stop strings in the thinking too, which its vLLM backend does not; neither ends a row
+    at one in the answer if other rows of the batch go on, so that a second marker after it would start the answer anew.
+
     Args:
         tokenizer: a transformers tokenizer.
-        think_end_token: text or id that ends the reasoning; stop strings count only after it, and the benchmark sees
-            only what follows it (as in HFLM). While a row still reasons, its reasoning is its text.
+        think_end_token: text or id that ends the reasoning; digits are an id, as in HFLM. While a row still reasons,
+            all of its reasoning is its text: no stop string cuts what a reward model sees of it.
     """
 
     def __init__(self, tokenizer: Any, *, think_end_token: str | int | None = None) -> None:
         self.tokenizer = tokenizer
-        if isinstance(think_end_token, str) and think_end_token in tokenizer.all_special_tokens:
-            think_end_token = int(tokenizer.convert_tokens_to_ids(think_end_token))  # it is stripped from clean text
-        self.think_end_token = think_end_token
+        if isinstance(think_end_token, str):
+            if think_end_token.isdigit():
+                think_end_token = int(think_end_token)
+            elif think_end_token in tokenizer.all_special_tokens:
+                think_end_token = int(tokenizer.convert_tokens_to_ids(think_end_token))  # stripped from clean text
+        self.think_end_token = None if think_end_token == "" else think_end_token
         self._pieces: list[str] | None = None
+        self._special = _special_ids(tokenizer) if self.think_end_token is not None else frozenset()
 
     def raw(self, token_ids: Sequence[int]) -> str:
         """Text with special tokens kept."""
@@ -44,45 +73,74 @@ class Detokenizer:
         return text
 
     def stop_position(self, token_ids: Sequence[int], until: Sequence[str]) -> int | None:
-        """Where the earliest stop string begins in ``raw(answer part of token_ids)``; None if there is none."""
-        answer = self._answer_start(token_ids)
-        if answer is None:
-            return None
-        text = self.raw(token_ids[answer:])
-        start = 0
-        if isinstance(self.think_end_token, str):
-            found = text.rfind(self.think_end_token)
-            if found < 0:
-                return None
-            start = found + len(self.think_end_token)
-        positions = [position for position in (text.find(stop, start) for stop in until) if position >= 0]
-        return min(positions, default=None)
+        """Where the earliest stop string begins in ``raw(answer part of token_ids)``; None if there is none.
+
+        None while the row is still thinking.
+        """
+        answer = self._answer(token_ids)
+        return None if answer is None else _cut(answer, until)
 
     def visible(self, token_ids: Sequence[int], finish_reason: FinishReason | None, until: Sequence[str]) -> str:
-        """What the benchmark sees of a row: no EOS, cut at the stop string, special tokens stripped."""
+        """What the benchmark sees of a row: no EOS, no thinking, cut at the stop string, special tokens stripped."""
         ids = list(token_ids)
-        if finish_reason == "eos":
-            ids = ids[:-1]
-        cut = self.stop_position(ids, until) if finish_reason == "stop" else None
-        answer = self._answer_start(ids) or 0
-        ids = ids[answer:]
-        text = self.clean(ids) if cut is None else self._clean_before(ids, cut)
-        if isinstance(self.think_end_token, str):
-            text = text.split(self.think_end_token)[-1]
-        if self.think_end_token is not None and (answer or isinstance(self.think_end_token, str)):
-            text = text.lstrip()
+        end = len(ids) - (finish_reason == "eos")
+        answer = self._answer(ids, end) or self._from(ids[:end])
+        cut = None if finish_reason is None else _cut(answer, until)
+        if self.think_end_token is not None:
+            text = _without(answer, cut)
+        else:
+            text = self.clean(answer.ids) if cut is None else self._clean_before(answer.ids, cut)
         if finish_reason is None:
             text = text.rstrip(REPLACEMENT)
         return text
 
-    def _answer_start(self, token_ids: Sequence[int]) -> int | None:
-        """Index of the first token after an integer think_end_token; 0 without one; None while still reasoning."""
-        if not isinstance(self.think_end_token, int):
-            return 0
-        for index in range(len(token_ids) - 1, -1, -1):
-            if token_ids[index] == self.think_end_token:
-                return index + 1
-        return None
+    def _answer(self, token_ids: Sequence[int], end: int | None = None) -> _Answer | None:
+        """The answer in ``token_ids[:end]``; None while still thinking."""
+        ids = list(token_ids)
+        marker = self.think_end_token
+        if marker is None:
+            return _Answer(ids[:end], self.raw(ids[:end]), 0, 0, [])
+        if isinstance(marker, str):
+            return self._from(ids[:end], marker)
+        if marker not in ids:
+            return None
+        after = len(ids) - ids[::-1].index(marker)
+        return self._from(ids[after:end])
+
+    @overload
+    def _from(self, ids: list[int]) -> _Answer: ...
+    @overload
+    def _from(self, ids: list[int], marker: str) -> _Answer | None: ...
+    def _from(self, ids: list[int], marker: str | None = None) -> _Answer | None:
+        """The answer that begins with ``ids``, or behind the last ``marker`` in their text; None if it is not there."""
+        raw = self.raw(ids)
+        start = 0
+        if marker is not None:
+            found = raw.rfind(marker)
+            if found < 0:
+                return None
+            start = found + len(marker)
+        special = self._special_spans(ids)
+        first = start
+        while first < len(raw):
+            behind = next((end for begin, end in special if begin <= first < end), None)
+            if behind is None and not raw[first].isspace():
+                break
+            first = behind or first + 1
+        return _Answer(ids, raw, start, first, special)
+
+    def _special_spans(self, ids: list[int]) -> list[tuple[int, int]]:
+        """Where runs of special tokens stand in ``raw(ids)``."""
+        if self._special.isdisjoint(ids):
+            return []
+        spans: list[tuple[int, int]] = []
+        at = 0
+        for hidden, run in groupby(ids, key=self._special.__contains__):
+            end = at + len(list(run))
+            if hidden:
+                spans.append((len(self.raw(ids[:at])), len(self.raw(ids[:end]))))
+            at = end
+        return spans
 
     def _clean_before(self, ids: list[int], cut: int) -> str:
         """``raw(ids)[:cut]`` with special tokens stripped; the cut may lie inside a token."""
@@ -115,6 +173,35 @@ class Detokenizer:
             pieces = [text[len(before) :] if text.startswith(before) else "" for text in texts]
             self._pieces = pieces + [""] * (vocab_size - known)
         return self._pieces
+
+
+def _cut(answer: _Answer, until: Sequence[str]) -> int | None:
+    """Where in ``answer.raw`` the earliest stop string begins; the space before the answer holds none."""
+    positions = []
+    for stop in until:
+        at = answer.raw.find(stop, answer.start)
+        while 0 <= at < answer.first and answer.raw[at].isspace():
+            at = answer.raw.find(stop, at + 1)
+        if at >= 0:
+            positions.append(at)
+    return min(positions, default=None)
+
+
+def _without(answer: _Answer, cut: int | None) -> str:
+    """The answer up to ``cut``, without its special tokens and leading space."""
+    last = len(answer.raw) if cut is None else cut
+    kept, at = [], answer.start
+    for begin, end in answer.special:
+        kept.append(answer.raw[at : min(begin, last)])  # empty where the span lies before the answer
+        at = max(at, end)
+    kept.append(answer.raw[at:last])
+    return "".join(kept).lstrip()
+
+
+def _special_ids(tokenizer: Any) -> frozenset[int]:
+    """Ids that ``skip_special_tokens`` skips."""
+    added = {token for token, entry in tokenizer.added_tokens_decoder.items() if entry.special}
+    return frozenset(added | set(tokenizer.all_special_ids))
 
 
 def stop_ids(model: Any, tokenizer: Any) -> tuple[int, ...]:

@@ -138,6 +138,17 @@ class Ensemble:
     def scores_floored(self) -> int:
         return sum(getattr(member, "scores_floored", 0) for member in self.members)
 
+    @property
+    def grades_unreadable(self) -> int:
+        return sum(getattr(member, "grades_unreadable", 0) for member in self.members)
+
+    @property
+    def nan_reasons(self) -> dict[int, str]:
+        found: dict[int, str] = {}
+        for member in self.members:
+            found |= getattr(member, "nan_reasons", {})
+        return found
+
     def score(self, conversation: Sequence[Message], rows: Sequence[RowView], response_prefix: str = "") -> list[float]:
         """One number per row; ranks are among the rows given.
 
