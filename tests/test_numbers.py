@@ -19,8 +19,8 @@ from specrej_eval.fingerprint import NUMBERS_VERSION
 
 GOLDEN = Path(__file__).parent / "golden" / "numbers.json"
 WHEN = (
-    "numbers have changed: if that is meant, raise NUMBERS_VERSION in specrej_eval/fingerprint.py (journals, caches and "
-    "folders of before are then refused) and regenerate by `python tests/test_numbers.py`"
+    "numbers have changed: if that is meant, raise NUMBERS_VERSION in specrej_eval/fingerprint.py (journals, caches "
+    "and folders of before are then refused) and regenerate by `python tests/test_numbers.py`"
 )
 PROMPTS = ["Q: 3+14=?\nA:", "Q: 27+5=?\nA:", [{"role": "user", "content": "What is 8+9?"}]]
 RUNS: dict[str, dict[str, Any]] = {
