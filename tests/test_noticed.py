@@ -6,6 +6,8 @@ import dataclasses
 import json
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,7 +16,7 @@ from typing import Any
 import pytest
 import test_fingerprint
 
-from specrej_eval import digests, fingerprint
+from specrej_eval import digests, fingerprint, paths
 from specrej_eval.checkpoint import DEMO_POLICY, DEMO_REWARD
 from specrej_eval.config import HOST_ARGUMENTS, RunConfig
 from specrej_eval.core import Prompt
@@ -26,6 +28,7 @@ from specrej_eval.outputs import OutputsFolder, RunRecord
 
 Counted = Callable[..., None]
 Host = Mapping[str, Any]
+PACKAGE_ROOT = Path(__file__).parent.parent
 
 # another value for every argument of the host that decides; one without an entry fails the test below
 OTHER_HOST: dict[str, Any] = {
@@ -474,3 +477,42 @@ def test_a_progress_bar_is_shown_over_gigabytes(
     forget()
     digests.of_files({"model.safetensors": path, "config.json": path}, what="owner/model")
     assert "reading owner/model in full" in capsys.readouterr().err
+
+
+# --- the real commands ---------------------------------------------------------------------------
+
+
+def command(*words: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHONPATH": f"{PACKAGE_ROOT}{os.pathsep}{cwd}", "SPECREJ_PROMPTS": "prompts.jsonl"}
+    return subprocess.run([sys.executable, *words], cwd=cwd, env=environment, capture_output=True, text=True)
+
+
+ARGUMENTS = {"reward_model": "own_reward:score", "n": "2", "max_gen_toks": "4", "device": "cpu"}
+TASK = ("--model", "specrej", "--tasks", "specrej_prompts", "--include_path", str(paths.folder("tasks")))
+COMMANDS = {
+    "use_cache": ("-m", "lm_eval", *TASK, "--use_cache", "answers", "--model_args"),
+    "journal": ("-m", "lm_eval", *TASK, "--model_args"),
+    "folder_of_answers": ("-m", "specrej_eval", "run", "--prompts", "prompts.jsonl", "--output", "out"),
+}
+
+
+@pytest.mark.parametrize("store", [pytest.param(store, marks=pytest.mark.full) for store in COMMANDS])
+def test_an_edited_reward_function_is_refused_by_the_real_command(store: str, tmp_path: Path, counted: Counted) -> None:
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "Q: 1+2=?"}\n')
+    (tmp_path / "own_reward.py").write_text(
+        "from own_helper import SIGN\n"
+        "def score(conversation, responses): return [SIGN * len(text) for text in responses]\n"
+    )
+    (tmp_path / "own_helper.py").write_text("SIGN = 1\n")
+    given = {**ARGUMENTS, **({"journal": "journal.jsonl"} if store == "journal" else {})}
+    words = [*COMMANDS[store]]
+    if store == "folder_of_answers":
+        words += [word for name, value in given.items() for word in (f"--{name}", value)]
+    else:
+        words.append(",".join(f"{name}={value}" for name, value in given.items()))
+    first = command(*words, cwd=tmp_path)
+    assert first.returncode == 0, first.stderr
+    (tmp_path / "own_helper.py").write_text("SIGN = -1\n")
+    refused = command(*words, cwd=tmp_path)
+    assert refused.returncode != 0 and "reward_model: own_helper.py changed" in refused.stderr, refused.stderr
+    counted(f"commands refused, {store}")
