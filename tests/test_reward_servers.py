@@ -426,8 +426,8 @@ def asked_key(body: Any) -> str:
             for mark in ("", "Grade KEY: ")
             for bad in (
                 "1e5", "12", "-3", "-0", "+7", "10", "9.5", "7/10", "7 / 10", "7 out of 10", "7 out of ten", "7,5",
-                "7%", "7th", "07", "\uff17", "\u0667", "\u2466", "7\u00b2", "7\u00bd", "7 or 8", "7-8", "0x7", "1_0", ".5",
-                "nan", "inf", "NaN", "seven", "N", "", "7e0", "7/", "1e-1", "7.5.1",
+                "7%", "7th", "07", "\uff17", "\u0667", "\u2466", "7\u00b2", "7\u00bd", "7 or 8", "7-8", "0x7", "1_0",
+                "nan", "inf", "NaN", "seven", "N", "", "7e0", "7/", "1e-1", "7.5.1", ".5",
             )
         ],
     ],
@@ -554,7 +554,7 @@ def test_a_run_counts_unreadable_grades_or_says_what_the_judge_wrote() -> None:
     with servers.chat(grade) as server:
         arguments = {"n": 4, "max_gen_toks": 12, "reward_retries": 0, "strategy": "best_of_n"}
         name = f"judge:the-judge@{server.url}"
-        result = load(reward_model=name, on_nan="drop", **arguments).generate("2 + 2 = ")
+        [result] = load(reward_model=name, on_nan="drop", **arguments).generate("2 + 2 = ")
         assert result.nan_rewards == result.ledger.grades_unreadable > 0
         assert result.ledger.to_dict()["grades_unreadable"] == result.nan_rewards
         with pytest.raises(RewardError, match=r"scored row \d+ of a prompt with nan \(.*'Fine\.'"):
