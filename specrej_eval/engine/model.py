@@ -307,7 +307,9 @@ def _row_align(model: Any) -> int:
 
     Torch's elementwise loops take 32 floats at a time and do what is left over with scalar functions, whose bits may
     differ (sigmoid, silu, softplus). A multiple of ROW_ALIGN leaves nothing over, unless a layer is an odd number wide:
-    the one-output gate of a shared expert is.
+    the one-output gate of a shared expert is. (An odd vocabulary is none: nothing of that kind comes behind the head.)
     """
-    widths = {module.out_features for module in model.modules() if isinstance(module, torch.nn.Linear)}
+    head = model.get_output_embeddings()
+    layers = (module for module in model.modules() if module is not head)
+    widths = {module.out_features for module in layers if isinstance(module, torch.nn.Linear)}
     return 2 * ROW_ALIGN if any(width % 2 for width in widths) else ROW_ALIGN
