@@ -84,10 +84,11 @@ EACH = pytest.mark.parametrize("shape", SHAPES)
 
 @pytest.mark.skipif(THREADS != 1, reason="runs the others")
 def test_two_threads() -> None:
-    """The tests of one shape and of experts again, in a process whose threads sleep while they wait (cores may be busy)."""
+    """Tests of one shape and of experts again, in a process whose threads sleep while they wait (cores may be busy)."""
+    chosen = "odd or mixtral or experts or qwen2_moe"
     environment = {"OMP_NUM_THREADS": "2", "OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0", "KMP_BLOCKTIME": "0"}
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", "odd or mixtral or experts or qwen2_moe"],
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", chosen],
         env={**os.environ, **environment, "SPECREJ_TEST_THREADS": "2"},
         capture_output=True,
         text=True,
