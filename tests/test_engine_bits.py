@@ -169,6 +169,10 @@ def test_what_is_promised_is_in_the_description(monkeypatch: pytest.MonkeyPatch)
     assert make_engine(model("head_dim 32")).describe()["batch_invariance"] == "bits"
     half = tiny_causal_lm("llama").to(torch.bfloat16)
     assert make_engine(half).describe()["batch_invariance"] == "rounding"
+    threads = torch.get_num_threads()
+    torch.set_num_threads(3)
+    assert make_engine(model("head_dim 32")).describe()["batch_invariance"] == "rounding"
+    torch.set_num_threads(threads)
     monkeypatch.setattr(model_module, "ROW_ALIGN", 1)  # then rows do differ, and the probe must see it
     assert make_engine(model("head_dim 32")).describe()["batch_invariance"] == "rounding"
 
