@@ -139,7 +139,7 @@ class RunConfig:
     kv_budget_tokens: int | None = None
     """Tokens (shared prompt + suffixes of all rows) one prompt may hold. None = prompt + n * first_look."""
     temperature: float = 1.0
-    """0 decodes greedily."""
+    """0 decodes greedily. Any other draws from softmax(logits / temperature), a tiny one the likeliest token."""
     top_p: float = 1.0
     """Nucleus: the smallest set of tokens with this much probability; 1 switches the filter off."""
     top_k: int = 50

@@ -30,6 +30,10 @@ class CheckpointError(SpecRejError, OSError):
     """A model folder is missing, broken, or of a kind we cannot use."""
 
 
+class ModelError(SpecRejError, RuntimeError):
+    """The language model computed something that cannot be decoded."""
+
+
 class MissingDependencyError(SpecRejError, ImportError):
     """An optional package is not installed."""
 

@@ -3,24 +3,39 @@
 from __future__ import annotations
 
 import os
+import random
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from conftest import FULL
+from engine_models import (
+    ARCHITECTURES,
+    Architecture,
+    build,
+    forced_token,
+    prompt_of,
+    shared_model,
+    skip_unless_known,
+)
 from engine_runs import PROMPTS, Recorder, generate, make_engine, outcome
 from smollm2 import smollm2_folder  # noqa: F401
 from tiny_models import tiny_causal_lm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from specrej_eval.core import GenerationResult
+from specrej_eval.engine import model as model_module
+from specrej_eval.engine.groups import Group
+from specrej_eval.engine.model import ModelRunner
 from specrej_eval.engine.transformers_engine import TransformersEngine
 from specrej_eval.kv.attention import sdpa
 
+Counted = Callable[..., None]
 N = 16
 LENGTH = 16
 SHAPES = {
@@ -69,17 +84,143 @@ EACH = pytest.mark.parametrize("shape", SHAPES)
 
 @pytest.mark.skipif(THREADS != 1, reason="runs the others")
 def test_two_threads() -> None:
-    """The tests of one shape again, in a process whose threads sleep while they wait (cores may be busy)."""
+    """Tests of one shape and of experts again, in a process whose threads sleep while they wait (cores may be busy)."""
+    chosen = "odd or mixtral or experts or qwen2_moe"
     environment = {"OMP_NUM_THREADS": "2", "OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0", "KMP_BLOCKTIME": "0"}
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", "odd"],
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", chosen],
         env={**os.environ, **environment, "SPECREJ_TEST_THREADS": "2"},
         capture_output=True,
         text=True,
         check=False,
     )
     assert done.returncode == 0, done.stdout[-3000:]
-    assert "4 passed" in done.stdout
+    assert "9 passed" in done.stdout
+
+
+# ---- every architecture and path -----------------------------------------------------------------------------------
+
+SOME = [
+    "llama",
+    "mistral",
+    "gpt_oss",
+    "mixtral",
+    "qwen3_moe",
+    "deepseek_v3",
+    "qwen2_moe",
+    "qwen3_next",
+    "mamba",
+    "bloom",
+]
+COMPANY = [[0], [3, 2], [5, 6, 7], list(range(8, 13)), list(range(13, 22)), list(range(1, 18)), list(range(20, 44))]
+
+
+def forced_logits(runner: ModelRunner, rows: list[int], steps: int = 3) -> dict[tuple[int, int], torch.Tensor]:
+    """Logits by (row, step): tokens that depend on row and step are fed, some rows leave and some fork on the way."""
+    found = {}
+    with torch.inference_mode(), runner.active():
+        group = Group.start(runner.prefill(prompt_of(21)), list(rows), capacity=steps + 2, device=runner.device)
+        for step in range(steps):
+            if step == 2 and len(rows) > 2:
+                group.drop([1])
+                group.select(list(reversed(range(group.num_rows))), group.row_ids[::-1], steps + 2)
+            tokens = torch.tensor([forced_token(row, step) for row in group.row_ids])
+            group.tokens[:, step] = tokens.int()
+            group.num_sampled += 1
+            logits = runner.step([group], tokens)
+            group.advance()
+            found.update({(row, step): mine.clone() for row, mine in zip(group.row_ids, logits, strict=True)})
+    return found
+
+
+@pytest.mark.parametrize("arch", [arch for arch in ARCHITECTURES if FULL or arch.name in SOME], ids=lambda a: a.name)
+def test_rows_of_every_architecture_and_path_are_bits(arch: Architecture, counted: Counted) -> None:
+    skip_unless_known(arch)
+    paths = {arch.path, "replicated", "recompute"} if FULL else {arch.path, "recompute"}
+    for path in sorted(paths):
+        runner = ModelRunner(shared_model(arch.name), path=path)  # type: ignore[arg-type]
+        assert runner.batch_invariance == "bits"
+        together = forced_logits(runner, list(range(70)))
+        for rows in COMPANY:
+            alone = forced_logits(runner, rows)
+            shared = alone.keys() & together.keys()
+            assert len(shared) >= 2 * len(rows)
+            assert [key for key in shared if not torch.equal(alone[key], together[key])] == [], (path, rows)
+            counted("rows compared bitwise", len(shared))
+        counted("architectures and paths compared bitwise")
+
+
+def test_experts_need_their_own_padding() -> None:
+    runner = ModelRunner(shared_model("mixtral"), path="shared_prefix")
+    assert runner.batch_invariance == "bits"
+    runner._expert_configs = []
+    assert runner._probe_batch_invariance() == "rounding"
+
+
+def test_experts_are_the_models_own_outside() -> None:
+    runner = ModelRunner(shared_model("mixtral"), path="shared_prefix")
+    before = runner.model.config._experts_implementation
+    with runner.active():
+        assert runner.model.config._experts_implementation == "specrej_padded" != before
+    assert runner.model.config._experts_implementation == before
+
+
+def test_what_is_promised_is_in_the_description(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert make_engine(model("head_dim 32")).describe()["batch_invariance"] == "bits"
+    half = tiny_causal_lm("llama").to(torch.bfloat16)
+    assert make_engine(half).describe()["batch_invariance"] == "rounding"
+    threads = torch.get_num_threads()
+    torch.set_num_threads(3)
+    assert make_engine(model("head_dim 32")).describe()["batch_invariance"] == "rounding"
+    torch.set_num_threads(threads)
+    monkeypatch.setattr(model_module, "ROW_ALIGN", 1)  # then rows do differ, and the probe must see it
+    assert make_engine(model("head_dim 32")).describe()["batch_invariance"] == "rounding"
+
+
+# ---- whole runs ----------------------------------------------------------------------------------------------------
+
+MANY = [f"{word} {index}: why?" for index in range(50) for word in ("Rivers", "Two plus", "x" * 40, "Say")]
+RUN = {"n": 5, "max_gen_toks": 8, "first_look": 3, "alpha": 0.5}
+
+
+def run_requests(name: str, prompts: list[str], **arguments: Any) -> tuple[dict[str, Any], Recorder]:
+    engine = make_engine(run_model(name))
+    with Recorder(engine) as seen:
+        results = generate(engine, prompts, until=["e7"], **{**RUN, **arguments})
+    return {prompt: outcome(result) for prompt, result in zip(prompts, results, strict=True)}, seen
+
+
+@cache
+def run_model(name: str) -> Any:
+    return build(name, vocab_size=261)
+
+
+@pytest.mark.parametrize("name", ["llama", "mixtral", "qwen2_moe"] if FULL else ["mixtral"])
+def test_requests_do_not_depend_on_how_they_are_run(name: str, tmp_path: Path, counted: Counted) -> None:
+    """batch_size 1, 4, 16; shuffled; the shares of 2 and 4 ranks; resumed after an interruption."""
+    prompts = MANY if FULL else MANY[:12]
+    want, want_seen = run_requests(name, prompts, batch_size=4)
+
+    def compare(part: list[str], *, steps: bool = True, **arguments: Any) -> None:
+        got, seen = run_requests(name, part, **arguments)
+        assert got == {prompt: want[prompt] for prompt in part}
+        if steps:
+            same_bits(want_seen, seen, subset=True)
+            counted("rows compared bitwise", len(seen.logits))
+            if len(part) == len(prompts) and "journal" not in arguments:
+                assert seen.logits.keys() == want_seen.logits.keys()
+        counted("requests compared", len(part))
+
+    for batch_size in (1, 16):
+        compare(prompts, batch_size=batch_size)
+    shuffled = random.Random(3).sample(prompts, len(prompts))
+    compare(shuffled, batch_size=4)
+    for world_size in (2, 4):
+        for rank in range(world_size):
+            compare(prompts[rank::world_size], batch_size=4)
+    journal = str(tmp_path / "journal.jsonl")
+    compare(shuffled[: len(prompts) // 3], batch_size=4, journal=journal)
+    compare(prompts, batch_size=16, journal=journal)
 
 
 @EACH
@@ -141,8 +282,6 @@ def test_a_change_of_one_bit_would_show() -> None:
 
 def test_without_padding_the_bits_do_differ(monkeypatch: pytest.MonkeyPatch) -> None:
     # the reason for ROW_ALIGN; if this fails, torch has changed and the padding may go
-    from specrej_eval.engine import model as model_module
-
     monkeypatch.setattr(model_module, "ROW_ALIGN", 1)
     _, whole = run("head_dim 32", PROMPTS[1:2], alpha=0)
     _, few = run("head_dim 32", PROMPTS[1:2], alpha=0, n=1)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -21,6 +23,9 @@ from transformers import (
 
 from specrej_eval.engine import sampling
 from specrej_eval.engine.sampling import SamplingParams, filtered, logprobs_of, row_stream, sample, uniform
+from specrej_eval.errors import ModelError
+
+Counted = Callable[[str, int], None]
 
 NO_FILTER = SamplingParams(top_k=0)
 
@@ -192,6 +197,110 @@ def test_logprobs_are_of_the_untempered_model() -> None:
     want = logits.log_softmax(-1)[torch.arange(5), tokens]
     assert torch.allclose(logprobs_of(logits, tokens), want, atol=1e-6)
     assert torch.allclose(logprobs_of(logits[:1], tokens), logits[0].log_softmax(-1)[tokens], atol=1e-6)
+
+
+# ---- any temperature ---------------------------------------------------------------------------------------------
+
+FILTERS = [
+    SamplingParams(top_k=top_k, top_p=top_p, min_p=min_p)
+    for top_k in (0, 1, 4, 30)
+    for top_p in (1.0, 0.6)
+    for min_p in (0.0, 0.2)
+]
+TINY = [5e-324, 1e-320, 1e-300, 1e-100, 1e-46, 1e-45, 1e-39, 2.0**-126, 1e-37, 1e-30]
+HUGE = [1e20, 1e30, 3.4e38, 1e39, 1e100, 1e300]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+
+
+def awkward_logits(dtype: torch.dtype) -> Tensor:
+    """(rows, 30): ordinary, shifted far up and down, forbidden tokens, zeros, the largest and smallest of the dtype."""
+    base = torch.randn(8, 30, generator=torch.Generator().manual_seed(5))
+    base[1] += 90
+    base[2] -= 90
+    base[3, ::2] = -torch.inf
+    base[4] = -torch.inf
+    base[4, 17] = -2.0
+    base[5] = torch.where(base[5] > 0, 0.0, -torch.inf)
+    base[5, 9] = 0.5
+    logits = base.to(dtype)
+    top = torch.finfo(torch.float32 if dtype == torch.float64 else dtype).max
+    logits[6] = torch.linspace(-1, 1, 30).to(dtype) * top
+    logits[7] = -torch.linspace(0.5, 1, 30).to(dtype) * top
+    return logits
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_tiny_temperature_draws_the_greedy_token(dtype: torch.dtype, counted: Counted) -> None:
+    logits = awkward_logits(dtype)
+    for temperature, filters in itertools.product(TINY, FILTERS):
+        params = dataclasses.replace(filters, temperature=temperature)
+        for edge in (2.0**-53, 0.3, 1 - 2.0**-53):
+            drawn = sample(logits, torch.full((len(logits),), edge, dtype=torch.float64), params)
+            # two logits of one value share, so values are compared, not ids
+            assert torch.equal(logits.gather(1, drawn[:, None])[:, 0], logits.amax(-1)), params
+        counted("temperatures drawn at", len(logits))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_huge_temperature_draws_every_allowed_token_alike(dtype: torch.dtype, counted: Counted) -> None:
+    logits = awkward_logits(dtype)[:6]
+    for temperature in HUGE:
+        probabilities = whole(logits, SamplingParams(temperature=temperature, top_k=0))
+        allowed = logits > -torch.inf
+        assert torch.equal(probabilities > 0, allowed)
+        assert torch.allclose(probabilities, allowed.double() / allowed.sum(-1, keepdim=True), atol=1e-6)
+        for filters in FILTERS:
+            drawn = sample(logits, uniforms(len(logits)), dataclasses.replace(filters, temperature=temperature))
+            assert bool(allowed.gather(1, drawn[:, None]).all())
+            counted("temperatures drawn at", len(logits))
+
+
+@given(st.data())
+def test_any_temperature_draws_from_the_softmax(data: st.DataObject) -> None:
+    # against arithmetic in float64, which holds every quotient met here once the largest logit is taken off
+    temperature = 10.0 ** data.draw(st.floats(-320, 300))
+    assume(temperature > 0)
+    scale = 10.0 ** data.draw(st.floats(-6, 6))
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 999)))
+    logits = torch.randn(3, 20, generator=generator) * scale
+    logits[1, data.draw(st.integers(1, 19)) :] = -torch.inf
+    exact = logits.double()
+    want = ((exact - exact.amax(-1, keepdim=True)) / temperature).softmax(-1)
+    got = whole(logits, SamplingParams(temperature=temperature, top_k=0))
+    assert bool(got.isfinite().all())
+    # float32 scores are off by up to one part in 2**24: compared where that is little, or where one token has it all
+    first, second = exact.sort(-1, descending=True).values[:, :2].unbind(-1)
+    settled = bool(((first - second) / temperature > 60).all())
+    assume(settled or float(exact[exact.isfinite()].abs().max()) / temperature < 1e4)
+    assert torch.allclose(got, want, atol=1e-9 if settled else 1e-2)
+
+
+def test_ordinary_temperatures_divide_directly(counted: Counted) -> None:
+    # draws may not change from version to version: the scores are float32 quotients, bit for bit
+    generator = torch.Generator().manual_seed(1)
+    for temperature in torch.logspace(-2, 1, 40, dtype=torch.float64).tolist():
+        logits = torch.randn(16, 400, generator=generator) * 8
+        plain = (logits / temperature).double().softmax(-1)
+        probabilities, _ = filtered(logits, SamplingParams(temperature=temperature, top_k=0))
+        assert torch.equal(probabilities, plain)
+        counted("temperatures drawn at", len(logits))
+
+
+def test_a_row_is_tempered_alone() -> None:
+    logits = awkward_logits(torch.float32)
+    for temperature in (1e-39, 1e-37, 1.0, 1e39):
+        for filters in FILTERS:
+            params = dataclasses.replace(filters, temperature=temperature)
+            together = sample(logits, uniforms(len(logits)), params)
+            alone = torch.cat([sample(logits[i : i + 1], uniforms(len(logits))[i : i + 1], params) for i in range(8)])
+            assert torch.equal(together, alone)
+
+
+def test_logits_that_are_nan_are_refused() -> None:
+    logits = torch.zeros(3, 9)
+    logits[1, 4] = torch.nan
+    with pytest.raises(ModelError, match="NaN"):
+        sample(logits, uniforms(3), NO_FILTER)
 
 
 # ---- the random stream -------------------------------------------------------------------------------------------

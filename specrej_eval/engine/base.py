@@ -121,5 +121,9 @@ class Engine(Protocol):
         ...
 
     def describe(self) -> dict[str, Any]:
-        """Device, dtype, attention path and versions, for results."""
+        """Device, dtype, attention path and versions, for results.
+
+        ``batch_invariance`` says what is promised of a row's logits whatever else is in the batch: the same ``bits``,
+        or the same up to ``rounding`` (uniforms and rules stay; a token differs where a uniform falls in between).
+        """
         ...

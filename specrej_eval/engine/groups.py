@@ -36,6 +36,14 @@ class Selection:
     streams: Tensor
 
 
+def padded(rowwise: Tensor, align: int) -> Tensor:
+    """(rows, ...) -> (rows and padding, ...): the last row again, until there are a multiple of ``align``."""
+    missing = -rowwise.shape[0] % align
+    if not missing:
+        return rowwise
+    return torch.cat([rowwise, rowwise[-1:].expand(missing, *rowwise.shape[1:])])
+
+
 class Group:
     """Rows that share a prefix and a length. Row order inside a group means nothing; ``row_ids`` says who is where.
 
@@ -50,7 +58,8 @@ class Group:
         self.pool = pool
         """Suffix KV on the shared-prefix path."""
         self.cache: Any = None
-        """A transformers cache on the replicated path. None: the next step makes it (again), from the prefix's."""
+        """A transformers cache on the replicated path, with rows of padding behind the group's own. None: the next step
+        makes it (again), from the prefix's."""
         self.length = 0
         """Tokens fed: positions whose KV is stored."""
         self.num_sampled = 0
@@ -169,7 +178,7 @@ class Group:
         if cache is None:
             return
         try:
-            cache.reorder_cache(index)
+            cache.reorder_cache(padded(index, self.prefix.row_align))
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise

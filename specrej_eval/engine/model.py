@@ -6,6 +6,9 @@ Three paths, the best that gives right numbers is taken (a probe at start compar
 - ``replicated``: the model's own attention and cache, the prompt's KV copied for every row (linear-attention hybrids,
   alibi, models without an attention interface);
 - ``recompute``: no cache at all, every step reads the whole sequence (models whose cache cannot be copied).
+
+On a CPU a row's bits depend on how many rows a matmul has, so every path pads its rows, and so do experts. Whether that
+is enough for the model at hand is measured at start: ``ModelRunner.batch_invariance``.
 """
 
 from __future__ import annotations
@@ -21,9 +24,10 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from specrej_eval.engine.groups import Group
+from specrej_eval.engine.groups import Group, padded
 from specrej_eval.kv import shared_prefix
 from specrej_eval.kv.cache import Prefix
+from specrej_eval.kv.experts import expert_configs, padded_experts
 from specrej_eval.kv.memory import is_out_of_memory
 from specrej_eval.kv.models import obstacle, our_attention, reset_rotary, rope_limit, windows_missing
 from specrej_eval.kv.shared_prefix import PREFILL_CHUNK, ROW_ALIGN
@@ -32,8 +36,14 @@ logger = logging.getLogger(__name__)
 
 Path = Literal["shared_prefix", "replicated", "recompute"]
 PATHS: tuple[Path, ...] = ("shared_prefix", "replicated", "recompute")
+BatchInvariance = Literal["bits", "rounding"]
+"""How far a row's logits are independent of the other rows in its batch: the same bits, or the same up to rounding."""
 
 _PROBE_TOKENS = 12
+_MOST_THREADS = 2
+_MANY_ROWS = 33
+"""Rows that the probe of batch invariance decodes together, and some of them alone: 48 after padding, and 16."""
+_FEW_ROWS = ([0], [_MANY_ROWS - 1, 5, 17, 9, 26, 12, 3, 30, 21])
 _PROBE_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 8e-2, torch.float16: 2e-2}
 """Of the largest logit."""
 
@@ -61,10 +71,14 @@ class ModelRunner:
         """What the model's attention was, while ours is in its place."""
         self._windows: dict[int, int | None] = {}
         """Sliding window each layer asked for in the last prefill."""
+        self._row_align = _row_align(model) if self.device.type == "cpu" else 1
+        self._expert_configs = expert_configs(model) if self.device.type == "cpu" else []
         self.forward_passes = 0
         self.path: Path = path or self._probe()
+        self.batch_invariance: BatchInvariance = self._probe_batch_invariance()
+        """What holds for this model on this device, dtype and number of threads."""
 
-    # which path
+    # which path, and what it promises
 
     def _probe(self) -> Path:
         reasons: list[str] = []
@@ -120,6 +134,42 @@ class ModelRunner:
             return f"{type(exc).__name__}: {str(exc).splitlines()[0] if str(exc) else 'no message'}"
         return None
 
+    def _probe_batch_invariance(self) -> BatchInvariance:
+        """Decode the same rows in large and in small company. Only float32 on a CPU has a chance, or is tried.
+
+        On more than two threads torch cuts elementwise loops at places that depend on the number of rows, and computes
+        the few elements at a cut with scalar functions of other bits: too rare for a probe to see, so not promised.
+        """
+        if self.device.type != "cpu" or self.dtype != torch.float32 or torch.get_num_threads() > _MOST_THREADS:
+            return "rounding"
+        passes = self.forward_passes
+        try:
+            together = self._probe_rows(range(_MANY_ROWS))
+            same = all(
+                torch.equal(mine, together[:, row])
+                for rows in _FEW_ROWS
+                for row, mine in zip(rows, self._probe_rows(rows).unbind(1), strict=True)
+            )
+        except (RuntimeError, TypeError, ValueError, KeyError, AttributeError, IndexError, NotImplementedError):
+            logger.debug("batch invariance could not be probed", exc_info=True)
+            same = False
+        self.forward_passes = passes
+        return "bits" if same else "rounding"
+
+    def _probe_rows(self, rows: Sequence[int], steps: int = 2) -> Tensor:
+        """(steps, rows, vocab) logits of forced tokens, which differ from row to row."""
+        vocab = int(self._text_config.vocab_size)
+        prompt = ((torch.arange(_PROBE_TOKENS) * 7919 + 11) % vocab).tolist()
+        forced = (torch.tensor(list(rows))[:, None] * 31 + torch.arange(steps) * 7919 + 5) % vocab  # (rows, steps)
+        logits = []
+        with torch.inference_mode(), self.active():
+            group = Group.start(self.prefill(prompt), list(rows), capacity=steps, device=self.device)
+            for step in range(steps):
+                group.tokens[:, step] = forced[:, step].to(group.tokens.dtype)
+                logits.append(self.step([group], forced[:, step]))
+                group.advance()
+        return torch.stack(logits)
+
     def path_for(self, prompt_tokens: int, max_gen_toks: int) -> Path:
         """The path for one prompt: those that may outgrow ``rope_limit`` are recomputed."""
         original = rope_limit(self._text_config)
@@ -133,14 +183,15 @@ class ModelRunner:
     def active(self) -> Iterator[None]:
         """Our attention is the model's only in here, so the same object still serves log-likelihood requests."""
         reset_rotary(self.model, self.device)
-        if self.path != "shared_prefix":
-            yield
-            return
-        with our_attention(self.model) as self._exchanged:
-            try:
+        with padded_experts(self._expert_configs):
+            if self.path != "shared_prefix":
                 yield
-            finally:
-                self._exchanged = None
+                return
+            with our_attention(self.model) as self._exchanged:
+                try:
+                    yield
+                finally:
+                    self._exchanged = None
 
     @contextmanager
     def _own_attention(self) -> Iterator[None]:
@@ -167,7 +218,7 @@ class ModelRunner:
         """Read a prompt once, at batch 1. The prefix holds its KV and the logits of its last token."""
         path = path or self.path
         ids = torch.tensor([list(token_ids)], device=self.device)  # (1, tokens)
-        prefix = Prefix(length=ids.shape[1])
+        prefix = Prefix(length=ids.shape[1], row_align=self._row_align)
         if path == "recompute":
             prefix.token_ids = ids[0]
             prefix.logits = self._recompute(ids)
@@ -208,11 +259,8 @@ class ModelRunner:
 
     def _step_shared(self, groups: Sequence[Group], tokens: Tensor) -> Tensor:
         rows = tokens.shape[0]
-        positions = torch.cat([group.positions for group in groups])
-        missing = -rows % ROW_ALIGN if self.device.type == "cpu" else 0
-        if missing:
-            tokens = torch.cat([tokens, tokens[-1:].expand(missing)])
-            positions = torch.cat([positions, positions[-1:].expand(missing)])
+        positions = padded(torch.cat([group.positions for group in groups]), self._row_align)
+        tokens = padded(tokens, self._row_align)
         pools = [(group.prefix, group.pool) for group in groups if group.pool is not None]
         cache = shared_prefix.SharedPrefixCache(self._num_layers)
         with shared_prefix.running(shared_prefix.Step(groups=pools)):
@@ -220,26 +268,27 @@ class ModelRunner:
         return logits[:rows]
 
     def _step_plain(self, group: Group, tokens: Tensor) -> Tensor:
-        positions = group.positions[:, None]
+        rows, tokens = tokens.shape[0], padded(tokens, self._row_align)
         if group.prefix.cache is not None:
             # a step that fails half way leaves a cache that holds it in some layers: nobody may find that one
             cache, group.cache = group.cache or self._replicated(group), None
-            logits = self._forward(tokens[:, None], cache, positions)
+            logits = self._forward(tokens[:, None], cache, padded(group.positions, self._row_align)[:, None])
             group.cache = cache
-            return logits
+            return logits[:rows]
         assert group.prefix.token_ids is not None
         head = group.prefix.token_ids.expand(tokens.shape[0], -1)
-        own = group.tokens[:, : group.length].to(head.dtype)
-        return self._recompute(torch.cat([head, own, tokens[:, None]], dim=1))
+        own = padded(group.tokens[:, : group.length], self._row_align).to(head.dtype)
+        return self._recompute(torch.cat([head, own, tokens[:, None]], dim=1))[:rows]
 
     def _replicated(self, group: Group) -> Any:
         """The prompt's cache for every row. The rows' own tokens are fed again, should an earlier cache be lost."""
         cache = copy.deepcopy(group.prefix.cache)
+        own = padded(group.tokens[:, : group.length], self._row_align)
+        positions = padded(group.positions, self._row_align)[:, None]
         # not batch_repeat_interleave, which layers with a recurrent state lack
-        cache.reorder_cache(torch.zeros(group.num_rows, dtype=torch.int64, device=self.device))
+        cache.reorder_cache(torch.zeros(own.shape[0], dtype=torch.int64, device=self.device))
         for place in range(group.length):
-            positions = group.positions[:, None] - group.length + place
-            self._forward(group.tokens[:, place : place + 1].to(torch.int64), cache, positions)
+            self._forward(own[:, place : place + 1].to(torch.int64), cache, positions - group.length + place)
         return cache
 
     def _logits(self, ids: Tensor, cache: Any, start: int) -> Tensor:
@@ -257,3 +306,16 @@ class ModelRunner:
         self.forward_passes += 1
         logits: Tensor = self.model(ids, **kwargs).logits
         return logits[:, -1]
+
+
+def _row_align(model: Any) -> int:
+    """What batches are padded to on a CPU.
+
+    Torch's elementwise loops take 32 floats at a time and do what is left over with scalar functions, whose bits may
+    differ (sigmoid, silu, softplus). A multiple of ROW_ALIGN leaves nothing over, unless a layer is an odd number wide:
+    the one-output gate of a shared expert is. (An odd vocabulary is none: nothing of that kind comes behind the head.)
+    """
+    head = model.get_output_embeddings()
+    layers = (module for module in model.modules() if module is not head)
+    widths = {module.out_features for module in layers if isinstance(module, torch.nn.Linear)}
+    return 2 * ROW_ALIGN if any(width % 2 for width in widths) else ROW_ALIGN

@@ -5,6 +5,10 @@ int64 arithmetic, the same on CPU and GPU), consumed by inverse-CDF sampling. So
 other rows, prompts or ranks share its batch; ``torch.multinomial`` and fused samplers do not have that property.
 
 The order of the filters is transformers' (temperature, top_k, top_p, min_p), ties at the k-th logit included.
+
+One rule for every temperature: a row is drawn from softmax(logits / temperature), and temperature=0 takes the largest
+logit. Nothing overflows on the way: a temperature too small for float32 scores leaves the largest logit alone (exact
+ties share), one too large leaves all finite logits alike.
 """
 
 from __future__ import annotations
@@ -14,6 +18,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from torch.nn import functional
+
+from specrej_eval.errors import ModelError
 
 # splitmix64 (Steele, Lea & Flood 2014), constants as signed 64-bit integers
 _GAMMA = -7046029254386353131
@@ -111,12 +117,12 @@ def filtered(logits: Tensor, params: SamplingParams) -> tuple[Tensor, Tensor | N
         (rows, candidates), or None where the candidates are the whole vocabulary in order.
     """
     vocab = logits.shape[-1]
-    scores = logits.float() / params.temperature
+    scores = _tempered(logits, params.temperature)
     if 0 < params.top_k < vocab:
         width = min(params.top_k + TIE_SLACK, vocab)
         values, tokens = _most_likely(scores, width)
         kth = values[:, params.top_k - 1 : params.top_k]
-        long_tie = (values[:, -1] == kth[:, 0]) & (width < vocab)
+        long_tie = (values[:, -1] == kth[:, 0]) & (kth[:, 0] > float("-inf")) & (width < vocab)
         probabilities = _nucleus(values.masked_fill(values < kth, float("-inf")).double().softmax(-1), params)
         return _with_sorted_rows(probabilities, tokens, scores, long_tie, params)
     if params.top_p < 1:
@@ -130,6 +136,34 @@ def filtered(logits: Tensor, params: SamplingParams) -> tuple[Tensor, Tensor | N
         floor = params.min_p * probabilities.amax(-1, keepdim=True)
         probabilities = probabilities.masked_fill(probabilities < floor, 0.0)
     return probabilities, None
+
+
+def _tempered(logits: Tensor, temperature: float) -> Tensor:
+    """Scores whose softmax is softmax(logits / temperature): (rows, vocab), float32, the largest of each row finite.
+
+    Divided directly wherever float32 holds the result; rows where it does not are shifted by their largest logit
+    first, in float64, so that it scores 0. Which way a row goes depends on that row alone.
+
+    Raises:
+        ModelError: a logit is NaN, which has no place in any order.
+    """
+    wide = logits.float()
+    scores = wide / temperature
+    # infinite: the largest overflowed, or none is left; NaN: 0 / 0 or inf / inf, the temperature being no float32
+    lost = ~scores.amax(-1).isfinite()
+    if not bool(lost.any()):
+        return scores
+    rows = wide[lost].double()
+    if bool(rows.isnan().any()):
+        raise ModelError(
+            "the language model's logits are NaN, so no token can be drawn.",
+            hint="a half-precision dtype may have overflowed: try dtype=float32 or dtype=bfloat16.",
+        )
+    largest = rows.amax(-1, keepdim=True)
+    # written so that inf - inf never counts: whatever equals the largest logit scores 0
+    shifted = ((rows - largest) / temperature).masked_fill(rows == largest, 0.0)
+    scores[lost] = shifted.float()
+    return scores
 
 
 def _most_likely(scores: Tensor, width: int) -> tuple[Tensor, Tensor]:

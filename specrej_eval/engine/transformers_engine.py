@@ -557,6 +557,7 @@ class TransformersEngine:
         return {
             "engine": "transformers",
             "attention": self.runner.path,
+            "batch_invariance": self.runner.batch_invariance,
             "device": str(self.device),
             "device_name": hardware.device_name(self.device),
             "cpu_threads": torch.get_num_threads(),

@@ -58,6 +58,8 @@ class Prefix:
     """(tokens,): kept only where KV is not shared."""
     cache: Any = None
     """A transformers cache of batch 1: the replicated path copies it for every row."""
+    row_align: int = 1
+    """Batches of rows behind it are padded to a multiple of this."""
 
     def store(self, layer: int, key: Tensor, value: Tensor, start: int) -> tuple[Tensor, Tensor]:
         """Append a chunk and return all of the layer so far.
