@@ -333,6 +333,7 @@ class SpecRejLM(HFLM):
         block = {
             "arguments": {**self.run_config.to_dict(), **tally.resolved_first()},
             "totals": {**tally.totals.to_dict(), "requests": tally.num_requests},
+            "spent": tally.spent.to_dict(),
             "mean_reward": tally.mean_reward,
             "per_task": {name: task.to_dict() for name, task in sorted(tally.tasks.items())},
             "warnings": list(tally.warnings.values()),
