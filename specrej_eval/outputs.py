@@ -300,6 +300,11 @@ class OutputsFolder:
         self._read()
         return list(self._kept.values())
 
+    def problems(self) -> list[tuple[Path, Damage]]:
+        """All lines that cannot be used; nothing is written."""
+        self._read()
+        return [(path, damage) for path, damaged in self._damaged for damage in damaged]
+
     def get(self, key: str, prompt: Prompt | None = None) -> Answer | None:
         """The answer recorded for a key, whichever prompts it was asked with.
 

@@ -384,3 +384,41 @@ def test_answers_of_an_older_version_get_their_checksums(tmp_path: Path, caplog:
     assert caplog.text.count("older version") == 1
     assert before.items() <= everything(out).items()
     assert all("checksum" in json.loads(line) for line in path.read_text().splitlines())
+
+
+# the command
+
+
+def test_journals_are_shown_verified_and_merged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path, half = tmp_path / "run.jsonl", tmp_path / "half.jsonl"
+    lines = a_journal(path)
+    assert cli.main(["journal", "show", str(path)]) == 0
+    assert "org/policy" in (shown := capsys.readouterr().out) and "6 answers; they cost 54 tokens" in shown
+    assert cli.main(["journal", "verify", str(path)]) == 0
+    half.write_bytes(b"".join([lines[0], *lines[4:]]))
+    path.write_bytes(b"".join([lines[0].replace(b"policy", b"polity"), *lines[1:3], b"damaged\n", lines[3]]))
+    before = path.read_bytes()
+    assert cli.main(["journal", "verify", str(path)]) == 1
+    told = capsys.readouterr().out
+    assert "line 1: its checksum is wrong" in told and "line 4: not JSON" in told
+    words = ["journal", "merge", str(path), str(half), "--output", str(tmp_path / "whole.jsonl")]
+    assert cli.main(words) == 0
+    assert cli.main(words) == 1
+    assert path.read_bytes() == before
+    assert opened(tmp_path / "whole.jsonl") == {number: a_result(number) for number in range(6)}
+    other = tmp_path / "other.jsonl"
+    Journal(str(other), {**FINGERPRINT, "reward_model": "org/other"}).close()
+    assert cli.main([*words[:4], str(other), "--output", str(tmp_path / "no.jsonl")]) == 1
+    assert "reward_model" in capsys.readouterr().err
+
+
+def test_what_is_shown_does_nothing_to_a_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "run.jsonl"
+    journal = Journal(str(path), FINGERPRINT)
+    result = a_result(0)
+    result.best.text = "a\x1b[2Jb\nc\x9b1m\u202e"
+    journal.put(key_of(0), result)
+    journal.close()
+    assert cli.main(["journal", "show", str(path), "--key", key_of(0)[:8]]) == 0
+    shown = capsys.readouterr().out
+    assert not {"\x1b", "\x9b", "\u202e"} & set(shown) and "a\\x1b[2Jb\\nc" in shown
