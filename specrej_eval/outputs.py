@@ -183,7 +183,7 @@ class RunRecord:
     totals: dict[str, Any] = field(default_factory=dict)
     """Cost of all answers, once the run is complete: those included that an earlier process decoded."""
     spent: dict[str, Any] = field(default_factory=dict)
-    """What the process that completed the run spent itself, and how many answers it took from records (``Spent``)."""
+    """What the last process that decoded any of them spent itself, and how many answers it took from records (``Spent``)."""
     complete: bool = False
     num_prompts: int | None = None
     schema_version: int = SCHEMA_VERSION
@@ -352,6 +352,7 @@ class OutputsFolder:
                 )
             record.fingerprint = before.fingerprint  # of the oldest answer here: what it did not know stays unknown
             record.capacity_tokens = before.capacity_tokens
+            record.spent = before.spent
             record.described = record.described or before.described
         elif self.rank == 0:
             self._begin_anew(record, going_on=going_on, delete=delete)
@@ -471,7 +472,7 @@ class OutputsFolder:
             spent: what this process (all its ranks) spent itself, if it decoded anything.
         """
         record.totals = total_cost(answers).to_dict()
-        if spent is not None and (spent.decoded or spent.taken):
+        if spent is not None and spent.decoded:
             record.spent = spent.to_dict()
         record.complete = True
         record.num_prompts = len(answers)

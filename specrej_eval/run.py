@@ -153,6 +153,8 @@ def run(words: list[str]) -> int:
             for path in store.path.glob(f"{store.trajectories_file.stem}*.jsonl"):
                 path.unlink()
     ranks.wait()
+    if not ranks.main:
+        store.begin(record)
     if as_bool("keep_trajectories", own.get("keep_trajectories", True)):
         journal = rank_path(str(store.trajectories_file), ranks.rank, ranks.world_size)
         config = config.replace(journal=journal)
@@ -182,7 +184,7 @@ def run(words: list[str]) -> int:
             )
     ranks.wait()
     if not ranks.main:
-        store.begin(record)
+        store.begin(record)  # rank 0 has moved answers since
     share = slice(ranks.rank, None, ranks.world_size)
     spent = Spent()
     answer(generator, questions[share], requests[share], store=store, progress=ranks.main, summary=False, spent=spent)
