@@ -183,7 +183,7 @@ class RunRecord:
     totals: dict[str, Any] = field(default_factory=dict)
     """Cost of all answers, once the run is complete: those included that an earlier process decoded."""
     spent: dict[str, Any] = field(default_factory=dict)
-    """What the last process that decoded any of them spent itself, and how many answers it took from records (``Spent``)."""
+    """What the last process that decoded any of them spent itself, and how many it took from records (``Spent``)."""
     complete: bool = False
     num_prompts: int | None = None
     schema_version: int = SCHEMA_VERSION
