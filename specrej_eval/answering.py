@@ -15,7 +15,7 @@ from typing import Any
 
 from specrej_eval import stopping
 from specrej_eval.config import RunConfig
-from specrej_eval.core import Message, Prompt
+from specrej_eval.core import Message, Prompt, Spent
 from specrej_eval.engine.base import Engine
 from specrej_eval.errors import ConfigError, PromptError
 from specrej_eval.generator import Generator, Request
@@ -141,8 +141,12 @@ def answer(
     progress: bool = True,
     summary: bool = True,
     on_answer: Callable[[Answer], None] | None = None,
+    spent: Spent | None = None,
 ) -> list[Answer]:
     """Answer requests, in order; what ``store`` has already is taken from there, the rest recorded as it finishes.
+
+    Args:
+        spent: counts what this call decodes, and how many answers it finds in records.
 
     Raises:
         ConfigError, PromptError, RewardError, OutOfMemoryError: as ``Generator.run``; what finished is in ``store``.
@@ -152,12 +156,14 @@ def answer(
     answers: dict[int, Answer] = {}
     left = []
     for index, request in enumerate(requests):
-        known = store.get(request.key) if store is not None else None
+        known = store.get(request.key, request.prompt) if store is not None else None
         if known is None:
             left.append(index)
         else:
             question = questions[index]  # its place may be another by now
             answers[index] = replace(known, index=question.index, fields=dict(question.fields))
+    if spent is not None:
+        spent.taken += len(answers)
     if left:
         if answers:
             logger.warning("%d of %d answers were recorded already; %d to go.", len(answers), len(requests), len(left))
@@ -167,6 +173,8 @@ def answer(
             for place, result in generator.run(work, progress=progress, summary=summary):
                 index = left[place]
                 question = questions[index]
+                if spent is not None:
+                    spent.count(result)
                 done = Answer.of(
                     result,
                     key=requests[index].key,

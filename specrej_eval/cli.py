@@ -68,6 +68,15 @@ COMMANDS = {
             "specrej-eval export alpaca results/bo120 --name Bo120 --output reference.json",
         ),
     ),
+    "journal": Command(
+        "specrej_eval.report.journal",
+        "look into a journal of finished requests, check it for damage, or put several of one run together",
+        (
+            "specrej-eval journal show run.jsonl",
+            "specrej-eval journal verify run.jsonl results/spr",
+            "specrej-eval journal merge run_rank0.jsonl run_rank1.jsonl --output whole.jsonl",
+        ),
+    ),
     "submission": Command(
         "specrej_eval.report.submission",
         "check a finished run and lay out its files for AlpacaEval's leaderboard, or lm-eval's for publication",

@@ -9,7 +9,20 @@ import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, Self, get_args
+
+from specrej_eval.checked import (
+    BadRecordError,
+    a_list,
+    an_object,
+    as_number,
+    as_whole,
+    number_or_none,
+    one_of,
+    text,
+    truth,
+    whole,
+)
 
 Message = Mapping[str, str]
 """One chat turn: ``{"role": ..., "content": ...}``."""
@@ -111,6 +124,37 @@ class Trajectory:
     def num_tokens(self) -> int:
         return len(self.token_ids)
 
+    @classmethod
+    def from_dict(cls, record: Any) -> Self:
+        """The inverse of ``to_dict``.
+
+        Raises:
+            BadRecordError: a field is missing or holds what no trajectory can.
+        """
+        data = an_object(record, "a trajectory")
+        token_ids = [as_whole(value, "token_ids") for value in a_list(data, "token_ids")]
+        if data.get("num_tokens", len(token_ids)) != len(token_ids):
+            raise BadRecordError(f"num_tokens is not the number of token_ids, {len(token_ids)}")
+        logprobs: list[Any] | None = None
+        if data.get("logprobs") is not None:
+            given = a_list(data, "logprobs")
+            logprobs = [None if value is None else as_number(value, "logprobs") for value in given]
+            if len(logprobs) != len(token_ids):
+                raise BadRecordError(f"there are {len(logprobs)} logprobs for {len(token_ids)} token_ids")
+        parts = data.get("reward_parts")
+        if parts is not None:
+            parts = {name: number_or_none(parts, name) for name in an_object(parts, "reward_parts")}
+        return cls(
+            row=whole(data, "row"),
+            text=text(data, "text"),
+            token_ids=token_ids,
+            reward=number_or_none(data, "reward"),
+            finish_reason=one_of(data, "finish_reason", get_args(FinishReason)),
+            rounds_survived=whole(data, "rounds_survived"),
+            logprobs=logprobs,
+            reward_parts=parts,
+        )
+
     def to_dict(self) -> dict[str, Any]:
         return {
             "row": self.row,
@@ -144,6 +188,17 @@ class Round:
     kv_tokens: int
     """Most tokens (shared prompt + own suffixes) held during the round; never above the budget."""
 
+    @classmethod
+    def from_dict(cls, record: Any) -> Self:
+        """The inverse of ``to_dict``.
+
+        Raises:
+            BadRecordError: a field is missing or holds what no round can.
+        """
+        data = an_object(record, "a round")
+        counts = {name: whole(data, name) for name in ("rows", "tokens", "kept", "finished", "rejected", "kv_tokens")}
+        return cls(cut=number_or_none(data, "cut"), **counts)
+
     def to_dict(self) -> dict[str, Any]:
         return {
             "rows": self.rows,
@@ -157,6 +212,17 @@ class Round:
 
 
 PHASES = ("prefill", "decode", "reward", "other")
+_COUNTS = (
+    "prompt_tokens",
+    "decode_tokens",
+    "reward_tokens",
+    "reward_calls",
+    "scores_floored",
+    "grades_unreadable",
+    "rows_started",
+    "rows_finished",
+    "rows_rejected",
+)
 
 
 @dataclass(slots=True)
@@ -184,21 +250,25 @@ class Ledger:
 
     def add(self, other: Ledger) -> None:
         """Add another ledger's counts to this one; peak memory is the larger of the two."""
-        for name in (
-            "prompt_tokens",
-            "decode_tokens",
-            "reward_tokens",
-            "reward_calls",
-            "scores_floored",
-            "grades_unreadable",
-            "rows_started",
-            "rows_finished",
-            "rows_rejected",
-        ):
+        for name in _COUNTS:
             setattr(self, name, getattr(self, name) + getattr(other, name))
         for phase, value in other.seconds.items():
             self.seconds[phase] = self.seconds.get(phase, 0.0) + value
         self.peak_bytes = max(self.peak_bytes, other.peak_bytes)
+
+    @classmethod
+    def from_dict(cls, record: Any) -> Self:
+        """The inverse of ``to_dict``; what an older version did not count is 0.
+
+        Raises:
+            BadRecordError: a field holds what no ledger can.
+        """
+        data = an_object(record, "ledger")
+        seconds = an_object(data.get("seconds", {}), "seconds")
+        return cls(
+            **{name: whole(data, name, 0) for name in (*_COUNTS, "peak_bytes")},
+            seconds=dict.fromkeys(PHASES, 0.0) | {str(k): as_number(v, f"seconds of {k}") for k, v in seconds.items()},
+        )
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -234,10 +304,45 @@ class GenerationResult:
     """True if rows were given up because memory did not suffice even one row at a time."""
     nan_rewards: int = 0
     """Non-finite scores ranked last under ``on_nan=drop``."""
+    taken: bool = field(default=False, compare=False)
+    """True if it comes from a journal: its ledger says what it cost then, and this process spent nothing on it."""
 
     @property
     def text(self) -> str:
         return self.best.text
+
+    @classmethod
+    def from_dict(cls, record: Any) -> Self:
+        """The inverse of ``to_dict``.
+
+        Raises:
+            BadRecordError: a field is missing or holds what no result can.
+        """
+        data = an_object(record, "a result")
+        trajectories = [Trajectory.from_dict(item) for item in a_list(data, "trajectories")]
+        rows = {trajectory.row: trajectory for trajectory in trajectories}
+        if len(rows) != len(trajectories):
+            raise BadRecordError("two trajectories are of one row")
+        best = rows.get(whole(data, "best"))
+        if best is None or best.finish_reason == "rejected":
+            raise BadRecordError(f"best is row {data['best']}, which is not among those that finished")
+        if text(data, "text", best.text) != best.text:
+            raise BadRecordError(f"text is not that of row {best.row}, the best")
+        resolved = dict(an_object(data.get("resolved"), "resolved"))
+        if not isinstance(resolved.get("seed", 0), int):
+            raise BadRecordError("resolved has a seed that is no whole number")
+        return cls(
+            best=best,
+            trajectories=trajectories,
+            rounds=[Round.from_dict(item) for item in a_list(data, "rounds")],
+            ledger=Ledger.from_dict(data.get("ledger")),
+            prompt_hash=text(data, "prompt_hash"),
+            task=text(data, "task"),
+            repeat=whole(data, "repeat"),
+            resolved=resolved,
+            degraded=truth(data, "degraded"),
+            nan_rewards=whole(data, "nan_rewards"),
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """A dict that ``json.dumps(..., allow_nan=False)`` takes."""
@@ -254,6 +359,33 @@ class GenerationResult:
             "degraded": self.degraded,
             "nan_rewards": self.nan_rewards,
         }
+
+
+@dataclass(slots=True)
+class Spent:
+    """What one process spent itself: answers it took from records cost it nothing."""
+
+    decoded: int = 0
+    """Answers decoded here."""
+    taken: int = 0
+    """Answers taken from a journal or an outputs folder."""
+    ledger: Ledger = field(default_factory=Ledger)
+    """Cost of those decoded."""
+
+    def count(self, result: GenerationResult) -> None:
+        if result.taken:
+            self.taken += 1
+        else:
+            self.decoded += 1
+            self.ledger.add(result.ledger)
+
+    def add(self, other: Spent) -> None:
+        self.decoded += other.decoded
+        self.taken += other.taken
+        self.ledger.add(other.ledger)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"decoded": self.decoded, "taken_from_records": self.taken, **self.ledger.to_dict()}
 
 
 def finite_or_none(value: float | None) -> float | None:

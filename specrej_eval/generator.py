@@ -106,7 +106,7 @@ class Generator:
         self.reward = reward
         self.config = config
         self.totals = Ledger()
-        """Cost of everything answered so far."""
+        """Cost of everything this generator decoded so far; what a journal had ready cost it nothing."""
         self.identity = dict(identity or {})
         # of the files as they were loaded, where a journal is kept: an edit from now on must not pass for what answers
         self.fingerprint = fingerprint
@@ -421,7 +421,7 @@ class Generator:
     def _not_in(
         self, journal: Journal | None, work: Sequence[tuple[int, Request, Budget]]
     ) -> list[tuple[int, Request, Budget]]:
-        return [item for item in work if journal is None or journal.get(item[1].key) is None]
+        return [item for item in work if journal is None or journal.get(item[1].key, item[1].prompt) is None]
 
     def _taken_from(
         self, journal: Journal | None, work: Sequence[tuple[int, Request, Budget]]
@@ -429,7 +429,7 @@ class Generator:
         if journal is None:
             return
         # looked up before the loop appends to the journal
-        found = [(index, journal.get(request.key)) for index, request, _ in work]
+        found = [(index, journal.get(request.key, request.prompt)) for index, request, _ in work]
         for index, result in found:
             if result is not None:
                 yield index, result

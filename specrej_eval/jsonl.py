@@ -1,13 +1,205 @@
-"""Append-only JSONL files that survive a kill: whole lines count, a last line cut short is dropped."""
+"""JSONL files that survive a kill and tell when they were damaged.
+
+Whole lines count; a last line cut short is dropped. Each line of our records carries a checksum over everything else in
+it, and the digest of the run it belongs to: a line that was edited, or taken from elsewhere, is known as such. What is
+damaged is never deleted: it moves to ``FILE.damaged``, and what is intact stays byte for byte.
+"""
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import json
 import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
 from specrej_eval.errors import ConfigError
+
+CHECKSUM = "checksum"
+RUN = "run"
+"""Names of the two fields that every line of our records carries."""
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """One whole line of a file that is a JSON object."""
+
+    number: int
+    """From 1."""
+    raw: bytes
+    record: dict[str, Any]
+    checked: bool
+    """It carries a checksum, and that is right. False = it carries none: an older version wrote it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Damage:
+    """One whole line that cannot be used."""
+
+    number: int
+    raw: bytes
+    reason: str
+
+
+@dataclass(slots=True)
+class Scan:
+    """What a file holds."""
+
+    lines: list[Line] = field(default_factory=list)
+    damaged: list[Damage] = field(default_factory=list)
+    torn: bytes = b""
+    """What follows the last line break, unless it is a whole record that lacks nothing else."""
+    unended: bool = False
+    """The last line is whole but for its line break."""
+
+    def damage(self, line: Line, reason: str) -> None:
+        """A line that is well formed, but not what should stand there."""
+        self.damaged.append(Damage(line.number, line.raw, reason))
+
+    def without_damage(self) -> bytes:
+        """The intact lines, as they were."""
+        bad = {damage.number for damage in self.damaged}
+        return b"".join(line.raw.removesuffix(b"\n") + b"\n" for line in self.lines if line.number not in bad)
+
+
+def digest(fingerprint: Mapping[str, Any]) -> str:
+    """Names a run in each line of its records: 16 hex digits of SHA-256 over its fingerprint."""
+    return hashlib.sha256(_canonical(plain(fingerprint)).encode()).hexdigest()[:16]
+
+
+def checksum(record: Mapping[str, Any]) -> str:
+    """16 hex digits of SHA-256 over a record's content, ``checksum`` itself left out; spaces and order do not count."""
+    return hashlib.sha256(_canonical({k: v for k, v in record.items() if k != CHECKSUM}).encode()).hexdigest()[:16]
+
+
+def checked_line(record: Mapping[str, Any], *, ensure_ascii: bool = True) -> str:
+    """A record as one line of JSON, with its checksum."""
+    told = plain(record)
+    told[CHECKSUM] = checksum(told)
+    return json.dumps(told, allow_nan=False, ensure_ascii=ensure_ascii) + "\n"
+
+
+def plain(value: Any) -> Any:
+    """The value as it will be read back: JSON's own types."""
+    return json.loads(json.dumps(value, allow_nan=False, default=str))
+
+
+def _canonical(value: Any) -> str:
+    return json.dumps(value, sort_keys=True, separators=(",", ":"))
+
+
+def parsed(raw: bytes | str) -> Any:
+    """Strict JSON.
+
+    Raises:
+        ValueError: it is none; the message says what is wrong. Nothing else is raised, whatever the bytes.
+    """
+    if isinstance(raw, bytes):
+        if b"\0" in raw:
+            raise ValueError("NUL bytes")
+        try:
+            raw = raw.decode("utf-8", "surrogatepass")  # as it was written: a text may hold half a surrogate pair
+        except UnicodeDecodeError as error:
+            raise ValueError(f"not UTF-8 (byte {error.start})") from error
+    try:
+        value = json.loads(raw, parse_constant=_no_constant)
+        _canonical(value)  # what cannot be written again is not ours: 1e999 reads as infinity, and nesting counts twice
+        return value
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not JSON ({error.msg})") from None
+
+
+def _no_constant(name: str) -> Any:
+    raise ValueError(f"{name} is not JSON")
+
+
+def scan(path: str | Path, *, argument: str) -> Scan:
+    """Read a file line by line; never raises for what the lines hold.
+
+    Raises:
+        ConfigError: the file cannot be read.
+    """
+    try:
+        content = Path(path).read_bytes()
+    except OSError as exc:
+        raise ConfigError(f"{argument}={str(path)!r} cannot be read: {exc.strerror or exc}.") from exc
+    found = Scan()
+    raws = content.split(b"\n")
+    last = raws.pop()
+    for number, raw in enumerate(raws, 1):
+        _take(found, number, raw + b"\n")
+    if last:
+        tail = Scan()
+        _take(tail, len(raws) + 1, last)
+        if tail.lines:
+            found.lines += tail.lines
+            found.unended = True
+        else:
+            found.torn = last
+    return found
+
+
+def _take(found: Scan, number: int, raw: bytes) -> None:
+    try:
+        record = parsed(raw)
+        if not isinstance(record, dict):
+            raise ValueError("not a JSON object")
+        wrong = CHECKSUM in record and record[CHECKSUM] != checksum(record)
+    except ValueError as error:
+        found.damaged.append(Damage(number, raw, str(error)))
+        return
+    if wrong:
+        found.damaged.append(Damage(number, raw, "its checksum is wrong"))
+    else:
+        found.lines.append(Line(number, raw, record, CHECKSUM in record))
+
+
+def mend(path: str | Path, found: Scan) -> None:
+    """Leave the intact lines alone in a file; damaged ones move to ``FILE.damaged``, a torn end is cut off.
+
+    Raises:
+        ConfigError: the files cannot be written.
+    """
+    if not (found.damaged or found.torn or found.unended):
+        return
+    place = Path(os.path.realpath(path))
+    set_aside(place, found.damaged)
+    replace_bytes(place, found.without_damage())
+
+
+def set_aside(path: Path, damaged: Sequence[Damage]) -> None:
+    """Append damaged lines to ``FILE.damaged``: one JSON object each, with number, reason and the line as it was."""
+    if not damaged:
+        return
+    with open_append(str(damaged_file(path)), argument="file") as file:
+        for item in sorted(damaged, key=lambda item: item.number):
+            told: dict[str, Any] = {"file": path.name, "line": item.number, "reason": item.reason}
+            try:
+                told["text"] = item.raw.decode("utf-8")
+            except UnicodeDecodeError:
+                told["base64"] = base64.b64encode(item.raw).decode()
+            file.write(json.dumps(told) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def damaged_file(path: str | Path) -> Path:
+    return Path(path).with_name(f"{Path(path).name}.damaged")
+
+
+def describe_damage(path: str | Path, damaged: Sequence[Damage]) -> str:
+    """``line 17 of run.jsonl is damaged (its checksum is wrong)``, and how many more."""
+    first = min(damaged, key=lambda item: item.number)
+    if len(damaged) == 1:
+        return f"line {first.number} of {Path(path).name} is damaged ({first.reason})"
+    numbers = sorted(item.number for item in damaged)
+    listed = ", ".join(map(str, numbers[:5])) + (", ..." if len(numbers) > 5 else "")
+    return f"{len(damaged)} lines of {Path(path).name} are damaged ({listed}; line {first.number}: {first.reason})"
 
 
 def open_append(path: str, *, argument: str) -> IO[str]:
@@ -25,7 +217,7 @@ def open_append(path: str, *, argument: str) -> IO[str]:
 
 
 def read_lines(path: str | Path, *, argument: str) -> tuple[list[dict[str, Any]], int]:
-    """The records of a file's whole lines, and how many bytes those lines take.
+    """The records of a file's whole lines, and how many bytes those lines take. For files without checksums.
 
     Raises:
         ConfigError: a whole line is not a JSON object.
@@ -37,7 +229,7 @@ def read_lines(path: str | Path, *, argument: str) -> tuple[list[dict[str, Any]]
             if not line.endswith(b"\n"):
                 break
             try:
-                record = json.loads(line)
+                record = parsed(line)
             except ValueError:
                 record = None
             if not isinstance(record, dict):
@@ -62,11 +254,16 @@ def write_atomically(path: Path, text: str) -> None:
     Raises:
         ConfigError: the file cannot be written.
     """
+    replace_bytes(path, text.encode("utf-8", "surrogatepass"))
+
+
+def replace_bytes(path: Path, content: bytes) -> None:
+    """``write_atomically`` for bytes."""
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(partial, "w", encoding="utf-8", errors="surrogatepass") as file:
-            file.write(text)
+        with open(partial, "wb") as file:
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from tqdm import tqdm
 
-from specrej_eval.core import GenerationResult, Ledger
+from specrej_eval.core import GenerationResult, Ledger, Spent
 from specrej_eval.engine.base import EngineSession
 
 
@@ -19,12 +19,12 @@ class Progress:
         self._bar = tqdm(total=total, disable=not shown, desc="specrej", unit="prompt")
         self._summary = shown and summary
         self._started = time.perf_counter()
-        self._done = Ledger()
+        self._spent = Spent()
         self._best: list[float] = []
         self._finished: list[float] = []
 
     def finished(self, result: GenerationResult) -> None:
-        self._done.add(result.ledger)
+        self._spent.count(result)
         if result.best.reward is not None:
             self._best.append(result.best.reward)
         rows = [row.reward for row in result.trajectories if row.finish_reason != "rejected"]
@@ -33,32 +33,49 @@ class Progress:
 
     def step(self, sessions: Sequence[EngineSession]) -> None:
         live = sum(session.num_live for session in sessions)
-        tokens = self._done.decode_tokens + sum(session.decode_tokens for session in sessions)
+        done = self._spent.ledger
+        tokens = done.decode_tokens + sum(session.decode_tokens for session in sessions)
         speed = tokens / max(1e-9, time.perf_counter() - self._started)
-        rejected = self._done.rows_rejected / max(1, self._done.rows_started)
+        rejected = done.rows_rejected / max(1, done.rows_started)
         self._bar.set_postfix_str(f"{live} live rows, {rejected:.0%} rejected, {speed:,.0f} tok/s", refresh=False)
 
     def close(self) -> None:
         answers = int(self._bar.n)
         self._bar.close()
         if self._summary and answers:
-            tqdm.write(f"specrej: {summary_line(answers, self._done, self._best, self._finished)}", file=sys.stderr)
+            line = summary_line(answers, self._spent, self._best, self._finished)
+            tqdm.write(f"specrej: {line}", file=sys.stderr)
 
 
-def summary_line(answers: int, cost: Ledger, best: Sequence[float], finished: Sequence[float]) -> str:
+def summary_line(
+    answers: int,
+    spent: Spent,
+    best: Sequence[float],
+    finished: Sequence[float],
+    *,
+    total: Ledger | None = None,
+    source: str = "the journal",
+) -> str:
     """What answers cost next to what they gained.
 
     Args:
+        spent: by this process, which paid nothing for the answers it took from ``source``.
+        total: what all of them cost, whoever decoded them; told where it is more than what was spent.
         best: rewards of the answers returned.
         finished: rewards of all rows that finished, for comparison.
     """
+    cost = spent.ledger
     seconds = ", ".join(f"{phase} {value:.1f}" for phase, value in cost.seconds.items())
     parts = [
-        f"{answers} answers, {cost.rows_started} rows ({cost.rows_rejected / max(1, cost.rows_started):.0%} rejected), "
+        f"{answers} answers, "
+        + (f"{spent.taken} of them taken from {source}, " if spent.taken else "")
+        + f"{cost.rows_started} rows ({cost.rows_rejected / max(1, cost.rows_started):.0%} rejected), "
         f"{cost.decode_tokens:,} tokens decoded, {cost.reward_tokens:,} scored in {cost.reward_calls:,} calls",
         f"seconds: {seconds}",
         f"peak memory {cost.peak_bytes / 1e9:.2f} GB",
     ]
+    if total is not None and spent.taken:
+        parts.append(f"all answers cost {total.decode_tokens:,} tokens and {sum(total.seconds.values()):.1f} s")
     if cost.scores_floored:
         parts.append(f"{cost.scores_floored:,} scores below the floor (repetition, or next to no tokens)")
     if cost.grades_unreadable:

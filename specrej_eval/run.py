@@ -23,7 +23,8 @@ from specrej_eval import api
 from specrej_eval.answering import AUTO, Question, answer, requests_for
 from specrej_eval.config import HOST_ARGUMENTS, MAX, RunConfig, as_bool, as_int, checked_until, descriptions
 from specrej_eval.config import SYNONYMS as NAMES_ELSEWHERE
-from specrej_eval.errors import ConfigError, nearest
+from specrej_eval.core import Spent
+from specrej_eval.errors import ConfigError, SpecRejError, nearest
 from specrej_eval.fingerprint import DECIDING, from_first_rank, of_run, same, warn_of_uncovered
 from specrej_eval.generator import Generator, Request
 from specrej_eval.names import default_name
@@ -169,7 +170,7 @@ def _run(options: dict[str, Any], ranks: Ranks) -> int:
         print(f"nothing to do: {len(questions)} answers in {store.outputs_file} (--overwrite true draws them anew)")
         return 0
     if ranks.main:
-        store.begin(record, going_on=not overwrite)
+        store.begin(record, going_on=not overwrite, delete=overwrite)
         if overwrite:
             for path in store.path.glob(f"{store.trajectories_file.stem}*.jsonl"):
                 path.unlink()
@@ -197,12 +198,25 @@ def _run(options: dict[str, Any], ranks: Ranks) -> int:
     record.described = {**generator.describe(), "world_size": ranks.world_size}
     if ranks.main:
         store.write_record(record)
+    if ranks.main:
+        keys = {request.key for request in requests}
+        if kept := store.set_apart(lambda item: item.key in keys):
+            tqdm.write(
+                f"{kept} answers to other prompts are kept in {store.kept_file.name}; a run that asks for them again "
+                "takes them from there.",
+                file=sys.stderr,
+            )
+    ranks.wait()
+    if not ranks.main:
+        store.begin(record)  # rank 0 has moved answers since
     share = slice(ranks.rank, None, ranks.world_size)
-    answer(generator, questions[share], requests[share], store=store, progress=ranks.main, summary=False)
+    spent = Spent()
+    answer(generator, questions[share], requests[share], store=store, progress=ranks.main, summary=False, spent=spent)
     store.close()
+    spent = _of_all_ranks(spent, ranks)
     ranks.wait()
     if ranks.main:
-        _finish(store.path, record, questions, requests)
+        _finish(store.path, record, questions, requests, spent)
     ranks.wait()
     return 0
 
@@ -292,7 +306,13 @@ def _is_complete(store: OutputsFolder, record: RunRecord, questions: Sequence[Qu
         return False
     if before.generator != record.generator:
         return False
-    return [item.instruction for item in store.answers()] == [question.instruction for question in questions]
+    try:
+        answers = store.answers()
+    except ConfigError:
+        raise
+    except SpecRejError:  # a line is damaged: to be decoded anew
+        return False
+    return [item.instruction for item in answers] == [question.instruction for question in questions]
 
 
 def _own_device(ranks: Ranks) -> str | None:
@@ -317,7 +337,20 @@ def _capacity(record: RunRecord, generator: Generator, requests: Sequence[Reques
     return measured
 
 
-def _finish(folder: Path, record: RunRecord, questions: Sequence[Question], requests: Sequence[Request]) -> None:
+def _of_all_ranks(spent: Spent, ranks: Ranks) -> Spent:
+    if ranks.world_size == 1:
+        return spent
+    from accelerate.utils import gather_object
+
+    added = Spent()
+    for other in gather_object([spent]):
+        added.add(other)
+    return added
+
+
+def _finish(
+    folder: Path, record: RunRecord, questions: Sequence[Question], requests: Sequence[Request], spent: Spent
+) -> None:
     """One file of answers in the prompts' order, and what they cost."""
     store = OutputsFolder(folder)
     answers: list[Answer] = []
@@ -326,10 +359,11 @@ def _finish(folder: Path, record: RunRecord, questions: Sequence[Question], requ
         assert found is not None, f"{question.name} was not recorded"  # every rank records what it answers
         answers.append(dataclasses.replace(found, index=question.index, fields=dict(question.fields)))
     store.merge_parts(answers)
-    store.mark_complete(record, answers)
+    store.mark_complete(record, answers, spent)
     best = [item.reward for item in answers if item.reward is not None]
     ended = [reward for item in answers for reward in item.finished_rewards]
-    tqdm.write(f"{record.generator}: {summary_line(len(answers), total_cost(answers), best, ended)}", file=sys.stderr)
+    line = summary_line(len(answers), spent, best, ended, total=total_cost(answers), source="the records")
+    tqdm.write(f"{record.generator}: {line}", file=sys.stderr)
     if empty := [item for item in answers if not item.output.strip()]:
         tqdm.write(f"{len(empty)} answers are empty, such as that to {empty[0].instruction[:60]!r}", file=sys.stderr)
     print(f"{len(answers)} answers in {store.outputs_file}")

@@ -19,6 +19,7 @@ HARNESSES = {"alpaca_eval", "lm_eval"}
 # A room is a folder of the package, or one of these groups of files beside each other.
 FILES = {
     "budget": "core",
+    "checked": "core",
     "checkpoint": "core",
     "config": "core",
     "callable_sources": "core",

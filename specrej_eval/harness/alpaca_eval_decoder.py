@@ -19,6 +19,7 @@ from alpaca_eval import utils
 from specrej_eval import api, stopping
 from specrej_eval.answering import AUTO, Question, answer, requests_for
 from specrej_eval.config import HOST_ARGUMENTS, RunConfig, as_bool, as_float, as_int, checked_until
+from specrej_eval.core import Spent
 from specrej_eval.engine.base import Engine
 from specrej_eval.errors import ConfigError
 from specrej_eval.fingerprint import NEUTRAL, of_models, of_run
@@ -92,6 +93,8 @@ class Generation:
     warned: bool = False
     """Whether special tokens in instructions were told of."""
     answered: dict[str, Answer] = field(default_factory=dict)
+    spent: Spent = field(default_factory=Spent)
+    """What this process decoded of them, and how many it found recorded."""
 
     @classmethod
     def of(cls, function: str, completions_kwargs: Mapping[str, Any]) -> Self:
@@ -186,8 +189,8 @@ class Generation:
         """Write down that all instructions are answered, if they are."""
         found = self.everything()
         if found and self.store is not None and self.record is not None:
-            self.store.merge_parts(self.store.answers())  # in the data set's order
-            self.store.mark_complete(self.record, found)
+            self.store.merge_parts(sorted(found, key=lambda item: self.places[item.instruction]))
+            self.store.mark_complete(self.record, found, self.spent)
 
     def answered_all(self, answers: Sequence[Answer]) -> None:
         """Count answers; once they are all there say what they cost, and mark the run as complete."""
@@ -198,7 +201,8 @@ class Generation:
         best = [item.reward for item in found if item.reward is not None]
         finished = [reward for item in found for reward in item.finished_rewards]
         name = self.record.generator if self.record is not None else "specrej"
-        logger.warning("%s: %s", name, summary_line(len(found), total_cost(found), best, finished))
+        line = summary_line(len(found), self.spent, best, finished, total=total_cost(found), source="the records")
+        logger.warning("%s: %s", name, line)
         if empty := [item for item in found if not item.output.strip()]:
             logger.warning("%s: %d answers are empty, such as that to %r.", name, len(empty), empty[0].instruction[:60])
         self.mark_complete()
@@ -238,6 +242,7 @@ def _completions(prompts: Sequence[str], generation: Generation) -> dict[str, li
         store=store,
         summary=not generation.places,
         on_answer=keep_capacity,
+        spent=generation.spent,
     )
     if record is not None and not record.described:
         record.described = generator.describe()

@@ -124,6 +124,8 @@ def _begin(
         generation.store = OutputsFolder(folder, prefix=prefix)
         _check_owner(folder / outputs, generation.store, going_on)
         generation.store.begin(generation.record, going_on=going_on)
+        if kept := generation.store.set_apart(lambda item: item.instruction in generation.places):
+            logger.warning("%d answers to other prompts are kept in %s.", kept, generation.store.kept_file.name)
         generation.mark_complete()  # a run that is over stays so, whatever becomes of the judge
         if going_on and arguments["is_load_outputs"]:
             _keep_only_a_prefix(folder / outputs, instructions)

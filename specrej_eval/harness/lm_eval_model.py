@@ -448,6 +448,7 @@ class SpecRejLM(HFLM):
             "arguments": {**self.run_config.to_dict(), **tally.resolved_first()},
             "seed_from": self.seed_from,
             "totals": {**tally.totals.to_dict(), "requests": tally.num_requests},
+            "spent": tally.spent.to_dict(),
             "mean_reward": tally.mean_reward,
             "per_task": {name: task.to_dict() for name, task in sorted(tally.tasks.items())},
             "warnings": list(tally.warnings.values()),

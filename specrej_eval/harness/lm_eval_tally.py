@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from specrej_eval.core import GenerationResult, Ledger
+from specrej_eval.core import GenerationResult, Ledger, Spent
 
 
 @dataclass(slots=True)
@@ -56,7 +56,9 @@ class Tally:
 
     tasks: dict[str, TaskTally] = field(default_factory=dict)
     totals: Ledger = field(default_factory=Ledger)
-    """What the answers cost, those a journal had ready included."""
+    """What the answers cost in all, those a journal had ready included."""
+    spent: Spent = field(default_factory=Spent)
+    """What this run spent itself, and how many answers it took from its journal."""
     warnings: dict[object, str] = field(default_factory=dict)
     """Cause -> message; a cause speaks once."""
 
@@ -66,6 +68,7 @@ class Tally:
     def add(self, result: GenerationResult, *, first_of_task: bool = False) -> None:
         """Count one answer; of a task's first prompt, keep the arguments as they were resolved."""
         self.totals.add(result.ledger)
+        self.spent.count(result)
         task = self.task(result.task)
         task.requests += 1
         task.degraded += result.degraded
@@ -105,6 +108,7 @@ class Tally:
         merged = cls()
         for rank in ranks:
             merged.totals.add(rank.totals)
+            merged.spent.add(rank.spent)
             merged.warnings = {**rank.warnings, **merged.warnings}
             for name, task in rank.tasks.items():
                 merged.task(name).add(task)
