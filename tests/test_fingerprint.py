@@ -13,6 +13,7 @@ from specrej_eval.fingerprint import DECIDING, NEUTRAL, check_same, differences,
 
 # another valid value for every argument; an argument without one fails the test that it is there
 OTHER = {
+    "special_tokens_in_content": "allow",
     "pretrained": "owner/other",
     "reward_model": "likelihood",
     "reward_family": "sequence_classifier",
