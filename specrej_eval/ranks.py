@@ -74,6 +74,8 @@ class Watch:
         """None until it has said where it runs."""
         self._beats: dict[int, tuple[bytes, float]] = {}
         self._store_is_gone = False
+        self._verdict: str | None = None
+        """Who is lost. It stays so, and the store is asked no more: its holder may be the next to stop."""
         self._inside = 0
         self._since = 0.0
         store.set(f"{_PREFIX}{rank}", json.dumps([self.me.rank, self.me.host, self.me.pid, self.me.started]))
@@ -107,6 +109,11 @@ class Watch:
 
     def lost(self) -> str | None:
         """What has become of a rank that is no longer there; None while all are."""
+        if self._verdict is None:
+            self._verdict = self._look()
+        return self._verdict
+
+    def _look(self) -> str | None:
         peers = [peer for peer in self.peers.values() if peer is not None]
         gone = [peer for peer in peers if peer.host == self.me.host and not peer.alive]
         # Those that are gone first. If one of them held the store, each call to it would print a page of C++ frames.
@@ -131,8 +138,9 @@ class Watch:
         for count in range(sys.maxsize):
             time.sleep(POLL)
             lost = self.lost()
-            self._set(f"{_PREFIX}{self.rank}/beat", str(count))
-            self._find_peers()  # outside a guard too: to know a peer before it is gone
+            if lost is None:
+                self._set(f"{_PREFIX}{self.rank}/beat", str(count))
+                self._find_peers()  # outside a guard too: to know a peer before it is gone
             if lost is None or not self._inside:
                 missing = 0.0
                 continue
