@@ -126,9 +126,13 @@ class Watch:
                 return f"{peer} has died"
             if peer.host != self.me.host and self._silent(peer):
                 return f"{peer} has not been heard of for {SILENCE:.0f} seconds"
+        if self._store_is_gone and self.peers.get(0, self.me) is None:
+            return "rank 0, which holds the run's store, has died (or cannot be reached any more)"
         return None
 
     def _find_peers(self) -> None:
+        if self._verdict is not None:
+            return
         for other, known in self.peers.items():
             if known is None and (said := self._get(f"{_PREFIX}{other}")) is not None:
                 self.peers[other] = Peer(*json.loads(said))
@@ -136,11 +140,11 @@ class Watch:
     def _run(self) -> None:
         missing = 0.0
         for count in range(sys.maxsize):
-            time.sleep(POLL)
+            self._find_peers()  # outside a guard too: to know a peer before it is gone
+            time.sleep(POLL if None not in self.peers.values() else POLL / 10)
             lost = self.lost()
             if lost is None:
                 self._set(f"{_PREFIX}{self.rank}/beat", str(count))
-                self._find_peers()  # outside a guard too: to know a peer before it is gone
             if lost is None or not self._inside:
                 missing = 0.0
                 continue
