@@ -73,6 +73,9 @@ class Watch:
         self.peers: dict[int, Peer | None] = {other: None for other in range(world_size) if other != rank}
         """None until it has said where it runs."""
         self._beats: dict[int, tuple[bytes, float]] = {}
+        self._store_is_gone = False
+        self._verdict: str | None = None
+        """Who is lost. It stays so, and the store is asked no more: its holder may be the next to stop."""
         self._inside = 0
         self._since = 0.0
         store.set(f"{_PREFIX}{rank}", json.dumps([self.me.rank, self.me.host, self.me.pid, self.me.started]))
@@ -106,33 +109,42 @@ class Watch:
 
     def lost(self) -> str | None:
         """What has become of a rank that is no longer there; None while all are."""
-        for other, known in self.peers.items():
-            peer = known or self._find(other)
-            if peer is None:
-                continue
-            told = self._told(peer)
-            if told is not None:
-                return f"{peer} has stopped: {told}"
-            if peer.host == self.me.host:
-                if not peer.alive:
-                    return f"{peer} has died"
-            elif self._silent(peer):
+        if self._verdict is None:
+            self._verdict = self._look()
+        return self._verdict
+
+    def _look(self) -> str | None:
+        peers = [peer for peer in self.peers.values() if peer is not None]
+        gone = [peer for peer in peers if peer.host == self.me.host and not peer.alive]
+        # Those that are gone first. If one of them held the store, each call to it would print a page of C++ frames.
+        if gone and 0 in [peer.rank for peer in gone]:
+            self._store_is_gone = True
+        for peer in [*gone, *peers]:
+            if (told := self._get(f"{_PREFIX}{peer.rank}/error")) is not None:
+                return f"{peer} has stopped: {told.decode()}"
+            if peer in gone:
+                return f"{peer} has died"
+            if peer.host != self.me.host and self._silent(peer):
                 return f"{peer} has not been heard of for {SILENCE:.0f} seconds"
+        if self._store_is_gone and self.peers.get(0, self.me) is None:
+            return "rank 0, which holds the run's store, has died (or cannot be reached any more)"
         return None
 
-    def _find(self, other: int) -> Peer | None:
-        with contextlib.suppress(RuntimeError):
-            if self.store.check([f"{_PREFIX}{other}"]):
-                self.peers[other] = Peer(*json.loads(self.store.get(f"{_PREFIX}{other}")))
-        return self.peers[other]
+    def _find_peers(self) -> None:
+        if self._verdict is not None:
+            return
+        for other, known in self.peers.items():
+            if known is None and (said := self._get(f"{_PREFIX}{other}")) is not None:
+                self.peers[other] = Peer(*json.loads(said))
 
     def _run(self) -> None:
         missing = 0.0
         for count in range(sys.maxsize):
-            time.sleep(POLL)
-            with contextlib.suppress(RuntimeError):  # the store goes with the process that holds it
-                self.store.set(f"{_PREFIX}{self.rank}/beat", str(count))
-            lost = self.lost()  # outside a guard too: to know a peer before it is gone
+            self._find_peers()  # outside a guard too: to know a peer before it is gone
+            time.sleep(POLL if None not in self.peers.values() else POLL / 10)
+            lost = self.lost()
+            if lost is None:
+                self._set(f"{_PREFIX}{self.rank}/beat", str(count))
             if lost is None or not self._inside:
                 missing = 0.0
                 continue
@@ -152,26 +164,30 @@ class Watch:
         return lost
 
     def _tell(self, message: str) -> None:
-        with contextlib.suppress(RuntimeError):
-            self.store.set(f"{_PREFIX}{self.rank}/error", message)
-
-    def _told(self, peer: Peer) -> str | None:
-        key = f"{_PREFIX}{peer.rank}/error"
-        with contextlib.suppress(RuntimeError):
-            if self.store.check([key]):
-                return str(self.store.get(key).decode())
-        return None
+        self._set(f"{_PREFIX}{self.rank}/error", message)
 
     def _silent(self, peer: Peer) -> bool:
-        beat = b""
-        with contextlib.suppress(RuntimeError):
-            key = f"{_PREFIX}{peer.rank}/beat"
-            beat = self.store.get(key) if self.store.check([key]) else b""
+        beat = self._get(f"{_PREFIX}{peer.rank}/beat") or b""
         last, since = self._beats.get(peer.rank, (None, 0.0))
         if beat != last:
             self._beats[peer.rank] = (beat, time.monotonic())
             return False
         return time.monotonic() - since > SILENCE
+
+    def _set(self, key: str, value: str) -> None:
+        if not self._store_is_gone:
+            try:
+                self.store.set(key, value)
+            except RuntimeError:
+                self._store_is_gone = True
+
+    def _get(self, key: str) -> bytes | None:
+        if not self._store_is_gone:
+            try:
+                return bytes(self.store.get(key)) if self.store.check([key]) else None
+            except RuntimeError:
+                self._store_is_gone = True
+        return None
 
 
 def watch(rank: int, world_size: int) -> Watch | None:

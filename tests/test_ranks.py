@@ -16,7 +16,8 @@ from pathlib import Path
 import pytest
 
 from specrej_eval.demo.arithmetic import distinct_problems, question
-from specrej_eval.ranks import GRACE, POLL, Peer
+from specrej_eval.errors import ConfigError
+from specrej_eval.ranks import GRACE, POLL, Peer, RankError, Watch
 
 ROOT = Path(__file__).parent.parent
 PROMPTS = [question(operands) for operands in distinct_problems("test", 120, seed=3)]
@@ -100,9 +101,11 @@ def kill_one(
 
 def check(said: list[str], victim: int) -> None:
     for text in said:
-        assert f"rank {victim} (pid " in text, text[-3000:]
+        # killed before it had said where it runs, it has no process id that the others could know
+        named = f"rank {victim} (pid " in text or (victim == 0 and "rank 0, which holds the run's store" in text)
+        assert named, text[-3000:]
         assert "has died" in text
-        assert "Traceback" not in text, text[-3000:]
+        assert "Traceback" not in text and "frame #" not in text, text[-3000:]
         assert "answers" in text and "run the same command again" in text
 
 
@@ -137,3 +140,26 @@ def test_a_process_is_told_from_another_with_its_id() -> None:
     assert not Peer(1, me.host, process.pid, "1").alive  # a zombie
     process.wait()
     assert not Peer(1, me.host, process.pid, "1").alive
+
+
+class DeadStore:
+    """The store of a rank 0 that is killed before anybody has heard of it."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def set(self, key: str, value: str) -> None:
+        self.calls += 1
+        if self.calls > 1:
+            raise RuntimeError("Broken pipe")
+
+    def check(self, keys: list[str]) -> bool:
+        raise RuntimeError("Broken pipe")
+
+
+def test_rank_0_dead_before_anybody_has_heard_of_it_is_named_all_the_same() -> None:
+    watch = Watch(1, 2, DeadStore())
+    with pytest.raises(RankError, match="rank 0, which holds the run's store, has died"), watch.guard():
+        raise RuntimeError("Connection closed by peer")
+    with pytest.raises(ConfigError, match="own"), watch.guard():
+        raise ConfigError("own")
