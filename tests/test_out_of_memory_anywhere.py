@@ -158,3 +158,13 @@ def test_a_drop_within_the_step_is_caught(monkeypatch: pytest.MonkeyPatch) -> No
         if changed:
             break
     assert changed
+
+
+def test_memory_that_runs_out_while_an_engine_is_made_changes_no_promise() -> None:
+    policy, _ = models()
+    with MemoryRunsOut() as whole:
+        want = make_engine(policy).describe()["batch_invariance"]
+    assert want == "bits"
+    for number in range(0, whole.num_ops, whole.num_ops // 20):
+        with MemoryRunsOut([number]):
+            assert make_engine(policy).describe()["batch_invariance"] == want

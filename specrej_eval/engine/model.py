@@ -150,7 +150,9 @@ class ModelRunner:
                 for rows in _FEW_ROWS
                 for row, mine in zip(rows, self._probe_rows(rows).unbind(1), strict=True)
             )
-        except (RuntimeError, TypeError, ValueError, KeyError, AttributeError, IndexError, NotImplementedError):
+        except (RuntimeError, TypeError, ValueError, KeyError, AttributeError, IndexError, NotImplementedError) as exc:
+            if is_out_of_memory(exc):
+                raise  # says nothing of bits: the engine tries again, or stops
             logger.debug("batch invariance could not be probed", exc_info=True)
             same = False
         self.forward_passes = passes
