@@ -2,14 +2,14 @@
 
 `specrej_eval.pth` (on Python 3.15+ `specrej_eval.start`) calls `install()` at interpreter start. It adds one finder to
 `sys.meta_path`. It answers only for the modules named in HOOKS, lets the real import happen, and then calls
-`specrej_eval.harness.startup_hooks`. No harness, no torch, and nothing else of ours is imported before that.
+`specrej_eval.harness.startup`. No harness, no torch, and nothing else of ours is imported before that.
 
 Set SPECREJ_EVAL_AUTOLOAD=0 to switch all of this off. This file imports `sys` and nothing more at start.
 """
 
 import sys
 
-# imported module -> function of specrej_eval.harness.startup_hooks that is called with it, once it has been executed
+# imported module -> function of specrej_eval.harness.startup that is called with it, once it has been executed
 HOOKS = {
     "lm_eval.models": "register_lm_eval_models",
     "lm_eval.evaluator": "wrap_lm_eval",
@@ -76,7 +76,7 @@ def run_hook(hooks, module, name):
     try:
         from importlib import import_module
 
-        return getattr(import_module("specrej_eval.harness.startup_hooks"), hooks[name])(module)
+        return getattr(import_module("specrej_eval.harness.startup"), hooks[name])(module)
     except Exception as error:  # whatever is wrong with us, the host must go on working
         warn(f"specrej-eval could not hook into {name} ({error!r}); run `specrej-eval doctor`")
 

@@ -24,8 +24,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from specrej_eval.budget import resolve
 from specrej_eval.config import RunConfig
 from specrej_eval.core import Plan, Prompt
-from specrej_eval.engine.loading import load_model_and_tokenizer
-from specrej_eval.engine.transformers_engine import TransformersEngine
+from specrej_eval.engines.transformers.engine import TransformersEngine
+from specrej_eval.engines.transformers.loading import load_model_and_tokenizer
 
 TEXT = "The quick brown fox jumps over the lazy dog, and the river runs slowly to the sea under a grey sky. "
 

@@ -25,7 +25,7 @@ from decode_throughput import smollm2_folder
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForSequenceClassification
 
 from specrej_eval.core import RowView
-from specrej_eval.rewards.sequence_classifier import SequenceClassifier
+from specrej_eval.rewards.families.sequence_classifier import SequenceClassifier
 
 LOOKS = (32, 64, 96, 128)
 TEXT = (

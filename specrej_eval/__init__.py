@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from specrej_eval.core import GenerationResult, Ledger, Round, Trajectory
     from specrej_eval.errors import SpecRejError
     from specrej_eval.generator import Generator
-    from specrej_eval.harness.startup_hooks import activate
+    from specrej_eval.harness.startup import activate
 
 _HOME = {
     "GenerationResult": "specrej_eval.core",
@@ -23,7 +23,7 @@ _HOME = {
     "Round": "specrej_eval.core",
     "SpecRejError": "specrej_eval.errors",
     "Trajectory": "specrej_eval.core",
-    "activate": "specrej_eval.harness.startup_hooks",
+    "activate": "specrej_eval.harness.startup",
     "load": "specrej_eval.api",
 }
 

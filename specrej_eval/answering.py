@@ -16,10 +16,10 @@ from typing import Any
 from specrej_eval import stopping
 from specrej_eval.config import RunConfig
 from specrej_eval.core import Message, Prompt, Spent
-from specrej_eval.engine.base import Engine
+from specrej_eval.engines.base import Engine
 from specrej_eval.errors import ConfigError, PromptError
 from specrej_eval.generator import Generator, Request
-from specrej_eval.outputs import Answer, OutputsFolder
+from specrej_eval.records.outputs import Answer, OutputsFolder
 from specrej_eval.special_tokens import ContentText
 
 logger = logging.getLogger(__name__)

@@ -10,7 +10,7 @@ from specrej_eval.config import RunConfig, as_dict
 from specrej_eval.special_tokens import ENCODE_AS_TEXT
 
 if TYPE_CHECKING:
-    from specrej_eval.engine.transformers_engine import TransformersEngine
+    from specrej_eval.engines.transformers.engine import TransformersEngine
     from specrej_eval.generator import Generator
     from specrej_eval.rewards.base import RewardModel
 
@@ -44,7 +44,7 @@ def check(config: RunConfig, host: Mapping[str, Any]) -> None:
         ConfigError, CheckpointError: as ``load``.
     """
     budget.check_arguments(config)
-    from specrej_eval.engine.loading import check_checkpoint
+    from specrej_eval.engines.transformers.loading import check_checkpoint
     from specrej_eval.rewards.base import check_reward
 
     check_checkpoint(config, host)
@@ -62,8 +62,8 @@ def load_models(
     Raises:
         ConfigError, CheckpointError, MissingDependencyError: as ``load``.
     """
-    from specrej_eval.engine.loading import load_model_and_tokenizer
-    from specrej_eval.engine.transformers_engine import TransformersEngine
+    from specrej_eval.engines.transformers.engine import TransformersEngine
+    from specrej_eval.engines.transformers.loading import load_model_and_tokenizer
     from specrej_eval.rewards.base import make_reward
 
     model, tokenizer = load_model_and_tokenizer(config, host)

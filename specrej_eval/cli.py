@@ -25,22 +25,22 @@ class Command(NamedTuple):
 
 COMMANDS = {
     "lm-eval": Command(
-        "specrej_eval.harness.lm_eval_cli",
+        "specrej_eval.commands.lm_eval",
         "run lm-eval's own command with our models registered, whether or not the startup hook works",
         pass_through=True,
     ),
     "run": Command(
-        "specrej_eval.run",
+        "specrej_eval.commands.run",
         "answer a file of prompts and keep the answers, with every row behind them, in one folder",
         pass_through=True,
     ),
     "alpaca-eval": Command(
-        "specrej_eval.harness.alpaca_eval_cli",
+        "specrej_eval.commands.alpaca_eval",
         "run alpaca_eval's own command, repaired and with our decoders, whether or not the startup hook works",
         pass_through=True,
     ),
     "score": Command(
-        "specrej_eval.score",
+        "specrej_eval.commands.score",
         "score a file of prompts with responses with any reward model",
         (
             "specrej-eval score --reward_model Skywork/Skywork-Reward-V2-Qwen3-0.6B --input pairs.jsonl",
@@ -48,12 +48,12 @@ COMMANDS = {
         ),
     ),
     "report": Command(
-        "specrej_eval.report.summary",
+        "specrej_eval.commands.report",
         "print one table of the runs found under a folder",
         ("specrej-eval report results/demo", "specrej-eval report results --format markdown"),
     ),
     "gather": Command(
-        "specrej_eval.report.gather",
+        "specrej_eval.commands.gather",
         "put runs together: shards one after another, of several seeds the best answer to each prompt",
         (
             "specrej-eval gather results/shard0 results/shard1 --output results/whole",
@@ -61,7 +61,7 @@ COMMANDS = {
         ),
     ),
     "export": Command(
-        "specrej_eval.report.export",
+        "specrej_eval.commands.export",
         "write the answers of runs as alpaca_eval's model outputs or reference outputs",
         (
             "specrej-eval export alpaca results/spr results/bo16 --output outputs.json",
@@ -69,7 +69,7 @@ COMMANDS = {
         ),
     ),
     "journal": Command(
-        "specrej_eval.report.journal",
+        "specrej_eval.commands.journal",
         "look into a journal of finished requests, check it for damage, or put several of one run together",
         (
             "specrej-eval journal show run.jsonl",
@@ -78,7 +78,7 @@ COMMANDS = {
         ),
     ),
     "submission": Command(
-        "specrej_eval.report.submission",
+        "specrej_eval.commands.submission",
         "check a finished run and lay out its files for AlpacaEval's leaderboard, or lm-eval's for publication",
         (
             "specrej-eval submission alpaca --name my-model-SpR --out alpaca_pr --model_config my-model.yaml",
@@ -86,28 +86,27 @@ COMMANDS = {
         ),
     ),
     "init": Command(
-        "specrej_eval.init",
+        "specrej_eval.commands.init",
         "write our lm-eval tasks and alpaca_eval configurations into a folder, to run and to edit",
         ("specrej-eval init", "specrej-eval init my-evaluation --force"),
     ),
     "rewards": Command(
-        "specrej_eval.reward_list",
+        "specrej_eval.commands.rewards",
         "list the reward models there are: what each family reads, example checkpoints, what it needs",
         ("specrej-eval rewards", "specrej-eval rewards armorm qwen_math_prm"),
     ),
     "doctor": Command(
-        "specrej_eval.doctor",
+        "specrej_eval.commands.doctor",
         "check the installation (versions, startup hook, devices, demo weights), or with --reward a reward model",
         ("specrej-eval doctor", "specrej-eval doctor --reward Skywork/Skywork-Reward-V2-Qwen3-0.6B"),
     ),
     "path": Command(
-        "specrej_eval.paths",
+        "specrej_eval.commands.path",
         "print the folder of our lm-eval tasks or alpaca_eval configurations",
         ("specrej-eval path tasks", 'lm_eval --include_path "$(specrej-eval path tasks)" ...'),
     ),
 }
 
-STOPPED = "What is finished is recorded; run the same command again to go on."
 
 EXAMPLES = """\
 examples:
@@ -139,7 +138,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
 
     # a harness behind our command takes care of itself, as it does behind its own
-    ours = contextlib.nullcontext() if COMMANDS[name].module.endswith("_eval_cli") else stopping.signals()
+    ours = contextlib.nullcontext() if COMMANDS[name].module.endswith("_eval") else stopping.signals()
     try:
         with stopping.command() if argv is None else contextlib.nullcontext(), ours:
             return dispatch(name, rest)
@@ -149,7 +148,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except stopping.Stopped as stopped:
         return stopping.leave(f"specrej-eval {name}", stopped)
     except KeyboardInterrupt:
-        print(f"specrej-eval {name}: stopped. {STOPPED}", file=sys.stderr)
+        print(f"specrej-eval {name}: stopped. {stopping.STOPPED}", file=sys.stderr)
         return 130
     except BrokenPipeError:  # the reader went away, as in `specrej-eval report DIR | head`
         sys.stderr.close()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from typing import Any
 
 
 class SpecRejError(Exception):
@@ -62,3 +63,9 @@ def suggest(name: str, choices: Iterable[str]) -> str:
     best = nearest(name, options)
     listing = f"Known: {', '.join(options)}."
     return f"Did you mean {best!r}? {listing}" if best else listing
+
+
+def start_of(text: Any) -> str:
+    """The beginning of an instruction or answer, for a message."""
+    words = " ".join(str(text).split())
+    return repr(words if len(words) <= 60 else words[:57] + "...")

@@ -28,15 +28,15 @@ from specrej_eval.core import (
     Trajectory,
     finite_or_none,
 )
-from specrej_eval.engine.base import Engine
+from specrej_eval.engines.base import Engine
 from specrej_eval.errors import OutOfMemoryError, RewardError
-from specrej_eval.fingerprint import DECIDING, EMBEDDED, of_models, warn_of_uncovered
-from specrej_eval.journal import Journal, request_key
 from specrej_eval.progress import Progress
+from specrej_eval.records.fingerprint import DECIDING, EMBEDDED, of_models, warn_of_uncovered
+from specrej_eval.records.journal import Journal, request_key
+from specrej_eval.records.trace import Tracer, make_tracer
 from specrej_eval.rewards.base import RewardModel, RewardSession, open_session
 from specrej_eval.scheduler import Scheduler
 from specrej_eval.strategies.base import State, Strategy, make_strategy
-from specrej_eval.trace import Tracer, make_tracer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 from pathlib import Path
 
@@ -37,12 +36,3 @@ def folder(name: str) -> Path:
         f"the folder {name!r} is missing; looked for {' and '.join(map(str, candidates))}",
         hint="reinstall specrej-eval; its wheel contains this folder",
     )
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("folder", choices=FOLDERS, help="which folder to print")
-
-
-def run(args: argparse.Namespace) -> int:
-    print(folder(args.folder))
-    return 0

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from tqdm import tqdm
 
 from specrej_eval.core import GenerationResult, Ledger, Spent
-from specrej_eval.engine.base import EngineSession
+from specrej_eval.engines.base import EngineSession
 
 
 class Progress:

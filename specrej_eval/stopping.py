@@ -21,6 +21,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from types import FrameType
 
+STOPPED = "What is finished is recorded; run the same command again to go on."
 PATIENCE = 4.0
 """Seconds that the way out may take."""
 NAMES = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}

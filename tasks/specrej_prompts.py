@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from specrej_eval.errors import ConfigError
-from specrej_eval.prompt_files import read_prompts
+from specrej_eval.records.prompt_files import read_prompts
 
 VARIABLE = "SPECREJ_PROMPTS"
 
@@ -41,7 +41,7 @@ def process_results(doc: Mapping[str, Any], results: Sequence[Sequence[str]]) ->
     Raises:
         ConfigError: the answers are another model's, which has no rewards.
     """
-    from specrej_eval.harness.lm_eval_requests import ScoredText
+    from specrej_eval.harness.lm_eval.requests import ScoredText
 
     answers = [answer for draws in results for answer in draws]
     scored = [answer for answer in answers if isinstance(answer, ScoredText)]

@@ -18,7 +18,7 @@ os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 # Tiny matrices gain nothing from threads, and threads that wait for a busy core make a test a hundred times slower.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-FULL = os.environ.get("SPECREJ_TEST_FULL") == "1"
+from support import FULL
 
 # derandomize: examples depend on the test alone; no deadline: two shared cores are no stop watch
 _ALWAYS = {"derandomize": True, "database": None, "deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
@@ -30,7 +30,7 @@ settings.load_profile("full" if FULL else "fast")
 @pytest.fixture(scope="module")
 def alpaca_eval_stays_as_installed() -> Iterator[None]:
     """Fails a module whose tests have written into the installed alpaca_eval."""
-    from alpaca_runs import package_digest
+    from support.alpaca_runs import package_digest
 
     before = package_digest()
     yield

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from properties import ALPHAS
+from support.properties import ALPHAS
 
 from specrej_eval.budget import Budget, check_arguments, resolve
 from specrej_eval.config import RunConfig

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import save, tiny_causal_lm, tiny_tokenizer
+from support.tiny_models import save, tiny_causal_lm, tiny_tokenizer
 
 import specrej_eval
 from specrej_eval.core import Ledger
@@ -174,7 +174,7 @@ def test_bad_arguments_are_refused_before_a_model_is_loaded(
     def no_loading(*_: Any, **__: Any) -> None:
         pytest.fail("weights were loaded")
 
-    monkeypatch.setattr("specrej_eval.engine.loading.load_model_and_tokenizer", no_loading)
+    monkeypatch.setattr("specrej_eval.engines.transformers.loading.load_model_and_tokenizer", no_loading)
     with pytest.raises(specrej_eval.SpecRejError, match=message):
         specrej_eval.load(**args)
 

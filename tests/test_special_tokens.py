@@ -10,18 +10,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import FULL
-from reward_checkpoints import CASES, build
-from tiny_models import tiny_tokenizer
+from support import FULL
+from support.reward_checkpoints import CASES, build
+from support.tiny_models import tiny_tokenizer
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from specrej_eval.config import RunConfig
 from specrej_eval.core import RowView
-from specrej_eval.engine.prompts import encode_prompt
+from specrej_eval.engines.prompts import encode_prompt
 from specrej_eval.errors import ConfigError, PromptError, RewardError
-from specrej_eval.rewards._rendering import Renderer
 from specrej_eval.rewards.base import make_reward
+from specrej_eval.rewards.checkpoints.renderer import Renderer
 from specrej_eval.special_tokens import ContentGuard, ContentText, Tokeniser, defuse
 
 LETTERS = [

@@ -1,4 +1,4 @@
-"""The embedded demo pair: a tiny policy and a tiny reward model, trained from scratch by `specrej_eval.demo.train`.
+"""The embedded demo pair: a tiny policy and a tiny reward model, made by `benchmarks/demo_pair/train.py`.
 
 Importing this package never imports torch.
 """

@@ -1,3 +1,4 @@
+# torch-free
 """Replacing a function of a harness: once, recognisably, and only if it still is what we know."""
 
 from __future__ import annotations

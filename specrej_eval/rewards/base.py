@@ -33,17 +33,7 @@ SELF_SCORES = (LIKELIHOOD, "self_certainty", "deepconf")
 """Rewards made of what the engine records while it decodes."""
 AUTO = "auto"
 
-_PACKAGE = "specrej_eval.rewards"
-_NOT_CHECKPOINTS = (
-    "callable_reward",
-    "deepconf",
-    "ensemble",
-    "http_server",
-    "judge",
-    "likelihood",
-    "self_certainty",
-)
-"""Entries of this package that read no checkpoint, so they are no ``reward_family``."""
+_PACKAGE = "specrej_eval.rewards.families"
 
 
 class RewardSession(Protocol):
@@ -222,7 +212,7 @@ def check_reward(config: RunConfig, *, token: str | bool | None = None) -> None:
         CheckpointError: a folder that is missing or broken.
         RewardError: a server that does not answer as it should.
     """
-    from specrej_eval.rewards._kinds import kind_of
+    from specrej_eval.rewards.choose import kind_of
 
     name = resolve_reward(config)
     _check_family(config)
@@ -231,7 +221,7 @@ def check_reward(config: RunConfig, *, token: str | bool | None = None) -> None:
         kind.check(name, config, token)
         return
     if config.reward_template is not None:
-        from specrej_eval.rewards._rendering import read_template
+        from specrej_eval.rewards.checkpoints.renderer import read_template
 
         read_template(config.reward_template)
     if config.reward_device is not None:
@@ -255,7 +245,7 @@ def make_reward(config: RunConfig, *, device: str, token: str | bool | None = No
     Raises:
         ConfigError, CheckpointError, RewardError: as ``check_reward``; a reward that loads no weights checks itself.
     """
-    from specrej_eval.rewards._kinds import kind_of
+    from specrej_eval.rewards.choose import kind_of
 
     name = resolve_reward(config)
     kind = kind_of(name)
@@ -324,14 +314,14 @@ def load_family(name: str) -> RewardFamily:
 
 def families() -> tuple[str, ...]:
     """Names of the checkpoint families; imports none of them."""
-    return tuple(name for name in registry.names(_PACKAGE) if name not in _NOT_CHECKPOINTS)
+    return registry.names(_PACKAGE)
 
 
 def _check_family(config: RunConfig) -> None:
     """Raises:
     ConfigError: ``reward_family`` is neither a family of checkpoints nor a kind of server.
     """
-    from specrej_eval.rewards._protocols import PROTOCOLS
+    from specrej_eval.rewards.servers.protocols import PROTOCOLS
 
     known = (AUTO, *families(), *PROTOCOLS)
     if config.reward_family not in known:

@@ -11,7 +11,7 @@ import math
 from collections.abc import Sequence
 
 from specrej_eval.core import RowView, TokenStat
-from specrej_eval.rewards._self_scores import Floor, SelfScore
+from specrej_eval.rewards.self_scores import Floor, SelfScore
 
 
 class DeepConf(SelfScore):

@@ -13,8 +13,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from specrej_eval import reward_names
-from specrej_eval.config import RunConfig, as_float
+from specrej_eval.config import RunConfig, as_float, reward_names
 from specrej_eval.core import Message, RowView, TokenStat, finite_or_none
 from specrej_eval.errors import ConfigError
 from specrej_eval.rewards.base import (

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from specrej_eval.core import RowView
 from specrej_eval.errors import RewardError
-from specrej_eval.rewards._self_scores import SelfScore
+from specrej_eval.rewards.self_scores import SelfScore
 
 
 class Likelihood(SelfScore):

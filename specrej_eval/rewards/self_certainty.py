@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 
 from specrej_eval.core import RowView, TokenStat
-from specrej_eval.rewards._self_scores import SelfScore
+from specrej_eval.rewards.self_scores import SelfScore
 
 
 class SelfCertainty(SelfScore):

@@ -11,12 +11,12 @@ import os
 
 import pytest
 import torch
-from published import PUBLISHED, Published
+from support.published import PUBLISHED, Published
 
 from specrej_eval.config import RunConfig
 from specrej_eval.core import RowView
-from specrej_eval.rewards._scoring import CheckpointReward
 from specrej_eval.rewards.base import make_reward
+from specrej_eval.rewards.checkpoints.reward import CheckpointReward
 
 pytestmark = [
     pytest.mark.skipif(

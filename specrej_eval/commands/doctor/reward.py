@@ -1,0 +1,318 @@
+"""`specrej-eval doctor --reward M`: is this reward model read as it was trained?
+
+A wrong chat template makes no noise: scores come out, and are worse. So what the model reads is shown, and everything
+that can be checked without knowing its published numbers is checked.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from statistics import fmean
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+from specrej_eval.commands.doctor.probes import PROBES, Probes, demo_probes
+from specrej_eval.config import RunConfig
+from specrej_eval.core import RowView
+from specrej_eval.errors import ConfigError, RewardError, SpecRejError
+from specrej_eval.options import load_reward, reward_config
+
+if TYPE_CHECKING:
+    from specrej_eval.rewards.base import RewardModel
+
+SHOWN_TOKENS = 60
+"""At the start and at the end of what is shown."""
+FLOAT32_BOUND, COARSE_BOUND = 1e-4, 0.02
+"""Most that a score may change with its batch or its padding, as a share of the score (or of 1): float32, others."""
+
+Conversation = list[dict[str, str]]
+
+
+class Finding(NamedTuple):
+    status: Literal["ok", "note", "broken"]  # only "broken" makes the exit code 1
+    subject: str
+    detail: str
+
+
+class Patient(NamedTuple):
+    """What all checks look at."""
+
+    reward: RewardModel
+    probes: Probes
+
+    @property
+    def conversation(self) -> Conversation:
+        return _asked(self.probes.pairs[0][0])
+
+    @property
+    def response(self) -> str:
+        return self.probes.pairs[0][1]
+
+
+def run(args: argparse.Namespace) -> int:
+    """Carry out the command; 0 if nothing is broken.
+
+    Raises:
+        ConfigError, CheckpointError, RewardError: it cannot be loaded, or does not answer.
+    """
+    config = reward_config(args)
+    reward = load_reward(config, args.token)
+    stats: tuple[str, ...] = getattr(reward, "needs_token_stats", ())
+    if reward.needs_logprobs or stats:
+        raise ConfigError(f"reward_model={reward.name!r} reads no text, so there is nothing to look at.")
+    return examine(reward, demo_probes() if _is_demo(config) else PROBES)
+
+
+def examine(reward: RewardModel, probes: Probes = PROBES) -> int:
+    """Print what is found; 0 if nothing is broken, else 1."""
+    broken = 0
+    patient = Patient(reward, probes)
+    for title, check in CHECKS:
+        print(title)
+        try:
+            for status, subject, detail in check(patient):
+                broken += status == "broken"
+                mark = {"ok": "ok    ", "note": "note  ", "broken": "BROKEN"}[status]
+                print(f"  {mark}  {subject:<21}  {detail}", flush=True)
+        except SpecRejError as error:  # the other checks may still tell something
+            broken += 1
+            print(f"  BROKEN  {'failed':<21}  {error}", flush=True)
+    print(f"\n{broken} thing{'s' * (broken != 1)} broken." if broken else "\nThis reward model passed all checks.")
+    return 1 if broken else 0
+
+
+# ---- what it reads ---------------------------------------------------------------------------------------------------
+
+
+def check_input(patient: Patient) -> Iterator[Finding]:
+    """The tokens of one conversation, and BOS, EOS and padding in them; of each part of an ensemble."""
+    members = getattr(patient.reward, "members", None)
+    if members is not None:
+        for member in members:
+            yield Finding("ok", "part", member.name)
+            yield from check_input(patient._replace(reward=member))
+        return
+    renderer = _renderer(patient.reward)
+    if renderer is None:
+        yield Finding("note", "tokens", f"{patient.reward.name} gets text; what it reads cannot be seen from here")
+        return
+    tokenizer = renderer.tokenizer
+    (entry,) = renderer.inputs(patient.conversation, [_row(patient.response)])
+    ids = list(entry.ids)
+    tokens = [str(token) for token in tokenizer.convert_ids_to_tokens(ids)]
+    shown = tokens
+    if len(tokens) > 2 * SHOWN_TOKENS:
+        shown = [*tokens[:SHOWN_TOKENS], f"... {len(tokens) - 2 * SHOWN_TOKENS} more ...", *tokens[-SHOWN_TOKENS:]]
+    yield Finding("ok", "tokens", f"{len(ids)}: {' '.join(shown)}")
+    text = tokenizer.decode(ids)
+    for what, wanted in (("prompt", patient.conversation[-1]["content"]), ("response", patient.response.strip())):
+        found = "".join(wanted.split()) in "".join(text.split())  # tokenizers differ in what they do to spaces
+        yield Finding("ok" if found else "broken", what, "is read" if found else f"is not in what is read: {text!r}")
+    yield from _special_tokens(tokenizer, ids)
+    today = time.strftime("%d %b %Y")
+    if today in text:
+        yield Finding("note", "date", f"the template writes today's date ({today}): scores change from day to day")
+
+
+def _special_tokens(tokenizer: Any, ids: Sequence[int]) -> Iterator[Finding]:
+    bos, eos, pad = tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id
+    if bos is None:
+        yield Finding("ok", "BOS", "the tokenizer has none")
+    else:
+        count = next((place for place, token in enumerate(ids) if token != bos), len(ids))
+        where = f"{tokenizer.bos_token!r} (id {bos}) stands {count} times at the start"
+        plain = tokenizer("x")["input_ids"][:1] == [bos]
+        if count > 1:
+            yield Finding("broken", "BOS", f"{where}: template and tokenizer both add it")
+        elif count == 0 and plain:
+            yield Finding(
+                "note", "BOS", f"{where}, although the tokenizer adds it to plain text; some models want that"
+            )
+        else:
+            yield Finding("ok", "BOS", where)
+    last = tokenizer.convert_ids_to_tokens(ids[-1])
+    at_end = "is EOS" if ids[-1] == eos else "is not EOS"
+    yield Finding("ok", "last token", f"{last!r} (id {ids[-1]}), which {at_end}; most heads are read here")
+    if pad is None:
+        yield Finding("ok", "padding", "the tokenizer has no padding token; none is needed here")
+    elif pad == ids[-1]:
+        yield Finding("note", "padding", f"{last!r} is the padding token too; harmless here, wrong scores elsewhere")
+    else:
+        yield Finding("ok", "padding", f"{tokenizer.convert_ids_to_tokens(pad)!r} (id {pad})")
+
+
+# ---- whether scores depend on the answer alone -----------------------------------------------------------------------
+
+
+def check_stability(patient: Patient) -> Iterator[Finding]:
+    """One at a time, together, and padded on either side."""
+    reward = patient.reward
+    prompt, answers = patient.probes.answers[0]
+    rows = [_row(text, number) for number, text in enumerate(answers)]
+    together = _scores(reward, prompt, rows)
+    if getattr(reward, "by_rank", False):
+        yield Finding(
+            "note", "single == batch", "ranks hold among the rows of one call, so there is nothing to compare"
+        )
+        return
+    single = [_scores(reward, prompt, [row])[0] for row in rows]
+    exact = str(getattr(getattr(reward, "body", None), "dtype", "")) == "torch.float32"
+    bound = FLOAT32_BOUND if exact else COARSE_BOUND
+    yield _compared("single == batch", single, together, bound)
+    distinct = len(set(together))
+    # a saturated sigmoid leaves one or two; whole grades of a judge leave a few
+    status: Literal["ok", "note", "broken"] = "ok" if distinct == len(answers) else "note"
+    status = "broken" if 2 * distinct < len(answers) else status
+    yield Finding(
+        status, "ties", f"{len(answers)} different answers have {distinct} different scores: {_listed(together)}"
+    )
+    padded = _left_padded(reward, prompt, rows)
+    if padded is None:
+        yield Finding("note", "left == right padding", "pads in its own way, out of our sight")
+    else:
+        yield _compared("left == right padding", padded, together, bound)
+
+
+def _compared(subject: str, one: Sequence[float], other: Sequence[float], bound: float) -> Finding:
+    if not all(math.isfinite(value) for value in (*one, *other)):
+        return Finding("broken", subject, f"NaN or infinity among the scores: {_listed(one)} and {_listed(other)}")
+    worst = max(abs(a - b) for a, b in zip(one, other, strict=True))
+    allowed = bound * max(1.0, *(abs(value) for value in other))
+    return Finding(
+        "ok" if worst <= allowed else "broken", subject, f"scores differ by up to {worst:.2g} (allowed: {allowed:.2g})"
+    )
+
+
+def _left_padded(reward: Any, prompt: str, rows: Sequence[RowView]) -> list[float] | None:
+    """Scores of one batch padded on the left, with positions counted from the first real token; None if it cannot be
+    done: a server, a function, an encoder, or a body that takes no positions."""
+    import inspect
+
+    body, head = getattr(reward, "body", None), getattr(reward, "head", None)
+    if body is None or head is None or "position_ids" not in inspect.signature(body.forward).parameters:
+        return None
+    import torch
+
+    inputs = reward.renderer.inputs(_asked(prompt), rows)
+    longest = max(len(entry.ids) for entry in inputs)
+    filler = reward.renderer.filler
+    ids = torch.tensor([[*[filler] * (longest - len(entry.ids)), *entry.ids] for entry in inputs])
+    mask = torch.tensor([[0] * (longest - len(entry.ids)) + [1] * len(entry.ids) for entry in inputs])
+    positions = (mask.cumsum(-1) - 1).clamp_min(0)
+    arguments = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
+    with torch.inference_mode():
+        hidden = body(**{name: value.to(reward.device) for name, value in arguments.items()}, use_cache=False)[0]
+        places = [[longest - len(entry.ids) + at for at in reward.positions_of(entry.ids)] for entry in inputs]
+        scores: list[float] = reward.head_scores([row[at] for row, at in zip(hidden, places, strict=True)]).tolist()
+    return scores
+
+
+# ---- whether it knows good from bad ----------------------------------------------------------------------------------
+
+
+LUCK = 0.05
+"""How seldom a reward that tosses a coin may get so many pairs right, for the pairs to say something."""
+
+
+def check_pairs(patient: Patient) -> Iterator[Finding]:
+    """Answers of which one is plainly better, and what luck would have given."""
+    right = []
+    for prompt, better, worse in patient.probes.pairs:
+        good, bad = _scores(patient.reward, prompt, [_row(better), _row(worse, 1)])
+        right.append(good > bad)
+        status: Literal["ok", "broken"] = "ok" if good > bad else "broken"
+        shown = prompt if len(prompt) <= 60 else prompt[:57] + "..."
+        yield Finding(
+            status,
+            f"{good:.4g} {'>' if good > bad else '<='} {bad:.4g}",
+            f"better {'>' if good > bad else 'not >'} worse: {shown}",
+        )
+    for prompt, answers in patient.probes.answers:  # no answer is in two pairs, so a coin is right or wrong anew
+        scores = _scores(patient.reward, prompt, [_row(text, number) for number, text in enumerate(answers)])
+        right += [scores[better] > scores[worse] for better, worse in patient.probes.in_order]
+    chance = by_luck(sum(right), len(right))
+    yield Finding(
+        "ok" if chance < LUCK else "broken",
+        f"{sum(right)} of {len(right)} pairs",
+        f"right, those of the mixed answers below included; a coin gets as many in {chance:.2g} of tries "
+        f"(allowed: below {LUCK:g})",
+    )
+
+
+def by_luck(right: int, pairs: int) -> float:
+    """Probability that a fair coin gets ``right`` or more of ``pairs`` right."""
+    ways: int = sum(math.comb(pairs, number) for number in range(right, pairs + 1))
+    return float(ways / 2**pairs)
+
+
+def check_partial(patient: Patient) -> Iterator[Finding]:
+    """Rejecting early pays only if the score of half an answer says something of the whole one's."""
+    found = []
+    for prompt, answers in patient.probes.answers:
+        whole = _scores(patient.reward, prompt, [_row(text, number) for number, text in enumerate(answers)])
+        halves = [RowView(number, text[: len(text) // 2], (), None) for number, text in enumerate(answers)]
+        partial = _scores(patient.reward, prompt, halves)
+        found.append(rank_correlation(partial, whole))
+        yield Finding("ok", f"{found[-1]:+.2f}", f"half against whole, {len(answers)} answers: {prompt[:57]}")
+    mean = fmean(found)
+    detail = "mean rank correlation; below 0.15 rejecting rows early gains nothing"
+    yield Finding("broken" if mean <= 0 else "note" if mean < 0.15 else "ok", f"{mean:+.2f}", detail)
+
+
+def rank_correlation(one: Sequence[float], other: Sequence[float]) -> float:
+    """Spearman's, ties by mean ranks; 0 if either is constant."""
+    from specrej_eval.rewards.ensemble import ranks
+
+    a, b = ranks(one), ranks(other)
+    mean_a, mean_b = fmean(a), fmean(b)
+    product = math.fsum((x - mean_a) * (y - mean_b) for x, y in zip(a, b, strict=True))
+    scale = math.sqrt(math.fsum((x - mean_a) ** 2 for x in a) * math.fsum((y - mean_b) ** 2 for y in b))
+    return product / scale if scale > 0 else 0.0
+
+
+def _scores(reward: RewardModel, prompt: str, rows: Sequence[RowView]) -> list[float]:
+    """One finite number for each row.
+
+    Raises:
+        RewardError: there is something else among the scores, or another number of them.
+    """
+    scores = list(reward.score(_asked(prompt), rows))
+    if len(scores) != len(rows):
+        raise RewardError(f"{len(scores)} scores came for {len(rows)} answers.")
+    for row, score in zip(rows, scores, strict=True):
+        if isinstance(score, bool) or not isinstance(score, (int, float)) or not math.isfinite(score):
+            raise RewardError(f"an answer has the score {score!r}, which is no finite number: {row.text[:60]!r}")
+    return scores
+
+
+CHECKS: tuple[tuple[str, Callable[[Patient], Iterator[Finding]]], ...] = (
+    ("What it reads", check_input),
+    ("Scores depend on the answer alone", check_stability),
+    ("Better above worse", check_pairs),
+    ("Partial answers", check_partial),
+)
+
+
+def _asked(prompt: str) -> Conversation:
+    return [{"role": "user", "content": prompt}]
+
+
+def _row(text: str, row: int = 0) -> RowView:
+    return RowView(row, text, (), "eos")
+
+
+def _renderer(reward: Any) -> Any:
+    """What makes token ids of a conversation, where that is done on our side."""
+    return getattr(reward, "renderer", None)
+
+
+def _listed(values: Sequence[float]) -> str:
+    return ", ".join(f"{value:.4g}" for value in values)
+
+
+def _is_demo(config: RunConfig) -> bool:
+    from specrej_eval.checkpoint import DEMO_REWARD
+
+    return config.reward_model in (None, str(DEMO_REWARD))

@@ -1,0 +1,144 @@
+"""`specrej-eval export`: the answers of runs in the format another program reads.
+
+For alpaca_eval: a list of ``{instruction, output, generator, score}``, one run after another, which is what it takes as
+model outputs and as reference outputs; ``score`` is the reward. Beside it, in ``NAME.specrej.json``, what made each
+generator: a judge that is the very reward model the answers were chosen with can say so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from specrej_eval.errors import ConfigError, SpecRejError
+from specrej_eval.records.jsonl import write_atomically
+from specrej_eval.records.outputs import Answer, RunRecord, open_run
+
+FORMATS = ("alpaca",)
+Run = tuple[RunRecord, list[Answer]]
+
+
+def alpaca_rows(runs: Sequence[Run]) -> list[dict[str, Any]]:
+    """The rows of all runs, outputs stripped as alpaca_eval strips those it decodes (``is_strip_output``)."""
+    return [
+        {
+            "instruction": answer.instruction,
+            "output": answer.output.strip(),
+            "generator": record.generator,
+            "score": answer.reward,
+        }
+        for record, answers in runs
+        for answer in answers
+    ]
+
+
+def sidecar(runs: Sequence[Run]) -> dict[str, Any]:
+    """What made each generator; ``n`` is a list where prompts had different numbers of rows (``n=max``)."""
+    generators = {}
+    for record, answers in runs:
+        rows = sorted({answer.n for answer in answers})
+        generators[record.generator] = {
+            "reward_model": record.fingerprint.get("reward_model"),
+            "reward_files": record.fingerprint.get("reward_files"),
+            "n": rows[0] if len(rows) == 1 else rows,
+            "embedded_demo_pair": record.embedded_demo_pair,
+            "fingerprint": record.fingerprint,
+        }
+    return {"generators": generators}
+
+
+def sidecar_path(output: Path) -> Path:
+    """``X.specrej.json`` beside ``X.json``."""
+    return output.with_name(f"{output.stem}.specrej.json")
+
+
+def remarks(runs: Sequence[Run]) -> list[str]:
+    """What a reader of the comparison has to know: prompts that differ, runs cut short, scores that are missing."""
+    found = []
+    first, expected = runs[0][0].generator, Counter(answer.instruction for answer in runs[0][1])
+    for record, answers in runs:
+        name = record.generator
+        prompts = Counter(answer.instruction for answer in answers)
+        if not record.complete:
+            found.append(f"{name} is not finished: it has {len(answers)} answers so far")
+        if len(prompts) < len(answers):
+            again = next(text for text, count in prompts.items() if count > 1)
+            found.append(
+                f"{name} has answers to {_some(prompts - Counter(set(prompts)))} asked before ({_start(again)}); "
+                "alpaca_eval pairs equal instructions in every combination"
+            )
+        lacks, adds = expected - prompts, prompts - expected
+        if lacks:
+            found.append(f"{name} has no answer to {_some(lacks)} of {first} ({_start(next(iter(lacks)))})")
+        if adds:
+            found.append(f"{name} has answers to {_some(adds)} that {first} lacks ({_start(next(iter(adds)))})")
+        unscored = sum(answer.reward is None for answer in answers)
+        if unscored:
+            found.append(f"{name}: {unscored} answers have no finite reward; their score is null")
+        if record.embedded_demo_pair:
+            found.append(f"{name} was made with embedded demo models, which say nothing about large ones")
+    return found
+
+
+def _some(prompts: Counter[str]) -> str:
+    count = prompts.total()
+    return "1 prompt" if count == 1 else f"{count} prompts"
+
+
+def _start(text: str) -> str:
+    return repr(text if len(text) <= 60 else f"{text[:60]}...")
+
+
+def _checked_runs(paths: Sequence[str], name: str | None) -> list[Run]:
+    if name is not None and len(paths) > 1:
+        raise ConfigError(
+            f"--name {name!r} would give {len(paths)} runs one name.", hint="export them one by one, or leave it out."
+        )
+    runs: list[Run] = []
+    seen: dict[str, str] = {}
+    for path in paths:
+        record, answers = open_run(path)
+        if not answers:
+            raise SpecRejError(f"the run in {str(path)!r} has no answers yet.", hint="finish it, or leave it out.")
+        if name is not None:
+            record = replace(record, generator=name)
+        if record.generator in seen:
+            raise ConfigError(
+                f"{seen[record.generator]!r} and {path!r} are both called {record.generator!r}.",
+                hint="one file needs one name for each run: merge runs of several seeds with `specrej-eval gather`, or "
+                "export one of them by itself with --name.",
+            )
+        seen[record.generator] = path
+        runs.append((record, answers))
+    return runs
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("format", choices=FORMATS, help="who is to read the file")
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run (`specrej-eval run` or `gather`)")
+    parser.add_argument("--output", required=True, metavar="FILE.json", help="the file to write")
+    parser.add_argument("--name", help="the generator's name in the file, if there is one run (default: the run's own)")
+
+
+def run(args: argparse.Namespace) -> int:
+    output = Path(args.output)
+    if output.suffix.lower() != ".json":
+        raise ConfigError(f"--output must end with .json, got {args.output!r}.")
+    runs = _checked_runs(args.runs, args.name)
+    rows = alpaca_rows(runs)
+    write_atomically(sidecar_path(output), _json(sidecar(runs)))  # first: no outputs without it
+    write_atomically(output, _json(rows))
+    for remark in remarks(runs):
+        print(f"specrej-eval export: {remark}", file=sys.stderr)
+    print(f"{len(rows)} answers of {', '.join(record.generator for record, _ in runs)}\n{output}")
+    return 0
+
+
+def _json(content: Any) -> str:
+    return json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"

@@ -1,0 +1,164 @@
+"""`specrej-eval journal`: look into a journal, check it, put several of one run together. No model is loaded.
+
+A journal is the file of ``journal=FILE``, or ``specrej_trajectories.jsonl`` of `specrej-eval run`. ``verify`` takes
+the folder of a run too, and looks at all its files.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+from specrej_eval.core import GenerationResult, Ledger
+from specrej_eval.errors import ConfigError
+from specrej_eval.records.fingerprint import check_same
+from specrej_eval.records.journal import SCHEMA_VERSION, Contents, lacking_fields, read
+from specrej_eval.records.jsonl import checked_line, write_atomically
+from specrej_eval.records.outputs import OutputsFolder
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    actions = parser.add_subparsers(dest="action", required=True, metavar="show|verify|merge")
+    show = actions.add_parser("show", help="what run it is of, how many answers, what they cost")
+    show.add_argument("journal", metavar="FILE")
+    show.add_argument("--key", help="print the answers whose key, or prompt hash, begins like this")
+    verify = actions.add_parser("verify", help="list all that is wrong, with line numbers; exit code 1 if anything is")
+    verify.add_argument("journal", nargs="+", metavar="FILE", help="a journal, or the folder of a run")
+    merge = actions.add_parser("merge", help="put journals of one run together into a new file")
+    merge.add_argument("journal", nargs="+", metavar="FILE")
+    merge.add_argument("--output", required=True, metavar="FILE")
+    merge.add_argument("--force", action="store_true", help="replace the file of --output")
+
+
+def run(args: argparse.Namespace) -> int:
+    match args.action:
+        case "show":
+            return show(args.journal, args.key)
+        case "verify":
+            problems = [problem for path in args.journal for problem in verify(Path(path))]
+            print("\n".join(problems) if problems else "nothing is wrong")
+            return 1 if problems else 0
+        case _:
+            return merge(args.journal, args.output, force=args.force)
+
+
+def show(path: str, key: str | None = None) -> int:
+    """Print what a journal holds, or the answers a key names."""
+    found = read(path)
+    results = {name: entry.result for name, entry in found.entries.items()}
+    if key is not None:
+        chosen = {n: r for n, r in results.items() if n.startswith(key) or r.prompt_hash.startswith(key)}
+        if not chosen:
+            raise ConfigError(f"{path!r} has no answer whose key or prompt hash begins with {key!r}.")
+        for name, result in chosen.items():
+            _print_answer(name, result)
+        return 0
+    for name, value in (found.fingerprint or {"first line": "damaged"}).items():
+        print(f"{inert(name)}: {inert(str(value))}")
+    total = Ledger()
+    for result in results.values():
+        total.add(result.ledger)
+    print(f"{len(results)} answers; they cost {total.decode_tokens:,} tokens, {sum(total.seconds.values()):.1f} s")
+    for task, number in sorted(Counter(result.task for result in results.values()).items()):
+        print(f"  {inert(task) or '(no task)'}: {number}")
+    if found.capacity_tokens is not None:
+        print(f"n=max was resolved with {found.capacity_tokens:,} tokens")
+    if found.unchecked:
+        lacking = f"; they lack {', '.join(fields)}" if (fields := lacking_fields(found)) else ""
+        print(f"{found.unchecked} of them are of an older version, without a checksum{lacking}")
+    if found.scan.damaged:
+        print(f"{len(found.scan.damaged)} lines are damaged: `specrej-eval journal verify` lists them")
+    return 0
+
+
+def _print_answer(key: str, result: GenerationResult) -> None:
+    print(f"{key}  task {inert(result.task)}, prompt {inert(result.prompt_hash[:12])}, repeat {result.repeat}")
+    for row in result.trajectories:
+        mark = "*" if row is result.best else " "
+        reward = "none" if row.reward is None else f"{row.reward:.4f}"
+        print(f"{mark} row {row.row}: {row.finish_reason}, {row.num_tokens} tokens, reward {reward}: {inert(row.text)}")
+
+
+def inert(text: str) -> str:
+    """Text that does nothing to a terminal: control characters and line breaks are shown as escapes."""
+    return "".join(mark if mark.isprintable() else mark.encode("unicode_escape").decode() for mark in text)
+
+
+def verify(path: Path) -> Iterator[str]:
+    """What is wrong with a journal or a run's folder, one line each; nothing is written."""
+    if path.is_dir():
+        store = OutputsFolder(path)
+        if store.record() is None:
+            raise ConfigError(f"{str(path)!r} holds no run of specrej-eval: there is no {store.run_file.name}.")
+        for file, damage in store.problems():
+            yield f"{inert(str(file))}, line {damage.number}: {damage.reason}"
+        for file in sorted(path.glob(f"{store.trajectories_file.stem}*.jsonl")):
+            yield from verify(file)
+        return
+    found = read(path)
+    name = inert(str(path))
+    for damage in sorted(found.scan.damaged, key=lambda item: item.number):
+        yield f"{name}, line {damage.number}: {inert(damage.reason)}"
+    if found.header is None and found.scan.lines:
+        yield f"{name}: no intact first line, which says what run it is of"
+    if found.scan.torn:
+        yield f"{name}: the last line is cut short"
+    for first, later in found.contradicting:
+        yield f"{name}, line {later}: answers the request of line {first} differently; the first counts"
+    for number in found.repeated:
+        yield f"{name}, line {number}: stands there twice"
+
+
+def merge(paths: list[str], output: str, *, force: bool = False) -> int:
+    """Write the intact answers of several journals into one; of two to one request the first counts.
+
+    Raises:
+        ConfigError: they are of different runs, none of them says of which, or the output is there already.
+    """
+    target = Path(output)
+    if target.exists() and not force:
+        raise ConfigError(f"{output!r} is there already.", hint="give --output another name, or replace it: --force.")
+    read_all = [(path, read(path)) for path in paths]
+    headed = [(path, found) for path, found in read_all if found.fingerprint is not None]
+    if not headed:
+        raise ConfigError(
+            "none of these journals has an intact first line, which says what models its entries are of.",
+            hint="name another journal of the same run too, such as one that the same command has begun.",
+        )
+    fingerprint = headed[0][1].fingerprint or {}
+    for path, found in headed[1:]:
+        check_same(fingerprint, found.fingerprint or {}, what=repr(path), remedy="merge only journals of one run.")
+    run_digest = headed[0][1].run
+    for path, found in read_all:
+        if found.fingerprint is None and found.run not in (None, run_digest):
+            raise ConfigError(f"the entries of {path!r} belong to another run.", hint="leave it out.")
+    lines, contradicting, damaged = _together(read_all)
+    capacities = {found.capacity_tokens for _, found in read_all} - {None}
+    if len(capacities) > 1:
+        raise ConfigError(f"n=max was resolved with different memory: {sorted(map(str, capacities))} tokens.")
+    head = [checked_line({"journal": SCHEMA_VERSION, "fingerprint": fingerprint})]
+    head += [checked_line({"key": "capacity_tokens", "result": tokens, "run": run_digest}) for tokens in capacities]
+    write_atomically(target, "".join([*head, *(checked_line({**line, "run": run_digest}) for line in lines)]))
+    print(f"{len(lines)} answers of {len(paths)} journals in {output}")
+    if contradicting:
+        print(f"{contradicting} requests were answered differently: the first answer counts", file=sys.stderr)
+    if damaged:
+        print(f"{damaged} damaged lines were left out; they are where they were", file=sys.stderr)
+    return 0
+
+
+def _together(read_all: list[tuple[str, Contents]]) -> tuple[list[dict[str, object]], int, int]:
+    lines: dict[str, dict[str, object]] = {}
+    contradicting = damaged = 0
+    for _, found in read_all:
+        damaged += len(found.scan.damaged)
+        contradicting += len(found.contradicting)
+        for key, entry in found.entries.items():
+            record = {name: value for name, value in entry.line.record.items() if name not in ("checksum", "run")}
+            first = lines.setdefault(key, record)
+            contradicting += json.dumps(first["result"]) != json.dumps(record["result"])
+    return list(lines.values()), contradicting, damaged

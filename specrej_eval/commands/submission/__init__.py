@@ -1,0 +1,40 @@
+"""`specrej-eval submission`: files of a finished run, checked and laid out as somebody else's repository wants them."""
+
+from __future__ import annotations
+
+import argparse
+
+from specrej_eval.commands.submission import alpaca as submission_alpaca
+from specrej_eval.commands.submission import lm_eval as submission_lm_eval
+
+KINDS = {
+    "alpaca": (
+        submission_alpaca,
+        "the files of a pull request to AlpacaEval's leaderboard",
+        "specrej-eval submission alpaca --name my-model-SpR --out alpaca_pr --model_config my-model.yaml",
+    ),
+    "lm-eval": (
+        submission_lm_eval,
+        "results and samples of lm-eval, under a name that is not the bare model's",
+        "specrej-eval submission lm-eval results/mine --out submission",
+    ),
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    kinds = parser.add_subparsers(dest="kind", required=True, metavar="KIND")
+    for kind, (module, summary, example) in KINDS.items():
+        made = kinds.add_parser(
+            kind,
+            help=summary,
+            description=module.__doc__,
+            epilog=f"example:\n  {example}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        module.add_arguments(made)
+        made.add_argument("--out", required=True, metavar="DIR", help="where the files go")
+        made.add_argument("--force", action="store_true", help="replace files of ours that lie there already")
+
+
+def run(args: argparse.Namespace) -> int:
+    return int(KINDS[args.kind][0].run(args))

@@ -1,0 +1,152 @@
+"""Collects finished runs of lm-eval for publication, each under a name of its own.
+
+lm-eval calls every run by its `pretrained`, so results of Best-of-N and Speculative Rejection pass for the bare
+model's. The copies made here say in their folder's name, and as `model_name`, what was run: method, rows, model and
+reward model. Refused are runs of the embedded demo pair, parts of tasks, and samples that are not those behind the
+results file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from specrej_eval import __version__
+from specrej_eval.commands.submission.tree import Tree
+from specrej_eval.errors import ConfigError
+from specrej_eval.records.fingerprint import differences
+from specrej_eval.records.lm_eval_files import MARK, Results, check_samples, check_whole, find_results
+from specrej_eval.records.run_names import default_name
+from specrej_eval.records.trace import rank_path
+
+SIDE_FILES = {"trace_path": "specrej_trace", "journal": "specrej_journal"}
+"""Arguments that name files of ours, and what their copies are called."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("results", metavar="RESULTS_DIR", help="where lm-eval's --output_path pointed")
+    parser.add_argument("--name", help="of the run (default: made of method, rows, model and reward model)")
+    parser.add_argument("--allow_empty", action="store_true", help="take samples with empty answers")
+
+
+def run(args: argparse.Namespace) -> int:
+    tree, notes = build(args)
+    tree.write()
+    print(f"checked; collected in {tree.root}:")
+    print("\n".join(f"  {path}" for path in tree.paths))
+    print("\n".join(f"note: {note}" for note in notes), end="\n" if notes else "")
+    names = sorted({Path(path).parts[0] for path in tree.paths})
+    print(f"next: publish each folder as it is, under its name ({', '.join(names)}), not under the bare model's.")
+    return 0
+
+
+def build(args: argparse.Namespace) -> tuple[Tree, list[str]]:
+    """Check everything and plan the files; nothing is written. Returns the files and what their user has to know.
+
+    Raises:
+        SpecRejError: the first thing that is wrong, with file and line.
+    """
+    tree, notes = Tree(args.out, force=args.force), []
+    chosen, replaced = newest(find_results(Path(args.results)))
+    notes += [f"{old.path} is an older run of the same: left out" for old in replaced]
+    named: dict[str, Results] = {}
+    for results in chosen:
+        check_whole(results)
+        name = name_of(results, args.name)
+        other = named.setdefault(name, results)
+        if found := differences(other.arguments, results.arguments):
+            raise ConfigError(
+                f"{str(other.path)!r} and {str(results.path)!r} would both be called {name!r} ({found}).",
+                hint="give RESULTS_DIR the folder of one run, and --name.",
+            )
+        add_results(tree, results, name)
+        for task in results.tasks:
+            file = check_samples(results, task, allow_empty=args.allow_empty)
+            tree.copy(f"{name}/{file.name}", file)
+        notes += add_side_files(tree, results, name, Path(args.results))
+        notes += remarks(results)
+    return tree, notes
+
+
+def newest(found: Sequence[Results]) -> tuple[list[Results], list[Results]]:
+    """Of runs with equal arguments and tasks the newest one, and the others."""
+    by_run: dict[str, list[Results]] = {}
+    for results in sorted(found, key=lambda results: results.date):
+        key = json.dumps([results.arguments, sorted(results.tasks)], sort_keys=True, default=str)
+        by_run.setdefault(key, []).append(results)
+    return [runs[-1] for runs in by_run.values()], [old for runs in by_run.values() for old in runs[:-1]]
+
+
+def name_of(results: Results, given: str | None) -> str:
+    """What the run is called.
+
+    Raises:
+        ConfigError: the given name is the bare model's, or cannot name a folder.
+    """
+    arguments = dict(results.arguments)
+    pretrained = str(arguments["pretrained"])
+    if given is None:
+        if arguments.get("strategy") == "best_of_n" or not arguments.get("alpha"):
+            arguments["alpha"] = None  # as in a fingerprint: nothing is rejected
+        arguments["reward_model"] = arguments.get("reward_model") or results.block.get("reward_model") or "likelihood"
+        return default_name(arguments)
+    if given.casefold() in (pretrained.casefold(), Path(pretrained).name.casefold()):
+        raise ConfigError(
+            f"--name {given!r} is the bare model's name; these are not its results.",
+            hint="leave --name out for a name that says what was run.",
+        )
+    if not re.fullmatch(r"[A-Za-z0-9][\w.+-]*", given, flags=re.ASCII):
+        raise ConfigError(f"--name {given!r} cannot name a folder.", hint="letters, digits, and . _ + - inside.")
+    return given
+
+
+def add_results(tree: Tree, results: Results, name: str) -> None:
+    """The results file, with the run's name in the place of the model's."""
+    content: dict[str, Any] = {
+        **results.content,
+        "model_name": name,
+        "model_name_sanitized": name,
+        MARK: {
+            "pretrained": results.arguments["pretrained"],
+            "lm_eval_model_name": results.content.get("model_name"),
+            "specrej_eval": __version__,
+        },
+    }
+    tree.add(f"{name}/results_{results.date_id}.json", json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def add_side_files(tree: Tree, results: Results, name: str, folder: Path) -> list[str]:
+    """Our own records, if they are still there; returns notes of those that are not."""
+    notes = []
+    arguments = results.block.get("arguments") or {}
+    ranks = int(results.block.get("world_size") or 1)
+    for argument, copy in SIDE_FILES.items():
+        if not arguments.get(argument):
+            continue
+        # each rank wrote a file of its own; the results file names the first one's
+        first = Path(str(arguments[argument]))
+        for rank in range(ranks):
+            written = first.with_name(first.name.replace("_rank0", f"_rank{rank}"))
+            places = (written, folder / written, folder / written.name)
+            source = next((place for place in places if place.is_file()), None)
+            if source is None:
+                notes.append(f"{argument}={written} of {results.path.name} is not there: left out")
+                continue
+            tree.copy(f"{name}/{rank_path(f'{copy}_{results.date_id}.jsonl', rank, ranks)}", source)
+    return notes
+
+
+def remarks(results: Results) -> list[str]:
+    """What a reader of the scores has to know."""
+    notes = []
+    for task, counts in (results.block.get("per_task") or {}).items():
+        if counts.get("degraded"):
+            notes.append(f"task {task!r}: {counts['degraded']} answers gave up rows for want of memory (degraded)")
+        if counts.get("truncated"):
+            notes.append(f"task {task!r}: {counts['truncated']} prompts were cut to fit the context")
+    notes += [f"the run warned: {warning}" for warning in results.block.get("warnings") or ()]
+    return notes

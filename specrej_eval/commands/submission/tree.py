@@ -1,0 +1,89 @@
+"""What both submissions need: a folder written as a whole or not at all, and rows named so that they can be found."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from specrej_eval.errors import ConfigError, SpecRejError
+from specrej_eval.records.jsonl import write_atomically
+
+
+class Tree:
+    """Files planned for a folder. Nothing is written before ``write``, so a check that fails leaves nothing behind.
+
+    Args:
+        root: the folder.
+        force: replace files that lie there already.
+    """
+
+    def __init__(self, root: str | Path, *, force: bool) -> None:
+        self.root = Path(root)
+        self._force = force
+        self._texts: dict[str, str] = {}
+        self._copies: dict[str, Path] = {}
+        self._stale: set[str] = set()
+
+    @property
+    def paths(self) -> list[str]:
+        """Planned files, below the root."""
+        return sorted({*self._texts, *self._copies})
+
+    def add(self, path: str, text: str) -> None:
+        self._texts[path] = text
+
+    def copy(self, path: str, source: Path) -> None:
+        self._copies[path] = source
+
+    def drop(self, path: str) -> None:
+        """This file of an earlier submission must not stay: it would not belong to the others."""
+        self._stale.add(path)
+
+    def write(self) -> None:
+        """Write all files.
+
+        Raises:
+            ConfigError: one of them exists and ``force`` was not given, or a file cannot be written.
+        """
+        there = [path for path in sorted({*self.paths, *self._stale}) if (self.root / path).exists()]
+        if there and not self._force:
+            raise ConfigError(
+                f"{str(self.root)!r} holds {there[0]!r} already" + (f" and {len(there) - 1} more." * (len(there) > 1)),
+                hint="give another --out; --force replaces these files and leaves all others alone.",
+            )
+        if self.root.exists() and not self.root.is_dir():
+            raise ConfigError(f"--out {str(self.root)!r} is a file.", hint="give a folder.")
+        try:
+            for path in self._stale - set(self.paths):
+                (self.root / path).unlink(missing_ok=True)
+            for path, source in self._copies.items():
+                target = self.root / path
+                target.parent.mkdir(parents=True, exist_ok=True)
+                if source.resolve() != target.resolve():
+                    shutil.copyfile(source, target)
+        except OSError as error:
+            raise ConfigError(f"{str(self.root)!r} cannot be written: {error}.") from error
+        for path, text in self._texts.items():
+            write_atomically(self.root / path, text)
+
+
+def read_rows(path: Path, *, what: str, hint: str) -> list[dict[str, Any]]:
+    """A JSON file that holds a list of objects.
+
+    Raises:
+        SpecRejError: there is no such file, or it holds something else; names the row.
+    """
+    if not path.is_file():
+        raise SpecRejError(f"{what}: there is no file {str(path)!r}.", hint=hint)
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise SpecRejError(f"{what}: {str(path)!r} cannot be read as JSON: {error}.", hint=hint) from error
+    if not isinstance(rows, list):
+        raise SpecRejError(f"{what}: {str(path)!r} must hold a JSON list, got {type(rows).__name__}.", hint=hint)
+    for number, row in enumerate(rows, start=1):
+        if not isinstance(row, dict):
+            raise SpecRejError(f"{what}: row {number} of {str(path)!r} is no JSON object.", hint=hint)
+    return rows

@@ -1,0 +1,1 @@
+"""The engine over a transformers model: shared prefix, groups of rows, sampling, all in PyTorch."""

@@ -1,0 +1,323 @@
+"""The language model's forward passes: the only file that knows transformers' model classes.
+
+Three paths, the best that gives right numbers is taken (a probe at start compares logits with a plain forward):
+
+- ``shared_prefix``: our attention, the prompt's KV shared by all rows;
+- ``replicated``: the model's own attention and cache, the prompt's KV copied for every row (linear-attention hybrids,
+  alibi, models without an attention interface);
+- ``recompute``: no cache at all, every step reads the whole sequence (models whose cache cannot be copied).
+
+On a CPU a row's bits depend on how many rows a matmul has, so every path pads its rows, and so do experts. Whether that
+is enough for the model at hand is measured at start: ``ModelRunner.batch_invariance``.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from specrej_eval.engines.transformers.groups import Group, padded
+from specrej_eval.kv import shared_prefix
+from specrej_eval.kv.cache import Prefix
+from specrej_eval.kv.experts import expert_configs, padded_experts
+from specrej_eval.kv.memory import is_out_of_memory
+from specrej_eval.kv.models import obstacle, our_attention, reset_rotary, rope_limit, windows_missing
+from specrej_eval.kv.shared_prefix import PREFILL_CHUNK, ROW_ALIGN
+
+logger = logging.getLogger(__name__)
+
+Path = Literal["shared_prefix", "replicated", "recompute"]
+PATHS: tuple[Path, ...] = ("shared_prefix", "replicated", "recompute")
+BatchInvariance = Literal["bits", "rounding"]
+"""How far a row's logits are independent of the other rows in its batch: the same bits, or the same up to rounding."""
+
+_PROBE_TOKENS = 12
+_MOST_THREADS = 2
+_MANY_ROWS = 33
+"""Rows that the probe of batch invariance decodes together, and some of them alone: 48 after padding, and 16."""
+_FEW_ROWS = ([0], [_MANY_ROWS - 1, 5, 17, 9, 26, 12, 3, 30, 21])
+_PROBE_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 8e-2, torch.float16: 2e-2}
+"""Of the largest logit."""
+
+
+class ModelRunner:
+    """Prefill and decode steps of one causal language model.
+
+    Args:
+        model: a transformers causal LM in eval mode. Its attention implementation is changed only inside ``active``.
+        path: force a path; None = the first that the probe finds right.
+    """
+
+    def __init__(self, model: Any, *, path: Path | None = None) -> None:
+        self.model = model
+        self.device: torch.device = model.get_input_embeddings().weight.device
+        self.dtype: torch.dtype = model.get_input_embeddings().weight.dtype
+        text_config = model.config.get_text_config(decoder=True)
+        self._text_config = text_config
+        self._num_layers = int(text_config.num_hidden_layers)
+        accepted = inspect.signature(model.forward).parameters
+        self._takes_positions = "position_ids" in accepted
+        self._takes_logits_to_keep = "logits_to_keep" in accepted
+        self._cache_argument = "past_key_values" if "past_key_values" in accepted else "cache_params"  # mamba
+        self._exchanged: Any = None
+        """What the model's attention was, while ours is in its place."""
+        self._windows: dict[int, int | None] = {}
+        """Sliding window each layer asked for in the last prefill."""
+        self._row_align = _row_align(model) if self.device.type == "cpu" else 1
+        self._expert_configs = expert_configs(model) if self.device.type == "cpu" else []
+        self.forward_passes = 0
+        self.path: Path = path or self._probe()
+        self.batch_invariance: BatchInvariance = self._probe_batch_invariance()
+        """What holds for this model on this device, dtype and number of threads."""
+
+    # which path, and what it promises
+
+    def _probe(self) -> Path:
+        reasons: list[str] = []
+        for path in PATHS:
+            reason = obstacle(self.model) if path == "shared_prefix" else None
+            if reason is None:
+                reason = self._probe_error(path)
+            if reason is None:
+                if path != "shared_prefix":
+                    logger.warning(
+                        "%s is decoded on the slower %s path (%s). Results are the same.",
+                        type(self.model).__name__,
+                        path,
+                        "; ".join(reasons),
+                    )
+                return path
+            reasons.append(f"{path}: {reason}")
+        raise RuntimeError(f"no way to decode {type(self.model).__name__}: {'; '.join(reasons)}")
+
+    def _probe_error(self, path: Path) -> str | None:
+        """Decode a few forced tokens on ``path`` with a row dropped on the way; None if the logits are the model's."""
+        vocab = int(self._text_config.vocab_size)
+        rows, steps = 3, 4
+        ids = (torch.arange(_PROBE_TOKENS + rows * steps) * 7919 + 11) % vocab
+        prompt = ids[:_PROBE_TOKENS].tolist()
+        forced = ids[_PROBE_TOKENS:].reshape(rows, steps).to(self.device)
+        try:
+            with torch.inference_mode():
+                head = ids[:_PROBE_TOKENS].to(self.device).expand(rows, -1)
+                want = self.model(torch.cat([head, forced], 1), use_cache=False).logits[:, _PROBE_TOKENS - 1 :]
+                self.path = path
+                with self.active():
+                    prefix = self.prefill(prompt)
+                    assert prefix.logits is not None
+                    group = Group.start(prefix, list(range(rows)), capacity=steps, device=self.device)
+                    error = (prefix.logits - want[:1, 0]).abs().max()
+                    for step in range(steps):
+                        if step == 2:
+                            group.drop([0])
+                        live = torch.tensor(group.row_ids, device=self.device)
+                        group.tokens[:, step] = forced[live, step].to(group.tokens.dtype)
+                        logits = self.step([group], forced[live, step])
+                        group.advance()
+                        error = torch.maximum(error, (logits - want[live, step + 1]).abs().max())
+            tolerance = _PROBE_TOLERANCE.get(self.dtype, 8e-2) * float(want.abs().max().clamp_min(1e-6))
+            if not float(error) <= tolerance:
+                return f"logits differ by {float(error):.1e}"
+            if path == "shared_prefix" and windows_missing(self._text_config, self._windows):
+                return "its sliding window never reaches the attention function"
+        except (RuntimeError, TypeError, ValueError, KeyError, AttributeError, IndexError, NotImplementedError) as exc:
+            if is_out_of_memory(exc):
+                raise
+            return f"{type(exc).__name__}: {str(exc).splitlines()[0] if str(exc) else 'no message'}"
+        return None
+
+    def _probe_batch_invariance(self) -> BatchInvariance:
+        """Decode the same rows in large and in small company. Only float32 on a CPU has a chance, or is tried.
+
+        On more than two threads torch cuts elementwise loops at places that depend on the number of rows, and computes
+        the few elements at a cut with scalar functions of other bits: too rare for a probe to see, so not promised.
+        """
+        if self.device.type != "cpu" or self.dtype != torch.float32 or torch.get_num_threads() > _MOST_THREADS:
+            return "rounding"
+        passes = self.forward_passes
+        try:
+            together = self._probe_rows(range(_MANY_ROWS))
+            same = all(
+                torch.equal(mine, together[:, row])
+                for rows in _FEW_ROWS
+                for row, mine in zip(rows, self._probe_rows(rows).unbind(1), strict=True)
+            )
+        except (RuntimeError, TypeError, ValueError, KeyError, AttributeError, IndexError, NotImplementedError) as exc:
+            if is_out_of_memory(exc):
+                raise  # says nothing of bits: the engine tries again, or stops
+            logger.debug("batch invariance could not be probed", exc_info=True)
+            same = False
+        self.forward_passes = passes
+        return "bits" if same else "rounding"
+
+    def _probe_rows(self, rows: Sequence[int], steps: int = 2) -> Tensor:
+        """(steps, rows, vocab) logits of forced tokens, which differ from row to row."""
+        vocab = int(self._text_config.vocab_size)
+        prompt = ((torch.arange(_PROBE_TOKENS) * 7919 + 11) % vocab).tolist()
+        forced = (torch.tensor(list(rows))[:, None] * 31 + torch.arange(steps) * 7919 + 5) % vocab  # (rows, steps)
+        logits = []
+        with torch.inference_mode(), self.active():
+            group = Group.start(self.prefill(prompt), list(rows), capacity=steps, device=self.device)
+            for step in range(steps):
+                group.tokens[:, step] = forced[:, step].to(group.tokens.dtype)
+                logits.append(self.step([group], forced[:, step]))
+                group.advance()
+        return torch.stack(logits)
+
+    def path_for(self, prompt_tokens: int, max_gen_toks: int) -> Path:
+        """The path for one prompt: those that may outgrow ``rope_limit`` are recomputed."""
+        original = rope_limit(self._text_config)
+        if original is not None and prompt_tokens + max_gen_toks > original and self.path != "recompute":
+            return "recompute"
+        return self.path
+
+    # forward passes
+
+    @contextmanager
+    def active(self) -> Iterator[None]:
+        """Our attention is the model's only in here, so the same object still serves log-likelihood requests."""
+        reset_rotary(self.model, self.device)
+        with padded_experts(self._expert_configs):
+            if self.path != "shared_prefix":
+                yield
+                return
+            with our_attention(self.model) as self._exchanged:
+                try:
+                    yield
+                finally:
+                    self._exchanged = None
+
+    @contextmanager
+    def _own_attention(self) -> Iterator[None]:
+        """The model's own attention inside ``active``: for prompts that are recomputed beside others that share."""
+        if self._exchanged is None:
+            yield
+            return
+        self.model.set_attn_implementation(self._exchanged)
+        try:
+            yield
+        finally:
+            self.model.set_attn_implementation(shared_prefix.NAME)
+
+    def _recompute(self, ids: Tensor) -> Tensor:
+        """Logits of the last of ``ids`` (rows, tokens), by a plain forward pass of the whole sequence."""
+        with self._own_attention():
+            reset_rotary(self.model, self.device)
+            try:
+                return self._logits(ids, None, 0)
+            finally:
+                reset_rotary(self.model, self.device)
+
+    def prefill(self, token_ids: Sequence[int], path: Path | None = None) -> Prefix:
+        """Read a prompt once, at batch 1. The prefix holds its KV and the logits of its last token."""
+        path = path or self.path
+        ids = torch.tensor([list(token_ids)], device=self.device)  # (1, tokens)
+        prefix = Prefix(length=ids.shape[1], row_align=self._row_align)
+        if path == "recompute":
+            prefix.token_ids = ids[0]
+            prefix.logits = self._recompute(ids)
+        elif path == "replicated":
+            prefix.token_ids = ids[0]
+            prefix.cache = DynamicCache(config=self.model.config)
+            prefix.logits = self._logits(ids, prefix.cache, 0)
+        else:
+            cache = shared_prefix.SharedPrefixCache(self._num_layers)
+            for start in range(0, prefix.length, PREFILL_CHUNK):
+                with shared_prefix.running(shared_prefix.Step(prefix=prefix, start=start)) as step:
+                    prefix.logits = self._logits(ids[:, start : start + PREFILL_CHUNK], cache, start)
+                self._windows = step.windows
+        assert prefix.logits is not None
+        prefix.logits = prefix.logits.clone()  # (1, vocab); a view would keep the chunk's whole logits alive
+        return prefix
+
+    def step(self, groups: Sequence[Group], tokens: Tensor) -> Tensor:
+        """Feed every row its last token.
+
+        Args:
+            groups: rows in batch order; their pools get this position's KV (``Group.advance`` makes it count).
+            tokens: (rows of all groups,), int64.
+
+        Returns:
+            (rows, vocab) logits in the model's dtype.
+        """
+        shared = [group for group in groups if group.pool is not None]
+        if len(shared) == len(groups):
+            return self._step_shared(groups, tokens)
+        parts = []
+        first = 0
+        for group in groups:
+            mine = tokens[first : first + group.num_rows]
+            parts.append(self._step_shared([group], mine) if group.pool is not None else self._step_plain(group, mine))
+            first += group.num_rows
+        return torch.cat(parts)
+
+    def _step_shared(self, groups: Sequence[Group], tokens: Tensor) -> Tensor:
+        rows = tokens.shape[0]
+        positions = padded(torch.cat([group.positions for group in groups]), self._row_align)
+        tokens = padded(tokens, self._row_align)
+        pools = [(group.prefix, group.pool) for group in groups if group.pool is not None]
+        cache = shared_prefix.SharedPrefixCache(self._num_layers)
+        with shared_prefix.running(shared_prefix.Step(groups=pools)):
+            logits = self._forward(tokens[:, None], cache, positions[:, None])
+        return logits[:rows]
+
+    def _step_plain(self, group: Group, tokens: Tensor) -> Tensor:
+        rows, tokens = tokens.shape[0], padded(tokens, self._row_align)
+        if group.prefix.cache is not None:
+            # a step that fails half way leaves a cache that holds it in some layers: nobody may find that one
+            cache, group.cache = group.cache or self._replicated(group), None
+            logits = self._forward(tokens[:, None], cache, padded(group.positions, self._row_align)[:, None])
+            group.cache = cache
+            return logits[:rows]
+        assert group.prefix.token_ids is not None
+        head = group.prefix.token_ids.expand(tokens.shape[0], -1)
+        own = padded(group.tokens[:, : group.length], self._row_align).to(head.dtype)
+        return self._recompute(torch.cat([head, own, tokens[:, None]], dim=1))[:rows]
+
+    def _replicated(self, group: Group) -> Any:
+        """The prompt's cache for every row. The rows' own tokens are fed again, should an earlier cache be lost."""
+        cache = copy.deepcopy(group.prefix.cache)
+        own = padded(group.tokens[:, : group.length], self._row_align)
+        positions = padded(group.positions, self._row_align)[:, None]
+        # not batch_repeat_interleave, which layers with a recurrent state lack
+        cache.reorder_cache(torch.zeros(own.shape[0], dtype=torch.int64, device=self.device))
+        for place in range(group.length):
+            self._forward(own[:, place : place + 1].to(torch.int64), cache, positions - group.length + place)
+        return cache
+
+    def _logits(self, ids: Tensor, cache: Any, start: int) -> Tensor:
+        positions = torch.arange(start, start + ids.shape[1], device=self.device)[None]
+        return self._forward(ids, cache, positions)
+
+    def _forward(self, ids: Tensor, cache: Any, positions: Tensor) -> Tensor:
+        kwargs: dict[str, Any] = {"use_cache": cache is not None}
+        if cache is not None:
+            kwargs[self._cache_argument] = cache
+        if self._takes_positions:
+            kwargs["position_ids"] = positions
+        if self._takes_logits_to_keep:
+            kwargs["logits_to_keep"] = 1
+        self.forward_passes += 1
+        logits: Tensor = self.model(ids, **kwargs).logits
+        return logits[:, -1]
+
+
+def _row_align(model: Any) -> int:
+    """What batches are padded to on a CPU.
+
+    Torch's elementwise loops take 32 floats at a time and do what is left over with scalar functions, whose bits may
+    differ (sigmoid, silu, softplus). A multiple of ROW_ALIGN leaves nothing over, unless a layer is an odd number wide:
+    the one-output gate of a shared expert is. (An odd vocabulary is none: nothing of that kind comes behind the head.)
+    """
+    head = model.get_output_embeddings()
+    layers = (module for module in model.modules() if module is not head)
+    widths = {module.out_features for module in layers if isinstance(module, torch.nn.Linear)}
+    return 2 * ROW_ALIGN if any(width % 2 for width in widths) else ROW_ALIGN

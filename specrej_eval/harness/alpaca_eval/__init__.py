@@ -1,0 +1,1 @@
+"""alpaca_eval: decoders, a judge, and what its command line needs around them."""

@@ -1,0 +1,269 @@
+"""``fn_completions: specrej_completions`` and ``specrej_best_of_n``: alpaca_eval's completion functions, our way.
+
+alpaca_eval calls such a function once for every 64 instructions, with rendered prompts. The models are loaded by the
+first call and kept; an answer is recorded as soon as it is finished, so that a run that was stopped goes on there.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Self
+
+import torch
+from alpaca_eval import utils
+
+from specrej_eval import api, stopping
+from specrej_eval.answering import AUTO, Question, answer, requests_for
+from specrej_eval.config import HOST_ARGUMENTS, RunConfig, as_bool, as_float, as_int, checked_until
+from specrej_eval.core import Spent
+from specrej_eval.engines.base import Engine
+from specrej_eval.errors import ConfigError
+from specrej_eval.generator import Generator
+from specrej_eval.progress import summary_line
+from specrej_eval.records.fingerprint import NEUTRAL, of_models, of_run
+from specrej_eval.records.outputs import Answer, OutputsFolder, RunRecord, total_cost
+from specrej_eval.rewards.base import RewardModel
+from specrej_eval.special_tokens import ALLOW, concerned
+
+logger = logging.getLogger(__name__)
+
+TASK = "alpaca_eval"
+DECODER_ARGUMENTS = ("apply_chat_template", "is_chatml_prompt", "max_tokens", "price_per_hour", "until")
+"""Names in ``completions_kwargs`` beside those of ``--model_args``."""
+STRATEGIES = {"specrej_completions": "speculative_rejection", "specrej_best_of_n": "best_of_n"}
+"""Our completion functions and the strategy each presets."""
+
+_PER_RUN = {"batch_size", "force_sampling_args", "journal", "on_greedy", "trace_path"}
+_KEPT = 2  # a model and a reference model are asked in turn, 64 instructions each
+_loaded: dict[str, dict[str, Generator]] = {}
+"""models -> configuration -> generator; the generators of one inner dict share engine and reward model."""
+
+
+def specrej_completions(
+    prompts: Sequence[str], *, generation: Generation | None = None, **completions_kwargs: Any
+) -> dict[str, list[Any]]:
+    """Answer prompts by Speculative Rejection.
+
+    Args:
+        prompts: as alpaca_eval renders them.
+        generation: where answers are recorded (``evaluate_from_model`` gives it); None = nowhere.
+        completions_kwargs: the arguments of ``--model_args``, and ``until``, ``max_tokens`` (prompt and answer
+            together), ``apply_chat_template`` (``auto``, true, false), ``is_chatml_prompt``, ``price_per_hour`` (what
+            the machine costs, for ``price_per_example``; 0 unless given).
+
+    Returns:
+        ``completions``, ``time_per_example`` (seconds), ``price_per_example`` and ``completions_all`` (one dict per
+        answer: reward, tokens, rounds), each as long as ``prompts``.
+
+    Raises:
+        ConfigError, CheckpointError: before anything is loaded.
+        PromptError, RewardError, OutOfMemoryError: what finished before is recorded.
+    """
+    with stopping.signals():
+        return _completions(prompts, generation or Generation.of("specrej_completions", completions_kwargs))
+
+
+def specrej_best_of_n(
+    prompts: Sequence[str], *, generation: Generation | None = None, **completions_kwargs: Any
+) -> dict[str, list[Any]]:
+    """Answer prompts by Best-of-N. See ``specrej_completions``."""
+    with stopping.signals():
+        return _completions(prompts, generation or Generation.of("specrej_best_of_n", completions_kwargs))
+
+
+@dataclass(slots=True, kw_only=True)
+class Generation:
+    """What one YAML configuration asks for, checked, and where its answers go."""
+
+    config: RunConfig
+    host: dict[str, Any]
+    until: tuple[str, ...]
+    apply_chat_template: bool | str
+    is_chatml_prompt: bool
+    max_tokens: int | None
+    price_per_hour: float
+    store: OutputsFolder | None = None
+    record: RunRecord | None = None
+    places: dict[str, int] = field(default_factory=dict)
+    """Instructions of the whole run and where each stands; when all are answered the run is complete."""
+    warned: bool = False
+    """Whether special tokens in instructions were told of."""
+    answered: dict[str, Answer] = field(default_factory=dict)
+    spent: Spent = field(default_factory=Spent)
+    """What this process decoded of them, and how many it found recorded."""
+
+    @classmethod
+    def of(cls, function: str, completions_kwargs: Mapping[str, Any]) -> Self:
+        """Check ``completions_kwargs``; nothing is loaded.
+
+        Raises:
+            ConfigError, CheckpointError: an unknown argument, a bad value, a checkpoint that is not there.
+        """
+        arguments = {"strategy": STRATEGIES[function], **completions_kwargs}
+        own = {name: arguments.pop(name) for name in DECODER_ARGUMENTS if name in arguments}
+        config, host = RunConfig.from_args(arguments, host=HOST_ARGUMENTS, also=DECODER_ARGUMENTS)
+        template = own.get("apply_chat_template", AUTO)
+        price = as_float("price_per_hour", own.get("price_per_hour", 0.0))
+        if price < 0:
+            raise ConfigError(f"price_per_hour must be at least 0, got {price}.")
+        max_tokens = own.get("max_tokens")
+        generation = cls(
+            config=config,
+            host=host,
+            until=checked_until(own.get("until")),
+            apply_chat_template=AUTO if template == AUTO else as_bool("apply_chat_template", template),
+            is_chatml_prompt=as_bool("is_chatml_prompt", own.get("is_chatml_prompt", False)),
+            max_tokens=None if max_tokens is None else as_int("max_tokens", max_tokens),
+            price_per_hour=price,
+        )
+        api.check(config, host)
+        return generation
+
+    def fingerprint(self, **others: Any) -> dict[str, Any]:
+        """Everything that decides the answers; ``others`` = the prompt template."""
+        return of_run(
+            self.config,
+            self.host,
+            until=self.until,
+            apply_chat_template=self.apply_chat_template,
+            is_chatml_prompt=self.is_chatml_prompt,
+            max_tokens=self.max_tokens,
+            **others,
+        )
+
+    def question(self, prompt: str) -> Question:
+        """A rendered prompt as a question; its bare instruction is known if our hook has rendered it."""
+        row: Mapping[str, Any] = getattr(prompt, "row", {})
+        instruction = str(row.get("instruction", prompt))
+        index = self.places.get(instruction)
+        others = {"dataset": str(row["dataset"])} if "dataset" in row else {}
+        if not self.is_chatml_prompt:
+            return Question(instruction=instruction, text=str(prompt), index=index, fields=others)
+        try:
+            messages = tuple(utils.prompt_to_chatml(str(prompt)))
+        except (AssertionError, IndexError):
+            raise ConfigError(
+                "is_chatml_prompt=true, but the prompt template is not ChatML: it must begin with <|im_start|> and end "
+                f"with <|im_end|>. The first rendered prompt: {str(prompt)[:80]!r}.",
+                hint='leave is_chatml_prompt out: prompt_template "{instruction}" goes through the chat template.',
+            ) from None
+        return Question(instruction=instruction, messages=messages, index=index, fields=others)
+
+    def generator(self) -> Generator:
+        """The models, loaded once for all chunks and for all configurations that name the same ones."""
+        placed = [getattr(self.config, name) for name in NEUTRAL if name not in _PER_RUN]
+        # a self-score has no floor where nothing is compared
+        models = _key(of_models(self.config, self.host), placed, self.config.partial_turn, self.config.n == 1)
+        if models not in _loaded:
+            while len(_loaded) >= _KEPT:
+                del _loaded[next(iter(_loaded))]  # the oldest, before new ones ask for memory
+            engine, reward = api.load_models(self.config, self.host, content_rule=ALLOW)
+            _loaded[models] = {"": self._with(engine, reward)}
+        generators = _loaded[models]
+        key = _key(self.config.to_dict())
+        if key not in generators:
+            first = next(iter(generators.values()))
+            generators[key] = self._with(first.engine, first.reward)
+        return generators[key]
+
+    def _with(self, engine: Engine, reward: RewardModel) -> Generator:
+        return Generator(engine=engine, reward=reward, config=self.config, identity=self.host)
+
+    def price(self, done: Answer) -> float:
+        return done.seconds / 3600 * self.price_per_hour
+
+    def everything(self) -> list[Answer]:
+        """All answers of this run's instructions; empty until each has one.
+
+        alpaca_eval does not ask again for what it has in ``model_outputs.json``: the record has those too.
+        """
+        known = self.store.answers() if self.store is not None else list(self.answered.values())
+        found = [item for item in known if item.instruction in self.places]
+        return found if len({item.instruction for item in found}) == len(self.places) else []
+
+    def mark_complete(self) -> None:
+        """Write down that all instructions are answered, if they are."""
+        found = self.everything()
+        if found and self.store is not None and self.record is not None:
+            self.store.merge_parts(sorted(found, key=lambda item: self.places[item.instruction]))
+            self.store.mark_complete(self.record, found, self.spent)
+
+    def answered_all(self, answers: Sequence[Answer]) -> None:
+        """Count answers; once they are all there say what they cost, and mark the run as complete."""
+        self.answered.update({item.key: item for item in answers})
+        found = self.everything()
+        if not found:
+            return
+        best = [item.reward for item in found if item.reward is not None]
+        finished = [reward for item in found for reward in item.finished_rewards]
+        name = self.record.generator if self.record is not None else "specrej"
+        line = summary_line(len(found), self.spent, best, finished, total=total_cost(found), source="the records")
+        logger.warning("%s: %s", name, line)
+        if empty := [item for item in found if not item.output.strip()]:
+            logger.warning("%s: %d answers are empty, such as that to %r.", name, len(empty), empty[0].instruction[:60])
+        self.mark_complete()
+
+
+def _completions(prompts: Sequence[str], generation: Generation) -> dict[str, list[Any]]:
+    generator = generation.generator()
+    store, record = generation.store, generation.record
+    if record is not None and record.capacity_tokens is not None:
+        generator.capacity_tokens = record.capacity_tokens
+    questions = [generation.question(prompt) for prompt in prompts]
+    requests = requests_for(
+        generator.engine,
+        questions,
+        generation.config,
+        task=TASK,
+        until=generation.until,
+        apply_chat_template=generation.apply_chat_template,
+        max_tokens=generation.max_tokens,
+        truncate=True,
+    )
+
+    told = concerned(getattr(generator.engine, "tokeniser", None), [question.instruction for question in questions])
+    if told is not None and generation.config.special_tokens_in_content is None and not generation.warned:
+        generation.warned = True
+        logger.warning("%s", told)
+
+    def keep_capacity(_: Answer) -> None:
+        if record is not None and store is not None and record.capacity_tokens != generator.capacity_tokens:
+            record.capacity_tokens = generator.capacity_tokens
+            store.write_record(record)
+
+    answers = answer(
+        generator,
+        questions,
+        requests,
+        store=store,
+        summary=not generation.places,
+        on_answer=keep_capacity,
+        spent=generation.spent,
+    )
+    if record is not None and not record.described:
+        record.described = generator.describe()
+    generation.answered_all(answers)
+    return {
+        "completions": [item.output for item in answers],
+        "time_per_example": [item.seconds for item in answers],
+        "price_per_example": [generation.price(item) for item in answers],
+        "completions_all": [item.to_dict() for item in answers],
+    }
+
+
+def release_models() -> bool:
+    """Let go of all loaded models; the next call loads its own again. False if there were none."""
+    found = bool(_loaded)
+    _loaded.clear()
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return found
+
+
+def _key(*parts: Any) -> str:
+    return json.dumps(parts, sort_keys=True, default=str)

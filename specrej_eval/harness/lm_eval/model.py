@@ -1,0 +1,509 @@
+"""``lm_eval --model specrej`` and ``--model best_of_n``: lm-eval's Hugging Face model, decoding our way.
+
+Loading, tokenisation, chat templates and log-likelihoods are lm-eval's own (``HFLM``). This file turns its requests
+into prompts, results into the strings it wants, and what happened into the ``specrej`` block of its results file.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from importlib import metadata
+from typing import Any, ClassVar
+
+import torch
+from lm_eval.models.huggingface import HFLM
+from lm_eval.utils import simple_parse_args_string
+from transformers import PreTrainedModel
+
+from specrej_eval import budget, ranks, stopping
+from specrej_eval.config import RunConfig
+from specrej_eval.core import Prompt, finite_or_none, prompt_hash
+from specrej_eval.errors import ConfigError, PromptError
+from specrej_eval.generator import Generator, Request
+from specrej_eval.harness.lm_eval import run as lm_eval_run
+from specrej_eval.harness.lm_eval.options import check_host_arguments, merge_options, name_of, seq2seq_refused
+from specrej_eval.harness.lm_eval.requests import (
+    SAMPLED_TASKS,
+    ChatPrompt,
+    Draw,
+    ScoredText,
+    Translated,
+    conversation_of,
+    describe_ignored,
+    draws_of,
+    translate,
+)
+from specrej_eval.harness.lm_eval.tally import Tally, strict_json
+from specrej_eval.records import fingerprint
+from specrej_eval.records.trace import rank_path
+from specrej_eval.special_tokens import ALLOW, Marked, SpecialTokenError, Tokeniser, concerned
+
+logger = logging.getLogger("lm_eval.models.specrej")  # below lm-eval's own logger: its format and --verbosity hold
+
+VERSIONS = ("specrej_eval", "lm_eval", "torch", "transformers")
+FINGERPRINT = "specrej:fingerprint"
+
+
+class SpecRejLM(HFLM):
+    """A causal language model whose answers are chosen by a reward model while they are being written.
+
+    Args are those of ``RunConfig`` (see the README's table) and those of ``HFLM``, in ``--model_args``, in Python, or
+    as the constructor's keywords. Without ``pretrained`` the embedded demo pair is used.
+
+    ``batch_size`` is the number of prompts decoded at the same time; results never depend on it. lm-eval passes its
+    own ``--batch_size`` (1 unless you say otherwise), so: in ``--model_args`` it means what it says, 1 included; as
+    ``--batch_size`` 1 counts as not given, and ``auto`` means our default. Log-likelihood requests take lm-eval's
+    ``--batch_size`` as they would with ``--model hf``, whose numbers they reproduce; the reward model has no part in
+    them.
+
+    ``max_gen_toks`` holds for tasks that set none of their own; ``--gen_kwargs max_gen_toks=...`` overrides those too.
+
+    Raises:
+        ConfigError: before anything is loaded, if an argument is unknown, wrong, or disagrees with another.
+        CheckpointError: likewise, if a checkpoint is missing or of the wrong kind.
+    """
+
+    default_strategy: ClassVar[str] = "speculative_rejection"
+
+    def __init__(
+        self,
+        pretrained: str | os.PathLike[str] | PreTrainedModel | None = None,
+        *,
+        harness_options: Mapping[str, Any] | None = None,
+        host_run: lm_eval_run.HostRun | None = None,
+        **arguments: Any,
+    ) -> None:
+        loaded = pretrained if isinstance(pretrained, torch.nn.Module) else None
+        arguments["pretrained"] = name_of(loaded) if loaded is not None else pretrained
+        arguments.setdefault("strategy", self.default_strategy)
+        host_batch_size, notes = merge_options(arguments, harness_options or {})
+        self.seed_from = lm_eval_run.FROM_MODEL_ARGS if "seed" in arguments else lm_eval_run.FROM_DEFAULT
+        if host_run is not None:
+            arguments["seed"], self.seed_from = host_run.seed(arguments)
+        config, host = RunConfig.from_args(arguments)
+        budget.check_arguments(config, max_gen_toks_known="max_gen_toks" in arguments)
+        if host_run is not None:
+            lm_eval_run.checked_against(host_run, translate, config)
+        check_host_arguments(host)
+        self.embedded_demo_pair = config.pretrained is None
+        policy = _checked_checkpoints(config, host, language_model=loaded is None)
+
+        if self.embedded_demo_pair:
+            logger.info("No pretrained given: using the embedded demo pair (a tiny arithmetic model, float32).")
+        if config.attn_implementation is not None and loaded is None:
+            host["attn_implementation"] = config.attn_implementation
+        self._given_as_objects = ("pretrained",) if loaded is not None else ()
+        super().__init__(
+            **policy if loaded is None else {**policy, "pretrained": loaded},
+            trust_remote_code=config.trust_remote_code,
+            batch_size=host_batch_size,
+            **host,
+        )
+        if hasattr(self, "accelerator"):  # HFLM leaves CPU ranks at 0 of 1, and takes the local index for the rank
+            self._rank = self.accelerator.process_index
+            self._world_size = self.accelerator.num_processes
+        self._watch = ranks.watch(self.rank, self.world_size)
+
+        # HFLM has a `config` already: the checkpoint's
+        self.run_config = config.replace(
+            device=str(self.device),
+            trace_path=config.trace_path and rank_path(config.trace_path, self.rank, self.world_size),
+            journal=config.journal and rank_path(config.journal, self.rank, self.world_size),
+        )
+        self.host_arguments = host
+        self.tokeniser = Tokeniser(self.tokenizer, config.special_tokens_in_content or ALLOW)
+        self.tally = Tally()
+        self._uses_chat_template = False
+        self._ranks: list[Tally] = []
+        self.generator = _generator(self)
+        for note in notes:
+            self._warn(note)
+        if host_run is not None and self.rank == 0:
+            seed = host_run.gen_kwargs.get("seed")
+            logger.info("Seed %s of all draws, from %s.", config.seed if seed is None else seed, self.seed_from)
+        if self.mixed_precision_dtype is not None:
+            self._warn("mixed_precision_dtype holds for log-likelihood requests only; dtype decides for the others.")
+
+    # How lm-eval makes us
+
+    @classmethod
+    def create_from_arg_obj(
+        cls, arg_dict: dict[str, Any], additional_config: dict[str, Any] | None = None
+    ) -> SpecRejLM:
+        """Make the model from ``--model_args`` and lm-eval's own options (batch_size, max_batch_size, device).
+
+        lm-eval's seed and ``--gen_kwargs`` are those of the ``simple_evaluate`` that calls this, if one does.
+        """
+        run = lm_eval_run.current()
+        if run is None and lm_eval_run.is_blind() and "seed" not in arg_dict:
+            logger.warning(
+                "lm-eval's --seed, if given, decides nothing here (our startup hook has not reached lm-eval, or it is "
+                "of a release we do not know): seed= in --model_args does. `specrej-eval doctor` tells more."
+            )
+        return cls(**{**arg_dict, "harness_options": additional_config, "host_run": run})
+
+    @classmethod
+    def create_from_arg_string(cls, arg_string: str, additional_config: dict[str, Any] | None = None) -> SpecRejLM:
+        """As ``create_from_arg_obj``, from ``a=1,b=2``."""
+        return cls.create_from_arg_obj(simple_parse_args_string(arg_string), additional_config)
+
+    def _get_backend(self, config: Any, *args: Any, **kwargs: Any) -> None:
+        super()._get_backend(config, *args, **kwargs)
+        if self.backend != "causal":
+            raise seq2seq_refused()
+
+    # Requests in, strings out
+
+    def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
+        """One answer for each request, in order; each a ``ScoredText``.
+
+        Raises:
+            ConfigError: some request's arguments are wrong; all are checked before the first one is decoded.
+        """
+        self._refuse_cached_repeats(requests)
+        draws, source = draws_of(requests)
+        self._warn_of_special_tokens(draws)
+        work = self._translated(draws)
+        texts: list[str] = [""] * len(draws)
+        first: dict[str, int] = {}
+        for index, draw in enumerate(draws):
+            first.setdefault(draw.instance.task_name or "", index)
+        progress = not disable_tqdm and self.rank == 0
+        with self._needs_all_ranks(), self._keeping(len(draws)) as kept:
+            for index, result in self.generator.run(work, progress=progress):
+                instance = draws[index].instance
+                texts[index] = ScoredText(result.text, finite_or_none(result.best.reward), result.best.num_tokens)
+                self.tally.add(result, first_of_task=first[instance.task_name or ""] == index)
+                context, gen_kwargs = instance.args
+                with stopping.held():
+                    self.cache_hook.add_partial("generate_until", (context, gen_kwargs), texts[index])
+                    kept.add()
+        return [texts[index] for index in source]
+
+    @contextlib.contextmanager
+    def _keeping(self, total: int) -> Iterator[stopping.Kept]:
+        """Count what --use_cache keeps, and see that it is on disk, however this ends. A journal counts for itself."""
+        cache = self.cache_hook.dbdict
+        if cache is None or self.run_config.journal is not None:
+            yield stopping.Kept(total, None)
+            return
+        with stopping.keeping(total, cache.filename) as kept:
+            try:
+                yield kept
+            finally:
+                cache.commit(blocking=True)
+
+    def _translated(self, draws: Sequence[Draw]) -> list[Request]:
+        requests = []
+        known: dict[int, tuple[Translated, Prompt]] = {}
+        for draw in draws:
+            instance = draw.instance
+            task = instance.task_name or ""
+            if id(instance) not in known:
+                context, gen_kwargs = instance.args
+                translated = self._arguments_for(task, gen_kwargs)
+                known[id(instance)] = translated, self._prompt(task, context, translated.config)
+            translated, prompt = known[id(instance)]
+            if translated.asks_greedy:
+                self.tally.task(task).greedy_overridden += translated.config.on_greedy == "sample"
+            if draw.repeat:
+                prompt = dataclasses.replace(prompt, repeat=draw.repeat)
+            requests.append(Request(prompt=prompt, config=translated.config, until=translated.until))
+        return requests
+
+    def _arguments_for(self, task: str, gen_kwargs: Mapping[str, Any]) -> Translated:
+        if task in SAMPLED_TASKS:
+            gen_kwargs = {"do_sample": True, **gen_kwargs}
+        try:
+            run = lm_eval_run.current()
+            explicit = run.gen_kwargs if run is not None else {}
+            translated = translate(gen_kwargs, self.run_config, explicit=explicit)
+            if translated.config.seed != self.run_config.seed:
+                named = explicit.get("seed") is not None
+                self.seed_from = lm_eval_run.FROM_GEN_KWARGS if named else lm_eval_run.FROM_TASK
+        except ConfigError as error:
+            raise ConfigError(
+                f"task {task!r}, gen_kwargs {dict(gen_kwargs)!r}: {error.args[0]}", hint=error.hint
+            ) from None
+        if translated.asks_greedy and translated.config.on_greedy == "error":
+            raise ConfigError(
+                f"task {task!r} asks for greedy decoding, and on_greedy=error.",
+                hint="on_greedy=sample samples candidates all the same; on_greedy=greedy decodes one row greedily.",
+            )
+        if translated.asks_greedy and translated.config.on_greedy == "sample":
+            config = translated.config
+            self._warn(
+                f"Task {task!r} (or --gen_kwargs) asks for greedy decoding, with nothing to choose from: candidates "
+                f"are sampled (temperature={config.temperature}, top_p={config.top_p}, top_k={config.top_k}, "
+                f"seed={config.seed}). on_greedy=greedy or on_greedy=error change that."
+            )
+        if translated.ignored:
+            self._warn(f"Task {task!r}: gen_kwargs not used here: {describe_ignored(translated.ignored)}.")
+        return translated
+
+    def _prompt(self, task: str, context: str, config: RunConfig) -> Prompt:
+        room = self.max_length - config.max_gen_toks
+        if room < 1:
+            raise ConfigError(
+                f"task {task!r}: max_gen_toks={config.max_gen_toks} leaves no room for a prompt in the model's context "
+                f"of {self.max_length} tokens.",
+                hint="lower max_gen_toks (a task's own value is overridden by --gen_kwargs max_gen_toks=...).",
+            )
+        token_ids = self._encoded(task, context) or [self.prefix_token_id]
+        if len(token_ids) > room:
+            self.tally.task(task).truncated += 1
+            self._warn(
+                f"Task {task!r} has prompts longer than {room} tokens (context {self.max_length} minus "
+                f"max_gen_toks={config.max_gen_toks}): their beginning is cut off. The first has {len(token_ids)}.",
+                key=("truncated", task),
+            )
+            token_ids = token_ids[-room:]
+        if self._uses_chat_template and not isinstance(context, ChatPrompt):
+            self._warn(
+                f"Task {task!r}: prompts lost their chat messages; the reward model reads the rendered text.",
+                key=("messages", task),
+            )
+        conversation, response_prefix = conversation_of(context)
+        return Prompt(
+            token_ids=tuple(token_ids),
+            conversation=conversation,
+            response_prefix=response_prefix,
+            prompt_hash=prompt_hash(context),
+            task=task,
+        )
+
+    def _encoded(self, task: str, context: str) -> list[int]:
+        """As ``tok_encode``, with ``special_tokens_in_content`` if it is given."""
+        try:
+            marked = self._marked(context)
+        except SpecialTokenError as error:
+            raise PromptError(
+                f"task {task!r}: {error}.", hint="special_tokens_in_content=allow reads them as --model hf does."
+            ) from error
+        if not marked.marks:
+            ids: list[int] = self.tok_encode(context)
+            return ids
+        # BOS as in tok_encode: none where the text begins with it already
+        bos = self.tokenizer.decode(self.prefix_token_id)
+        begun = marked.without_leading(bos) != marked
+        adds = False if begun else True if self.add_bos_token is None else bool(self.add_bos_token)
+        found: list[int] = self.tokeniser.encode(marked, add_special_tokens=adds)["input_ids"]
+        return found
+
+    def _marked(self, context: str) -> Marked:
+        if self.tokeniser.rule == ALLOW:
+            return Marked(str(context), ())
+        if not isinstance(context, ChatPrompt):  # few-shot text: nothing in it is a template's
+            return self.tokeniser.all_content(context)
+        if not self.tokeniser.check([message["content"] for message in context.messages]):
+            return Marked(str(context), ())
+
+        def render(contents: Sequence[str]) -> str:
+            messages = [{**message, "content": text} for message, text in zip(context.messages, contents, strict=True)]
+            text: str = super(SpecRejLM, self).apply_chat_template(messages, context.add_generation_prompt)
+            return text
+
+        return self.tokeniser.marked([message["content"] for message in context.messages], render, str(context))
+
+    def _warn_of_special_tokens(self, draws: Sequence[Draw]) -> None:
+        if self.run_config.special_tokens_in_content is not None:
+            return
+        by_task: dict[str, dict[str, list[str]]] = {}
+        for draw in draws:
+            context = draw.instance.args[0]
+            contents = [m["content"] for m in context.messages] if isinstance(context, ChatPrompt) else [context]
+            by_task.setdefault(draw.instance.task_name or "", {})[context] = contents
+        for task, prompts in by_task.items():
+            told = concerned(self.tokeniser, ["\n".join(contents) for contents in prompts.values()])
+            if told is not None:
+                self._warn(f"Task {task!r}: {told}", key=("special tokens", task))
+
+    def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        self._warn_of_loglikelihood()
+        result: list[tuple[float, bool]] = super().loglikelihood(requests, disable_tqdm=disable_tqdm)
+        return result
+
+    def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
+        self._warn_of_loglikelihood()
+        result: list[float] = super().loglikelihood_rolling(requests, disable_tqdm=disable_tqdm)
+        return result
+
+    def _warn_of_loglikelihood(self) -> None:
+        self._warn("Log-likelihood requests: scored by the language model alone; the reward model is not used.")
+
+    # Chat templates
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> ChatPrompt:
+        """The rendered prompt, which keeps its messages for the reward model."""
+        self._uses_chat_template = True
+        messages = [dict(message) for message in chat_history]
+        text = super().apply_chat_template(chat_history, add_generation_prompt)
+        return ChatPrompt(text, messages, add_generation_prompt)
+
+    @property
+    def tokenizer_name(self) -> str:
+        # lm-eval's request cache goes by this name, and what --model hf put there has no messages
+        return f"{super().tokenizer_name}__specrej"
+
+    @property
+    def max_gen_toks(self) -> int:
+        return self.run_config.max_gen_toks
+
+    # lm-eval's answer cache (--use_cache)
+
+    def set_cache_hook(self, cache_hook: Any) -> None:
+        """Refuse a cache that other arguments have filled: its keys are prompts and gen_kwargs alone.
+
+        Raises:
+            ConfigError: the cache holds answers of another model, or of ours with other arguments.
+        """
+        if cache_hook.dbdict is not None:
+            ours = self.fingerprint()
+            theirs = cache_hook.dbdict.get(FINGERPRINT)
+            if theirs is None and len(cache_hook.dbdict):
+                raise _stale_cache("it was filled by another model")
+            if theirs is None:
+                cache_hook.dbdict[FINGERPRINT] = ours
+            else:  # it stays that of the oldest answer here: what it did not know stays unknown
+                found = fingerprint.compare(theirs, ours)
+                if found.changed:
+                    raise _stale_cache(f"it was filled with other arguments or files ({'; '.join(found.changed)})")
+                for warning in fingerprint.warnings_of(found, what="the --use_cache file"):
+                    self._warn(warning[0].upper() + warning[1:])
+            if text := fingerprint.uncovered(ours):
+                self._warn(text)
+        super().set_cache_hook(cache_hook)
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Everything that answers in lm-eval's cache depend on, beside their prompts and gen_kwargs.
+
+        What gen_kwargs may add to is held as it was given, and so is what decides how a task's own arguments count.
+        """
+        config = self.run_config
+        return self._from_first_rank(
+            lambda: fingerprint.of_run(
+                config,
+                self.host_arguments,
+                loaded=self._given_as_objects,
+                alpha=config.alpha,
+                n=config.n,
+                on_greedy=config.on_greedy,
+                force_sampling_args=config.force_sampling_args,
+            )
+        )
+
+    def _of_models(self) -> dict[str, Any]:
+        return self._from_first_rank(
+            lambda: fingerprint.of_models(self.run_config, self.host_arguments, loaded=self._given_as_objects)
+        )
+
+    def _from_first_rank(self, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        return fingerprint.from_first_rank(compute, rank=self.rank, world_size=self.world_size)
+
+    def _refuse_cached_repeats(self, requests: Sequence[Any]) -> None:
+        if self.cache_hook.dbdict is None:
+            return
+        for request in requests:
+            if (request.repeats or 1) > 1 and not request.args[1].get("do_sample", False):
+                raise ConfigError(
+                    f"task {request.task_name!r} wants {request.repeats} draws per prompt; --use_cache keeps one.",
+                    hint="leave out --use_cache; journal=FILE in --model_args keeps every draw.",
+                )
+
+    # Results
+
+    def barrier(self) -> None:
+        """Wait for the other ranks. lm-eval calls it on all of them after each kind of request: time to add up.
+
+        Raises:
+            RankError: one of them has died; so do the other calls that need all ranks.
+        """
+        with self._needs_all_ranks():
+            super().barrier()
+        if self.world_size > 1:
+            self._ranks = self.gather_object(self.tally) or []
+
+    def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
+        with self._needs_all_ranks():
+            gathered: torch.Tensor = super().all_gather(tensor)
+            return gathered
+
+    def gather_object(self, obj: Any, dst: int = 0) -> list[Any] | None:
+        with self._needs_all_ranks():
+            gathered: list[Any] | None = super().gather_object(obj, dst)
+            return gathered
+
+    def _needs_all_ranks(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext() if self._watch is None else self._watch.guard()
+
+    def get_model_info(self) -> dict[str, Any]:
+        """What goes into the results file beside HFLM's own: our arguments, costs and warnings."""
+        tally = Tally.merged(self._ranks or [self.tally])
+        described = self.generator.describe()
+        reward_model = described.pop("reward_model")
+        block = {
+            "arguments": {**self.run_config.to_dict(), **tally.resolved_first()},
+            "seed_from": self.seed_from,
+            "totals": {**tally.totals.to_dict(), "requests": tally.num_requests},
+            "spent": tally.spent.to_dict(),
+            "mean_reward": tally.mean_reward,
+            "per_task": {name: task.to_dict() for name, task in sorted(tally.tasks.items())},
+            "warnings": list(tally.warnings.values()),
+            "reward_model": reward_model,
+            "embedded_demo_pair": self.embedded_demo_pair,
+            "world_size": self.world_size,
+            "versions": {name: described.pop(name, None) or _version(name) for name in VERSIONS},
+            "hardware": described,
+        }
+        info: dict[str, Any] = {**super().get_model_info(), "specrej": strict_json(block)}
+        return info
+
+    def _warn(self, message: str, *, key: object = None) -> None:
+        """Log a warning and keep it for the results, the first time it has cause."""
+        if self.tally.warn(message, key=key) and self.rank == 0:
+            logger.warning(message)
+
+
+class BestOfNLM(SpecRejLM):
+    """The same with ``strategy=best_of_n``: n rows decoded to the end on the same engine, the best one returned."""
+
+    default_strategy: ClassVar[str] = "best_of_n"
+
+
+def _checked_checkpoints(config: RunConfig, host: Mapping[str, Any], *, language_model: bool) -> dict[str, str]:
+    """Say what can be said of the two checkpoints without loading weights; how HFLM is to load the first."""
+    from specrej_eval.engines.transformers.loading import check_checkpoint, policy_device, policy_dtype, policy_name
+    from specrej_eval.rewards.base import check_reward
+
+    if language_model:
+        check_checkpoint(config, host)
+    check_reward(config, token=host.get("token"))
+    return {"pretrained": policy_name(config), "device": policy_device(config), "dtype": policy_dtype(config)}
+
+
+def _generator(lm: SpecRejLM) -> Generator:
+    from specrej_eval.engines.transformers.engine import TransformersEngine
+    from specrej_eval.rewards.base import make_reward
+
+    reward = make_reward(lm.run_config, device=str(lm.device), token=lm.host_arguments.get("token"))
+    engine = TransformersEngine(lm.model, lm.tokenizer, max_length=lm.max_length, think_end_token=lm.think_end_token)
+    models = None if lm.run_config.journal is None else lm._of_models()
+    return Generator(engine=engine, reward=reward, config=lm.run_config, identity=lm.host_arguments, fingerprint=models)
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _stale_cache(reason: str) -> ConfigError:
+    return ConfigError(
+        f"--use_cache would return stale answers: {reason}.",
+        hint="give this run a cache path of its own, or delete the old file.",
+    )

@@ -1,0 +1,356 @@
+"""The journal: finished requests, appended as they finish, taken from there by a rerun with the same configuration.
+
+One JSONL file. Its first line is the fingerprint of the two models (names, files, dtypes); a file of other models is
+refused, never silently reused. Each entry's key holds every argument that decides an answer (strategy, sampling, seed,
+stop strings), so a rerun with other arguments finds nothing and decodes afresh. A last line cut short by a kill is
+dropped; a damaged line is set aside (see ``jsonl``), and its request decoded anew. The memory that ``n=max`` was
+resolved with stands here too, so that a resumed run starts as many rows.
+
+Schema 2: every line carries a checksum, and every entry the digest of the first line's fingerprint. Schema 1 has
+neither; such a journal is read and continued as it is.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from specrej_eval.checked import BadRecordError, an_object, as_whole
+from specrej_eval.core import GenerationResult, Prompt
+from specrej_eval.errors import ConfigError
+from specrej_eval.records.fingerprint import check_same
+from specrej_eval.records.jsonl import (
+    RUN,
+    Line,
+    Scan,
+    checked_line,
+    damaged_file,
+    describe_damage,
+    digest,
+    mend,
+    open_append,
+    plain,
+    replace_bytes,
+    scan,
+)
+
+logger = logging.getLogger(__name__)
+
+SCHEMA_VERSION = 2
+CAPACITY = "capacity_tokens"
+_REMEDY = "name another file for this configuration, or delete this one to start over."
+_BEGINNING = b'{"journal":'
+
+
+def request_key(prompt: Prompt, arguments: dict[str, Any], until: tuple[str, ...]) -> str:
+    """Identifies a request: its prompt, repeat, and every argument that decides its answer."""
+    ids = hashlib.sha256(json.dumps(list(prompt.token_ids)).encode()).hexdigest()
+    parts = [prompt.task, prompt.prompt_hash, prompt.repeat, ids, list(until), arguments]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
+
+
+@dataclass(slots=True)
+class Entry:
+    """One finished request, and where it stands."""
+
+    line: Line
+    result: GenerationResult
+
+
+@dataclass(slots=True)
+class Contents:
+    """What a journal's file holds. Made by ``read``."""
+
+    scan: Scan
+    header: Line | None = None
+    fingerprint: Mapping[str, Any] | None = None
+    """Of the first intact header; None if there is none."""
+    run: str | None = None
+    """The digest of that fingerprint, or the one that all entries carry where the header is damaged."""
+    entries: dict[str, Entry] = field(default_factory=dict)
+    """By key; where one stands there twice, the first."""
+    capacity_tokens: int | None = None
+    repeated: list[int] = field(default_factory=list)
+    """Lines with a key and content that stood there before."""
+    contradicting: list[tuple[int, int]] = field(default_factory=list)
+    """Lines (first, later) with one key and different content."""
+
+    @property
+    def unchecked(self) -> int:
+        """Entries without a checksum: an older version wrote them."""
+        return sum(not entry.line.checked for entry in self.entries.values())
+
+
+def read(path: str | Path, *, argument: str = "journal") -> Contents:
+    """Everything a journal's file holds, sorted into what can be used and what is damaged; nothing is written.
+
+    Raises:
+        ConfigError: the file cannot be read, is no journal of ours, or was written by a newer version.
+    """
+    found = Contents(scan(path, argument=argument))
+    for line in found.scan.lines:
+        if "journal" in line.record:
+            _check_version(path, line, argument)
+            if found.header is None and _is_header(line):
+                found.header, found.fingerprint = line, line.record["fingerprint"]
+                found.run = digest(line.record["fingerprint"])
+    if found.header is None:
+        runs = Counter(str(line.record[RUN]) for line in found.scan.lines if line.checked and RUN in line.record)
+        found.run = runs.most_common(1)[0][0] if runs else None
+    _sort(found)
+    if found.header is None and not found.scan.lines and not _began_as_journal(found.scan):
+        raise ConfigError(
+            f"{argument}={str(path)!r} is not one of our files: it does not begin as a journal does.",
+            hint="name another file, or delete this one.",
+        )
+    return found
+
+
+def _began_as_journal(found: Scan) -> bool:
+    """Whether an empty or damaged file can have been a journal whose header was being written."""
+    raws = [*(line.raw for line in found.lines), *(damage.raw for damage in found.damaged), found.torn]
+    return all(raw[: len(_BEGINNING)] == _BEGINNING[: len(raw)] for raw in raws)
+
+
+def _check_version(path: str | Path, line: Line, argument: str) -> None:
+    version = line.record["journal"]
+    if isinstance(version, int) and not isinstance(version, bool) and version > SCHEMA_VERSION:
+        raise ConfigError(
+            f"{argument}={str(path)!r} was written by a newer version of specrej_eval: its schema is {version}, and "
+            f"this version reads 1 to {SCHEMA_VERSION}. Nothing in it was changed.",
+            hint="update specrej_eval, or name another file.",
+        )
+
+
+def _is_header(line: Line) -> bool:
+    version, fingerprint = line.record["journal"], line.record.get("fingerprint")
+    return version in (1, 2) and isinstance(fingerprint, dict) and (line.checked or version == 1)
+
+
+def _sort(found: Contents) -> None:
+    """Go through the lines in order; what cannot be used becomes damage."""
+    section = None if found.header is None else found.run  # of entries without a digest: the header above them
+    must_be_checked = found.header is not None and found.header.record["journal"] != 1
+    usable = []
+    spare_capacity = None
+    for line in found.scan.lines:
+        try:
+            if "journal" in line.record:
+                if not _is_header(line):
+                    raise BadRecordError("not a header of ours, or without its checksum")
+                section = digest(line.record["fingerprint"])
+                if section != found.run:
+                    raise BadRecordError("the header of another configuration")
+            else:
+                if not line.checked and must_be_checked:
+                    raise BadRecordError("it carries no checksum")
+                run = line.record.get(RUN, section)
+                if run != found.run:
+                    raise BadRecordError("it belongs to another configuration")
+                tokens = _take(found, line)
+                spare_capacity = tokens if spare_capacity is None else spare_capacity
+        except BadRecordError as error:
+            found.scan.damage(line, str(error))
+        else:
+            usable.append(line)
+    found.scan.lines = usable
+    if found.capacity_tokens is None:
+        found.capacity_tokens = spare_capacity
+
+
+def _take(found: Contents, line: Line) -> int | None:
+    """Enter one record; the capacity it was made with, if it says so."""
+    key = line.record.get("key")
+    if not isinstance(key, str):
+        raise BadRecordError("not a record of a journal")
+    if key == CAPACITY:
+        tokens = as_whole(line.record.get("result"), CAPACITY)
+        if tokens < 1:
+            raise BadRecordError(f"{CAPACITY} must be at least 1")
+        found.capacity_tokens = tokens if found.capacity_tokens is None else found.capacity_tokens
+        return None
+    if len(key) != 64 or set(key) - set("0123456789abcdef"):
+        raise BadRecordError("its key is none of ours")
+    result = GenerationResult.from_dict(an_object(line.record.get("result"), "result"))
+    first = found.entries.setdefault(key, Entry(line, result))
+    if first.line is not line:
+        if first.line.record["result"] == line.record["result"]:
+            found.repeated.append(line.number)
+        else:
+            found.contradicting.append((first.line.number, line.number))
+    capacity = line.record.get(CAPACITY)
+    return as_whole(capacity, CAPACITY) if capacity is not None else None
+
+
+class Journal:
+    """Reads what is there, then appends.
+
+    Args:
+        path: the file; made if missing.
+        fingerprint: what must not have changed since it was begun.
+
+    Raises:
+        ConfigError: the file belongs to another configuration (the message says what differs), is no journal, was
+            written by a newer version, or cannot be written. The file is as it was then.
+    """
+
+    def __init__(self, path: str, fingerprint: dict[str, Any]) -> None:
+        self.path = path
+        self._entries: dict[str, Entry] = {}
+        self.capacity_tokens: int | None = None
+        """What memory held when the run began (``n=max``)."""
+        self._fingerprint = plain(fingerprint)
+        self._run = digest(fingerprint)
+        has_header = Path(path).is_file() and self._read()
+        self._file = open_append(path, argument="journal")
+        if not has_header:
+            self._write_header()
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def get(self, key: str, prompt: Prompt | None = None) -> GenerationResult | None:
+        """The finished request, if this journal has it.
+
+        Args:
+            prompt: whose it must be. Entries of older versions carry no checksum: one that another prompt's key was
+                put on is told from its content, and not used.
+        """
+        entry = self._entries.get(key)
+        if entry is None:
+            return None
+        result = entry.result
+        theirs = (result.task, result.prompt_hash, result.repeat)
+        if prompt is not None and theirs != (prompt.task, prompt.prompt_hash, prompt.repeat):
+            logger.warning(
+                "line %d of %s holds the answer to another prompt than its key says: it will be decoded anew.",
+                entry.line.number,
+                Path(self.path).name,
+            )
+            del self._entries[key]
+            return None
+        result.taken = True
+        return result
+
+    def put(self, key: str, result: GenerationResult) -> None:
+        """Append a finished request and flush it to disk."""
+        record: dict[str, Any] = {"key": key, "result": result.to_dict()}
+        if self.capacity_tokens is not None:
+            record[CAPACITY] = self.capacity_tokens
+        self._write(record)
+        os.fsync(self._file.fileno())
+
+    def put_capacity(self, tokens: int) -> None:
+        """Remember what ``n=max`` was resolved with, so that a resumed run starts as many rows."""
+        self.capacity_tokens = tokens
+        self._write({"key": CAPACITY, "result": tokens})
+
+    def close(self) -> None:
+        self._file.close()
+
+    def _read(self) -> bool:
+        """Fill the entries and mend the file; False if its header has yet to be written."""
+        found = read(self.path)
+        name = Path(self.path).name
+        if found.fingerprint is not None:
+            check_same(found.fingerprint, self._fingerprint, what=f"journal={self.path!r}", remedy=_REMEDY)
+            self._run = digest(found.fingerprint)
+        elif found.scan.lines and found.run != self._run:
+            told = "its entries belong to another configuration" if found.run else "nothing says which models it is of"
+            raise ConfigError(
+                f"journal={self.path!r} has {len(found.entries)} intact entries, but its first line, which says what "
+                f"models they are of, is damaged, and {told}. Nothing in it was changed.",
+                hint="the command that began it goes on from there; `specrej-eval journal verify` lists what is "
+                "damaged, and `specrej-eval journal merge FILE JOURNAL --output NEW` gives its entries the first line "
+                "of another journal of the same run.",
+            )
+        self._entries = found.entries
+        self.capacity_tokens = found.capacity_tokens
+        self._tell(found, name)
+        mend(self.path, found.scan)
+        if found.fingerprint is None and found.scan.lines:
+            header = checked_line({"journal": SCHEMA_VERSION, "fingerprint": self._fingerprint})
+            mend_header(self.path, header)
+            return True
+        return found.fingerprint is not None
+
+    def _tell(self, found: Contents, name: str) -> None:
+        if found.scan.damaged:
+            logger.warning(
+                "%s: set aside in %s. The %d intact entries are used; a damaged one is decoded anew.",
+                describe_damage(self.path, found.scan.damaged),
+                damaged_file(name),
+                len(found.entries),
+            )
+        if found.unchecked:
+            lacking = f"; they lack {', '.join(fields)} as well" if (fields := lacking_fields(found)) else ""
+            logger.warning(
+                "%s was begun by an older version: %d of its entries carry no checksum, so an edit in them would not "
+                "be noticed%s. What is added now carries one.",
+                name,
+                found.unchecked,
+                lacking,
+            )
+        if found.contradicting:
+            first, later = found.contradicting[0]
+            logger.warning(
+                "%s answers %d requests more than once and differently (lines %d and %d): the first of them counts.",
+                name,
+                len(found.contradicting),
+                first,
+                later,
+            )
+
+    def _write_header(self) -> None:
+        self._write({"journal": SCHEMA_VERSION, "fingerprint": self._fingerprint})
+
+    def _write(self, record: dict[str, Any]) -> None:
+        if "fingerprint" not in record:
+            self._reopen_if_replaced()
+            record[RUN] = self._run
+        self._file.write(checked_line(record))
+        self._file.flush()
+
+    def _reopen_if_replaced(self) -> None:
+        """Another process may have mended the file, or someone deleted it: answers must not go where nobody looks."""
+        try:
+            there, mine = os.stat(self.path), os.fstat(self._file.fileno())
+            if (there.st_dev, there.st_ino) == (mine.st_dev, mine.st_ino):
+                return
+            empty = there.st_size == 0
+        except OSError:
+            empty = True
+        self._file.close()
+        self._file = open_append(self.path, argument="journal")
+        if empty:
+            self._write_header()
+
+
+def mend_header(path: str | Path, header: str) -> None:
+    """Put a first line before the entries of a journal."""
+    place = Path(os.path.realpath(path))
+    replace_bytes(place, header.encode() + place.read_bytes())
+
+
+def lacking_fields(found: Contents) -> list[str]:
+    """What older versions did not write down, of what this one does."""
+    lacking = set()
+    for entry in found.entries.values():
+        if not entry.line.checked:
+            told, now = entry.line.record["result"], entry.result.to_dict()
+            lacking |= now.keys() - told.keys()
+            lacking |= {f"ledger.{name}" for name in now["ledger"].keys() - told.get("ledger", {}).keys()}
+            lacking |= {f"resolved.{name}" for name in now["resolved"].keys() - told["resolved"].keys()}
+    return sorted(lacking)
+
+
+def result_from_dict(data: dict[str, Any]) -> GenerationResult:
+    """The inverse of ``GenerationResult.to_dict``."""
+    return GenerationResult.from_dict(data)

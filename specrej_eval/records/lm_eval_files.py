@@ -1,0 +1,223 @@
+"""lm-eval's results and samples files: read, and held to one another and to the hashes that lm-eval wrote down."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from specrej_eval.checkpoint import DEMO_POLICY, DEMO_REWARD
+from specrej_eval.errors import ConfigError, SpecRejError, start_of
+
+MARK = "specrej_submission"
+"""Key of a results file that a submission has written, which is no run."""
+
+_DATE = re.compile(r"_(\d{4}-\d{2}-\d{2}T[\d.-]+)$")
+_WHERE_AND_HOW_FAST = {"batch_size", "device", "journal", "reward_device", "trace_path"}
+
+
+@dataclass(frozen=True)
+class Results:
+    """One results file of a run of ours."""
+
+    path: Path
+    content: Mapping[str, Any]
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        config: Mapping[str, Any] = self.content["config"]
+        return config
+
+    @property
+    def block(self) -> Mapping[str, Any]:
+        """What our model wrote about itself."""
+        block: Mapping[str, Any] = self.config["specrej"]
+        return block
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """The arguments that decide answers."""
+        arguments = self.block.get("arguments") or {}
+        return {name: value for name, value in arguments.items() if name not in _WHERE_AND_HOW_FAST}
+
+    @property
+    def tasks(self) -> Mapping[str, Any]:
+        """Task -> numbers of samples, ``original`` and ``effective``."""
+        tasks: Mapping[str, Any] = self.content.get("n-samples") or {}
+        return tasks
+
+    @property
+    def date(self) -> float:
+        date = self.content.get("date")
+        return float(date) if isinstance(date, int | float) else self.path.stat().st_mtime
+
+    @property
+    def date_id(self) -> str:
+        """The part of the file's name that its samples files share."""
+        found = _DATE.search(self.path.stem)
+        if found is None:
+            raise ConfigError(
+                f"{str(self.path)!r} has lost the date in its name, by which its samples are found.",
+                hint="give the files the names lm-eval gave them.",
+            )
+        return found.group(1)
+
+    def samples_file(self, task: str) -> Path:
+        return self.path.parent / f"samples_{task}_{self.date_id}.jsonl"
+
+
+def find_results(folder: Path) -> list[Results]:
+    """All results files below a folder.
+
+    Raises:
+        SpecRejError: there is none, one cannot be read, or one is not of a model of ours.
+    """
+    if not folder.is_dir():
+        raise SpecRejError(f"no such folder: {str(folder)!r}.", hint="give the --output_path of your lm_eval runs.")
+    found = []
+    for path in sorted(folder.rglob("*.json")):
+        content = _read(path)
+        if content is None or MARK in content:
+            continue
+        config = content["config"]
+        if not isinstance(config.get("specrej"), dict):
+            raise SpecRejError(
+                f"{str(path)!r} was not written by a model of ours: its config has no 'specrej' (model "
+                f"{config.get('model')!r}).",
+                hint="keep runs of other models in another folder.",
+            )
+        found.append(Results(path, content))
+    if not found:
+        raise SpecRejError(
+            f"no lm-eval results under {str(folder)!r}.",
+            hint=f"run lm_eval with --output_path {folder} --log_samples.",
+        )
+    return found
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    """A results file's content; None for another JSON file."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        if not path.name.startswith("results_"):
+            return None
+        raise SpecRejError(f"{str(path)!r} cannot be read: {error}.", hint="delete it if it is half a file.") from error
+    results = isinstance(content, dict) and isinstance(content.get("results"), dict)
+    return content if results and isinstance(content.get("config"), dict) else None
+
+
+def check_whole(results: Results) -> None:
+    """Raises:
+    SpecRejError: a run of the embedded demo pair, or one that did not answer all of its tasks' documents.
+    """
+    file = str(results.path)
+    models = [results.arguments.get(name) for name in ("pretrained", "reward_model")]
+    by_path = any(Path(str(model)).resolve() in (DEMO_POLICY, DEMO_REWARD) for model in models if model)
+    if results.block.get("embedded_demo_pair") or not models[0] or by_path:
+        raise SpecRejError(
+            f"{file!r} is a run of the embedded demo pair, which knows nothing but small sums.",
+            hint="name pretrained and reward_model in --model_args.",
+        )
+    limit = results.config.get("limit")
+    if limit is not None:
+        raise SpecRejError(
+            f"{file!r} was run with --limit {limit:g}: not scores of the whole task.", hint="run it without --limit."
+        )
+    if not results.tasks:
+        raise SpecRejError(f"{file!r} does not say how many samples its tasks have (n-samples).")
+    for task, counts in results.tasks.items():
+        if counts["effective"] != counts["original"]:
+            raise SpecRejError(
+                f"{file!r}: task {task!r} answered {counts['effective']} of {counts['original']} documents.",
+                hint="run it without --samples and --limit.",
+            )
+
+
+def check_samples(results: Results, task: str, *, allow_empty: bool) -> Path:
+    """Hold a task's samples to the results file and to their own hashes.
+
+    Returns:
+        The samples file.
+
+    Raises:
+        SpecRejError: it is missing; a document is missing or there twice; an answer is empty; a hash does not match.
+            Names file and line.
+    """
+    file = results.samples_file(task)
+    if not file.is_file():
+        raise SpecRejError(
+            f"{str(results.path)!r}: the samples of task {task!r} are missing; looked for {str(file)!r}.",
+            hint="run lm_eval with --log_samples; keep results and samples in one folder.",
+        )
+    hint = "the file was changed after the run, or two were mixed up; run the task again."
+    generated = (results.content.get("configs") or {}).get(task, {}).get("output_type") == "generate_until"
+    seen: dict[str, dict[Any, int]] = {}
+    digest = hashlib.sha256()
+    for number, sample in _lines(file):
+        where = f"{str(file)!r}, line {number} (document {sample.get('doc_id')})"
+        documents = seen.setdefault(str(sample.get("filter")), {})
+        if sample.get("doc_id") in documents:
+            first = documents[sample["doc_id"]]
+            raise SpecRejError(f"{where}: the same document as in line {first}.", hint=hint)
+        documents[sample.get("doc_id")] = number
+        for name, text in _hashed(sample):
+            if text is None or hashlib.sha256(text.encode()).hexdigest() != sample.get(name):
+                raise SpecRejError(f"{where}: {name} is not that of what stands there.", hint=hint)
+        digest.update("".join(str(sample[name]) for name in ("doc_hash", "prompt_hash", "target_hash")).encode())
+        if generated and not allow_empty:
+            for answer in _answers(sample):
+                if not answer.strip():
+                    raise SpecRejError(
+                        f"{where}: the answer to {start_of(_prompt(sample))} is empty.",
+                        hint="--allow_empty takes empty answers, if the model did stop at once.",
+                    )
+    wanted = results.tasks[task]["effective"]
+    for name, documents in seen.items() or [("none", {})]:
+        if len(documents) != wanted:
+            raise SpecRejError(
+                f"{str(file)!r} has {len(documents)} samples (filter {name!r}); {results.path.name} says {wanted}.",
+                hint=hint,
+            )
+    known = (results.content.get("task_hashes") or {}).get(task)
+    if known is not None and known != digest.hexdigest():
+        raise SpecRejError(f"{str(file)!r} is not the file behind {results.path.name}: task_hashes differ.", hint=hint)
+    return file
+
+
+def _lines(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    with file.open(encoding="utf-8") as opened:
+        for number, line in enumerate(opened, start=1):
+            try:
+                sample = json.loads(line)
+            except ValueError:
+                sample = None
+            if not isinstance(sample, dict):
+                raise SpecRejError(f"{str(file)!r}, line {number}: no JSON object.", hint="the file was cut short.")
+            yield number, sample
+
+
+def _hashed(sample: Mapping[str, Any]) -> Iterator[tuple[str, str | None]]:
+    """The three hashes of a sample and what each is of (lm_eval/evaluator.py)."""
+    yield "doc_hash", json.dumps(sample.get("doc"), indent=2, ensure_ascii=False)
+    yield "prompt_hash", _prompt(sample)
+    target = sample.get("target")
+    yield "target_hash", target if isinstance(target, str) else None
+
+
+def _prompt(sample: Mapping[str, Any]) -> str | None:
+    try:
+        prompt = sample["arguments"]["gen_args_0"]["arg_0"]
+    except (KeyError, TypeError):
+        return None
+    return prompt if isinstance(prompt, str) else None
+
+
+def _answers(sample: Mapping[str, Any]) -> Iterator[str]:
+    """All draws; one empty answer where there is none."""
+    for draws in sample.get("resps") or [[]]:
+        yield from map(str, draws or [""] if isinstance(draws, list) else [draws])

@@ -1,0 +1,572 @@
+"""A run's answers in a folder: what `specrej-eval run` and the alpaca_eval decoder write, and what reads them.
+
+``specrej_run.json`` says what was run (its fingerprint decides whether a later run may go on from here), and
+``specrej_outputs.jsonl`` holds one line per answered instruction, appended as each is finished: reward, tokens, seconds
+and rounds, for which an evaluation harness's own files have no room. These are the answers to the prompts of the last
+run; ``specrej_outputs_kept.jsonl`` holds those to other prompts that were answered here before (a larger ``--limit``,
+another file), and a run that asks for them again takes them from there. Nothing that was decoded is dropped. Lines
+carry checksums (see ``jsonl``). Standard library only.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Self
+
+from specrej_eval.checked import (
+    BadRecordError,
+    a_list,
+    an_object,
+    as_number,
+    as_whole,
+    number_or_none,
+    text,
+    truth,
+    whole,
+)
+from specrej_eval.core import GenerationResult, Ledger, Prompt, Round, Spent
+from specrej_eval.errors import ConfigError, SpecRejError
+from specrej_eval.records.fingerprint import check_same, is_demo
+from specrej_eval.records.jsonl import (
+    RUN,
+    Damage,
+    Scan,
+    checked_line,
+    damaged_file,
+    describe_damage,
+    digest,
+    mend,
+    open_append,
+    parsed,
+    scan,
+    write_atomically,
+)
+
+logger = logging.getLogger(__name__)
+
+SCHEMA_VERSION = 2
+PREFIX = "specrej"
+"""Files of a run are called ``specrej_*``; those of a second one in the same folder (a reference) otherwise."""
+
+
+@dataclass(slots=True, kw_only=True)
+class Answer:
+    """One answered instruction."""
+
+    instruction: str
+    """What was asked, without any template: what the reward model read."""
+    output: str
+    """The answer, as it was decoded."""
+    reward: float | None
+    """Its reward; None if it was not finite (``on_nan=drop``)."""
+    finish_reason: str
+    num_tokens: int
+    """Tokens of the answer."""
+    n: int
+    """Rows started for it. Merged answers: of all runs together."""
+    seeds: list[int]
+    """The seed it was drawn with. Merged answers: of all runs."""
+    index: int | None = None
+    """Its place in the file of prompts, from 0; None where there is no such file."""
+    fields: dict[str, Any] = field(default_factory=dict)
+    """The other columns of its prompt."""
+    finished_rewards: list[float] = field(default_factory=list)
+    """Rewards of all rows that finished, the answer's own among them."""
+    rounds: list[dict[str, Any]] = field(default_factory=list)
+    ledger: dict[str, Any] = field(default_factory=lambda: Ledger().to_dict())
+    seconds: float = 0.0
+    """Sum of the ledger's seconds."""
+    resolved: dict[str, Any] = field(default_factory=dict)
+    """The arguments as resolved for this prompt."""
+    degraded: bool = False
+    nan_rewards: int = 0
+    prompt_hash: str = ""
+    repeat: int = 0
+    key: str = ""
+    """Identifies prompt and arguments: a later run takes this answer only for the same key."""
+
+    @classmethod
+    def of(
+        cls,
+        result: GenerationResult,
+        *,
+        key: str,
+        instruction: str,
+        index: int | None = None,
+        others: Mapping[str, Any] | None = None,
+    ) -> Self:
+        """The answer a result holds, without the rows that lost."""
+        ended = [row.reward for row in result.trajectories if row.finish_reason != "rejected"]
+        return cls(
+            instruction=instruction,
+            output=result.text,
+            reward=result.best.reward,
+            finish_reason=result.best.finish_reason,
+            num_tokens=result.best.num_tokens,
+            n=len(result.trajectories),
+            seeds=[int(result.resolved["seed"])],
+            index=index,
+            fields=dict(others or {}),
+            finished_rewards=[reward for reward in ended if reward is not None],
+            rounds=[round_.to_dict() for round_ in result.rounds],
+            ledger=result.ledger.to_dict(),
+            seconds=sum(result.ledger.seconds.values()),
+            resolved=dict(result.resolved),
+            degraded=result.degraded,
+            nan_rewards=result.nan_rewards,
+            prompt_hash=result.prompt_hash,
+            repeat=result.repeat,
+            key=key,
+        )
+
+    @classmethod
+    def from_dict(cls, record: Mapping[str, Any]) -> Self:
+        """The inverse of ``to_dict``; unknown names are left out, so that older readers take newer files.
+
+        Raises:
+            BadRecordError: a field is missing or holds what no answer can.
+        """
+        index = record.get("index")
+        for round_ in a_list(record, "rounds", []):
+            Round.from_dict(round_)
+        return cls(
+            instruction=text(record, "instruction"),
+            output=text(record, "output"),
+            reward=number_or_none(record, "reward"),
+            finish_reason=text(record, "finish_reason"),
+            num_tokens=whole(record, "num_tokens"),
+            n=whole(record, "n"),
+            seeds=[_a_seed(value) for value in a_list(record, "seeds")],
+            index=None if index is None else as_whole(index, "index"),
+            fields=dict(an_object(record.get("fields", {}), "fields")),
+            finished_rewards=[as_number(v, "finished_rewards") for v in a_list(record, "finished_rewards", [])],
+            rounds=list(a_list(record, "rounds", [])),
+            ledger=Ledger.from_dict(record.get("ledger", {})).to_dict(),
+            seconds=as_number(record.get("seconds", 0.0), "seconds"),
+            resolved=dict(an_object(record.get("resolved", {}), "resolved")),
+            degraded=truth(record, "degraded", False),
+            nan_rewards=whole(record, "nan_rewards", 0),
+            prompt_hash=text(record, "prompt_hash", ""),
+            repeat=whole(record, "repeat", 0),
+            key=text(record, "key", ""),
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def _a_seed(value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise BadRecordError("seeds must be whole numbers")
+    return value
+
+
+@dataclass(slots=True, kw_only=True)
+class RunRecord:
+    """What was run: the content of ``specrej_run.json``."""
+
+    generator: str
+    """Name of the run in leaderboards."""
+    fingerprint: dict[str, Any]
+    """Everything that decides its answers; see ``specrej_eval.records.fingerprint``."""
+    arguments: dict[str, Any] = field(default_factory=dict)
+    """All arguments, those included that decide nothing."""
+    described: dict[str, Any] = field(default_factory=dict)
+    """Versions and hardware."""
+    capacity_tokens: int | None = None
+    """What memory held when the run began (``n=max``): a run that goes on from here starts as many rows."""
+    totals: dict[str, Any] = field(default_factory=dict)
+    """Cost of all answers, once the run is complete: those included that an earlier process decoded."""
+    spent: dict[str, Any] = field(default_factory=dict)
+    """What the last process that decoded any of them spent itself, and how many it took from records (``Spent``)."""
+    complete: bool = False
+    num_prompts: int | None = None
+    schema_version: int = SCHEMA_VERSION
+
+    @property
+    def embedded_demo_pair(self) -> bool:
+        return is_demo(self.fingerprint)
+
+    @classmethod
+    def from_dict(cls, record: Any) -> Self:
+        """The inverse of ``to_dict``; unknown names are left out.
+
+        Raises:
+            BadRecordError: a field is missing or holds what no record can.
+        """
+        data = an_object(record, "the record of a run")
+        text(data, "generator")
+        truth(data, "complete", False)
+        for name in ("fingerprint", "arguments", "described", "totals", "spent"):
+            an_object(data.get(name, None if name == "fingerprint" else {}), name)
+        for name in ("capacity_tokens", "num_prompts"):
+            if data.get(name) is not None:
+                whole(data, name)
+        whole(data, "schema_version", 1)
+        known = {entry.name for entry in fields(cls)}
+        return cls(**{"schema_version": 1, **{name: value for name, value in data.items() if name in known}})
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "embedded_demo_pair": self.embedded_demo_pair}
+
+
+class OutputsFolder:
+    """A folder of answers: written by one run at a time (each of its ranks into a file of its own), read by anyone.
+
+    Args:
+        path: the folder; made by ``begin``.
+        prefix: of the file names.
+        rank, world_size: this process among those that write.
+    """
+
+    def __init__(self, path: str | Path, *, prefix: str = PREFIX, rank: int = 0, world_size: int = 1) -> None:
+        self.path = Path(path)
+        self.prefix = prefix
+        self.rank = rank
+        self.world_size = world_size
+        self._answers: dict[str, Answer] | None = None
+        self._kept: dict[str, Answer] = {}
+        self._damaged: list[tuple[Path, list[Damage]]] = []
+        self._run: str | None = None
+        self._file: Any = None
+        self._writing = False
+
+    @property
+    def run_file(self) -> Path:
+        return self.path / f"{self.prefix}_run.json"
+
+    @property
+    def outputs_file(self) -> Path:
+        return self.path / f"{self.prefix}_outputs.jsonl"
+
+    @property
+    def trajectories_file(self) -> Path:
+        """Journal with every row of every prompt (`specrej-eval run`)."""
+        return self.path / f"{self.prefix}_trajectories.jsonl"
+
+    @property
+    def kept_file(self) -> Path:
+        """Answers to other prompts than those of the last run."""
+        return self.path / f"{self.prefix}_outputs_kept.jsonl"
+
+    # reading
+
+    def record(self) -> RunRecord | None:
+        """What was run here; None if nothing was.
+
+        Raises:
+            ConfigError: the file is not one of ours, or was written by a newer version.
+        """
+        if not self.run_file.is_file():
+            return None
+        try:
+            record = RunRecord.from_dict(parsed(self.run_file.read_bytes()))
+        except (OSError, ValueError) as error:
+            raise ConfigError(
+                f"{str(self.run_file)!r} cannot be read: {error}. It says what models the answers beside it are of.",
+                hint="put a copy of it back, or give this run another folder; nothing here was changed.",
+            ) from error
+        if record.schema_version > SCHEMA_VERSION:
+            raise ConfigError(
+                f"{str(self.run_file)!r} was written by a newer version of specrej_eval: its schema is "
+                f"{record.schema_version}, and this version reads 1 to {SCHEMA_VERSION}. Nothing was changed.",
+                hint="update specrej_eval, or give this run another folder.",
+            )
+        return record
+
+    def answers(self) -> list[Answer]:
+        """The answers to the prompts of the last run, of all ranks; those with an index in its order, then the others
+        as written.
+
+        Raises:
+            SpecRejError: a line is damaged, or an answer is missing from a run that was complete.
+        """
+        found = list(self._read().values())
+        if self._damaged and not self._writing:
+            path, damaged = self._damaged[0]
+            raise SpecRejError(
+                f"{describe_damage(path, damaged)}: {str(self.path)!r} lacks an answer.",
+                hint="the command that made it, run again, sets it aside and decodes that answer anew.",
+            )
+        return sorted(found, key=lambda answer: (answer.index is None, answer.index or 0))
+
+    def kept(self) -> list[Answer]:
+        """The answers to other prompts, in the order they were set apart."""
+        self._read()
+        return list(self._kept.values())
+
+    def problems(self) -> list[tuple[Path, Damage]]:
+        """All lines that cannot be used; nothing is written."""
+        self._read()
+        return [(path, damage) for path, damaged in self._damaged for damage in damaged]
+
+    def get(self, key: str, prompt: Prompt | None = None) -> Answer | None:
+        """The answer recorded for a key, whichever prompts it was asked with.
+
+        Args:
+            prompt: whose it must be; lines of older versions carry no checksum, and one with another's key is told so.
+        """
+        found = self._read().get(key) or self._kept.get(key)
+        if found is None or prompt is None or (found.prompt_hash, found.repeat) == (prompt.prompt_hash, prompt.repeat):
+            return found
+        logger.warning("the answer to %r was not recorded for this prompt: decoded anew.", found.instruction[:60])
+        self._read().pop(key, None)
+        self._kept.pop(key, None)
+        return None
+
+    # writing
+
+    def begin(self, record: RunRecord, *, going_on: bool = True, delete: bool = False) -> RunRecord:
+        """Open the folder for a run. Only rank 0 writes ``specrej_run.json`` and mends what is damaged.
+
+        Args:
+            going_on: take over the answers found here; False starts anew, and moves what is here to
+                ``FILE.previous`` (``.previous.2`` and so on).
+            delete: with ``going_on=False``, delete it: only where the user asked for that.
+
+        Returns:
+            The record as it stands on disk now; ``capacity_tokens`` is that of the first run.
+
+        Raises:
+            ConfigError: ``going_on``, and the folder belongs to another configuration (says what differs, what to do),
+                or holds answers of which nothing says how they were made.
+        """
+        before = self.record() if going_on else None
+        if before is not None:
+            check_same(
+                before.fingerprint,
+                record.fingerprint,
+                what=f"{str(self.path)!r} holds answers of {before.generator!r}, which",
+                remedy="to keep them, give this run another name or output folder; to start over, delete the folder.",
+            )
+            if before.generator != record.generator:
+                raise ConfigError(
+                    f"{str(self.path)!r} holds the same answers under the name {before.generator!r}, not "
+                    f"{record.generator!r}.",
+                    hint="keep that name, or give this run a folder of its own.",
+                )
+            record.fingerprint = before.fingerprint  # of the oldest answer here: what it did not know stays unknown
+            record.capacity_tokens = before.capacity_tokens
+            record.spent = before.spent
+            record.described = record.described or before.described
+        elif self.rank == 0:
+            self._begin_anew(record, going_on=going_on, delete=delete)
+        self._writing = True
+        self._run = digest(record.fingerprint)
+        self._answers = None
+        if self.rank == 0:
+            if before is not None:
+                self._mend(before)
+            self.write_record(record)
+        return record
+
+    def _begin_anew(self, record: RunRecord, *, going_on: bool, delete: bool) -> None:
+        paths = [path for path in (*self._parts(), self.kept_file) if path.is_file()]
+        if going_on and paths and not self._all_of(paths, digest(record.fingerprint)):
+            raise ConfigError(
+                f"{str(self.path)!r} holds answers, but nothing says what made them: there is no {self.run_file.name}.",
+                hint="put that file back, or give this run another folder; nothing here was changed.",
+            )
+        for path in () if going_on else paths:
+            if delete:
+                path.unlink()
+            else:
+                os.replace(path, _previous(path))
+
+    def _all_of(self, paths: Iterable[Path], run: str) -> bool:
+        """Whether each intact line says that it belongs to this run."""
+        lines = [line for path in paths for line in scan(path, argument="output").lines]
+        return bool(lines) and all(line.checked and line.record.get(RUN) == run for line in lines)
+
+    def _mend(self, before: RunRecord) -> None:
+        """Set damaged lines aside; give those of an older version their checksums."""
+        old = 0
+        for path in (*self._parts(), self.kept_file):
+            if not path.is_file():
+                continue
+            found, answers = self._sorted_out(path, before)
+            if found.damaged:
+                logger.warning(
+                    "%s: set aside in %s, and decoded anew where it is asked for.",
+                    describe_damage(path, found.damaged),
+                    damaged_file(path).name,
+                )
+            mend(path, found)
+            unchecked = sum(not line.checked for line in found.lines)
+            if unchecked:
+                old += unchecked
+                self._write_lines(path, answers)
+        if old:
+            logger.warning(
+                "%s was written by an older version: %d of its answers carried no checksum, so an edit in them could "
+                "not be noticed. They carry one from now on.",
+                self.path,
+                old,
+            )
+
+    def write_record(self, record: RunRecord) -> None:
+        record.schema_version = SCHEMA_VERSION
+        self._run = digest(record.fingerprint)
+        write_atomically(self.run_file, json.dumps(record.to_dict(), indent=2, ensure_ascii=False) + "\n")
+
+    def put(self, answer: Answer) -> None:
+        """Append an answer and flush it to disk."""
+        if self._file is None:
+            self._file = open_append(str(self._own_part()), argument="output")
+        self._file.write(self._line(answer))
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._read()[answer.key] = answer
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def set_apart(self, belongs: Callable[[Answer], bool]) -> int:
+        """Move the answers to other prompts than this run's out of the way, into ``kept_file``; rank 0 only.
+
+        Args:
+            belongs: whether an answer is to one of this run's prompts.
+
+        Returns:
+            How many answers to other prompts are kept.
+        """
+        self.merge_parts([*filter(belongs, self.answers()), *filter(belongs, self.kept())])
+        return len(self.kept())
+
+    def merge_parts(self, answers: Sequence[Answer]) -> None:
+        """One file in order, whatever the number of ranks that wrote; rank 0, once the others have closed theirs.
+
+        All other answers found here are kept in ``kept_file``.
+        """
+        self.close()
+        if self._run is None and (record := self.record()) is not None:
+            self._run = digest(record.fingerprint)
+        here = {answer.key for answer in answers}
+        before = {**self._read_again(), **self._kept}
+        others = [answer for key, answer in before.items() if key not in here]
+        # first those that leave the file, then the file: a kill in between leaves an answer twice, and never none
+        if others and others != list(self._kept.values()):
+            self._write_lines(self.kept_file, [*self._kept.values(), *(a for a in others if a.key not in self._kept)])
+        self._write_lines(self.outputs_file, answers)
+        for path in self._parts():
+            if path != self.outputs_file:
+                path.unlink()
+        if others and others != list(self._kept.values()):
+            self._write_lines(self.kept_file, others)
+        elif not others:
+            self.kept_file.unlink(missing_ok=True)
+        self._answers = {answer.key: answer for answer in answers}
+        self._kept = {answer.key: answer for answer in others}
+
+    def mark_complete(self, record: RunRecord, answers: Sequence[Answer], spent: Spent | None = None) -> None:
+        """Write down that all prompts are answered, and what that cost.
+
+        Args:
+            spent: what this process (all its ranks) spent itself, if it decoded anything.
+        """
+        record.totals = total_cost(answers).to_dict()
+        if spent is not None and spent.decoded:
+            record.spent = spent.to_dict()
+        record.complete = True
+        record.num_prompts = len(answers)
+        self.write_record(record)
+
+    def _line(self, answer: Answer) -> str:
+        return checked_line({**answer.to_dict(), RUN: self._run}, ensure_ascii=False)
+
+    def _write_lines(self, path: Path, answers: Iterable[Answer]) -> None:
+        write_atomically(path, "".join(map(self._line, answers)))
+
+    def _own_part(self) -> Path:
+        if self.world_size == 1:
+            return self.outputs_file
+        return self.outputs_file.with_name(f"{self.prefix}_outputs_rank{self.rank}.jsonl")
+
+    def _parts(self) -> list[Path]:
+        ranks = sorted(self.path.glob(f"{self.prefix}_outputs_rank*.jsonl"))
+        return [path for path in (self.outputs_file, *ranks) if path.is_file()]
+
+    def _sorted_out(self, path: Path, record: RunRecord | None) -> tuple[Scan, list[Answer]]:
+        """The intact answers of one file, the first of each key; what is wrong with a line makes it damage."""
+        found = scan(path, argument="output")
+        old = record is None or record.schema_version < 2  # nobody gave such lines a checksum
+        runs = set() if record is None else {digest(record.fingerprint)}
+        intact: list[Answer] = []
+        lines = []
+        for line in found.lines:
+            try:
+                if not line.checked and not old:
+                    raise BadRecordError("it carries no checksum")
+                if line.checked and runs and line.record.get(RUN) not in runs:
+                    raise BadRecordError("it belongs to another run")
+                intact.append(Answer.from_dict(line.record))
+                lines.append(line)
+            except BadRecordError as error:
+                found.damage(line, str(error))
+        found.lines = lines
+        return found, intact
+
+    def _read_again(self) -> dict[str, Answer]:
+        self._answers = None
+        return self._read()
+
+    def _read(self) -> dict[str, Answer]:
+        if self._answers is None:
+            self._answers, self._kept, self._damaged = {}, {}, []
+            record = self.record()
+            for path in (*self._parts(), self.kept_file):
+                if not path.is_file():
+                    continue
+                found, answers = self._sorted_out(path, record)
+                if found.torn and self._writing and path == self._own_part() and self._file is None:
+                    mend(path, Scan(found.lines, [], found.torn, found.unended))
+                if found.damaged:
+                    self._damaged.append((path, found.damaged))
+                into = self._kept if path == self.kept_file else self._answers
+                for answer in answers:
+                    into.setdefault(answer.key, answer)
+            self._kept = {key: answer for key, answer in self._kept.items() if key not in self._answers}
+        return self._answers
+
+
+def _previous(path: Path) -> Path:
+    """A free name beside a file that is set aside."""
+    number = 1
+    while True:
+        found = path.with_name(f"{path.name}.previous{'' if number == 1 else f'.{number}'}")
+        if not found.exists():
+            return found
+        number += 1
+
+
+def total_cost(answers: Iterable[Answer]) -> Ledger:
+    """The ledgers of answers added up."""
+    total = Ledger()
+    for answer in answers:
+        total.add(Ledger.from_dict(answer.ledger))
+    return total
+
+
+def open_run(path: str | Path) -> tuple[RunRecord, list[Answer]]:
+    """Read a finished or unfinished run: its folder, or any file in it.
+
+    Raises:
+        SpecRejError: no run of ours lies there.
+    """
+    folder = Path(path)
+    folder = folder if folder.is_dir() else folder.parent
+    store = OutputsFolder(folder)
+    record = store.record()
+    if record is None:
+        raise SpecRejError(
+            f"{str(path)!r} holds no run of specrej-eval: there is no {store.run_file.name}.",
+            hint="`specrej-eval run --output DIR` writes one, and so does alpaca_eval with our decoders.",
+        )
+    return record, store.answers()

@@ -1,0 +1,90 @@
+"""Names of generators: what a leaderboard calls a run, and the folder its answers go to by default."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from specrej_eval.paths import is_there
+from specrej_eval.records.fingerprint import EMBEDDED, is_demo
+
+
+def default_name(fingerprint: Mapping[str, Any], *, n: int | None = None) -> str:
+    """What a run with this fingerprint is called, such as ``SpR_alpha0.5_n16_Qwen3-1.7B_Skywork-Reward``.
+
+    Best-of-N, which Speculative Rejection with alpha=0 is too, is ``Bo16_...``. Several seeds merged into one
+    (`specrej-eval gather`) count together: four of Best-of-960 are ``Bo3840``, and four of Speculative Rejection with
+    16 rows are ``n16x4``, which is not the same as one with 64. ``DEMO_`` stands in front where an embedded model had
+    a part.
+
+    Args:
+        fingerprint: of ``specrej_eval.records.fingerprint.of_run``; its ``seed`` is a list where several were merged.
+        n: rows behind each answer, all seeds together; where only the run itself could tell (``n=max``).
+    """
+    seeds = fingerprint.get("seed")
+    draws = len(seeds) if isinstance(seeds, list) else 1
+    strategy = str(fingerprint.get("strategy"))
+    if strategy == "best_of_n" or (strategy == "speculative_rejection" and fingerprint.get("alpha") is None):
+        method = f"Bo{_rows(fingerprint, n, draws).removeprefix('n')}"
+    else:
+        alpha = f"_alpha{fingerprint['alpha']:g}" if isinstance(fingerprint.get("alpha"), int | float) else ""
+        short = "SpR" if strategy == "speculative_rejection" else strategy
+        method = f"{short}{alpha}_{_rows(fingerprint, n, draws, apart=True)}"
+    models = (model_name(fingerprint.get("pretrained")), model_name(fingerprint.get("reward_model")))
+    return "_".join((*(["DEMO"] if is_demo(fingerprint) else []), method, *models))
+
+
+def model_name(name: Any) -> str:
+    """The last part of a checkpoint's name, in characters that any file system takes.
+
+    >>> model_name("Qwen/Qwen3-1.7B"), model_name("my.rewards:brevity"), model_name("http://host:8000/v1")
+    ('Qwen3-1.7B', 'brevity', 'host-8000-v1')
+    """
+    text = str(name)
+    if text == EMBEDDED:
+        return "demo"
+    if text.startswith("judge:"):
+        return f"judge-{model_name(text.removeprefix('judge:').partition('@http')[0])}"
+    parts = _parts(text)
+    if len(parts) > 1:
+        return "-".join(model_name(part) for part in parts)
+    address = urlsplit(text)
+    if address.scheme in ("http", "https"):
+        return _plain(address.netloc.rpartition("@")[2] + address.path.rstrip("/"))
+    module, colon, function = text.rpartition(":")
+    if colon and function.isidentifier() and all(part.isidentifier() for part in module.split(".")):
+        return function
+    return _plain(Path(text).name or Path(text).resolve().name)
+
+
+def _parts(text: str) -> list[str]:
+    """The names in an ensemble's, ``a+0.5*b`` or a JSON list, without their weights."""
+    names: list[Any]
+    if text.startswith("["):
+        try:
+            entries = json.loads(text)
+        except ValueError:
+            return []
+        names = [entry.get("reward_model") if isinstance(entry, dict) else entry for entry in entries]
+    else:
+        names = [] if is_there(text) else text.split("+")
+    return [str(name).rpartition("*")[2].strip() for name in names]
+
+
+def _rows(fingerprint: Mapping[str, Any], n: int | None, draws: int, *, apart: bool = False) -> str:
+    """``n16``; of several draws their sum, or ``n16x4`` if they are told apart; ``kv4000`` where only that is known."""
+    each = fingerprint.get("n")
+    if isinstance(each, int) and n is None:
+        n = each * draws
+    if n is not None and (draws == 1 or not apart or n % draws):
+        return f"n{n}"
+    single = f"n{n // draws}" if n is not None else f"n{each}" if each else f"kv{fingerprint.get('kv_budget_tokens')}"
+    return single + (f"x{draws}" if draws > 1 else "")
+
+
+def _plain(text: str) -> str:
+    return re.sub(r"[^\w.-]+", "-", text, flags=re.ASCII).strip("-.") or "model"

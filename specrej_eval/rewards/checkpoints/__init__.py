@@ -1,0 +1,1 @@
+"""What reward families are made of: rendering, loading, bodies, heads, sessions, memory."""

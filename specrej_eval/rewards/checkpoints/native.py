@@ -1,0 +1,285 @@
+"""Reward models that transformers has no class for: its body, and heads of our own, both from the original checkpoint.
+
+The published checkpoints bring remote code for their heads, most of which no longer imports on transformers 5. Here
+the body is transformers' (``LlamaModel`` and its kind: attention, dtypes and sharded files as everywhere), and the
+head's tensors are read by their original names, straight into float32.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_MAPPING
+from transformers.utils import logging as transformers_logging
+
+from specrej_eval import checkpoint
+from specrej_eval.config import RunConfig
+from specrej_eval.errors import CheckpointError, ConfigError
+from specrej_eval.paths import expanded
+from specrej_eval.rewards.checkpoints.loading import load_checkpoint
+from specrej_eval.rewards.checkpoints.renderer import Renderer, max_length_of, renderer_options
+from specrej_eval.rewards.checkpoints.reward import CheckpointReward, Head, PositionsOf, last_position
+
+_SAFETENSORS = "*.safetensors"
+_PICKLED = "pytorch_model*.bin"
+
+_NOT_ARCHITECTURE = ("architectures", "auto_map", "model_type", "attn_implementation", "_attn_implementation")
+"""Keys of ``config.json`` that would lead back to remote code, or to an attention kernel that may not be there."""
+
+
+def body_config(name: str, raw: Mapping[str, Any], *, model_type: str | None = None) -> Any:
+    """transformers' config of the body, with all further keys of ``config.json`` as attributes.
+
+    Raises:
+        CheckpointError: transformers has no such body.
+    """
+    kind = model_type or str(raw.get("model_type"))
+    if kind not in CONFIG_MAPPING or CONFIG_MAPPING[kind] not in MODEL_MAPPING:
+        raise CheckpointError(f"reward_model={name!r}: transformers has no model of type {kind!r} to put its head on.")
+    return CONFIG_MAPPING[kind].from_dict({key: value for key, value in raw.items() if key not in _NOT_ARCHITECTURE})
+
+
+def load_body(
+    name: str,
+    config: RunConfig,
+    *,
+    dtype: str,
+    device: str,
+    token: str | bool | None,
+    model_config: Any = None,
+    state: Mapping[str, Tensor] | None = None,
+    tokenizer_from: str | None = None,
+    key_mapping: dict[str, str] | None = None,
+) -> tuple[Any, Any]:
+    """The body and the tokenizer; what else the checkpoint holds (head, language-model head) is left alone.
+
+    Args:
+        model_config: the body's config, if ``config.json`` is not it.
+        state: the body's tensors under transformers' names, if the checkpoint's own files cannot be read as they are.
+        tokenizer_from: another checkpoint whose tokenizer this one was trained with.
+        key_mapping: original names of the body's tensors (patterns) -> transformers' names.
+
+    Raises:
+        CheckpointError: as ``load_checkpoint``.
+    """
+    if model_config is None:
+        model_config = body_config(name, checkpoint.read_config("reward_model", name, token=token))
+    more: dict[str, Any] = {"config": model_config}
+    if key_mapping is not None:
+        more["key_mapping"] = key_mapping
+    if state is not None:
+        more["state_dict"] = dict(state)
+    loader = _BodyLoader(MODEL_MAPPING[type(model_config)], more)
+    with _quiet():  # transformers would report the head's weights as unexpected
+        return load_checkpoint(
+            name, config, loader, dtype=dtype, device=device, token=token, tokenizer_from=tokenizer_from
+        )
+
+
+class _BodyLoader:
+    """A ``from_pretrained`` for ``load_checkpoint`` that has its own idea of config and weights."""
+
+    def __init__(self, body_class: Any, more: Mapping[str, Any]) -> None:
+        self._body_class = body_class
+        self._more = more
+
+    def from_pretrained(self, name: str, *, trust_remote_code: bool, **options: Any) -> Any:
+        del trust_remote_code  # a body of transformers' own has none
+        source = None if "state_dict" in self._more else name
+        return self._body_class.from_pretrained(source, **options, **self._more)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    before = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(before)
+
+
+def read_tensors(
+    name: str, wanted: Callable[[str], bool], *, token: str | bool | None, pattern: str | None = None
+) -> dict[str, Tensor]:
+    """Tensors of a checkpoint by their original names, on the CPU, in the dtype they are stored in.
+
+    Args:
+        wanted: chooses by name; nothing else is read from safetensors files.
+        pattern: the weight files, if they are not named as transformers names them (a raw ``.pt``). Pickled files are
+            read with ``weights_only=True``: tensors, never code.
+
+    Raises:
+        CheckpointError: there are no weight files, or one cannot be read.
+    """
+    try:
+        files = _files(name, pattern, token) if pattern else _files(name, _SAFETENSORS, token)
+        files = files or _files(name, _PICKLED, token)
+        found = {key: tensor for path in files for key, tensor in _tensors(path, wanted)}
+    except Exception as error:  # the hub's client and the file formats fail in many ways
+        raise CheckpointError(f"reward_model={name!r} cannot be read: {type(error).__name__}: {error}") from error
+    if not files:
+        raise CheckpointError(
+            f"reward_model={name!r} has no weight file.", hint=f"looked for {pattern or _SAFETENSORS}, {_PICKLED}."
+        )
+    return found
+
+
+def _files(name: str, pattern: str, token: str | bool | None) -> list[Path]:
+    folder = expanded(name)
+    if not folder.is_dir():
+        from huggingface_hub import snapshot_download
+
+        folder = Path(snapshot_download(name, allow_patterns=[pattern], ignore_patterns=["*/*"], token=token))
+    return sorted(folder.glob(pattern))
+
+
+def _tensors(path: Path, wanted: Callable[[str], bool]) -> Iterator[tuple[str, Tensor]]:
+    if path.suffix == ".safetensors":
+        from safetensors import safe_open
+
+        with safe_open(path, framework="pt") as file:
+            for key in file.keys():  # noqa: SIM118 - no mapping
+                if wanted(key):
+                    yield key, file.get_tensor(key)
+        return
+    for key, tensor in torch.load(path, map_location="cpu", weights_only=True, mmap=True).items():
+        if wanted(key):
+            yield key, tensor
+
+
+def fill(name: str, head: torch.nn.Module, tensors: Mapping[str, Tensor], *, prefix: str = "") -> torch.nn.Module:
+    """The head with its weights from the checkpoint, in float32 and eval mode.
+
+    Args:
+        prefix: what the original names have in front of the head's own.
+
+    Raises:
+        CheckpointError: a weight is missing, or has another shape than ``config.json`` calls for.
+    """
+    expected = head.state_dict()
+    state = {key: tensors[prefix + key] for key in expected if prefix + key in tensors}
+    # a BatchNorm's counter of training batches means nothing here, and not every file holds it
+    missing = [key for key in expected if key not in state and not key.endswith("num_batches_tracked")]
+    if missing:
+        listed = ", ".join(prefix + key for key in missing[:4])
+        raise CheckpointError(
+            f"reward_model={name!r} has no weights for {listed}{' ...' if len(missing) > 4 else ''}; "
+            "they would be random.",
+            hint="is this the reward model, or the language model it was made from?",
+        )
+    for key, tensor in state.items():
+        if tensor.shape != expected[key].shape:
+            raise CheckpointError(
+                f"reward_model={name!r}: {prefix + key} has shape {tuple(tensor.shape)}, but its config.json calls for "
+                f"{tuple(expected[key].shape)}.",
+                hint="config.json and weights do not belong together, or the file was cut.",
+            )
+    head.load_state_dict(state, strict=False)
+    return head.float().eval().requires_grad_(False)
+
+
+def assemble(
+    name: str,
+    config: RunConfig,
+    body: Any,
+    tokenizer: Any,
+    head: Head,
+    *,
+    renderer_class: type[Renderer] = Renderer,
+    positions_of: PositionsOf | None = None,
+    template: str | None = None,
+    **renderer: Any,
+) -> CheckpointReward:
+    """The reward model, its parts put together as every family here does.
+
+    Args:
+        head: see ``_scoring.Head``; a module is moved to the body's device.
+        positions_of: None = the renderer's, if it has a rule of its own, else the last token.
+        template: the family's own chat template; the user's ``reward_template`` wins.
+        renderer: further arguments of the renderer.
+    """
+    if isinstance(head, torch.nn.Module):
+        head.to(next(body.parameters()).device)
+    inputs = renderer_class(
+        tokenizer,
+        name=name,
+        vocab_size=int(body.get_input_embeddings().weight.shape[0]),
+        max_length=max_length_of(body.config, tokenizer),
+        **{"template": template, **renderer_options(config)},
+        **renderer,
+    )
+    if positions_of is None:
+        positions_of = inputs.positions_of if isinstance(inputs, FindsPositions) else last_position
+    return CheckpointReward(body, head, inputs, positions_of=positions_of)
+
+
+class TextRenderer(Renderer):
+    """For models that were trained on text with the tokenizer's own BOS in front, not on a chat template's.
+
+    One BOS that the template writes is taken for the tokenizer's. Llama tokenizers put a space before the first word of
+    a text, but not always behind a BOS that is part of it, so the two ways of writing BOS are not the same.
+    """
+
+    def encode(self, messages: list[dict[str, str]], response: str, *, open_turn: bool) -> Any:
+        just_opened = open_turn and not response.strip()
+        text = self.tokeniser.render(
+            messages if just_opened else [*messages, {"role": "assistant", "content": response}],
+            chat_template=self.template,
+            add_generation_prompt=just_opened,
+            continue_final_message=open_turn and not just_opened,
+        )
+        return self.tokeniser.encode(text.without_leading(self.tokenizer.bos_token))
+
+
+@runtime_checkable
+class FindsPositions(Protocol):
+    """A renderer that knows where in its inputs the head reads."""
+
+    def positions_of(self, ids: tuple[int, ...]) -> tuple[int, ...]: ...
+
+
+class LastToken(torch.nn.Module):
+    """A head that reads one position: ``layers`` on it, the first output is the score."""
+
+    def __init__(self, layers: torch.nn.Module) -> None:
+        super().__init__()
+        self.layers = layers
+
+    def forward(self, hidden: Tensor, mask: Tensor) -> Tensor:
+        """(rows, 1, hidden size) -> (rows,)"""
+        del mask  # one position in every row
+        scores: Tensor = self.layers(hidden[:, 0])[:, 0]
+        return scores
+
+
+def required(name: str, raw: Mapping[str, Any], *keys: str) -> None:
+    """Raises:
+    ConfigError: ``config.json`` lacks a key that the family cannot do without.
+    """
+    if absent := [key for key in keys if raw.get(key) is None]:
+        raise ConfigError(
+            f"reward_model={name!r}: its config.json does not say {', '.join(absent)}.",
+            hint="is it a checkpoint of this reward_family?",
+        )
+
+
+def load_regression_head(
+    name: str, config: RunConfig, template: str, *, dtype: str, device: str, token: str | bool | None
+) -> CheckpointReward:
+    """A linear ``regression_head`` at the last token of text in a template of the family's own (openbmb's models).
+
+    Raises:
+        CheckpointError: files that cannot be loaded, weights that are missing or of another shape.
+    """
+    body, tokenizer = load_body(name, config, dtype=dtype, device=device, token=token)
+    tensors = read_tensors(name, lambda key: key.startswith("regression_head."), token=token)
+    layer = torch.nn.Linear(body.config.hidden_size, 1, bias=False)
+    head = LastToken(fill(name, layer, tensors, prefix="regression_head."))
+    return assemble(name, config, body, tokenizer, head, renderer_class=TextRenderer, template=template)

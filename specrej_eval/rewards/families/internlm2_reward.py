@@ -1,0 +1,98 @@
+"""InternLM2-reward: a linear head at a reward token that is put behind the conversation.
+
+Source: Cai et al., "InternLM2 Technical Report" (2024), model card and ``modeling_internlm2.py`` of
+internlm/internlm2-{1_8b,7b,20b}-reward.
+
+InternLM2 is Llama with other names and with query, key and value in one matrix, grouped by key-value head: for each,
+its queries, then its key, then its value. transformers has no such class, so the tensors are taken apart for its Llama.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from specrej_eval import checkpoint
+from specrej_eval.config import RunConfig
+from specrej_eval.errors import CheckpointError
+from specrej_eval.rewards.checkpoints.native import (
+    LastToken,
+    assemble,
+    body_config,
+    fill,
+    load_body,
+    read_tensors,
+    required,
+)
+from specrej_eval.rewards.checkpoints.reward import CheckpointReward
+
+READS = "a linear head at the reward token put behind the conversation"
+EXAMPLES = ("internlm/internlm2-1_8b-reward", "internlm/internlm2-7b-reward", "internlm/internlm2-20b-reward")
+NEEDS = "trust_remote_code=True for its tokenizer, unless the folder holds a tokenizer.json"
+
+_RENAMED = {
+    "attention.wo": "self_attn.o_proj",
+    "feed_forward.w1": "mlp.gate_proj",
+    "feed_forward.w2": "mlp.down_proj",
+    "feed_forward.w3": "mlp.up_proj",
+    "attention_norm": "input_layernorm",
+    "ffn_norm": "post_attention_layernorm",
+    "tok_embeddings": "embed_tokens",
+}
+"""InternLM2's names and Llama's."""
+
+
+def matches(name: str, checkpoint_config: Mapping[str, Any]) -> bool:
+    del name
+    return "InternLM2ForRewardModel" in checkpoint.architectures(checkpoint_config)
+
+
+def check(name: str, checkpoint_config: Mapping[str, Any]) -> None:
+    """Raises:
+    ConfigError: config.json does not name the reward token.
+    """
+    required(name, checkpoint_config, "reward_token_id")
+
+
+def load(name: str, config: RunConfig, *, dtype: str, device: str, token: str | bool | None) -> CheckpointReward:
+    """Raises:
+    CheckpointError: files that cannot be loaded, weights that are missing or of another shape.
+    """
+    raw = checkpoint.read_config("reward_model", name, token=token)
+    llama = body_config(name, {**raw, "attention_bias": raw.get("bias", False)}, model_type="llama")
+    tensors = read_tensors(name, lambda key: True, token=token)
+    state = llama_state(name, {key: tensor for key, tensor in tensors.items() if key.startswith("model.")}, llama)
+    body, tokenizer = load_body(name, config, dtype=dtype, device=device, token=token, model_config=llama, state=state)
+    head = fill(name, nn.Linear(llama.hidden_size, 1, bias=False), tensors, prefix="v_head.")
+    return assemble(name, config, body, tokenizer, LastToken(head), trailing_ids=(int(raw["reward_token_id"]),))
+
+
+def llama_state(name: str, tensors: Mapping[str, Tensor], llama: Any) -> dict[str, Tensor]:
+    """InternLM2's tensors under Llama's names.
+
+    Raises:
+        CheckpointError: a fused matrix that does not divide into the heads of config.json.
+    """
+    state = {}
+    queries = llama.num_attention_heads // llama.num_key_value_heads  # that share one key-value head
+    for key, tensor in tensors.items():
+        plain = key.removeprefix("model.")
+        if ".attention.wqkv." in plain:
+            layer, kind = plain.split(".attention.wqkv.")  # weight or bias
+            if tensor.shape[0] != llama.num_key_value_heads * (queries + 2) * llama.head_dim:
+                raise CheckpointError(
+                    f"reward_model={name!r}: {key} has {tensor.shape[0]} rows, but its config.json calls for "
+                    f"{llama.num_key_value_heads} x ({queries} + 2) heads of {llama.head_dim}.",
+                    hint="config.json and weights do not belong together, or the file was cut.",
+                )
+            heads = tensor.unflatten(0, (llama.num_key_value_heads, queries + 2, llama.head_dim))
+            parts = {"q_proj": heads[:, :queries], "k_proj": heads[:, -2:-1], "v_proj": heads[:, -1:]}
+            for part, rows in parts.items():
+                state[f"{layer}.self_attn.{part}.{kind}"] = rows.flatten(0, 2).contiguous()
+            continue
+        for old, new in _RENAMED.items():
+            plain = plain.replace(old, new)
+        state[plain] = tensor
+    return state

@@ -1,0 +1,73 @@
+"""Math-Shepherd: a language model that says + or - at a mark behind each step of a plain text.
+
+Source: Wang et al., "Math-Shepherd" (2024), and the model card of peiyi9979/math-shepherd-mistral-7b-prm.
+
+The text is "question step ки\\nstep ки\\n...", one step a line; at each mark the logits of + and - are compared. The
+space before the mark belongs to it ("ки" without one is another token). The tokenizer puts BOS in front.
+
+Steps are lines here, as in its training data; search-and-learn takes paragraphs. Blank lines are left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from specrej_eval.config import RunConfig
+from specrej_eval.rewards.checkpoints.loading import named
+from specrej_eval.rewards.checkpoints.native import assemble, load_body
+from specrej_eval.rewards.checkpoints.reward import CheckpointReward
+from specrej_eval.rewards.checkpoints.steps import StepHead, StepRenderer, lines, question, token_id
+from specrej_eval.rewards.families.rlhflow_prm import plus_and_minus
+from specrej_eval.special_tokens import ContentText
+
+READS = "process: + against - at the mark behind each line; prm_reduce= makes one number"
+EXAMPLES = ("peiyi9979/math-shepherd-mistral-7b-prm",)
+NEEDS = "reward_family=math_shepherd for a copy under another name"
+
+MARK = "ки"
+
+
+def matches(name: str, checkpoint_config: Mapping[str, Any]) -> bool:
+    """By name: its config is a plain language model's."""
+    del checkpoint_config
+    return named(EXAMPLES, name)
+
+
+def check(name: str, checkpoint_config: Mapping[str, Any]) -> None:
+    """Nothing: any language model answers with + or -; that it is a reward only its name tells."""
+
+
+def load(name: str, config: RunConfig, *, dtype: str, device: str, token: str | bool | None) -> CheckpointReward:
+    """Raises:
+    CheckpointError: files that cannot be loaded, or hold no language-model head.
+    """
+    body, tokenizer = load_body(name, config, dtype=dtype, device=device, token=token)
+    head = StepHead(plus_and_minus(name, body, tokenizer, token), config.prm_reduce)
+    return assemble(name, config, body, tokenizer, head, renderer_class=MarkedLines, without_template="text")
+
+
+class MarkedLines(StepRenderer):
+    """One plain text, tokenised in one go."""
+
+    def __init__(self, tokenizer: Any, **options: Any) -> None:
+        super().__init__(tokenizer, **options)
+        self.mark = token_id(tokenizer, MARK)
+
+    def encode_steps(self, messages: list[dict[str, str]], response: str) -> tuple[list[int], list[int], list[int]]:
+        asked = question(messages)
+        steps = lines(response)
+        text, spans, ends = f"{asked} ", [(0, len(asked))], set()
+        for number, step in enumerate(steps):
+            text += "\n" if number else ""
+            spans.append((len(text), len(text) + len(step)))
+            text += f"{step} {MARK}"
+            ends.add(len(text))
+        encoded = self.tokeniser.text(ContentText(text, spans), return_offsets_mapping=True)
+        ids: list[int] = encoded["input_ids"]
+        offsets: list[tuple[int, int]] = encoded["offset_mapping"]
+        # the first token that begins behind the question; special tokens have empty offsets
+        start = next((i for i, (a, b) in enumerate(offsets) if a >= len(asked) and b > a), len(ids))
+        # the mark's last token, of those that end where ours does (a character may be several tokens)
+        last = {b: i for i, (a, b) in enumerate(offsets) if b in ends and b > a}
+        return ids[:start], ids[start:], [last[end] - start for end in sorted(ends) if end in last]

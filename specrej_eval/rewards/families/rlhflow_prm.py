@@ -1,0 +1,106 @@
+"""RLHFlow's process reward models: each step is a user's turn, and the model answers it with + or -.
+
+Source: RLHFlow/Llama3.1-8B-PRM-Deepseek-Data (and -Mistral-Data), ``math-rm/prm_evaluate.py`` of
+RLHFlow/RLHF-Reward-Modeling.
+
+The first turn is question and first step with a space between; the answer's paragraphs, stripped, are its steps, each
+answered "+" in the text. P(+) against P(-) is read at the token before each "+", the end of the assistant's header.
+One pass over the whole text gives what the original gets from one pass for each step.
+
+The checkpoint with "Mistral" in its name was trained on steps of one line each, and gets them so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from specrej_eval.config import RunConfig
+from specrej_eval.rewards.checkpoints.loading import named
+from specrej_eval.rewards.checkpoints.native import assemble, fill, load_body, read_tensors
+from specrej_eval.rewards.checkpoints.renderer import Renderer
+from specrej_eval.rewards.checkpoints.reward import CheckpointReward
+from specrej_eval.rewards.checkpoints.steps import (
+    GoodAgainstBad,
+    StepHead,
+    lines,
+    paragraphs,
+    question,
+    rendered,
+    token_id,
+)
+
+READS = "process: + against - after each paragraph as a user's turn; prm_reduce= makes one number"
+EXAMPLES = ("RLHFlow/Llama3.1-8B-PRM-Deepseek-Data", "RLHFlow/Llama3.1-8B-PRM-Mistral-Data")
+NEEDS = "reward_family=rlhflow_prm for a copy under another name"
+
+GOOD, BAD = "+", "-"
+
+
+def matches(name: str, checkpoint_config: Mapping[str, Any]) -> bool:
+    """By name: its config is a plain language model's."""
+    del checkpoint_config
+    return named(EXAMPLES, name)
+
+
+def check(name: str, checkpoint_config: Mapping[str, Any]) -> None:
+    """Nothing: any language model answers with + or -; that it is a reward only its name tells."""
+
+
+def load(name: str, config: RunConfig, *, dtype: str, device: str, token: str | bool | None) -> CheckpointReward:
+    """Raises:
+    CheckpointError: files that cannot be loaded, or hold no language-model head.
+    """
+    body, tokenizer = load_body(name, config, dtype=dtype, device=device, token=token)
+    head = StepHead(plus_and_minus(name, body, tokenizer, token), config.prm_reduce)
+    return assemble(name, config, body, tokenizer, head, renderer_class=TurnRenderer)
+
+
+def plus_and_minus(name: str, body: Any, tokenizer: Any, token: str | bool | None) -> GoodAgainstBad:
+    """The two rows of the language-model head that count."""
+    # tied embeddings are stored once
+    key = "model.embed_tokens.weight" if body.config.tie_word_embeddings else "lm_head.weight"
+    rows = [token_id(tokenizer, GOOD), token_id(tokenizer, BAD)]
+    tensors = {found: tensor[rows] for found, tensor in read_tensors(name, key.__eq__, token=token).items()}
+    layer = nn.Linear(body.config.hidden_size, 2, bias=False)
+    return GoodAgainstBad(fill(name, layer, tensors, prefix=key.removesuffix("weight")), good=0)
+
+
+class TurnRenderer(Renderer):
+    """Steps as turns; an answer's "+" is found again by what the template writes around it."""
+
+    def __init__(self, tokenizer: Any, **options: Any) -> None:
+        super().__init__(tokenizer, **options)
+        self.split = lines if "mistral" in Path(self.name).name.lower() else paragraphs
+        opened = rendered(self, [{"role": "user", "content": "x"}], add_generation_prompt=True)
+        before = rendered(self, [{"role": "user", "content": "x"}], add_generation_prompt=False)
+        self.pattern = (*opened[len(before) :], token_id(tokenizer, GOOD))
+
+    def encode(self, messages: list[dict[str, str]], response: str, *, open_turn: bool) -> Any:
+        """Raises:
+        ValueError: the answers are not found again: a template without a header for the assistant.
+        """
+        del open_turn  # the last turn is always "+"
+        steps = [step.strip() for step in self.split(response)]
+        turns = [f"{question(messages)} {steps[0]}", *steps[1:]]
+        ids = rendered(
+            self,
+            [
+                turn
+                for text in turns
+                for turn in ({"role": "user", "content": text}, {"role": "assistant", "content": GOOD})
+            ],
+            add_generation_prompt=False,
+        )
+        if len(self.positions_of(tuple(ids))) < len(steps):
+            raise ValueError(f"{len(steps)} steps were answered with {GOOD!r}, and not all are found again")
+        return {"input_ids": ids}
+
+    def positions_of(self, ids: tuple[int, ...]) -> tuple[int, ...]:
+        """The last token before each "+"."""
+        size = len(self.pattern)
+        found = tuple(end - 2 for end in range(size, len(ids) + 1) if ids[end - size : end] == self.pattern)
+        return found or (len(ids) - 1,)

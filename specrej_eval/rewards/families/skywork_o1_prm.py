@@ -1,0 +1,79 @@
+"""Skywork-o1-Open-PRM: a value head at the line break behind each step; its sigmoid is the step's probability.
+
+Source: the model card of Skywork/Skywork-o1-Open-PRM-Qwen-2.5-7B (and -1.5B), and SkyworkAI/skywork-o1-prm-inference.
+
+The text is BOS (if the tokenizer has one), question, line break, then each line of the answer and a line break. Lines
+are tokenised one by one, as there: a line break never merges with what is around it. Blank lines in between are steps
+of their own, as there; line breaks at the very end are left out, where the original would score an empty step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from specrej_eval import checkpoint
+from specrej_eval.config import RunConfig
+from specrej_eval.rewards.checkpoints.loading import named
+from specrej_eval.rewards.checkpoints.native import assemble, fill, load_body, read_tensors
+from specrej_eval.rewards.checkpoints.reward import CheckpointReward
+from specrej_eval.rewards.checkpoints.steps import StepHead, StepRenderer, question, token_id
+from specrej_eval.special_tokens import ContentText
+
+READS = "process: a value head at the line break behind each line; prm_reduce= makes one number"
+EXAMPLES = ("Skywork/Skywork-o1-Open-PRM-Qwen-2.5-7B", "Skywork/Skywork-o1-Open-PRM-Qwen-2.5-1.5B")
+NEEDS = "reward_family=skywork_o1_prm for some copies under another name"
+
+
+def matches(name: str, checkpoint_config: Mapping[str, Any]) -> bool:
+    """By class or name: some copies' configs are a plain language model's."""
+    return "Qwen2ForPrmModel" in checkpoint.architectures(checkpoint_config) or named(EXAMPLES, name)
+
+
+def check(name: str, checkpoint_config: Mapping[str, Any]) -> None:
+    """Nothing: all that counts are the body's keys."""
+
+
+def load(name: str, config: RunConfig, *, dtype: str, device: str, token: str | bool | None) -> CheckpointReward:
+    """Raises:
+    CheckpointError: files that cannot be loaded, weights that are missing or of another shape.
+    """
+    body, tokenizer = load_body(name, config, dtype=dtype, device=device, token=token)
+    tensors = read_tensors(name, lambda key: key.startswith("v_head."), token=token)
+    value = Value(fill(name, nn.Linear(body.config.hidden_size, 1), tensors, prefix="v_head.summary."))
+    head = StepHead(value, config.prm_reduce)
+    return assemble(name, config, body, tokenizer, head, renderer_class=Lines, without_template="text")
+
+
+class Value(nn.Module):
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """(..., hidden size) -> (...)"""
+        values: Tensor = self.layer(hidden)[..., 0]
+        return values
+
+
+class Lines(StepRenderer):
+    """Question and lines, tokenised one by one."""
+
+    def __init__(self, tokenizer: Any, **options: Any) -> None:
+        super().__init__(tokenizer, **options)
+        self.mark = token_id(tokenizer, "\n")
+
+    def encode_steps(self, messages: list[dict[str, str]], response: str) -> tuple[list[int], list[int], list[int]]:
+        bos, asked = self.tokenizer.bos_token or "", question(messages)
+        prompt = self._ids(ContentText(f"{bos}{asked}\n", [(len(bos), len(bos) + len(asked))]))
+        ids, places = [], []
+        for step in response.rstrip("\n").split("\n"):
+            ids += [*self._ids(step), self.mark]
+            places.append(len(ids) - 1)
+        return prompt, ids, places
+
+    def _ids(self, text: str) -> list[int]:
+        ids: list[int] = self.tokeniser.text(text, add_special_tokens=False)["input_ids"]
+        return ids

@@ -1,0 +1,136 @@
+"""Starling-RM: a linear head at the last token of Llama-2-7B-chat, or of Yi-34B.
+
+Source: Zhu et al., "Starling-7B" (2023), the model cards of berkeley-nest/Starling-RM-7B-alpha and
+Nexusflow/Starling-RM-34B, and reward-bench's ``starling.py``.
+
+The 7B model is published as one raw ``.pt`` file: body under ``transformer.`` (and once more under ``model.model.``),
+head ``v_head.weight``. Config and tokenizer are those of the gated meta-llama/Llama-2-7b-chat-hf. Its card reads
+"<s>[INST] Hello? </s> [/INST] Hi, how can I help you?</s>", end token before [/INST] included, through a tokenizer that
+puts another <s> in front; we do as the card does. The 34B model reads Yi's ChatML without BOS and has Yi's tokenizer.
+
+We differ in the last token: the original looks for the first <unk> (its padding); here it is the last token read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from specrej_eval import checkpoint
+from specrej_eval.config import RunConfig
+from specrej_eval.errors import CheckpointError
+from specrej_eval.paths import expanded
+from specrej_eval.rewards.base import read_checkpoint_config
+from specrej_eval.rewards.checkpoints.loading import named
+from specrej_eval.rewards.checkpoints.native import (
+    LastToken,
+    TextRenderer,
+    assemble,
+    body_config,
+    fill,
+    load_body,
+    read_tensors,
+)
+from specrej_eval.rewards.checkpoints.reward import CheckpointReward
+
+READS = "a linear head at the last token; from a raw .pt file (7B) or under other names (34B)"
+EXAMPLES = ("berkeley-nest/Starling-RM-7B-alpha", "Nexusflow/Starling-RM-34B")
+NEEDS = (
+    "for the 7B model, access to meta-llama/Llama-2-7b-chat-hf (gated: config, tokenizer), or a folder that holds them"
+)
+
+LLAMA_TEMPLATE = (
+    "{{ bos_token }}"  # the tokenizer's; the text has its own
+    "{%- for message in messages -%}"
+    "{%- if message['role'] == 'system' -%}{{ raise_exception('no system messages') }}"
+    "{%- elif message['role'] == 'user' -%}"
+    "{{ bos_token + '[INST] ' + message['content'] + ' ' + eos_token + ' [/INST]' }}"
+    "{%- else -%}{{ ' ' + message['content'] + eos_token }}{%- endif -%}"
+    "{%- endfor -%}"
+)
+CHATML_TEMPLATE = (
+    "{%- for message in messages -%}"
+    "{%- if not loop.first -%}{{ '\n' }}{%- endif -%}"
+    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' }}"
+    "{%- endfor -%}"
+    "{%- if add_generation_prompt -%}{{ '\n<|im_start|>assistant\n' }}{%- endif -%}"
+)
+TOKENIZERS = {
+    "Starling-RM-7B-alpha": "meta-llama/Llama-2-7b-chat-hf",
+    "Starling-RM-34B": "01-ai/Yi-34B-Chat",
+}
+"""Neither checkpoint brings one along."""
+
+_RAW_WEIGHTS = "*.pt"
+_YI_VOCAB_SIZE = 64_000
+"""Llama-2's vocabulary is half as large: this tells the two bodies, and so their templates, apart."""
+
+
+def matches(name: str, checkpoint_config: Mapping[str, Any]) -> bool:
+    """By name: the 7B checkpoint has no config, the 34B one's is a sequence classifier's."""
+    del checkpoint_config
+    return named(EXAMPLES, name)
+
+
+def check(name: str, checkpoint_config: Mapping[str, Any]) -> None:
+    """Nothing: all that counts are the body's keys."""
+
+
+def check_files(folder: Path) -> None:
+    """Raises:
+    CheckpointError: neither a raw .pt file nor transformers' weight files.
+    """
+    if not any(folder.glob(_RAW_WEIGHTS)):
+        checkpoint.check_weights("reward_model", folder)
+    if folder.name not in TOKENIZERS:
+        checkpoint.check_tokenizer_files("reward_model", folder)
+
+
+def load(name: str, config: RunConfig, *, dtype: str, device: str, token: str | bool | None) -> CheckpointReward:
+    """Raises:
+    CheckpointError: files that cannot be loaded, weights that are missing or of another shape.
+    """
+    model_config = body_config(name, read_checkpoint_config(name, token=token))
+    folder = expanded(name)
+    raw = any(folder.glob(_RAW_WEIGHTS)) if folder.is_dir() else folder.name == "Starling-RM-7B-alpha"
+    tensors = read_tensors(name, _belongs, token=token, pattern=_RAW_WEIGHTS if raw else None)
+    options: dict[str, Any] = {"dtype": dtype, "device": device, "token": token, "model_config": model_config}
+    body, tokenizer = load_body(
+        name, config, **options, state=_body_state(name, tensors), tokenizer_from=_tokenizer_from(name)
+    )
+    head = fill(name, nn.Linear(model_config.hidden_size, 1, bias=False), tensors, prefix="v_head.")
+    return assemble(
+        name,
+        config,
+        body,
+        tokenizer,
+        LastToken(head),
+        renderer_class=TextRenderer,
+        template=CHATML_TEMPLATE if model_config.vocab_size >= _YI_VOCAB_SIZE else LLAMA_TEMPLATE,
+    )
+
+
+def _belongs(key: str) -> bool:
+    return key.startswith(("transformer.", "v_head."))
+
+
+def _body_state(name: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    state = {key.removeprefix("transformer."): tensors[key] for key in tensors if key.startswith("transformer.")}
+    if not state:
+        raise CheckpointError(
+            f"reward_model={name!r} has no weights under 'transformer.'.",
+            hint="is this the reward model, or the language model it was made from?",
+        )
+    # older versions of transformers stored what is computed from the config
+    return {key: tensor for key, tensor in state.items() if not key.endswith("rotary_emb.inv_freq")}
+
+
+def _tokenizer_from(name: str) -> str | None:
+    """None: the checkpoint's own folder."""
+    folder = expanded(name)
+    if any((folder / file).is_file() for file in checkpoint.TOKENIZER_FILES):
+        return None
+    return TOKENIZERS.get(folder.name)

@@ -1,0 +1,1 @@
+"""Rewards behind HTTP: reward servers, judges, and the protocols they speak."""

@@ -1,0 +1,255 @@
+"""`specrej-eval run`: prompts in, one archive out; the same with several processes, after a kill, and after a rerun."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from specrej_eval import cli
+from specrej_eval.commands.run import parse, split
+from specrej_eval.demo.arithmetic import distinct_problems, question
+from specrej_eval.errors import ConfigError
+from specrej_eval.generator import Generator
+from specrej_eval.records.journal import result_from_dict
+from specrej_eval.records.outputs import Answer, OutputsFolder, open_run
+
+PROMPTS = [question(operands) for operands in distinct_problems("test", 6, seed=3)]
+COMMON = ["--n", "4", "--max_gen_toks", "96", "--until", '["\\n"]']
+
+
+@pytest.fixture
+def prompts(tmp_path: Path) -> str:
+    path = tmp_path / "prompts.csv"
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["instruction", "topic"])
+        writer.writerows([text, f"sum {index}"] for index, text in enumerate(PROMPTS))
+    return str(path)
+
+
+def run(*words: str) -> int:
+    return cli.main(["run", *words])
+
+
+def without_costs(answers: list[Answer]) -> list[dict[str, Any]]:
+    """Answers without what differs from run to run: seconds and memory."""
+    plain = [item.to_dict() for item in answers]
+    for item in plain:
+        item.pop("seconds")
+        for name in ("seconds", "peak_bytes"):
+            item["ledger"].pop(name)
+    return plain
+
+
+def test_an_archive_holds_the_answers_in_order_and_every_row_behind_them(
+    prompts: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    assert run("--prompts", prompts, "--output", str(out), *COMMON, "--batch_size", "3") == 0
+    shown = capsys.readouterr()
+    assert "DEMO" in shown.err and "tokens decoded" in shown.err and "peak memory" in shown.err
+    record, answers = open_run(out)
+    assert record.complete and record.embedded_demo_pair and record.generator.startswith("DEMO")
+    assert [item.instruction for item in answers] == PROMPTS
+    assert [item.fields for item in answers] == [{"topic": f"sum {index}"} for index in range(6)]
+    lines = (out / "specrej_trajectories.jsonl").read_text().splitlines()[1:]
+    results = {
+        result.prompt_hash: result for result in (result_from_dict(json.loads(line)["result"]) for line in lines)
+    }
+    for item in answers:
+        behind = results[item.prompt_hash]
+        assert item.n == len(behind.trajectories) == 4
+        ended = [row for row in behind.trajectories if row.finish_reason != "rejected"]
+        best = max(ended, key=lambda row: row.reward if row.reward is not None else float("-inf"))
+        assert (item.output, item.reward) == (best.text, best.reward)
+        assert item.finished_rewards == [row.reward for row in ended]
+        assert item.ledger["decode_tokens"] == sum(row.num_tokens for row in behind.trajectories)
+    assert record.totals["decode_tokens"] == sum(item.ledger["decode_tokens"] for item in answers)
+
+
+def test_speculative_rejection_and_best_of_n_see_the_same_rows(prompts: str, tmp_path: Path) -> None:
+    bon = [*COMMON, "--strategy", "best_of_n"]
+    assert run("--prompts", prompts, "--output", str(tmp_path / "bon"), *bon) == 0
+    assert run("--prompts", prompts, "--output", str(tmp_path / "spr"), *COMMON, "--alpha", "0") == 0
+    (bon_record, bon_answers), (spr_record, spr_answers) = open_run(tmp_path / "bon"), open_run(tmp_path / "spr")
+    assert bon_record.fingerprint != spr_record.fingerprint
+    assert [item.output for item in bon_answers] == [item.output for item in spr_answers]
+
+
+def test_a_rerun_does_nothing_and_another_configuration_is_refused(
+    prompts: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    out = str(tmp_path / "out")
+    assert run("--prompts", prompts, "--output", out, *COMMON, "--limit", "2") == 0
+    before = {path.name: path.read_bytes() for path in Path(out).iterdir()}
+    monkeypatch.setattr(Generator, "run", lambda *_, **__: pytest.fail("decoded again"))
+    capsys.readouterr()
+    assert run("--prompts", prompts, "--output", out, *COMMON, "--limit", "2") == 0
+    assert "nothing to do" in capsys.readouterr().out
+    assert run("--prompts", prompts, "--output", out, *COMMON, "--limit", "2", "--seed", "1") == 1
+    assert "seed: 0 then, 1 now" in capsys.readouterr().err
+    assert {path.name: path.read_bytes() for path in Path(out).iterdir()} == before
+    monkeypatch.undo()
+    assert run("--prompts", prompts, "--output", out, *COMMON) == 0  # two answers are there already
+    assert "2 of 6 answers were recorded already" in caplog.text
+    assert run("--prompts", prompts, "--output", out, *COMMON, "--seed", "1", "--overwrite", "true") == 0
+    assert {seed for item in open_run(out)[1] for seed in item.seeds} == {1}
+
+
+def test_prompts_moved_in_their_file_keep_their_answers(prompts: str, tmp_path: Path) -> None:
+    out = str(tmp_path / "out")
+    assert run("--prompts", prompts, "--output", out, *COMMON) == 0
+    before = {item.instruction: item.output for item in open_run(out)[1]}
+    turned = tmp_path / "turned.jsonl"
+    turned.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in reversed(PROMPTS)))
+    assert run("--prompts", str(turned), "--output", out, *COMMON) == 0
+    after = open_run(out)[1]
+    assert [item.instruction for item in after] == PROMPTS[::-1]
+    assert [item.index for item in after] == list(range(6))
+    assert {item.instruction: item.output for item in after} == before
+
+
+def test_a_prompt_asked_twice_is_drawn_twice(tmp_path: Path) -> None:
+    path = tmp_path / "twice.json"
+    path.write_text(json.dumps([PROMPTS[0], PROMPTS[1], PROMPTS[0]]))
+    out = str(tmp_path / "out")
+    assert run("--prompts", str(path), "--output", out, *COMMON, "--temperature", "3", "--top_k", "0") == 0
+    first, _, again = open_run(out)[1]
+    assert first.instruction == again.instruction and (first.repeat, again.repeat) == (0, 1)
+    assert first.output != again.output
+
+
+def test_max_tokens_is_of_prompt_and_answer_together(prompts: str, tmp_path: Path) -> None:
+    out = str(tmp_path / "out")
+    words = ["--prompts", prompts, "--output", out, "--n", "2", "--limit", "1", "--max_gen_toks", "96"]
+    assert run(*words, "--max_tokens", "60") == 0
+    item = open_run(out)[1][0]
+    assert item.resolved["max_gen_toks"] == 60 - item.ledger["prompt_tokens"] == item.num_tokens
+    assert item.finish_reason == "length"
+    assert run(*words[:3], str(tmp_path / "none"), *words[4:], "--max_tokens", "10") == 1
+
+
+@pytest.mark.parametrize(
+    "words, told",
+    [
+        (["--alhpa", "0.5"], "did you mean --alpha"),
+        (["--llm_name", "x"], "did you mean --pretrained"),
+        (["--reward_model_name", "x"], "did you mean --reward_model"),
+        (["--data_filename", "x"], "did you mean --prompts"),
+        (["--max_gen_tokens", "5"], "did you mean --max_gen_toks"),
+        (["--speculative_rejection"], "it is --strategy speculative_rejection"),
+        (["--variance_reduce"], "no code behind it"),
+        (["--journal", "x"], "keeps its own journal"),
+        (["0.5"], "unexpected '0.5'"),
+        (["--alpha", "2"], "alpha must be in"),
+        (["--limit", "some"], "limit must be a whole number"),
+        (["--prompts", "no_such_file.csv"], "no_such_file.csv"),
+        (["--pretrained", "./no/such"], "there is no folder"),
+    ],
+)
+def test_bad_words_are_told_before_anything_is_loaded(
+    words: list[str],
+    told: str,
+    prompts: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    from specrej_eval import api
+
+    monkeypatch.setattr(api, "load_models", lambda *_: pytest.fail("a model was loaded"))
+    out = tmp_path / "out"
+    assert run("--prompts", prompts, "--output", str(out), *words) == 1
+    assert told in capsys.readouterr().err
+    assert not out.exists()
+
+
+def test_the_prompts_must_be_named(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("--alpha", "0.5") == 1
+    assert "--prompts is missing" in capsys.readouterr().err
+    assert run("--data_filename", "prompts.json") == 1
+    assert "did you mean --prompts" in capsys.readouterr().err
+
+
+def test_options_are_the_names_of_model_args() -> None:
+    words = ["--prompts", "p", "--top-k=7", "--n", "max", "--chat_template_args", '{"a": 1}', "--revision", "main"]
+    own, config, host = split(parse([*words, "--first_look", "none", "--trust_remote_code", "true"]))
+    assert own == {"prompts": "p"}
+    assert (config.top_k, config.n, config.first_look, config.trust_remote_code) == (7, "max", None, True)
+    assert host == {"chat_template_args": {"a": 1}, "revision": "main"}
+    with pytest.raises(ConfigError):
+        split(parse(["--prompts", "p", "--n", "0"]))
+
+
+def test_reading_a_run_that_is_being_written_leaves_its_files_alone(prompts: str, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert run("--prompts", prompts, "--output", str(out), *COMMON, "--limit", "2") == 0
+    with (out / "specrej_outputs.jsonl").open("ab") as file:
+        file.write(b'{"instruction": "half a li')
+    before = (out / "specrej_outputs.jsonl").read_bytes()
+    assert len(open_run(out)[1]) == 2
+    assert (out / "specrej_outputs.jsonl").read_bytes() == before
+    assert run("--prompts", prompts, "--output", str(out), *COMMON, "--limit", "3") == 0
+    assert len(open_run(out)[1]) == 3
+
+
+# processes
+
+
+def specrej_eval(*words: str, launcher: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
+    command = [*launcher, "-m", "specrej_eval", "run", *words] if launcher else [sys.executable, "-m", "specrej_eval"]
+    command += [] if launcher else ["run", *words]
+    return subprocess.run(command, capture_output=True, text=True, timeout=240)
+
+
+@pytest.mark.slow
+def test_two_processes_write_the_archive_of_one(prompts: str, tmp_path: Path) -> None:
+    one, two = str(tmp_path / "one"), str(tmp_path / "two")
+    assert run("--prompts", prompts, "--output", one, *COMMON) == 0
+    accelerate = str(Path(sys.executable).with_name("accelerate"))
+    # with --cpu, accelerate starts one process whatever num_processes says; --multi_gpu starts them without a GPU too
+    launcher = (accelerate, "launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0")
+    done = specrej_eval("--prompts", prompts, "--output", two, *COMMON, launcher=launcher)
+    assert done.returncode == 0, done.stderr
+    assert without_costs(open_run(two)[1]) == without_costs(open_run(one)[1])
+    assert not list(Path(two).glob("specrej_outputs_rank*"))
+    rows = [len(path.read_text().splitlines()) - 1 for path in sorted(Path(two).glob("specrej_trajectories_rank*"))]
+    assert rows == [3, 3]
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on_and_ends_with_the_same_answers(prompts: str, tmp_path: Path) -> None:
+    words = ["--prompts", prompts, *COMMON, "--batch_size", "1", "--n", "16"]
+    whole, killed = str(tmp_path / "whole"), str(tmp_path / "killed")
+    assert run(*words, "--output", whole) == 0
+    process = subprocess.Popen(
+        [sys.executable, "-m", "specrej_eval", "run", *words, "--output", killed],
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    path = OutputsFolder(killed).outputs_file
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None:
+        if path.is_file() and path.read_bytes().count(b"\n") >= 2:
+            os.kill(process.pid, signal.SIGKILL)
+            break
+        time.sleep(0.005)
+    assert process.wait() == -signal.SIGKILL
+    with path.open("ab") as file:
+        file.write(b'{"instruction": "half a li')  # what a kill within a write leaves
+    done = specrej_eval(*words, "--output", killed)
+    assert done.returncode == 0, done.stderr
+    assert "of 6 answers were recorded already" in done.stderr
+    assert without_costs(open_run(killed)[1]) == without_costs(open_run(whole)[1])
