@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from specrej_eval import stopping
-from specrej_eval.config import RunConfig
-from specrej_eval.core import Message, Prompt, Spent
+from specrej_eval.config import MAX, RunConfig
+from specrej_eval.core import Prompt, Question, Spent
 from specrej_eval.engines.base import Engine
 from specrej_eval.errors import ConfigError, PromptError
 from specrej_eval.generator import Generator, Request
@@ -25,26 +24,6 @@ from specrej_eval.special_tokens import ContentText
 logger = logging.getLogger(__name__)
 
 AUTO = "auto"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Question:
-    """One instruction to answer."""
-
-    instruction: str
-    """What is asked, without any template; the reward model reads it as the user's turn."""
-    text: str | None = None
-    """What the language model reads, if a template has been applied already."""
-    messages: tuple[Message, ...] | None = None
-    """What the language model reads, as chat messages."""
-    index: int | None = None
-    fields: Mapping[str, Any] = field(default_factory=dict)
-
-    @property
-    def name(self) -> str:
-        """How messages to the user call it."""
-        start = self.instruction[:60] + ("..." if len(self.instruction) > 60 else "")
-        return f"instruction {start!r}" if self.index is None else f"prompt {self.index} ({start!r})"
 
 
 def encode(engine: Engine, question: Question, *, apply_chat_template: bool | str = AUTO) -> Prompt:
@@ -132,6 +111,25 @@ def requests_for(
     return requests
 
 
+def settle_capacity(
+    generator: Generator,
+    requests: Sequence[Request],
+    store: OutputsFolder,
+    *,
+    agree: Callable[[int], int] = lambda tokens: tokens,
+) -> None:
+    """Tokens of KV for ``n=max``: as many as the run in ``store`` began with, else measured now and kept there.
+
+    Args:
+        agree: of what several processes have room for, the number that all of them take.
+    """
+    config = generator.config
+    if store.capacity_tokens is None and config.n == MAX and config.kv_budget_tokens is None and requests:
+        store.put_capacity(agree(generator.measured_capacity(requests)))
+    if store.capacity_tokens is not None:
+        generator.capacity_tokens = store.capacity_tokens
+
+
 def answer(
     generator: Generator,
     questions: Sequence[Question],
@@ -140,7 +138,6 @@ def answer(
     store: OutputsFolder | None = None,
     progress: bool = True,
     summary: bool = True,
-    on_answer: Callable[[Answer], None] | None = None,
     spent: Spent | None = None,
 ) -> list[Answer]:
     """Answer requests, in order; what ``store`` has already is taken from there, the rest recorded as it finishes.
@@ -186,7 +183,5 @@ def answer(
                     if store is not None:
                         store.put(done)
                     kept.add()
-                if on_answer is not None:
-                    on_answer(done)
                 answers[index] = done
     return [answers[index] for index in range(len(requests))]

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, Self, get_args
 
 from specrej_eval.checked import (
@@ -46,6 +46,33 @@ def stream_key(seed: int, task: str, hash_of_prompt: str, repeat: int) -> int:
     """
     text = f"{seed}\x1f{task}\x1f{hash_of_prompt}\x1f{repeat}"
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
+
+
+def called(instruction: str, index: int | None) -> str:
+    """How messages call an instruction: by its place in the file of prompts, if it has one, and by its beginning."""
+    start = repr(instruction if len(instruction) <= 60 else instruction[:60] + "...")
+    return f"instruction {start}" if index is None else f"prompt {index} ({start})"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Question:
+    """One instruction to answer, as a file of prompts or a harness gives it."""
+
+    instruction: str
+    """What is asked, without any template; the reward model reads it as the user's turn."""
+    text: str | None = None
+    """What the language model reads, if a template has been applied already."""
+    messages: tuple[Message, ...] | None = None
+    """What the language model reads, as chat messages."""
+    index: int | None = None
+    """Its place in the file of prompts, from 0."""
+    fields: Mapping[str, Any] = field(default_factory=dict)
+    """The other columns of its row."""
+
+    @property
+    def name(self) -> str:
+        """How messages to the user call it."""
+        return called(self.instruction, self.index)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -200,15 +227,7 @@ class Round:
         return cls(cut=number_or_none(data, "cut"), **counts)
 
     def to_dict(self) -> dict[str, Any]:
-        return {
-            "rows": self.rows,
-            "tokens": self.tokens,
-            "cut": finite_or_none(self.cut),
-            "kept": self.kept,
-            "finished": self.finished,
-            "rejected": self.rejected,
-            "kv_tokens": self.kv_tokens,
-        }
+        return {**asdict(self), "cut": finite_or_none(self.cut)}
 
 
 PHASES = ("prefill", "decode", "reward", "other")
@@ -248,6 +267,10 @@ class Ledger:
     peak_bytes: int = 0
     """Peak memory: allocated by torch on a GPU, resident set of the process on a CPU."""
 
+    @property
+    def total_seconds(self) -> float:
+        return sum(self.seconds.values())
+
     def add(self, other: Ledger) -> None:
         """Add another ledger's counts to this one; peak memory is the larger of the two."""
         for name in _COUNTS:
@@ -271,19 +294,7 @@ class Ledger:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        return {
-            "prompt_tokens": self.prompt_tokens,
-            "decode_tokens": self.decode_tokens,
-            "reward_tokens": self.reward_tokens,
-            "reward_calls": self.reward_calls,
-            "scores_floored": self.scores_floored,
-            "grades_unreadable": self.grades_unreadable,
-            "rows_started": self.rows_started,
-            "rows_finished": self.rows_finished,
-            "rows_rejected": self.rows_rejected,
-            "seconds": {phase: self.seconds.get(phase, 0.0) for phase in PHASES},
-            "peak_bytes": self.peak_bytes,
-        }
+        return {**asdict(self), "seconds": {phase: self.seconds.get(phase, 0.0) for phase in PHASES}}
 
 
 @dataclass(slots=True)

@@ -33,7 +33,7 @@ from specrej_eval.errors import OutOfMemoryError, RewardError
 from specrej_eval.progress import Progress
 from specrej_eval.records.fingerprint import DECIDING, EMBEDDED, of_models, warn_of_uncovered
 from specrej_eval.records.journal import Journal, request_key
-from specrej_eval.records.trace import Tracer, make_tracer
+from specrej_eval.records.trace import Tracer
 from specrej_eval.rewards.base import RewardModel, RewardSession, open_session
 from specrej_eval.scheduler import Scheduler
 from specrej_eval.strategies.base import State, Strategy, make_strategy
@@ -224,21 +224,22 @@ class Generator:
         checked = []
         for index, request in enumerate(requests):
             self.engine.check(request.prompt, request.config)
-            if request.config.n == MAX and self.capacity_tokens is None:
-                self.capacity_tokens = self._measured_capacity(requests, journal)
+            if request.config.n == MAX:
+                if self.capacity_tokens is None:
+                    self.capacity_tokens = self.measured_capacity(requests)
+                if journal is not None and journal.capacity_tokens is None:
+                    journal.put_capacity(self.capacity_tokens)
             budget = budgets.resolve(request.config, request.prompt.num_tokens, capacity_tokens=self.capacity_tokens)
             checked.append((index, request, budget))
         return checked
 
-    def _measured_capacity(self, requests: Sequence[Request], journal: Journal | None) -> int:
+    def measured_capacity(self, requests: Sequence[Request]) -> int:
         """Tokens of KV that memory holds: measured once in a run; a resumed run takes the journal's number."""
+        journal = self._open_journal()
         if journal is not None and journal.capacity_tokens is not None:
             return journal.capacity_tokens
         longest = max(request.prompt.num_tokens for request in requests)
-        capacity = self.engine.capacity_tokens(self.config, longest)
-        if journal is not None:
-            journal.put_capacity(capacity)
-        return capacity
+        return self.engine.capacity_tokens(self.config, longest)
 
     def _open(self, index: int, request: Request, budget: Budget) -> _Running:
         strategy = make_strategy(request.config)
@@ -407,7 +408,7 @@ class Generator:
 
     def _open_tracer(self) -> Tracer:
         if self._tracer is None:
-            self._tracer = make_tracer(self.config.trace_path)
+            self._tracer = Tracer(self.config.trace_path)
             self._tracer.run({"arguments": self.config.to_dict(), **self.describe()})
         return self._tracer
 

@@ -16,39 +16,38 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from specrej_eval.errors import ConfigError, SpecRejError
+from specrej_eval.errors import ConfigError, start_of
 from specrej_eval.records.jsonl import write_atomically
-from specrej_eval.records.outputs import Answer, RunRecord, open_run
+from specrej_eval.records.outputs import RecordedRun
 
 FORMATS = ("alpaca",)
-Run = tuple[RunRecord, list[Answer]]
 
 
-def alpaca_rows(runs: Sequence[Run]) -> list[dict[str, Any]]:
+def alpaca_rows(runs: Sequence[RecordedRun]) -> list[dict[str, Any]]:
     """The rows of all runs, outputs stripped as alpaca_eval strips those it decodes (``is_strip_output``)."""
     return [
         {
             "instruction": answer.instruction,
             "output": answer.output.strip(),
-            "generator": record.generator,
+            "generator": run.name,
             "score": answer.reward,
         }
-        for record, answers in runs
-        for answer in answers
+        for run in runs
+        for answer in run.answers
     ]
 
 
-def sidecar(runs: Sequence[Run]) -> dict[str, Any]:
+def sidecar(runs: Sequence[RecordedRun]) -> dict[str, Any]:
     """What made each generator; ``n`` is a list where prompts had different numbers of rows (``n=max``)."""
     generators = {}
-    for record, answers in runs:
-        rows = sorted({answer.n for answer in answers})
-        generators[record.generator] = {
-            "reward_model": record.fingerprint.get("reward_model"),
-            "reward_files": record.fingerprint.get("reward_files"),
-            "n": rows[0] if len(rows) == 1 else rows,
-            "embedded_demo_pair": record.embedded_demo_pair,
-            "fingerprint": record.fingerprint,
+    for run in runs:
+        fingerprint = run.record.fingerprint
+        generators[run.name] = {
+            "reward_model": fingerprint.get("reward_model"),
+            "reward_files": fingerprint.get("reward_files"),
+            "n": run.rows[0] if len(run.rows) == 1 else run.rows,
+            "embedded_demo_pair": run.record.embedded_demo_pair,
+            "fingerprint": fingerprint,
         }
     return {"generators": generators}
 
@@ -58,30 +57,30 @@ def sidecar_path(output: Path) -> Path:
     return output.with_name(f"{output.stem}.specrej.json")
 
 
-def remarks(runs: Sequence[Run]) -> list[str]:
+def remarks(runs: Sequence[RecordedRun]) -> list[str]:
     """What a reader of the comparison has to know: prompts that differ, runs cut short, scores that are missing."""
     found = []
-    first, expected = runs[0][0].generator, Counter(answer.instruction for answer in runs[0][1])
-    for record, answers in runs:
-        name = record.generator
+    first, expected = runs[0].name, Counter(answer.instruction for answer in runs[0].answers)
+    for run in runs:
+        name, answers = run.name, run.answers
         prompts = Counter(answer.instruction for answer in answers)
-        if not record.complete:
+        if not run.record.complete:
             found.append(f"{name} is not finished: it has {len(answers)} answers so far")
         if len(prompts) < len(answers):
             again = next(text for text, count in prompts.items() if count > 1)
             found.append(
-                f"{name} has answers to {_some(prompts - Counter(set(prompts)))} asked before ({_start(again)}); "
+                f"{name} has answers to {_some(prompts - Counter(set(prompts)))} asked before ({start_of(again)}); "
                 "alpaca_eval pairs equal instructions in every combination"
             )
         lacks, adds = expected - prompts, prompts - expected
         if lacks:
-            found.append(f"{name} has no answer to {_some(lacks)} of {first} ({_start(next(iter(lacks)))})")
+            found.append(f"{name} has no answer to {_some(lacks)} of {first} ({start_of(next(iter(lacks)))})")
         if adds:
-            found.append(f"{name} has answers to {_some(adds)} that {first} lacks ({_start(next(iter(adds)))})")
+            found.append(f"{name} has answers to {_some(adds)} that {first} lacks ({start_of(next(iter(adds)))})")
         unscored = sum(answer.reward is None for answer in answers)
         if unscored:
             found.append(f"{name}: {unscored} answers have no finite reward; their score is null")
-        if record.embedded_demo_pair:
+        if run.record.embedded_demo_pair:
             found.append(f"{name} was made with embedded demo models, which say nothing about large ones")
     return found
 
@@ -91,31 +90,25 @@ def _some(prompts: Counter[str]) -> str:
     return "1 prompt" if count == 1 else f"{count} prompts"
 
 
-def _start(text: str) -> str:
-    return repr(text if len(text) <= 60 else f"{text[:60]}...")
-
-
-def _checked_runs(paths: Sequence[str], name: str | None) -> list[Run]:
+def _checked_runs(paths: Sequence[str], name: str | None) -> list[RecordedRun]:
     if name is not None and len(paths) > 1:
         raise ConfigError(
             f"--name {name!r} would give {len(paths)} runs one name.", hint="export them one by one, or leave it out."
         )
-    runs: list[Run] = []
+    runs: list[RecordedRun] = []
     seen: dict[str, str] = {}
     for path in paths:
-        record, answers = open_run(path)
-        if not answers:
-            raise SpecRejError(f"the run in {str(path)!r} has no answers yet.", hint="finish it, or leave it out.")
+        run = RecordedRun.read(path)
         if name is not None:
-            record = replace(record, generator=name)
-        if record.generator in seen:
+            run = replace(run, record=replace(run.record, name=name))
+        if run.name in seen:
             raise ConfigError(
-                f"{seen[record.generator]!r} and {path!r} are both called {record.generator!r}.",
+                f"{seen[run.name]!r} and {path!r} are both called {run.name!r}.",
                 hint="one file needs one name for each run: merge runs of several seeds with `specrej-eval gather`, or "
                 "export one of them by itself with --name.",
             )
-        seen[record.generator] = path
-        runs.append((record, answers))
+        seen[run.name] = path
+        runs.append(run)
     return runs
 
 
@@ -136,7 +129,7 @@ def run(args: argparse.Namespace) -> int:
     write_atomically(output, _json(rows))
     for remark in remarks(runs):
         print(f"specrej-eval export: {remark}", file=sys.stderr)
-    print(f"{len(rows)} answers of {', '.join(record.generator for record, _ in runs)}\n{output}")
+    print(f"{len(rows)} answers of {', '.join(run.name for run in runs)}\n{output}")
     return 0
 
 

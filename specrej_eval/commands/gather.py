@@ -22,41 +22,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from specrej_eval.core import Ledger
-from specrej_eval.errors import ConfigError, SpecRejError
+from specrej_eval.errors import ConfigError
 from specrej_eval.records.fingerprint import compare
-from specrej_eval.records.outputs import Answer, OutputsFolder, RunRecord, open_run, total_cost
+from specrej_eval.records.outputs import Answer, OutputsFolder, RecordedRun, RunRecord, total_cost
 from specrej_eval.records.run_names import default_name
 
 GATHERED = "gathered"
 """Where a gathered run's record names the runs it was made of."""
-
-
-@dataclass(frozen=True, slots=True)
-class Source:
-    """One run to gather."""
-
-    path: str
-    record: RunRecord
-    answers: tuple[Answer, ...]
-
-    @classmethod
-    def read(cls, path: str | Path) -> Source:
-        """Raises:
-        SpecRejError: no run lies there, or it has no answers.
-        """
-        record, answers = open_run(path)
-        if not answers:
-            raise SpecRejError(f"the run in {str(path)!r} has no answers yet.", hint="finish it, or leave it out.")
-        return cls(str(path), record, tuple(answers))
-
-    @property
-    def seeds(self) -> list[int]:
-        return sorted({seed for answer in self.answers for seed in answer.seeds})
-
-    @property
-    def finished(self) -> bool:
-        return self.record.complete
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +45,7 @@ class Gathered:
         return sorted({seed for answer in self.answers for seed in answer.seeds})
 
 
-def gather(sources: Sequence[Source], *, name: str | None = None, incomplete: bool = False) -> Gathered:
+def gather(sources: Sequence[RecordedRun], *, name: str | None = None, incomplete: bool = False) -> Gathered:
     """The best answer to each prompt, over all runs.
 
     Args:
@@ -97,14 +69,14 @@ def gather(sources: Sequence[Source], *, name: str | None = None, incomplete: bo
     if not kept:
         raise ConfigError(f"no prompt was answered by all of the seeds {_listed(seeds)}.")
     answers = _in_order([_best([answer for _, answer in parts]) for parts in kept])
-    whole = not lacking and all(source.finished for source in sources)
+    whole = not lacking and all(source.record.complete for source in sources)
     return Gathered(_record(sources, seeds, answers, name, whole), answers, len(lacking))
 
 
 # what may be gathered
 
 
-def _check_same_but_seed(sources: Sequence[Source]) -> None:
+def _check_same_but_seed(sources: Sequence[RecordedRun]) -> None:
     first = sources[0]
     ours = {**first.record.fingerprint, "seed": None}
     for other in sources[1:]:
@@ -118,21 +90,21 @@ def _check_same_but_seed(sources: Sequence[Source]) -> None:
             )
 
 
-def _check_finished(sources: Sequence[Source]) -> None:
+def _check_finished(sources: Sequence[RecordedRun]) -> None:
     for source in sources:
-        if not source.finished:
+        if not source.record.complete:
             raise ConfigError(
                 f"the run in {source.path!r} is not finished: it has {len(source.answers)} answers so far.",
                 hint="run its command again to finish it, or gather what there is with --incomplete.",
             )
 
 
-def _check_rewards(sources: Sequence[Source]) -> None:
+def _check_rewards(sources: Sequence[RecordedRun]) -> None:
     for source in sources:
         for answer in source.answers:
             if not _has_reward(answer):
                 raise ConfigError(
-                    f"{_called(answer)} has no finite reward in {source.path!r}, so nothing can be compared with it.",
+                    f"{answer.called} has no finite reward in {source.path!r}, so nothing can be compared with it.",
                     hint="--incomplete leaves such prompts out.",
                 )
 
@@ -141,11 +113,11 @@ def _has_reward(answer: Answer) -> bool:
     return answer.reward is not None and math.isfinite(answer.reward)
 
 
-def _by_prompt(sources: Sequence[Source]) -> dict[Hashable, list[tuple[Source, Answer]]]:
+def _by_prompt(sources: Sequence[RecordedRun]) -> dict[Hashable, list[tuple[RecordedRun, Answer]]]:
     """All answers of each prompt: one prompt is the same text at the same place, or the same repeat of a text."""
     indexed = all(answer.index is not None for source in sources for answer in source.answers)
-    found: dict[Hashable, list[tuple[Source, Answer]]] = defaultdict(list)
-    drawn: dict[Hashable, Source] = {}
+    found: dict[Hashable, list[tuple[RecordedRun, Answer]]] = defaultdict(list)
+    drawn: dict[Hashable, RecordedRun] = {}
     for source in sources:
         for answer in source.answers:
             place = (answer.prompt_hash, answer.index if indexed else answer.repeat)
@@ -159,24 +131,24 @@ def _by_prompt(sources: Sequence[Source]) -> dict[Hashable, list[tuple[Source, A
     return dict(found)
 
 
-def _drawn_twice(answer: Answer, seed: int, first: Source, second: Source) -> ConfigError:
+def _drawn_twice(answer: Answer, seed: int, first: RecordedRun, second: RecordedRun) -> ConfigError:
     where = f"{first.path!r} and {second.path!r}" if first is not second else f"{first.path!r}, twice"
     return ConfigError(
-        f"{_called(answer)} was answered with seed={seed} in {where}: the same rows, which would count double in N.",
+        f"{answer.called} was answered with seed={seed} in {where}: the same rows, which would count double in N.",
         hint="leave one of the runs out, or draw it again with another seed.",
     )
 
 
-def _missing(parts: Sequence[tuple[Source, Answer]], seeds: Sequence[int]) -> list[int]:
+def _missing(parts: Sequence[tuple[RecordedRun, Answer]], seeds: Sequence[int]) -> list[int]:
     """The seeds that gave no answer worth counting."""
     drawn = {seed for _, answer in parts if _has_reward(answer) for seed in answer.seeds}
     return [seed for seed in seeds if seed not in drawn]
 
 
 def _missing_prompts(
-    found: Mapping[Hashable, Sequence[tuple[Source, Answer]]],
+    found: Mapping[Hashable, Sequence[tuple[RecordedRun, Answer]]],
     lacking: Mapping[Hashable, Sequence[int]],
-    sources: Sequence[Source],
+    sources: Sequence[RecordedRun],
 ) -> ConfigError:
     by_seed: dict[int, list[Answer]] = defaultdict(list)
     for place, seeds in lacking.items():
@@ -185,17 +157,12 @@ def _missing_prompts(
     details = []
     for seed, answers in sorted(by_seed.items()):
         runs = ", ".join(repr(source.path) for source in sources if seed in source.seeds)
-        named = "; ".join(_called(answer) for answer in answers[:3]) + ("; ..." if len(answers) > 3 else "")
+        named = "; ".join(answer.called for answer in answers[:3]) + ("; ..." if len(answers) > 3 else "")
         details.append(f"seed={seed} ({runs}) lacks {len(answers)} of {len(found)} prompts: {named}")
     return ConfigError(
         "not every seed has answered every prompt, so N would differ between prompts. " + ". ".join(details) + ".",
         hint="answer them with the missing seeds, or keep the prompts that all have with --incomplete.",
     )
-
-
-def _called(answer: Answer) -> str:
-    start = answer.instruction[:60] + ("..." if len(answer.instruction) > 60 else "")
-    return f"instruction {start!r}" if answer.index is None else f"prompt {answer.index} ({start!r})"
 
 
 # what comes out
@@ -207,15 +174,12 @@ def _best(answers: Sequence[Answer]) -> Answer:
         return answers[0]
     answers = sorted(answers, key=lambda answer: sorted(answer.seeds))  # whatever the order on the command line
     best = max(answers, key=lambda answer: -math.inf if answer.reward is None else answer.reward)  # ties: the first
-    ledger = Ledger()
-    for answer in answers:
-        ledger.add(Ledger(**answer.ledger))
     return replace(
         best,
         n=sum(answer.n for answer in answers),
         seeds=sorted(seed for answer in answers for seed in answer.seeds),
         finished_rewards=[reward for answer in answers for reward in answer.finished_rewards],
-        ledger=ledger.to_dict(),
+        ledger=total_cost(answers),
         seconds=sum(answer.seconds for answer in answers),
         degraded=any(answer.degraded for answer in answers),
         nan_rewards=sum(answer.nan_rewards for answer in answers),
@@ -238,19 +202,19 @@ def _in_order(answers: Sequence[Answer]) -> list[Answer]:
 
 
 def _record(
-    sources: Sequence[Source], seeds: Sequence[int], answers: Sequence[Answer], name: str | None, complete: bool
+    sources: Sequence[RecordedRun], seeds: Sequence[int], answers: Sequence[Answer], name: str | None, complete: bool
 ) -> RunRecord:
     first = sources[0].record
     fingerprint = {**first.fingerprint, "seed": list(seeds) if len(seeds) > 1 else seeds[0]}
     rows = {answer.n for answer in answers}
-    names = {source.record.generator for source in sources}
+    names = {source.name for source in sources}
     if name is None:
         merged = default_name(fingerprint, n=rows.pop() if len(rows) == 1 else None)
         name = names.pop() if len(names) == 1 and len({tuple(source.seeds) for source in sources}) == 1 else merged
     alike = {key: value for key, value in first.arguments.items() if _all_have(sources, key, value)}
     capacities = {source.record.capacity_tokens for source in sources}
     return RunRecord(
-        generator=name,
+        name=name,
         fingerprint=fingerprint,
         arguments={**alike, "seed": fingerprint["seed"]},
         described={GATHERED: [part for source in sources for part in _parts(source)]},
@@ -261,11 +225,11 @@ def _record(
     )
 
 
-def _all_have(sources: Iterable[Source], key: str, value: Any) -> bool:
+def _all_have(sources: Iterable[RecordedRun], key: str, value: Any) -> bool:
     return all(key in source.record.arguments and source.record.arguments[key] == value for source in sources)
 
 
-def _parts(source: Source) -> list[dict[str, Any]]:
+def _parts(source: RecordedRun) -> list[dict[str, Any]]:
     """What a run was made of: itself, or the runs that were gathered into it."""
     parts = source.record.described.get(GATHERED)
     if isinstance(parts, list):
@@ -273,7 +237,7 @@ def _parts(source: Source) -> list[dict[str, Any]]:
     return [
         {
             "path": source.path,
-            "generator": source.record.generator,
+            "generator": source.name,
             "seeds": source.seeds,
             "num_prompts": len(source.answers),
             "complete": source.record.complete,
@@ -299,7 +263,7 @@ def write(gathered: Gathered, folder: str | Path) -> OutputsFolder:
     before = store.record()
     if before is not None and GATHERED not in before.described:
         raise ConfigError(
-            f"{str(folder)!r} holds a run of its own ({before.generator!r}), which this would overwrite.",
+            f"{str(folder)!r} holds a run of its own ({before.name!r}), which this would overwrite.",
             hint="give --output another folder.",
         )
     complete = gathered.record.complete
@@ -325,7 +289,7 @@ def run(args: argparse.Namespace) -> int:
     for path in args.runs:
         if _folder(path) == output:
             raise ConfigError(f"--output {args.output!r} is one of the runs to gather.", hint="give it another folder.")
-    gathered = gather([Source.read(path) for path in args.runs], name=args.name, incomplete=args.incomplete)
+    gathered = gather([RecordedRun.read(path) for path in args.runs], name=args.name, incomplete=args.incomplete)
     store = write(gathered, args.output)
     if gathered.left_out:
         why = "not every seed has answered them with a finite reward"
@@ -337,7 +301,7 @@ def run(args: argparse.Namespace) -> int:
     n = str(rows[0]) if len(rows) == 1 else f"{rows[0]} to {rows[-1]}"
     rewards = [answer.reward for answer in gathered.answers if answer.reward is not None]
     print(
-        f"{gathered.record.generator}: {len(gathered.answers)} answers of {len(args.runs)} runs, "
+        f"{gathered.record.name}: {len(gathered.answers)} answers of {len(args.runs)} runs, "
         f"seeds {_listed(gathered.seeds)}, n={n}, mean reward {sum(rewards) / len(rewards):.3f}\n{store.outputs_file}"
     )
     return 0

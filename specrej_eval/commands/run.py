@@ -20,10 +20,10 @@ from typing import Any
 from tqdm import tqdm
 
 from specrej_eval import api
-from specrej_eval.answering import AUTO, Question, answer, requests_for
-from specrej_eval.config import HOST_ARGUMENTS, MAX, RunConfig, as_bool, as_int, checked_until, descriptions
+from specrej_eval.answering import AUTO, answer, requests_for, settle_capacity
+from specrej_eval.config import HOST_ARGUMENTS, RunConfig, as_bool, as_int, checked_until, descriptions
 from specrej_eval.config import SYNONYMS as NAMES_ELSEWHERE
-from specrej_eval.core import Spent
+from specrej_eval.core import Question, Spent
 from specrej_eval.errors import ConfigError, SpecRejError, nearest
 from specrej_eval.generator import Generator, Request
 from specrej_eval.progress import summary_line
@@ -73,6 +73,18 @@ class Ranks:
         if self.state is not None:
             with self.guard():
                 self.state.wait_for_everyone()
+
+    def least(self, number: int) -> int:
+        """The smallest of the numbers that the processes name."""
+        return int(min(self.gathered(number)))
+
+    def gathered(self, value: Any) -> list[Any]:
+        if self.world_size == 1:
+            return [value]
+        from accelerate.utils import gather_object
+
+        found: list[Any] = gather_object([value])
+        return found
 
     def guard(self) -> contextlib.AbstractContextManager[None]:
         """What happens inside needs all processes: see ``ranks.Watch.guard``."""
@@ -148,8 +160,7 @@ def _run(options: dict[str, Any], ranks: Ranks) -> int:
     max_tokens = None if own.get("max_tokens") is None else as_int("max_tokens", own["max_tokens"])
     limit = None if own.get("limit") is None else as_int("limit", own["limit"])
     api.check(config, host)
-    records = read_prompts(own["prompts"], prompt_column=own.get("prompt_column"), limit=limit)
-    questions = [Question(instruction=item.instruction, index=item.index, fields=item.fields) for item in records]
+    questions = read_prompts(own["prompts"], prompt_column=own.get("prompt_column"), limit=limit)
 
     fingerprint = from_first_rank(
         lambda: of_run(config, host, until=until, apply_chat_template=template, max_tokens=max_tokens),
@@ -161,7 +172,7 @@ def _run(options: dict[str, Any], ranks: Ranks) -> int:
     name = own.get("name") or default_name(fingerprint)
     store = OutputsFolder(own.get("output") or Path("results") / name, rank=ranks.rank, world_size=ranks.world_size)
     record = RunRecord(
-        generator=name,
+        name=name,
         fingerprint=fingerprint,
         arguments={**config.to_dict(), "prompts": str(own["prompts"])},
     )
@@ -194,7 +205,7 @@ def _run(options: dict[str, Any], ranks: Ranks) -> int:
     requests = requests_for(
         engine, questions, config, task=TASK, until=until, apply_chat_template=template, max_tokens=max_tokens
     )
-    generator.capacity_tokens = _capacity(record, generator, requests, ranks)
+    settle_capacity(generator, requests, store, agree=ranks.least)
     record.described = {**generator.describe(), "world_size": ranks.world_size}
     if ranks.main:
         store.write_record(record)
@@ -304,7 +315,7 @@ def _is_complete(store: OutputsFolder, record: RunRecord, questions: Sequence[Qu
     before = store.record()
     if before is None or not before.complete or not same(before.fingerprint, record.fingerprint):
         return False
-    if before.generator != record.generator:
+    if before.name != record.name:
         return False
     try:
         answers = store.answers()
@@ -322,28 +333,9 @@ def _own_device(ranks: Ranks) -> str | None:
     return f"cuda:{ranks.local_rank}" if torch.cuda.is_available() else None
 
 
-def _capacity(record: RunRecord, generator: Generator, requests: Sequence[Request], ranks: Ranks) -> int | None:
-    """Tokens of KV for ``n=max``: of the run's first start, else the least that any process has room for."""
-    config = generator.config
-    if record.capacity_tokens is not None or config.n != MAX or config.kv_budget_tokens is not None or not requests:
-        return record.capacity_tokens
-    longest = max(request.prompt.num_tokens for request in requests)
-    measured = generator.engine.capacity_tokens(config, longest)
-    if ranks.world_size > 1:
-        from accelerate.utils import gather_object
-
-        measured = min(gather_object([measured]))
-    record.capacity_tokens = measured
-    return measured
-
-
 def _of_all_ranks(spent: Spent, ranks: Ranks) -> Spent:
-    if ranks.world_size == 1:
-        return spent
-    from accelerate.utils import gather_object
-
     added = Spent()
-    for other in gather_object([spent]):
+    for other in ranks.gathered(spent):
         added.add(other)
     return added
 
@@ -363,7 +355,7 @@ def _finish(
     best = [item.reward for item in answers if item.reward is not None]
     ended = [reward for item in answers for reward in item.finished_rewards]
     line = summary_line(len(answers), spent, best, ended, total=total_cost(answers), source="the records")
-    tqdm.write(f"{record.generator}: {line}", file=sys.stderr)
+    tqdm.write(f"{record.name}: {line}", file=sys.stderr)
     if empty := [item for item in answers if not item.output.strip()]:
         tqdm.write(f"{len(empty)} answers are empty, such as that to {empty[0].instruction[:60]!r}", file=sys.stderr)
     print(f"{len(answers)} answers in {store.outputs_file}")

@@ -349,8 +349,3 @@ def lacking_fields(found: Contents) -> list[str]:
             lacking |= {f"ledger.{name}" for name in now["ledger"].keys() - told.get("ledger", {}).keys()}
             lacking |= {f"resolved.{name}" for name in now["resolved"].keys() - told["resolved"].keys()}
     return sorted(lacking)
-
-
-def result_from_dict(data: dict[str, Any]) -> GenerationResult:
-    """The inverse of ``GenerationResult.to_dict``."""
-    return GenerationResult.from_dict(data)

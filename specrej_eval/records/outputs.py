@@ -29,7 +29,7 @@ from specrej_eval.checked import (
     truth,
     whole,
 )
-from specrej_eval.core import GenerationResult, Ledger, Prompt, Round, Spent
+from specrej_eval.core import GenerationResult, Ledger, Prompt, Round, Spent, called
 from specrej_eval.errors import ConfigError, SpecRejError
 from specrej_eval.records.fingerprint import check_same, is_demo
 from specrej_eval.records.jsonl import (
@@ -77,8 +77,8 @@ class Answer:
     """The other columns of its prompt."""
     finished_rewards: list[float] = field(default_factory=list)
     """Rewards of all rows that finished, the answer's own among them."""
-    rounds: list[dict[str, Any]] = field(default_factory=list)
-    ledger: dict[str, Any] = field(default_factory=lambda: Ledger().to_dict())
+    rounds: list[Round] = field(default_factory=list)
+    ledger: Ledger = field(default_factory=Ledger)
     seconds: float = 0.0
     """Sum of the ledger's seconds."""
     resolved: dict[str, Any] = field(default_factory=dict)
@@ -89,6 +89,11 @@ class Answer:
     repeat: int = 0
     key: str = ""
     """Identifies prompt and arguments: a later run takes this answer only for the same key."""
+
+    @property
+    def called(self) -> str:
+        """How messages to the user call it."""
+        return called(self.instruction, self.index)
 
     @classmethod
     def of(
@@ -113,9 +118,9 @@ class Answer:
             index=index,
             fields=dict(others or {}),
             finished_rewards=[reward for reward in ended if reward is not None],
-            rounds=[round_.to_dict() for round_ in result.rounds],
-            ledger=result.ledger.to_dict(),
-            seconds=sum(result.ledger.seconds.values()),
+            rounds=list(result.rounds),
+            ledger=result.ledger,
+            seconds=result.ledger.total_seconds,
             resolved=dict(result.resolved),
             degraded=result.degraded,
             nan_rewards=result.nan_rewards,
@@ -132,8 +137,6 @@ class Answer:
             BadRecordError: a field is missing or holds what no answer can.
         """
         index = record.get("index")
-        for round_ in a_list(record, "rounds", []):
-            Round.from_dict(round_)
         return cls(
             instruction=text(record, "instruction"),
             output=text(record, "output"),
@@ -145,8 +148,8 @@ class Answer:
             index=None if index is None else as_whole(index, "index"),
             fields=dict(an_object(record.get("fields", {}), "fields")),
             finished_rewards=[as_number(v, "finished_rewards") for v in a_list(record, "finished_rewards", [])],
-            rounds=list(a_list(record, "rounds", [])),
-            ledger=Ledger.from_dict(record.get("ledger", {})).to_dict(),
+            rounds=[Round.from_dict(item) for item in a_list(record, "rounds", [])],
+            ledger=Ledger.from_dict(record.get("ledger", {})),
             seconds=as_number(record.get("seconds", 0.0), "seconds"),
             resolved=dict(an_object(record.get("resolved", {}), "resolved")),
             degraded=truth(record, "degraded", False),
@@ -157,7 +160,8 @@ class Answer:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        rounds = [round_.to_dict() for round_ in self.rounds]
+        return {**asdict(self), "rounds": rounds, "ledger": self.ledger.to_dict()}
 
 
 def _a_seed(value: Any) -> int:
@@ -170,8 +174,8 @@ def _a_seed(value: Any) -> int:
 class RunRecord:
     """What was run: the content of ``specrej_run.json``."""
 
-    generator: str
-    """Name of the run in leaderboards."""
+    name: str
+    """Of the run, in leaderboards: ``generator`` in the file, as alpaca_eval calls it."""
     fingerprint: dict[str, Any]
     """Everything that decides its answers; see ``specrej_eval.records.fingerprint``."""
     arguments: dict[str, Any] = field(default_factory=dict)
@@ -200,7 +204,6 @@ class RunRecord:
             BadRecordError: a field is missing or holds what no record can.
         """
         data = an_object(record, "the record of a run")
-        text(data, "generator")
         truth(data, "complete", False)
         for name in ("fingerprint", "arguments", "described", "totals", "spent"):
             an_object(data.get(name, None if name == "fingerprint" else {}), name)
@@ -208,11 +211,13 @@ class RunRecord:
             if data.get(name) is not None:
                 whole(data, name)
         whole(data, "schema_version", 1)
-        known = {entry.name for entry in fields(cls)}
-        return cls(**{"schema_version": 1, **{name: value for name, value in data.items() if name in known}})
+        known = {entry.name for entry in fields(cls)} - {"name"}
+        told = {"schema_version": 1, **{name: value for name, value in data.items() if name in known}}
+        return cls(name=text(data, "generator"), **told)
 
     def to_dict(self) -> dict[str, Any]:
-        return {**asdict(self), "embedded_demo_pair": self.embedded_demo_pair}
+        told = asdict(self)
+        return {"generator": told.pop("name"), **told, "embedded_demo_pair": self.embedded_demo_pair}
 
 
 class OutputsFolder:
@@ -232,6 +237,7 @@ class OutputsFolder:
         self._answers: dict[str, Answer] | None = None
         self._kept: dict[str, Answer] = {}
         self._damaged: list[tuple[Path, list[Damage]]] = []
+        self._record: RunRecord | None = None
         self._run: str | None = None
         self._file: Any = None
         self._writing = False
@@ -341,13 +347,12 @@ class OutputsFolder:
             check_same(
                 before.fingerprint,
                 record.fingerprint,
-                what=f"{str(self.path)!r} holds answers of {before.generator!r}, which",
+                what=f"{str(self.path)!r} holds answers of {before.name!r}, which",
                 remedy="to keep them, give this run another name or output folder; to start over, delete the folder.",
             )
-            if before.generator != record.generator:
+            if before.name != record.name:
                 raise ConfigError(
-                    f"{str(self.path)!r} holds the same answers under the name {before.generator!r}, not "
-                    f"{record.generator!r}.",
+                    f"{str(self.path)!r} holds the same answers under the name {before.name!r}, not {record.name!r}.",
                     hint="keep that name, or give this run a folder of its own.",
                 )
             record.fingerprint = before.fingerprint  # of the oldest answer here: what it did not know stays unknown
@@ -357,6 +362,7 @@ class OutputsFolder:
         elif self.rank == 0:
             self._begin_anew(record, going_on=going_on, delete=delete)
         self._writing = True
+        self._record = record
         self._run = digest(record.fingerprint)
         self._answers = None
         if self.rank == 0:
@@ -413,6 +419,18 @@ class OutputsFolder:
         record.schema_version = SCHEMA_VERSION
         self._run = digest(record.fingerprint)
         write_atomically(self.run_file, json.dumps(record.to_dict(), indent=2, ensure_ascii=False) + "\n")
+
+    @property
+    def capacity_tokens(self) -> int | None:
+        """What memory held when the run began (``n=max``)."""
+        return None if self._record is None else self._record.capacity_tokens
+
+    def put_capacity(self, tokens: int) -> None:
+        """Remember it, so that a resumed run starts as many rows; only rank 0 writes."""
+        assert self._record is not None, "begin() comes first"
+        self._record.capacity_tokens = tokens
+        if self.rank == 0:
+            self.write_record(self._record)
 
     def put(self, answer: Answer) -> None:
         """Append an answer and flush it to disk."""
@@ -550,7 +568,7 @@ def total_cost(answers: Iterable[Answer]) -> Ledger:
     """The ledgers of answers added up."""
     total = Ledger()
     for answer in answers:
-        total.add(Ledger.from_dict(answer.ledger))
+        total.add(answer.ledger)
     return total
 
 
@@ -570,3 +588,35 @@ def open_run(path: str | Path) -> tuple[RunRecord, list[Answer]]:
             hint="`specrej-eval run --output DIR` writes one, and so does alpaca_eval with our decoders.",
         )
     return record, store.answers()
+
+
+@dataclass(frozen=True, slots=True)
+class RecordedRun:
+    """One run as a folder holds it, for the commands that put runs together."""
+
+    path: str
+    record: RunRecord
+    answers: tuple[Answer, ...]
+
+    @classmethod
+    def read(cls, path: str | Path) -> Self:
+        """Raises:
+        SpecRejError: no run lies there, or it has no answers.
+        """
+        record, answers = open_run(path)
+        if not answers:
+            raise SpecRejError(f"the run in {str(path)!r} has no answers yet.", hint="finish it, or leave it out.")
+        return cls(str(path), record, tuple(answers))
+
+    @property
+    def name(self) -> str:
+        return self.record.name
+
+    @property
+    def seeds(self) -> list[int]:
+        return sorted({seed for answer in self.answers for seed in answer.seeds})
+
+    @property
+    def rows(self) -> list[int]:
+        """The numbers of rows behind its answers; several under ``n=max``."""
+        return sorted({answer.n for answer in self.answers})

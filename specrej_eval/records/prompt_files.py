@@ -15,11 +15,11 @@ import json
 import logging
 import re
 import sys
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from specrej_eval.core import Question
 from specrej_eval.errors import ConfigError, nearest
 from specrej_eval.paths import expanded
 
@@ -31,27 +31,11 @@ INPUT = "input"
 SUFFIXES = (".json", ".jsonl", ".csv", ".tsv")
 
 
-@dataclass(frozen=True, slots=True)
-class PromptRecord:
-    """One prompt of a file."""
-
-    instruction: str
-    index: int
-    """Its place in the file, from 0."""
-    fields: Mapping[str, Any] = field(default_factory=dict)
-    """The other columns of its row."""
+Row = tuple[str, Any]
+"""How messages call a row (``row 3``, from 1, header left out; ``line 3`` of a JSONL file), and what stands there."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Row:
-    """One row as it stands in the file."""
-
-    where: str
-    """How messages call it: ``row 3`` (from 1, without the header), or ``line 3`` of a JSONL file."""
-    value: Any
-
-
-def read_prompts(path: str | Path, *, prompt_column: str | None = None, limit: int | None = None) -> list[PromptRecord]:
+def read_prompts(path: str | Path, *, prompt_column: str | None = None, limit: int | None = None) -> list[Question]:
     """The prompts of a file, in its order; equal ones are kept, with one warning.
 
     Args:
@@ -70,19 +54,19 @@ def read_prompts(path: str | Path, *, prompt_column: str | None = None, limit: i
     if not rows:
         raise ConfigError(f"{str(file)!r} holds no prompts.", hint="it needs at least one row.")
     column = _column(file, rows[0], prompt_column)
-    records = [_record(file, row, column, index) for index, row in enumerate(rows)]
-    _mention_duplicates(file, rows, records)
-    return records
+    questions = [_question(file, row, column, index) for index, row in enumerate(rows)]
+    _mention_duplicates(file, rows, questions)
+    return questions
 
 
-def read_rows(path: str | Path) -> list[tuple[str, Any]]:
+def read_rows(path: str | Path) -> list[Row]:
     """All rows of a file as they stand there, each with what messages call it: ``row 3``, or ``line 3`` of JSONL.
 
     Raises:
         ConfigError: no such file, a format we do not read, or no rows.
     """
     file = _checked_path(expanded(path))
-    rows = [(row.where, row.value) for row in _rows(file)]
+    rows = list(_rows(file))
     if not rows:
         raise ConfigError(f"{str(file)!r} is empty.", hint="it needs at least one row.")
     return rows
@@ -111,7 +95,7 @@ def _checked_path(file: Path) -> Path:
 # formats
 
 
-def _rows(file: Path) -> Iterator[_Row]:
+def _rows(file: Path) -> Iterator[Row]:
     try:
         text = file.read_bytes().decode("utf-8-sig")  # line breaks in a cell stay as they are
     except UnicodeDecodeError as error:
@@ -132,23 +116,22 @@ def _rows(file: Path) -> Iterator[_Row]:
             return _table_rows(file, text, "\t")
 
 
-def _json_rows(file: Path, text: str) -> Iterator[_Row]:
+def _json_rows(file: Path, text: str) -> Iterator[Row]:
     content = _parsed(text, repr(str(file)), hint="one object a line is JSONL: name such a file .jsonl.")
     if not isinstance(content, list):
         raise ConfigError(
             f"{str(file)!r} must hold a JSON list, got {_kind(content)}.",
             hint='for example [{"instruction": "Say hello."}, {"instruction": "Say goodbye."}]',
         )
-    return (_Row(f"row {number}", value) for number, value in enumerate(content, 1))
+    return ((f"row {number}", value) for number, value in enumerate(content, 1))
 
 
-def _jsonl_rows(file: Path, text: str) -> Iterator[_Row]:
+def _jsonl_rows(file: Path, text: str) -> Iterator[Row]:
     # not splitlines(): JSON may hold U+2028 and the like as they are
     for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
-            yield _Row(
-                f"line {number}", _parsed(line, f"{str(file)!r}, line {number}", hint="each line is one JSON value.")
-            )
+            where = f"line {number}"
+            yield where, _parsed(line, f"{str(file)!r}, {where}", hint="each line is one JSON value.")
 
 
 def _parsed(text: str, what: str, *, hint: str) -> Any:
@@ -159,7 +142,7 @@ def _parsed(text: str, what: str, *, hint: str) -> Any:
         raise ConfigError(f"{what} is not valid JSON: {error}.", hint=hint) from error
 
 
-def _table_rows(file: Path, text: str, delimiter: str) -> Iterator[_Row]:
+def _table_rows(file: Path, text: str, delimiter: str) -> Iterator[Row]:
     declared = re.match(r"sep=(.)\r?\n", text, re.IGNORECASE)  # a line that spreadsheet programs read and write
     if declared is not None:
         delimiter, text = declared[1], text[declared.end() :]
@@ -180,7 +163,7 @@ def _table_rows(file: Path, text: str, delimiter: str) -> Iterator[_Row]:
                 hint=f"a text with {'a tab' if delimiter == chr(9) else repr(delimiter)} in it must be in quotes.",
             )
         padded = [*cells, *[""] * (len(names) - len(cells))]
-        yield _Row(f"row {number}", {name: cell for name, cell in zip(names, padded, strict=True) if name})
+        yield f"row {number}", {name: cell for name, cell in zip(names, padded, strict=True) if name}
 
 
 def _cells(file: Path, text: str, delimiter: str) -> Iterator[list[str]]:
@@ -200,19 +183,20 @@ def _cells(file: Path, text: str, delimiter: str) -> Iterator[list[str]]:
 # rows
 
 
-def _column(file: Path, row: _Row, wanted: str | None) -> str | None:
+def _column(file: Path, row: Row, wanted: str | None) -> str | None:
     """The column of the prompts; None where the rows are strings."""
-    if isinstance(row.value, str):
+    value = row[1]
+    if isinstance(value, str):
         if wanted is not None:
             raise ConfigError(
                 f"{str(file)!r} is a list of strings, so prompt_column={wanted!r} names nothing.", hint="leave it out."
             )
         return None
-    if not isinstance(row.value, dict):
+    if not isinstance(value, dict):
         raise _wrong_row(file, row, "an object or a string")
-    names = [str(name) for name in row.value]
+    names = [str(name) for name in value]
     for name in COLUMNS if wanted is None else (wanted,):
-        if name in row.value:
+        if name in value:
             return name
     listing = f"it has {', '.join(map(repr, names))}" if names else "it has no columns"
     if wanted is not None:
@@ -226,36 +210,37 @@ def _column(file: Path, row: _Row, wanted: str | None) -> str | None:
     raise ConfigError(f"{str(file)!r} has no column 'instruction' or 'prompt'.", hint=hint)
 
 
-def _record(file: Path, row: _Row, column: str | None, index: int) -> PromptRecord:
+def _question(file: Path, row: Row, column: str | None, index: int) -> Question:
+    where, value = row
     if column is None:
-        if not isinstance(row.value, str):
+        if not isinstance(value, str):
             raise _wrong_row(file, row, "a string, as the rows before it")
-        return PromptRecord(_text(file, row, row.value, "the prompt"), index)
-    if not isinstance(row.value, dict):
+        return Question(instruction=_text(file, where, value, "the prompt"), index=index)
+    if not isinstance(value, dict):
         raise _wrong_row(file, row, "an object, as the rows before it")
-    if column not in row.value:
-        raise ConfigError(f"{str(file)!r}, {row.where}: there is no {column!r}.")
-    others = {name: value for name, value in row.value.items() if name != column}
-    instruction = _text(file, row, row.value[column], repr(column))
+    if column not in value:
+        raise ConfigError(f"{str(file)!r}, {where}: there is no {column!r}.")
+    others = {name: cell for name, cell in value.items() if name != column}
+    instruction = _text(file, where, value[column], repr(column))
     if column == "instruction":
         extra = others.pop(INPUT, None)
         if extra is not None and not isinstance(extra, str):
-            raise ConfigError(f"{str(file)!r}, {row.where}: {INPUT!r} must be a text, got {_kind(extra)}.")
+            raise ConfigError(f"{str(file)!r}, {where}: {INPUT!r} must be a text, got {_kind(extra)}.")
         if extra is not None and extra.strip():
             instruction = f"{instruction}\n\n{extra}"
-    return PromptRecord(instruction, index, others)
+    return Question(instruction=instruction, index=index, fields=others)
 
 
-def _text(file: Path, row: _Row, value: Any, what: str) -> str:
+def _text(file: Path, where: str, value: Any, what: str) -> str:
     if not isinstance(value, str):
-        raise ConfigError(f"{str(file)!r}, {row.where}: {what} must be a text, got {_kind(value)}.")
+        raise ConfigError(f"{str(file)!r}, {where}: {what} must be a text, got {_kind(value)}.")
     if not value.strip():
-        raise ConfigError(f"{str(file)!r}, {row.where}: {what} is empty.", hint="remove the row, or fill it in.")
+        raise ConfigError(f"{str(file)!r}, {where}: {what} is empty.", hint="remove the row, or fill it in.")
     return value
 
 
-def _wrong_row(file: Path, row: _Row, wanted: str) -> ConfigError:
-    return ConfigError(f"{str(file)!r}, {row.where}: must be {wanted}, got {_kind(row.value)}.")
+def _wrong_row(file: Path, row: Row, wanted: str) -> ConfigError:
+    return ConfigError(f"{str(file)!r}, {row[0]}: must be {wanted}, got {_kind(row[1])}.")
 
 
 def _kind(value: Any) -> str:
@@ -263,13 +248,13 @@ def _kind(value: Any) -> str:
     return names.get(type(value), "a number")
 
 
-def _mention_duplicates(file: Path, rows: Iterable[_Row], records: Iterable[PromptRecord]) -> None:
+def _mention_duplicates(file: Path, rows: Iterable[Row], questions: Iterable[Question]) -> None:
     first: dict[str, str] = {}
     again: list[str] = []
-    for row, record in zip(rows, records, strict=True):
-        before = first.setdefault(record.instruction, row.where)
-        if before != row.where:
-            again.append(f"{row.where} is {before} again")
+    for (where, _), question in zip(rows, questions, strict=True):
+        before = first.setdefault(question.instruction, where)
+        if before != where:
+            again.append(f"{where} is {before} again")
     if again:
         logger.warning(
             "%s: %d prompts occur before (%s%s); each is answered with draws of its own.",

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from typing import Any, Protocol
+from typing import Any
 
 from specrej_eval.core import GenerationResult, Prompt, Round
 from specrej_eval.records.jsonl import open_append
@@ -16,55 +16,35 @@ from specrej_eval.records.jsonl import open_append
 SCHEMA_VERSION = 1
 
 
-class Tracer(Protocol):
-    def run(self, info: dict[str, Any]) -> None: ...
-    def round(self, prompt: Prompt, index: int, event: Round) -> None: ...
-    def request(self, result: GenerationResult) -> None: ...
-    def close(self) -> None: ...
-
-
-class NullTracer:
-    """No trace was asked for."""
-
-    def run(self, info: dict[str, Any]) -> None: ...
-
-    def round(self, prompt: Prompt, index: int, event: Round) -> None: ...
-
-    def request(self, result: GenerationResult) -> None: ...
-
-    def close(self) -> None: ...
-
-
-class JsonlTracer:
-    """Appends events to a file; a run's first event names its schema, arguments and hardware.
+class Tracer:
+    """Appends events to a file, if one is named; a run's first event names its schema, arguments and hardware.
 
     Raises:
         ConfigError: the file cannot be opened for appending.
     """
 
-    def __init__(self, path: str) -> None:
-        self.path = path
-        self._file = open_append(path, argument="trace_path")
+    def __init__(self, path: str | None) -> None:
+        self._file = None if path is None else open_append(path, argument="trace_path")
 
     def run(self, info: dict[str, Any]) -> None:
-        self._write({"event": "run", "schema_version": SCHEMA_VERSION, **info})
+        self._write("run", {"schema_version": SCHEMA_VERSION, **info})
 
     def round(self, prompt: Prompt, index: int, event: Round) -> None:
-        self._write({"event": "round", **_keys(prompt), "round": index, **event.to_dict()})
+        keys = {"task": prompt.task, "prompt_hash": prompt.prompt_hash, "repeat": prompt.repeat}
+        self._write("round", {**keys, "round": index, **event.to_dict()})
 
     def request(self, result: GenerationResult) -> None:
-        self._write({"event": "request", **result.to_dict()})
+        if self._file is not None:
+            self._write("request", result.to_dict())
 
     def close(self) -> None:
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
 
-    def _write(self, record: dict[str, Any]) -> None:
-        self._file.write(json.dumps(record, allow_nan=False, ensure_ascii=False) + "\n")
-        self._file.flush()
-
-
-def make_tracer(path: str | None) -> Tracer:
-    return NullTracer() if path is None else JsonlTracer(path)
+    def _write(self, event: str, record: dict[str, Any]) -> None:
+        if self._file is not None:
+            self._file.write(json.dumps({"event": event, **record}, allow_nan=False, ensure_ascii=False) + "\n")
+            self._file.flush()
 
 
 def rank_path(path: str, rank: int, world_size: int) -> str:
@@ -73,7 +53,3 @@ def rank_path(path: str, rank: int, world_size: int) -> str:
         return path
     root, extension = os.path.splitext(path)
     return f"{root}_rank{rank}{extension}"
-
-
-def _keys(prompt: Prompt) -> dict[str, Any]:
-    return {"task": prompt.task, "prompt_hash": prompt.prompt_hash, "repeat": prompt.repeat}

@@ -13,14 +13,14 @@ from hypothesis import strategies as st
 from support.run_folders import a_run, an_answer
 
 from specrej_eval import cli
-from specrej_eval.commands.gather import Source, gather, write
+from specrej_eval.commands.gather import gather, write
 from specrej_eval.core import Ledger
 from specrej_eval.errors import ConfigError
-from specrej_eval.records.outputs import Answer, open_run
+from specrej_eval.records.outputs import Answer, RecordedRun, open_run
 
 
 def gathered(*runs: str, **options: Any) -> list[Answer]:
-    return gather([Source.read(path) for path in runs], **options).answers
+    return gather([RecordedRun.read(path) for path in runs], **options).answers
 
 
 def command(*words: object) -> int:
@@ -67,9 +67,9 @@ def test_gather_is_brute_force_over_all_rows_however_the_runs_are_grouped(
     seed = shards[0][0].seeds[0]
     of_seed = [i for i, shard in enumerate(shards) if shard[0].seeds == [seed]]
     first = data.draw(st.sets(st.sampled_from(of_seed), min_size=1))
-    write(gather([Source.read(runs[i]) for i in sorted(first)]), folder / "first")
+    write(gather([RecordedRun.read(runs[i]) for i in sorted(first)]), folder / "first")
     rest = [path for i, path in enumerate(runs) if i not in first]
-    write(gather([Source.read(path) for path in (*rest, folder / "first")]), folder / "all")
+    write(gather([RecordedRun.read(path) for path in (*rest, folder / "first")]), folder / "all")
     record, answers = open_run(folder / "all")
 
     expected: dict[tuple[str, int], list[Answer]] = defaultdict(list)
@@ -84,7 +84,7 @@ def test_gather_is_brute_force_over_all_rows_however_the_runs_are_grouped(
         assert answer.n == sum(row.n for row in drawn)
         assert answer.seeds == sorted(row.seeds[0] for row in drawn)
         assert sorted(answer.finished_rewards) == sorted(reward for row in drawn for reward in row.finished_rewards)
-        assert answer.ledger["decode_tokens"] == sum(row.ledger["decode_tokens"] for row in drawn)
+        assert answer.ledger.decode_tokens == sum(row.ledger.decode_tokens for row in drawn)
         assert answer.seconds == pytest.approx(sum(row.seconds for row in drawn))
     assert record.totals["rows_started"] == sum(row.n for row in rows)
     assert Ledger(**record.totals).seconds["decode"] == pytest.approx(0.5 * len(rows))
@@ -129,7 +129,7 @@ def test_four_seeds_of_best_of_960_are_best_of_3840(tmp_path: Path, capsys: pyte
     )
     assert not printed.err
     record, answers = open_run(tmp_path / "all")
-    assert record.generator == "Bo3840_policy_judge"
+    assert record.name == "Bo3840_policy_judge"
     assert record.fingerprint["seed"] == [0, 8, 16, 24]
     assert [answer.n for answer in answers] == [3840, 3840]
     assert [part["seeds"] for part in record.described["gathered"]] == [[0], [8], [16], [24]]
@@ -138,10 +138,10 @@ def test_four_seeds_of_best_of_960_are_best_of_3840(tmp_path: Path, capsys: pyte
     # two and two, and then both, is the same
     for name, pair in (("low", runs[:2]), ("high", runs[2:])):
         assert command("gather", *pair, "--output", tmp_path / name) == 0
-    assert open_run(tmp_path / "low")[0].generator == "Bo1920_policy_judge"
+    assert open_run(tmp_path / "low")[0].name == "Bo1920_policy_judge"
     assert command("gather", tmp_path / "high", tmp_path / "low", "--output", tmp_path / "again") == 0
     again, same = open_run(tmp_path / "again")
-    assert (again.generator, again.fingerprint) == (record.generator, record.fingerprint)
+    assert (again.name, again.fingerprint) == (record.name, record.fingerprint)
     assert [answer.output for answer in same] == [answer.output for answer in answers]
     assert len(again.described["gathered"]) == 4
 
@@ -151,15 +151,15 @@ def test_merged_speculative_rejection_does_not_pass_for_one_run_of_more_rows(tmp
         a_run(tmp_path / str(seed), [an_answer("a", seed=seed)], seed=seed, strategy="speculative_rejection", alpha=0.5)
         for seed in (0, 1)
     ]
-    assert gather([Source.read(path) for path in runs]).record.generator == "SpR_alpha0.5_n4x2_policy_judge"
+    assert gather([RecordedRun.read(path) for path in runs]).record.name == "SpR_alpha0.5_n4x2_policy_judge"
 
 
 def test_shards_keep_the_runs_name_and_name_renames(tmp_path: Path) -> None:
     runs = [a_run(tmp_path / text, [an_answer(text, index=i)], name="mine") for i, text in enumerate("ab")]
-    sources = [Source.read(path) for path in runs]
-    assert gather(sources).record.generator == "mine"
+    sources = [RecordedRun.read(path) for path in runs]
+    assert gather(sources).record.name == "mine"
     assert gather(sources).record.fingerprint == sources[0].record.fingerprint
-    assert gather(sources, name="yours").record.generator == "yours"
+    assert gather(sources, name="yours").record.name == "yours"
 
 
 def test_shards_that_were_files_of_their_own_stay_one_after_another(tmp_path: Path) -> None:
@@ -168,7 +168,7 @@ def test_shards_that_were_files_of_their_own_stay_one_after_another(tmp_path: Pa
         a_run(tmp_path / name, [an_answer(text, index=i) for i, text in enumerate(texts)])
         for name, texts in (("first", "abc"), ("second", "dea"))
     ]
-    write(gather([Source.read(path) for path in runs]), tmp_path / "all")
+    write(gather([RecordedRun.read(path) for path in runs]), tmp_path / "all")
     _, answers = open_run(tmp_path / "all")
     assert [answer.instruction for answer in answers] == list("abcdea")
     assert all(answer.index is None for answer in answers)
@@ -196,7 +196,7 @@ def test_the_same_rows_twice_would_count_double(tmp_path: Path) -> None:
     assert "prompt 1 ('b') was answered with seed=0 in" in message and one in message and other in message
     assert "count double" in refused(one, one)
     merged = [a_run(tmp_path / f"s{seed}", [an_answer("a", seed=seed)], seed=seed) for seed in (1, 2)]
-    write(gather([Source.read(path) for path in merged]), tmp_path / "merged")
+    write(gather([RecordedRun.read(path) for path in merged]), tmp_path / "merged")
     assert "seed=2" in refused(str(tmp_path / "merged"), merged[1])
 
 
@@ -233,7 +233,7 @@ def test_a_prompt_that_one_seed_lacks(tmp_path: Path) -> None:
     message = refused(one, other)
     assert "seed=1" in message and other in message
     assert "lacks 4 of 5 prompts: prompt 1 ('b'); prompt 2 ('c'); prompt 3 ('d'); ..." in message
-    result = gather([Source.read(one), Source.read(other)], incomplete=True)
+    result = gather([RecordedRun.read(one), RecordedRun.read(other)], incomplete=True)
     assert [(answer.instruction, answer.n) for answer in result.answers] == [("a", 8)]
     assert result.left_out == 4 and not result.record.complete
 
@@ -327,7 +327,7 @@ def test_export_writes_what_alpaca_eval_reads(tmp_path: Path, capsys: pytest.Cap
 
 def test_export_takes_gathered_runs(tmp_path: Path) -> None:
     runs = seeds_of_best_of_960(tmp_path)
-    write(gather([Source.read(path) for path in runs]), tmp_path / "all")
+    write(gather([RecordedRun.read(path) for path in runs]), tmp_path / "all")
     assert command("export", "alpaca", tmp_path / "all", "--output", tmp_path / "x.json") == 0
     assert {row["generator"] for row in json.loads((tmp_path / "x.json").read_text())} == {"Bo3840_policy_judge"}
     made = json.loads((tmp_path / "x.specrej.json").read_text())["generators"]["Bo3840_policy_judge"]

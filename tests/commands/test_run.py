@@ -16,10 +16,10 @@ import pytest
 
 from specrej_eval import cli
 from specrej_eval.commands.run import parse, split
+from specrej_eval.core import GenerationResult
 from specrej_eval.demo.arithmetic import distinct_problems, question
 from specrej_eval.errors import ConfigError
 from specrej_eval.generator import Generator
-from specrej_eval.records.journal import result_from_dict
 from specrej_eval.records.outputs import Answer, OutputsFolder, open_run
 
 PROMPTS = [question(operands) for operands in distinct_problems("test", 6, seed=3)]
@@ -58,13 +58,12 @@ def test_an_archive_holds_the_answers_in_order_and_every_row_behind_them(
     shown = capsys.readouterr()
     assert "DEMO" in shown.err and "tokens decoded" in shown.err and "peak memory" in shown.err
     record, answers = open_run(out)
-    assert record.complete and record.embedded_demo_pair and record.generator.startswith("DEMO")
+    assert record.complete and record.embedded_demo_pair and record.name.startswith("DEMO")
     assert [item.instruction for item in answers] == PROMPTS
     assert [item.fields for item in answers] == [{"topic": f"sum {index}"} for index in range(6)]
     lines = (out / "specrej_trajectories.jsonl").read_text().splitlines()[1:]
-    results = {
-        result.prompt_hash: result for result in (result_from_dict(json.loads(line)["result"]) for line in lines)
-    }
+    made = [GenerationResult.from_dict(json.loads(line)["result"]) for line in lines]
+    results = {result.prompt_hash: result for result in made}
     for item in answers:
         behind = results[item.prompt_hash]
         assert item.n == len(behind.trajectories) == 4
@@ -72,8 +71,8 @@ def test_an_archive_holds_the_answers_in_order_and_every_row_behind_them(
         best = max(ended, key=lambda row: row.reward if row.reward is not None else float("-inf"))
         assert (item.output, item.reward) == (best.text, best.reward)
         assert item.finished_rewards == [row.reward for row in ended]
-        assert item.ledger["decode_tokens"] == sum(row.num_tokens for row in behind.trajectories)
-    assert record.totals["decode_tokens"] == sum(item.ledger["decode_tokens"] for item in answers)
+        assert item.ledger.decode_tokens == sum(row.num_tokens for row in behind.trajectories)
+    assert record.totals["decode_tokens"] == sum(item.ledger.decode_tokens for item in answers)
 
 
 def test_speculative_rejection_and_best_of_n_see_the_same_rows(prompts: str, tmp_path: Path) -> None:
@@ -137,7 +136,7 @@ def test_max_tokens_is_of_prompt_and_answer_together(prompts: str, tmp_path: Pat
     words = ["--prompts", prompts, "--output", out, "--n", "2", "--limit", "1", "--max_gen_toks", "96"]
     assert run(*words, "--max_tokens", "60") == 0
     item = open_run(out)[1][0]
-    assert item.resolved["max_gen_toks"] == 60 - item.ledger["prompt_tokens"] == item.num_tokens
+    assert item.resolved["max_gen_toks"] == 60 - item.ledger.prompt_tokens == item.num_tokens
     assert item.finish_reason == "length"
     assert run(*words[:3], str(tmp_path / "none"), *words[4:], "--max_tokens", "10") == 1
 

@@ -85,9 +85,7 @@ class Run:
         kwargs = KWARGS if kwargs is None else kwargs
         config, host = RunConfig.from_args(kwargs)
         decided = of_run(config, host, prompt_template=TEMPLATE, is_strip_output=True, apply_chat_template="auto")
-        record = RunRecord(
-            generator=generator, fingerprint={**decided, **fingerprint}, described={"specrej_eval": "9.8.7"}
-        )
+        record = RunRecord(name=generator, fingerprint={**decided, **fingerprint}, described={"specrej_eval": "9.8.7"})
         made = [
             Answer(
                 instruction=row["instruction"],

@@ -12,8 +12,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from specrej_eval.core import Question
 from specrej_eval.errors import ConfigError
-from specrej_eval.records.prompt_files import PromptRecord, read_prompts
+from specrej_eval.records.prompt_files import read_prompts
 from specrej_eval.records.run_names import default_name, model_name
 
 ROWS = [
@@ -50,8 +51,12 @@ def refusal(path: Path, **arguments: Any) -> str:
 # formats
 
 
-def expected() -> list[PromptRecord]:
-    return [PromptRecord(row["instruction"], index, {"source": row["source"]}) for index, row in enumerate(ROWS)]
+def asked(instruction: str, index: int, fields: dict[str, Any] | None = None) -> Question:
+    return Question(instruction=instruction, index=index, fields=fields or {})
+
+
+def expected() -> list[Question]:
+    return [asked(row["instruction"], index, {"source": row["source"]}) for index, row in enumerate(ROWS)]
 
 
 def test_json_and_jsonl(tmp_path: Path) -> None:
@@ -97,7 +102,7 @@ def test_a_table_gives_back_every_text_as_it_was_written(
 
 def test_lists_of_strings(tmp_path: Path) -> None:
     for path in (write(tmp_path, "a.json", '["one", "two"]'), write(tmp_path, "a.jsonl", '"one"\n\n"two"\n')):
-        assert read_prompts(path) == [PromptRecord("one", 0), PromptRecord("two", 1)]
+        assert read_prompts(path) == [asked("one", 0), asked("two", 1)]
 
 
 def test_a_prompt_longer_than_the_csv_modules_limit(tmp_path: Path) -> None:
@@ -124,7 +129,7 @@ def test_limit_takes_the_first_and_looks_at_no_others(tmp_path: Path) -> None:
 
 def test_instruction_comes_before_prompt_and_another_column_can_be_named(tmp_path: Path) -> None:
     path = table(tmp_path, [{"prompt": "rendered", "instruction": "bare", "question": "asked"}])
-    assert read_prompts(path) == [PromptRecord("bare", 0, {"prompt": "rendered", "question": "asked"})]
+    assert read_prompts(path) == [asked("bare", 0, {"prompt": "rendered", "question": "asked"})]
     assert read_prompts(path, prompt_column="question")[0].instruction == "asked"
     assert "did you mean 'question'?" in refusal(path, prompt_column="qestion")
 
@@ -144,7 +149,7 @@ def test_alpacafarms_input_is_part_of_the_instruction(tmp_path: Path) -> None:
 
 def test_input_beside_a_prompt_that_is_no_instruction_is_a_column_like_others(tmp_path: Path) -> None:
     path = write(tmp_path, "a.json", '[{"prompt": "Below is ... Guten Tag", "input": "Guten Tag"}]')
-    assert read_prompts(path) == [PromptRecord("Below is ... Guten Tag", 0, {"input": "Guten Tag"})]
+    assert read_prompts(path) == [asked("Below is ... Guten Tag", 0, {"input": "Guten Tag"})]
     assert read_prompts(path, prompt_column="input")[0].instruction == "Guten Tag"
 
 
@@ -197,7 +202,10 @@ def test_a_bad_file_gets_one_message_with_file_and_row(
 def test_columns_without_a_name_are_left_out(tmp_path: Path) -> None:
     """The index that pandas writes, and the comma that ends each line of some exports."""
     path = write(tmp_path, "a.csv", ",prompt,\n0,a,\n1,b,\n")
-    assert read_prompts(path) == [PromptRecord("a", 0, {}), PromptRecord("b", 1, {})]
+    assert read_prompts(path) == [
+        asked("a", 0, {}),
+        asked("b", 1, {}),
+    ]
 
 
 def test_prompt_column_of_a_list_of_strings_names_nothing(tmp_path: Path) -> None:

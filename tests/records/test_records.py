@@ -345,7 +345,7 @@ def test_a_resumed_run_counts_only_its_own_work(tmp_path: Path, capsys: pytest.C
     assert "5 answers, 2 of them taken from the records" in capsys.readouterr().err
     assert (record.spent["decoded"], record.spent["taken_from_records"]) == (3, 2)
     assert record.totals["decode_tokens"] == first.totals["decode_tokens"] + record.spent["decode_tokens"]
-    assert record.totals["decode_tokens"] == sum(item.ledger["decode_tokens"] for item in answers)
+    assert record.totals["decode_tokens"] == sum(item.ledger.decode_tokens for item in answers)
 
 
 def test_an_edited_answer_of_a_folder_is_refused_by_readers_and_drawn_anew(

@@ -16,11 +16,10 @@ from support.engine_runs import PROMPTS, SMALL, make_engine
 from support.tiny_models import save, tiny_causal_lm, tiny_reward_model, tiny_tokenizer
 
 from specrej_eval.config import RunConfig
-from specrej_eval.core import RowView
+from specrej_eval.core import GenerationResult, RowView
 from specrej_eval.errors import ConfigError, RewardError
 from specrej_eval.generator import Generator
 from specrej_eval.records.fingerprint import of_models
-from specrej_eval.records.journal import result_from_dict
 from specrej_eval.rewards import ensemble
 from specrej_eval.rewards.base import Stateless, check_reward, make_reward
 from specrej_eval.rewards.ensemble import Ensemble, ranks
@@ -232,7 +231,7 @@ def test_a_run_by_sum_and_what_each_part_said() -> None:
             assert row.reward == parts[A] - 3 * parts[B]
             if row.finish_reason != "rejected":
                 assert parts == {A: length([], [row.text])[0], B: vowels([], [row.text])[0]}
-        again = result_from_dict(json.loads(json.dumps(result.to_dict())))
+        again = GenerationResult.from_dict(json.loads(json.dumps(result.to_dict())))
         assert again.trajectories == result.trajectories
 
 

@@ -42,7 +42,7 @@ def an_answer(
         "seeds": [seed],
         "index": index,
         "finished_rewards": [] if reward is None else [reward, reward - 1],
-        "ledger": Ledger(prompt_tokens=3, decode_tokens=10 * n, rows_started=n, seconds={"decode": 0.5}).to_dict(),
+        "ledger": Ledger(prompt_tokens=3, decode_tokens=10 * n, rows_started=n, seconds={"decode": 0.5}),
         "seconds": 0.5,
         "resolved": {"n": n, "seed": seed},
         "prompt_hash": prompt_hash(instruction),
@@ -57,7 +57,7 @@ def a_run(
 ) -> str:
     """Write a run as `specrej-eval run` does; its path."""
     store = OutputsFolder(folder)
-    record = RunRecord(generator=name, fingerprint={**FINGERPRINT, **fingerprint}, arguments={"prompts": "p.csv"})
+    record = RunRecord(name=name, fingerprint={**FINGERPRINT, **fingerprint}, arguments={"prompts": "p.csv"})
     store.begin(record)
     if complete:
         store.merge_parts(answers)

@@ -81,7 +81,7 @@ class Stores:
         return ()
 
     def folder_of_answers(self, config: RunConfig, host: Host) -> tuple[str, ...]:
-        record = RunRecord(generator="g", fingerprint=fingerprint.of_run(config, host))
+        record = RunRecord(name="g", fingerprint=fingerprint.of_run(config, host))
         OutputsFolder(self.folder / "out").begin(record)
         return ()
 

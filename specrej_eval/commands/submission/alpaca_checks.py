@@ -118,9 +118,9 @@ def find_run(*, name: str, file: Path, unverified: bool) -> RunRecord | None:
             f"{str(file)!r} was made by the embedded demo pair, which knows nothing but small sums.",
             hint="name pretrained and reward_model in the configuration's completions_kwargs, and run it again.",
         )
-    if record.generator != name:
+    if record.name != name:
         raise ConfigError(
-            f"{str(store.run_file)!r} records the generator {record.generator!r}, not {name!r}.",
+            f"{str(store.run_file)!r} records the generator {record.name!r}, not {name!r}.",
             hint="--name must be the generator's name, which is the top-level key of its configuration.",
         )
     if not record.complete:

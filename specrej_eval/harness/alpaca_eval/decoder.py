@@ -17,9 +17,9 @@ import torch
 from alpaca_eval import utils
 
 from specrej_eval import api, stopping
-from specrej_eval.answering import AUTO, Question, answer, requests_for
+from specrej_eval.answering import AUTO, answer, requests_for, settle_capacity
 from specrej_eval.config import HOST_ARGUMENTS, RunConfig, as_bool, as_float, as_int, checked_until
-from specrej_eval.core import Spent
+from specrej_eval.core import Question, Spent
 from specrej_eval.engines.base import Engine
 from specrej_eval.errors import ConfigError
 from specrej_eval.generator import Generator
@@ -200,7 +200,7 @@ class Generation:
             return
         best = [item.reward for item in found if item.reward is not None]
         finished = [reward for item in found for reward in item.finished_rewards]
-        name = self.record.generator if self.record is not None else "specrej"
+        name = self.record.name if self.record is not None else "specrej"
         line = summary_line(len(found), self.spent, best, finished, total=total_cost(found), source="the records")
         logger.warning("%s: %s", name, line)
         if empty := [item for item in found if not item.output.strip()]:
@@ -211,8 +211,6 @@ class Generation:
 def _completions(prompts: Sequence[str], generation: Generation) -> dict[str, list[Any]]:
     generator = generation.generator()
     store, record = generation.store, generation.record
-    if record is not None and record.capacity_tokens is not None:
-        generator.capacity_tokens = record.capacity_tokens
     questions = [generation.question(prompt) for prompt in prompts]
     requests = requests_for(
         generator.engine,
@@ -230,18 +228,14 @@ def _completions(prompts: Sequence[str], generation: Generation) -> dict[str, li
         generation.warned = True
         logger.warning("%s", told)
 
-    def keep_capacity(_: Answer) -> None:
-        if record is not None and store is not None and record.capacity_tokens != generator.capacity_tokens:
-            record.capacity_tokens = generator.capacity_tokens
-            store.write_record(record)
-
+    if store is not None:
+        settle_capacity(generator, requests, store)
     answers = answer(
         generator,
         questions,
         requests,
         store=store,
         summary=not generation.places,
-        on_answer=keep_capacity,
         spent=generation.spent,
     )
     if record is not None and not record.described:

@@ -111,7 +111,7 @@ def _begin(
         prompt_template=template,
         is_strip_output=arguments["is_strip_output"],
     )
-    generation.record = RunRecord(generator=name, fingerprint=fingerprint, arguments=generation.config.to_dict())
+    generation.record = RunRecord(name=name, fingerprint=fingerprint, arguments=generation.config.to_dict())
     warn_of_uncovered(fingerprint)
     if generation.record.embedded_demo_pair:
         logger.warning(

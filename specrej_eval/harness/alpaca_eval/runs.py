@@ -24,7 +24,7 @@ _logger = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
-class Run:
+class Evaluation:
     """One call of ``evaluate`` (several of them in ``make_leaderboard`` share all but ``output_path``)."""
 
     output_path: Path | None = None
@@ -39,19 +39,19 @@ class Run:
     recompute_only: bool = False
 
 
-_current: ContextVar[Run | None] = ContextVar("specrej_eval_alpaca_run", default=None)
+_current: ContextVar[Evaluation | None] = ContextVar("specrej_eval_alpaca_run", default=None)
 
 
-def current() -> Run | None:
+def current() -> Evaluation | None:
     """The run in progress; None where an annotator is used by itself."""
     return _current.get()
 
 
 @contextmanager
-def run_in(output_path: Path | None, rewards: Mapping[str, Mapping[str, Any]], **more: Any) -> Iterator[Run]:
+def run_in(output_path: Path | None, rewards: Mapping[str, Mapping[str, Any]], **more: Any) -> Iterator[Evaluation]:
     """A run, or one inside another: then it says what it has to say together with the outer one."""
     outer = _current.get()
-    run = Run(output_path, dict(rewards), **more)
+    run = Evaluation(output_path, dict(rewards), **more)
     if outer is not None:
         run.decoding_rewards = {**outer.decoding_rewards, **run.decoding_rewards}
         run.notes, run.lengths = outer.notes, outer.lengths
@@ -110,7 +110,7 @@ def _read_object(path: Path) -> dict[str, Any]:
 
 
 def announce_runs(main: ModuleType) -> None:
-    """The commands ``evaluate``, ``make_leaderboard`` and ``analyze_evaluators`` run inside a ``Run``."""
+    """The commands ``evaluate``, ``make_leaderboard`` and ``analyze_evaluators`` run inside an ``Evaluation``."""
     if takes(main.evaluate, "model_outputs", "output_path", "annotators_config", "name"):
         patch(main, "evaluate", lambda original: _evaluate(original, main))
     if takes(main.make_leaderboard, "leaderboard_path", "all_model_outputs", "annotators_config"):

@@ -95,17 +95,18 @@ def test_answers_are_those_of_the_python_api_and_the_sidecar_says_what_they_cost
     assert {row["generator"] for row in rows} == {"spr"}
 
     record, answers = open_run(tmp_path / "results" / "spr")
-    assert record.complete and record.generator == "spr" and record.embedded_demo_pair
+    assert record.complete and record.name == "spr" and record.embedded_demo_pair
     assert [item.instruction for item in answers] == INSTRUCTIONS
     assert [item.output.strip() for item in answers] == [row["output"] for row in rows]
     for item in answers:
         assert item.reward == max(item.finished_rewards)
-        assert item.ledger["decode_tokens"] > item.num_tokens > 0 and item.seconds > 0
-        assert item.rounds[0]["rows"] == 4 and item.fields == {"dataset": "sums"}
-    assert record.totals["decode_tokens"] == sum(item.ledger["decode_tokens"] for item in answers)
+        assert item.ledger.decode_tokens > item.num_tokens > 0 and item.seconds > 0
+        assert item.rounds[0].rows == 4 and item.fields == {"dataset": "sums"}
+    assert record.totals["decode_tokens"] == sum(item.ledger.decode_tokens for item in answers)
 
     # the same answer as anywhere else: only the stream's task differs, so hold a greedy-like single row against it
-    from specrej_eval.answering import Question, answer, requests_for
+    from specrej_eval.answering import answer, requests_for
+    from specrej_eval.core import Question
 
     generator = load(**{name: value for name, value in KWARGS.items() if name != "until"})
     questions = [Question(instruction=INSTRUCTIONS[0])]
