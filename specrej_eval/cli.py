@@ -1,6 +1,7 @@
-"""The `specrej-eval` command: finds the subcommand, then imports the one module that carries it out.
+"""The `specrej-eval` command: its subcommands are the modules of `commands/`, imported when they are asked for.
 
-A subcommand is one entry of COMMANDS and a module with `add_arguments(parser)` and `run(args) -> exit code`.
+Each has SUMMARY, EXAMPLES, `add_arguments(parser)` and `run(args) -> exit code`. Where `add_arguments` is None, the
+words are another program's, and go to `run` as they are.
 """
 
 from __future__ import annotations
@@ -8,105 +9,21 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib
+import pkgutil
 import sys
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Protocol, cast
 
-from specrej_eval import stopping
-from specrej_eval.errors import SpecRejError, nearest
-
-
-class Command(NamedTuple):
-    module: str
-    summary: str
-    examples: tuple[str, ...] = ()
-    pass_through: bool = False  # the module takes the remaining words as they are: run(words)
-
+from specrej_eval import commands, stopping
+from specrej_eval.errors import ConfigError, SpecRejError, nearest
 
 COMMANDS = {
-    "lm-eval": Command(
-        "specrej_eval.commands.lm_eval",
-        "run lm-eval's own command with our models registered, whether or not the startup hook works",
-        pass_through=True,
-    ),
-    "run": Command(
-        "specrej_eval.commands.run",
-        "answer a file of prompts and keep the answers, with every row behind them, in one folder",
-        pass_through=True,
-    ),
-    "alpaca-eval": Command(
-        "specrej_eval.commands.alpaca_eval",
-        "run alpaca_eval's own command, repaired and with our decoders, whether or not the startup hook works",
-        pass_through=True,
-    ),
-    "score": Command(
-        "specrej_eval.commands.score",
-        "score a file of prompts with responses with any reward model",
-        (
-            "specrej-eval score --reward_model Skywork/Skywork-Reward-V2-Qwen3-0.6B --input pairs.jsonl",
-            "specrej-eval score --reward_model http://localhost:8000 --input pairs.csv --output scores.jsonl",
-        ),
-    ),
-    "report": Command(
-        "specrej_eval.commands.report",
-        "print one table of the runs found under a folder",
-        ("specrej-eval report results/demo", "specrej-eval report results --format markdown"),
-    ),
-    "gather": Command(
-        "specrej_eval.commands.gather",
-        "put runs together: shards one after another, of several seeds the best answer to each prompt",
-        (
-            "specrej-eval gather results/shard0 results/shard1 --output results/whole",
-            "specrej-eval gather results/bo960-seed* --output results/bo3840",
-        ),
-    ),
-    "export": Command(
-        "specrej_eval.commands.export",
-        "write the answers of runs as alpaca_eval's model outputs or reference outputs",
-        (
-            "specrej-eval export alpaca results/spr results/bo16 --output outputs.json",
-            "specrej-eval export alpaca results/bo120 --name Bo120 --output reference.json",
-        ),
-    ),
-    "journal": Command(
-        "specrej_eval.commands.journal",
-        "look into a journal of finished requests, check it for damage, or put several of one run together",
-        (
-            "specrej-eval journal show run.jsonl",
-            "specrej-eval journal verify run.jsonl results/spr",
-            "specrej-eval journal merge run_rank0.jsonl run_rank1.jsonl --output whole.jsonl",
-        ),
-    ),
-    "submission": Command(
-        "specrej_eval.commands.submission",
-        "check a finished run and lay out its files for AlpacaEval's leaderboard, or lm-eval's for publication",
-        (
-            "specrej-eval submission alpaca --name my-model-SpR --out alpaca_pr --model_config my-model.yaml",
-            "specrej-eval submission lm-eval results/mine --out submission",
-        ),
-    ),
-    "init": Command(
-        "specrej_eval.commands.init",
-        "write our lm-eval tasks and alpaca_eval configurations into a folder, to run and to edit",
-        ("specrej-eval init", "specrej-eval init my-evaluation --force"),
-    ),
-    "rewards": Command(
-        "specrej_eval.commands.rewards",
-        "list the reward models there are: what each family reads, example checkpoints, what it needs",
-        ("specrej-eval rewards", "specrej-eval rewards armorm qwen_math_prm"),
-    ),
-    "doctor": Command(
-        "specrej_eval.commands.doctor",
-        "check the installation (versions, startup hook, devices, demo weights), or with --reward a reward model",
-        ("specrej-eval doctor", "specrej-eval doctor --reward Skywork/Skywork-Reward-V2-Qwen3-0.6B"),
-    ),
-    "path": Command(
-        "specrej_eval.commands.path",
-        "print the folder of our lm-eval tasks or alpaca_eval configurations",
-        ("specrej-eval path tasks", 'lm_eval --include_path "$(specrej-eval path tasks)" ...'),
-    ),
+    info.name.replace("_", "-"): f"{commands.__name__}.{info.name}" for info in pkgutil.iter_modules(commands.__path__)
 }
+"""Command -> module."""
 
+RENAMED = {"out": "output", "overwrite": "force"}
+"""Options of earlier versions -> their names now."""
 
 EXAMPLES = """\
 examples:
@@ -117,6 +34,23 @@ examples:
 
 `specrej-eval COMMAND --help` tells more about one command.
 """
+
+
+class Command(Protocol):
+    """What a module of `commands/` has."""
+
+    SUMMARY: str
+    EXAMPLES: Sequence[str]
+    add_arguments: Callable[[argparse.ArgumentParser], None] | None
+    run: Callable[[Any], int]
+
+
+class Help(argparse.RawDescriptionHelpFormatter):
+    """Every option with its default, unless its own words name one."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        unsaid = action.help and "default" not in action.help and action.default is not argparse.SUPPRESS
+        return f"{action.help} (default: %(default)s)" if unsaid and action.default else action.help
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -137,11 +71,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"specrej-eval: unknown command {name!r}; {hint}", file=sys.stderr)
         return 2
 
-    # a harness behind our command takes care of itself, as it does behind its own
-    ours = contextlib.nullcontext() if COMMANDS[name].module.endswith("_eval") else stopping.signals()
     try:
-        with stopping.command() if argv is None else contextlib.nullcontext(), ours:
-            return dispatch(name, rest)
+        with stopping.command() if argv is None else contextlib.nullcontext():
+            command = load(name)
+            if command.add_arguments is None:  # a harness takes care of itself, as it does behind its own command
+                return int(command.run(rest))
+            with stopping.signals():
+                return int(command.run(parse(name, rest)))
     except SpecRejError as error:
         print(f"specrej-eval {name}: {error}", file=sys.stderr)
         return 1
@@ -155,24 +91,87 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
 
 
-def dispatch(name: str, words: list[str]) -> int:
-    command = COMMANDS[name]
-    module = importlib.import_module(command.module)
-    if command.pass_through:
-        return int(module.run(words))
+def load(name: str) -> Command:
+    return cast(Command, importlib.import_module(COMMANDS[name]))
+
+
+def parser_of(name: str) -> argparse.ArgumentParser:
+    """The parser of one command that has options of its own."""
+    command = load(name)
     parser = argparse.ArgumentParser(
         prog=f"specrej-eval {name}",
-        description=command.summary[0].upper() + command.summary[1:] + ".",
-        epilog="\n  ".join(("examples:", *command.examples)) if command.examples else None,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description=command.SUMMARY[0].upper() + command.SUMMARY[1:] + ".",
+        epilog="\n  ".join(("examples:", *command.EXAMPLES)),
+        formatter_class=Help,
+        allow_abbrev=False,
     )
-    module.add_arguments(parser)
-    return int(module.run(parser.parse_args(words)))
+    assert command.add_arguments is not None, f"{name} takes its words as they are"
+    command.add_arguments(parser)
+    return parser
+
+
+def parse(name: str, words: Sequence[str]) -> argparse.Namespace:
+    """The options given. ``--top-k`` is ``--top_k``; names of earlier versions are taken, with a note.
+
+    A command's parser may have a default ``hints``: what to say of options that it does not have.
+
+    Raises:
+        ConfigError: an unknown option; suggests the name that may be meant.
+    """
+    parser = parser_of(name)
+    known = {action.dest: action for action in _options(parser)}
+    hints: Mapping[str, str] = parser.get_default("hints") or {}
+    options, unknown = parser.parse_known_args(list(_as_now(words, known)))
+    for word in unknown:
+        if word.startswith("--"):
+            given = word[2:].partition("=")[0]
+            close = nearest(given, known)
+            hint = hints.get(given) or (f"did you mean --{close}?" if close else "")
+            raise ConfigError(
+                f"unknown option {word.partition('=')[0]!r}.", hint=f"{hint} `--help` lists all options.".lstrip()
+            )
+    if unknown:
+        raise ConfigError(f"unexpected {unknown[0]!r}.", hint="options are written --name value.")
+    return options
+
+
+def _options(parser: argparse.ArgumentParser) -> Iterator[argparse.Action]:
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for below in action.choices.values():
+                yield from _options(below)
+        elif action.option_strings:
+            yield action
+
+
+def _as_now(words: Sequence[str], known: Mapping[str, argparse.Action]) -> Iterator[str]:
+    """The words in today's spelling."""
+    left = list(words)
+    while left:
+        word = left.pop(0)
+        if not word.startswith("--"):
+            yield word
+            continue
+        name, equals, value = word[2:].partition("=")
+        name = name.replace("-", "_")
+        now = RENAMED.get(name, name)
+        if name not in known and now in known:
+            print(f"note: --{name} is called --{now} now", file=sys.stderr)
+            if known[now].nargs == 0:  # it was a truth value
+                value = value if equals else left.pop(0) if left and left[0].lower() in _TRUTHS else "true"
+                if _TRUTHS.get(value.lower(), True):
+                    yield f"--{now}"
+                continue
+            name = now
+        yield f"--{name}{equals}{value}"
+
+
+_TRUTHS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 
 
 def help_text() -> str:
     width = max(map(len, COMMANDS))
-    listing = "\n".join(f"  {name:<{width}}  {command.summary}" for name, command in COMMANDS.items())
+    listing = "\n".join(f"  {name:<{width}}  {load(name).SUMMARY}" for name in COMMANDS)
     return (
         "usage: specrej-eval COMMAND ...\n\n"
         "Speculative Rejection and Best-of-N inside lm-evaluation-harness and alpaca_eval.\n\n"

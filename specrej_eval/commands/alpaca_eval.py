@@ -6,6 +6,10 @@ import sys
 
 from specrej_eval.harness.startup import activate
 
+SUMMARY = "run alpaca_eval's own command, repaired and with our decoders, whether or not the startup hook works"
+EXAMPLES = ("specrej-eval alpaca-eval evaluate_from_model model_configs/spr.yaml",)
+add_arguments = None
+
 
 def run(words: list[str]) -> int:
     """Hand `words` to alpaca_eval. Its exit codes are ours: it raises SystemExit with them."""

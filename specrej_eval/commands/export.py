@@ -20,6 +20,12 @@ from specrej_eval.errors import ConfigError, start_of
 from specrej_eval.records.jsonl import write_atomically
 from specrej_eval.records.outputs import RecordedRun
 
+SUMMARY = "write the answers of runs as alpaca_eval's model outputs or reference outputs"
+EXAMPLES = (
+    "specrej-eval export alpaca results/spr results/bo16 --output outputs.json",
+    "specrej-eval export alpaca results/bo120 --name Bo120 --output reference.json",
+)
+
 FORMATS = ("alpaca",)
 
 

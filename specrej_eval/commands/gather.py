@@ -27,6 +27,12 @@ from specrej_eval.records.fingerprint import compare
 from specrej_eval.records.outputs import Answer, OutputsFolder, RecordedRun, RunRecord, total_cost
 from specrej_eval.records.run_names import default_name
 
+SUMMARY = "put runs together: shards one after another, of several seeds the best answer to each prompt"
+EXAMPLES = (
+    "specrej-eval gather results/shard0 results/shard1 --output results/whole",
+    "specrej-eval gather results/bo960-seed* --output results/bo3840",
+)
+
 GATHERED = "gathered"
 """Where a gathered run's record names the runs it was made of."""
 

@@ -11,6 +11,12 @@ from pathlib import Path
 from specrej_eval.errors import ConfigError
 from specrej_eval.paths import FOLDERS, expanded, folder
 
+SUMMARY = "write our lm-eval tasks and alpaca_eval configurations into a folder, to run and to edit"
+EXAMPLES = (
+    "specrej-eval init",
+    "specrej-eval init my-evaluation --force",
+)
+
 
 def files() -> Iterator[tuple[Path, Path]]:
     """What there is to write: each file of ours, and its place below the user's folder."""

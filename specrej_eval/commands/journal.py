@@ -20,6 +20,13 @@ from specrej_eval.records.journal import SCHEMA_VERSION, Contents, lacking_field
 from specrej_eval.records.jsonl import checked_line, write_atomically
 from specrej_eval.records.outputs import OutputsFolder
 
+SUMMARY = "look into a journal of finished requests, check it for damage, or put several of one run together"
+EXAMPLES = (
+    "specrej-eval journal show run.jsonl",
+    "specrej-eval journal verify run.jsonl results/spr",
+    "specrej-eval journal merge run_rank0.jsonl run_rank1.jsonl --output whole.jsonl",
+)
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(dest="action", required=True, metavar="show|verify|merge")
@@ -30,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     verify.add_argument("journal", nargs="+", metavar="FILE", help="a journal, or the folder of a run")
     merge = actions.add_parser("merge", help="put journals of one run together into a new file")
     merge.add_argument("journal", nargs="+", metavar="FILE")
-    merge.add_argument("--output", required=True, metavar="FILE")
+    merge.add_argument("--output", required=True, metavar="FILE", help="the journal to write")
     merge.add_argument("--force", action="store_true", help="replace the file of --output")
 
 

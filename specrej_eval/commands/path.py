@@ -6,6 +6,12 @@ import argparse
 
 from specrej_eval.paths import FOLDERS, folder
 
+SUMMARY = "print the folder of our lm-eval tasks or alpaca_eval configurations"
+EXAMPLES = (
+    "specrej-eval path tasks",
+    'lm_eval --include_path "$(specrej-eval path tasks)" ...',
+)
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", choices=FOLDERS, help="which folder to print")

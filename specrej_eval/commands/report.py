@@ -14,6 +14,12 @@ from typing import Any
 
 from specrej_eval.errors import SpecRejError
 
+SUMMARY = "print one table of the runs found under a folder"
+EXAMPLES = (
+    "specrej-eval report results/demo",
+    "specrej-eval report results --format markdown",
+)
+
 RECORDS = ("journal", "trace_path")
 ABSENT = "-"  # a run of another model has no reward and no ledger
 

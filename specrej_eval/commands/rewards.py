@@ -6,6 +6,12 @@ import argparse
 import json
 import textwrap
 
+SUMMARY = "list the reward models there are: what each family reads, example checkpoints, what it needs"
+EXAMPLES = (
+    "specrej-eval rewards",
+    "specrej-eval rewards armorm qwen_math_prm",
+)
+
 OTHER = {
     "likelihood": "mean log-probability of the row's own tokens; costs nothing",
     "self_certainty": "how far the language model's own predictions are from uniform; costs nothing",

@@ -24,7 +24,7 @@ from specrej_eval.answering import AUTO, answer, requests_for, settle_capacity
 from specrej_eval.config import HOST_ARGUMENTS, RunConfig, as_bool, as_int, checked_until, descriptions
 from specrej_eval.config import SYNONYMS as NAMES_ELSEWHERE
 from specrej_eval.core import Question, Spent
-from specrej_eval.errors import ConfigError, SpecRejError, nearest
+from specrej_eval.errors import ConfigError, SpecRejError
 from specrej_eval.generator import Generator, Request
 from specrej_eval.progress import summary_line
 from specrej_eval.ranks import Watch
@@ -35,21 +35,32 @@ from specrej_eval.records.prompt_files import read_prompts
 from specrej_eval.records.run_names import default_name
 from specrej_eval.records.trace import rank_path
 
+SUMMARY = "answer a file of prompts and keep the answers, with every row behind them, in one folder"
+EXAMPLES = (
+    "specrej-eval run --prompts prompts.csv --output results/spr --alpha 0.5 --n 16",
+    "specrej-eval run --prompts prompts.csv --output results/bo16 --strategy best_of_n --n 16",
+    "accelerate launch --multi_gpu --num_processes 8 -m specrej_eval run --prompts prompts.json \\\n"
+    "      --output results/llama --pretrained meta-llama/Llama-3.2-1B-Instruct \\\n"
+    "      --reward_model Skywork/Skywork-Reward-V2-Llama-3.2-1B",
+)
+
 TASK = "specrej_run"
 """Part of the random streams' key: the same prompts have the same rows in every run of one seed."""
 
-SYNONYMS = {
+_SYNONYMS = {
     **NAMES_ELSEWHERE,
     "data_filename": "prompts",
     "output_folder": "output",
     "output_path": "output",
     "local_files_only": "pretrained",
 }
-VALUES = {
-    "speculative_rejection": "it is --strategy speculative_rejection, the default. ",
-    "variance_reduce": "it has no code behind it in the reference code either. ",
+HINTS = {
+    **{name: f"did you mean --{meant}?" for name, meant in _SYNONYMS.items()},
+    "journal": "`specrej-eval run` keeps its own journal; it lies in the folder of --output.",
+    "speculative_rejection": "it is --strategy speculative_rejection, the default.",
+    "variance_reduce": "it has no code behind it in the reference code either.",
 }
-"""What to say of the reference code's options that are no other name of ours."""
+"""What to say of options that this command does not have, those of the reference code among them."""
 TEXT_ARGUMENTS = ("until", "apply_chat_template", "max_tokens")
 """Arguments of this command that decide answers."""
 _NOT_OURS = {"journal"}  # the archive holds it
@@ -91,32 +102,21 @@ class Ranks:
         return contextlib.nullcontext() if self.watch is None else self.watch.guard()
 
 
-def parser() -> argparse.ArgumentParser:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     """All options; those of ``RunConfig`` with its own descriptions and defaults."""
-    made = argparse.ArgumentParser(
-        prog="specrej-eval run",
-        description="Answer a file of prompts and keep the answers, with every row behind them, in one folder.",
-        epilog="examples:\n"
-        "  specrej-eval run --prompts prompts.csv --output results/spr --alpha 0.5 --n 16\n"
-        "  specrej-eval run --prompts prompts.csv --output results/bo16 --strategy best_of_n --n 16\n"
-        "  accelerate launch --multi_gpu --num_processes 8 -m specrej_eval run --prompts prompts.json \\\n"
-        "      --output results/llama --pretrained meta-llama/Llama-3.2-1B-Instruct \\\n"
-        "      --reward_model Skywork/Skywork-Reward-V2-Llama-3.2-1B",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        argument_default=argparse.SUPPRESS,
-        allow_abbrev=False,
-    )
-    files = made.add_argument_group("files")
+    parser.argument_default = argparse.SUPPRESS
+    parser.set_defaults(hints=HINTS)
+    files = parser.add_argument_group("files")
     files.add_argument("--prompts", metavar="FILE", help="JSON, JSONL, CSV or TSV with one prompt a row; needed")
     files.add_argument("--output", metavar="DIR", help="the archive (default: results/ and the run's name)")
     files.add_argument("--name", help="of the run, in leaderboards (default: made of strategy, n and models)")
     files.add_argument("--prompt_column", metavar="COLUMN", help="default: instruction, or else prompt")
     files.add_argument("--limit", metavar="ROWS", help="only the first rows of the file")
-    files.add_argument("--overwrite", metavar="BOOL", help="start anew where a folder holds answers (default: false)")
+    files.add_argument("--force", action="store_true", help="start anew: delete the answers in the folder")
     files.add_argument(
         "--keep_trajectories", metavar="BOOL", help="keep all rows of all prompts, not the best alone (default: true)"
     )
-    prompts = made.add_argument_group("prompts")
+    prompts = parser.add_argument_group("prompts")
     prompts.add_argument("--until", metavar="TEXT", help="stop string, or a JSON list of them")
     prompts.add_argument("--max_tokens", metavar="TOKENS", help="of prompt and answer together (default: no limit)")
     prompts.add_argument(
@@ -124,21 +124,20 @@ def parser() -> argparse.ArgumentParser:
         metavar="BOOL",
         help="auto (default): where the language model has a template; the reward model uses its own in any case",
     )
-    ours = made.add_argument_group("models, strategy and sampling (the names of --model_args)")
+    ours = parser.add_argument_group("models, strategy and sampling (the names of --model_args)")
     told = descriptions()
     for field in dataclasses.fields(RunConfig):
         if field.name not in _NOT_OURS:
             default = "" if field.default is None else f" (default: {field.default})"
             text = (told.get(field.name, "") + default).strip().replace("%", "%%")
             ours.add_argument(f"--{field.name}", metavar="VALUE", help=text)
-    host = made.add_argument_group("of the language model's loader (as in lm-eval's --model hf)")
+    host = parser.add_argument_group("of the language model's loader (as in lm-eval's --model hf)")
     for name in HOST_ARGUMENTS:
         host.add_argument(f"--{name}", metavar="VALUE", help=argparse.SUPPRESS)
     host.description = ", ".join(f"--{name}" for name in HOST_ARGUMENTS)
-    return made
 
 
-def run(words: list[str]) -> int:
+def run(args: argparse.Namespace) -> int:
     """Carry out the command; see the module. Returns its exit code.
 
     Raises:
@@ -146,7 +145,9 @@ def run(words: list[str]) -> int:
         PromptError: a prompt does not fit; before anything is decoded.
         RewardError, OutOfMemoryError: the answers finished before that are in the archive.
     """
-    options = parse(words)
+    options = {name: value for name, value in vars(args).items() if name != "hints"}
+    if "prompts" not in options:
+        raise ConfigError("--prompts is missing: the file with the prompts.", hint="--prompts prompts.csv")
     ranks = _ranks(options.get("device"))
     with ranks.guard():
         return _run(options, ranks)
@@ -176,13 +177,13 @@ def _run(options: dict[str, Any], ranks: Ranks) -> int:
         fingerprint=fingerprint,
         arguments={**config.to_dict(), "prompts": str(own["prompts"])},
     )
-    overwrite = as_bool("overwrite", own.get("overwrite", False))
-    if not overwrite and _is_complete(store, record, questions):
-        print(f"nothing to do: {len(questions)} answers in {store.outputs_file} (--overwrite true draws them anew)")
+    anew = bool(own.get("force"))
+    if not anew and _is_complete(store, record, questions):
+        print(f"nothing to do: {len(questions)} answers in {store.outputs_file} (--force draws them anew)")
         return 0
     if ranks.main:
-        store.begin(record, going_on=not overwrite, delete=overwrite)
-        if overwrite:
+        store.begin(record, going_on=not anew, delete=anew)
+        if anew:
             for path in store.path.glob(f"{store.trajectories_file.stem}*.jsonl"):
                 path.unlink()
     ranks.wait()
@@ -232,33 +233,6 @@ def _run(options: dict[str, Any], ranks: Ranks) -> int:
     return 0
 
 
-def parse(words: Sequence[str]) -> dict[str, Any]:
-    """The options given, by name.
-
-    Raises:
-        ConfigError: an unknown option; suggests the name that may be meant.
-    """
-    dashed = [_underscored(word) for word in words]
-    made = parser()
-    options, unknown = made.parse_known_args(dashed)
-    for word in unknown:
-        if word.startswith("--"):
-            name = word[2:].partition("=")[0]
-            known = [action.dest for action in made._actions]
-            meant = SYNONYMS.get(name) or nearest(name, known)
-            if name in _NOT_OURS:
-                raise ConfigError(
-                    f"`specrej-eval run` keeps its own {name}.", hint="it lies in the folder of --output."
-                )
-            hint = VALUES.get(name) or (f"did you mean --{meant}? " if meant else "")
-            raise ConfigError(f"unknown option {word.partition('=')[0]!r}.", hint=f"{hint}`--help` lists all options.")
-    if unknown:
-        raise ConfigError(f"unexpected {unknown[0]!r}.", hint="options are written --name value.")
-    if "prompts" not in options:
-        raise ConfigError("--prompts is missing: the file with the prompts.", hint="--prompts prompts.csv")
-    return vars(options)
-
-
 def split(options: dict[str, Any]) -> tuple[dict[str, Any], RunConfig, dict[str, Any]]:
     """Options of this command, and those of ``RunConfig`` and of the loader, checked."""
     ours = {field.name for field in dataclasses.fields(RunConfig)} | set(HOST_ARGUMENTS)
@@ -289,14 +263,6 @@ def _until(text: str | None) -> tuple[str, ...]:
         return checked_until(json.loads(text))
     except ValueError:
         return checked_until(text)  # a stop string that begins with a bracket
-
-
-def _underscored(word: str) -> str:
-    """``--top-k`` is ``--top_k``."""
-    if not word.startswith("--"):
-        return word
-    name, equals, value = word.partition("=")
-    return "--" + name[2:].replace("-", "_") + equals + value
 
 
 def _ranks(device: str | None) -> Ranks:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tqdm import tqdm
 
-from specrej_eval.config import RunConfig, as_bool
+from specrej_eval.config import RunConfig
 from specrej_eval.core import finite_or_none
 from specrej_eval.errors import ConfigError, RewardError
 from specrej_eval.options import add_reward_options, load_reward, reward_config
@@ -27,6 +27,12 @@ from specrej_eval.records.prompt_files import read_rows
 
 if TYPE_CHECKING:
     from specrej_eval.rewards.base import Pair, RewardModel
+
+SUMMARY = "score a file of prompts with responses with any reward model"
+EXAMPLES = (
+    "specrej-eval score --reward_model Skywork/Skywork-Reward-V2-Qwen3-0.6B --input pairs.jsonl",
+    "specrej-eval score --reward_model http://localhost:8000 --input pairs.csv --output scores.jsonl",
+)
 
 PROMPTS = ("messages", "prompt", "instruction", "question")
 RESPONSES = ("response", "output", "completion", "answer")
@@ -56,7 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     files.add_argument(
         "--column", default="reward", metavar="NAME", help="of the scores in the output (default: reward)"
     )
-    files.add_argument("--overwrite", default="false", metavar="BOOL", help="start anew where the output exists")
+    files.add_argument("--force", action="store_true", help="start anew where the output exists")
     files.add_argument(
         "--on_error",
         default="stop",
@@ -79,7 +85,7 @@ def run(args: argparse.Namespace) -> int:
     entries = read_pairs(source, column=args.column)
     if target.exists() and target.samefile(source):
         raise ConfigError(f"--output {str(target)!r} is the input itself.", hint="name another file.")
-    done = _begin(target, _fingerprint(config, source, args), overwrite=as_bool("overwrite", args.overwrite))
+    done = _begin(target, _fingerprint(config, source, args), overwrite=args.force)
     by_rank = config.reward_ensemble == "rank"
     if by_rank and len(done) < len(entries):  # ranks are among all answers to a prompt, wherever they stand
         target.unlink(missing_ok=True)
@@ -191,9 +197,9 @@ def _begin(target: Path, fingerprint: dict[str, Any], *, overwrite: bool) -> lis
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"{str(target)!r} exists, and nothing says which reward model wrote it ({sidecar.name} is missing).",
-            hint="--overwrite true, or another --output.",
+            hint="--force, or another --output.",
         ) from error
-    check_same(then, fingerprint, what=repr(str(target)), remedy="--overwrite true, or another --output.")
+    check_same(then, fingerprint, what=repr(str(target)), remedy="--force, or another --output.")
     records, whole = read_lines(target, argument="output")
     drop_torn_line(target, whole)
     return records

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from specrej_eval import cli
-from specrej_eval.commands.run import parse, split
+from specrej_eval.commands.run import split
 from specrej_eval.core import GenerationResult
 from specrej_eval.demo.arithmetic import distinct_problems, question
 from specrej_eval.errors import ConfigError
@@ -38,6 +38,12 @@ def prompts(tmp_path: Path) -> str:
 
 def run(*words: str) -> int:
     return cli.main(["run", *words])
+
+
+def given(*words: str) -> dict[str, Any]:
+    options = vars(cli.parse("run", words))
+    del options["hints"]
+    return options
 
 
 def without_costs(answers: list[Answer]) -> list[dict[str, Any]]:
@@ -104,7 +110,7 @@ def test_a_rerun_does_nothing_and_another_configuration_is_refused(
     monkeypatch.undo()
     assert run("--prompts", prompts, "--output", out, *COMMON) == 0  # two answers are there already
     assert "2 of 6 answers were recorded already" in caplog.text
-    assert run("--prompts", prompts, "--output", out, *COMMON, "--seed", "1", "--overwrite", "true") == 0
+    assert run("--prompts", prompts, "--output", out, *COMMON, "--seed", "1", "--force") == 0
     assert {seed for item in open_run(out)[1] for seed in item.seeds} == {1}
 
 
@@ -185,12 +191,12 @@ def test_the_prompts_must_be_named(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_options_are_the_names_of_model_args() -> None:
     words = ["--prompts", "p", "--top-k=7", "--n", "max", "--chat_template_args", '{"a": 1}', "--revision", "main"]
-    own, config, host = split(parse([*words, "--first_look", "none", "--trust_remote_code", "true"]))
+    own, config, host = split(given(*words, "--first_look", "none", "--trust_remote_code", "true"))
     assert own == {"prompts": "p"}
     assert (config.top_k, config.n, config.first_look, config.trust_remote_code) == (7, "max", None, True)
     assert host == {"chat_template_args": {"a": 1}, "revision": "main"}
     with pytest.raises(ConfigError):
-        split(parse(["--prompts", "p", "--n", "0"]))
+        split(given("--prompts", "p", "--n", "0"))
 
 
 def test_reading_a_run_that_is_being_written_leaves_its_files_alone(prompts: str, tmp_path: Path) -> None:

@@ -120,7 +120,7 @@ def test_a_failing_row_is_named_or_skipped(pairs: Path, capsys: pytest.CaptureFi
     said = capsys.readouterr().err
     assert "line 4: reward_model" in said
     assert "raised ValueError: that text" in said
-    assert run(pairs, "--on_error", "skip", "--overwrite", "true") == 1
+    assert run(pairs, "--on_error", "skip", "--force") == 1
     found = output(pairs.with_suffix(".scored.jsonl"))
     assert [row["reward"] for row in found] == [*WANT[:3], None, WANT[4]]
     assert "that text" in found[3]["error"]
@@ -172,7 +172,7 @@ def test_another_reward_or_another_file_is_never_mixed_in(pairs: Path, capsys: p
         file.write(json.dumps(ROWS[0]) + "\n")
     assert run(pairs) == 1
     assert "input:" in capsys.readouterr().err
-    assert run(pairs, "--overwrite", "true") == 0
+    assert run(pairs, "--force") == 0
     assert len(output(pairs.with_suffix(".scored.jsonl"))) == 6
 
 

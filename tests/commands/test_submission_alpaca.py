@@ -159,7 +159,7 @@ class Run:
         return err
 
     def call(self, *words: object, name: str, reference: bool) -> tuple[int, str, str]:
-        fixed = ["submission", "alpaca", "--name", name, "--out", str(self.out)]
+        fixed = ["submission", "alpaca", "--name", name, "--output", str(self.out)]
         fixed += ["--reference_outputs", "reference.json"] if reference else []
         code = cli.main([*fixed, *map(str, words)])
         out, err = self._capsys.readouterr()

@@ -141,7 +141,7 @@ class Run:
         return err
 
     def _call(self, *words: object) -> tuple[int, str, str]:
-        code = cli.main(["submission", "lm-eval", str(self.folder), "--out", str(self.out), *map(str, words)])
+        code = cli.main(["submission", "lm-eval", str(self.folder), "--output", str(self.out), *map(str, words)])
         out, err = self._capsys.readouterr()
         return code, out, err
 
@@ -260,7 +260,7 @@ def test_a_submission_inside_the_results_folder_is_no_run(finished: Run) -> None
 
 def test_the_real_run_is_of_the_embedded_pair(real: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     for folder in ("whole", "part"):
-        assert cli.main(["submission", "lm-eval", str(real / folder), "--out", str(tmp_path / "out")]) == 1
+        assert cli.main(["submission", "lm-eval", str(real / folder), "--output", str(tmp_path / "out")]) == 1
         err = capsys.readouterr().err
         assert "embedded demo pair" in err and "results_" in err
     assert not (tmp_path / "out").exists()

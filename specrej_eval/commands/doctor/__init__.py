@@ -14,6 +14,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+SUMMARY = "check the installation (versions, startup hook, devices, demo weights), or with --reward a reward model"
+EXAMPLES = (
+    "specrej-eval doctor",
+    "specrej-eval doctor --reward Skywork/Skywork-Reward-V2-Qwen3-0.6B",
+)
+
 Status = Literal["ok", "note", "broken"]
 
 

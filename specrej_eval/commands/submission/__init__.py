@@ -7,16 +7,22 @@ import argparse
 from specrej_eval.commands.submission import alpaca as submission_alpaca
 from specrej_eval.commands.submission import lm_eval as submission_lm_eval
 
+SUMMARY = "check a finished run and lay out its files for AlpacaEval's leaderboard, or lm-eval's for publication"
+EXAMPLES = (
+    "specrej-eval submission alpaca --name my-model-SpR --output alpaca_pr --model_config my-model.yaml",
+    "specrej-eval submission lm-eval results/mine --output submission",
+)
+
 KINDS = {
     "alpaca": (
         submission_alpaca,
         "the files of a pull request to AlpacaEval's leaderboard",
-        "specrej-eval submission alpaca --name my-model-SpR --out alpaca_pr --model_config my-model.yaml",
+        "specrej-eval submission alpaca --name my-model-SpR --output alpaca_pr --model_config my-model.yaml",
     ),
     "lm-eval": (
         submission_lm_eval,
         "results and samples of lm-eval, under a name that is not the bare model's",
-        "specrej-eval submission lm-eval results/mine --out submission",
+        "specrej-eval submission lm-eval results/mine --output submission",
     ),
 }
 
@@ -29,10 +35,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             help=summary,
             description=module.__doc__,
             epilog=f"example:\n  {example}",
-            formatter_class=argparse.RawDescriptionHelpFormatter,
+            formatter_class=parser.formatter_class,
         )
         module.add_arguments(made)
-        made.add_argument("--out", required=True, metavar="DIR", help="where the files go")
+        made.add_argument("--output", required=True, metavar="DIR", help="where the files go")
         made.add_argument("--force", action="store_true", help="replace files of ours that lie there already")
 
 

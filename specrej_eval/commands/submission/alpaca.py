@@ -101,7 +101,7 @@ def build(args: argparse.Namespace) -> Submission:
     else:
         config.fingerprint()  # its arguments are at least valid, and of no demo
 
-    submission = Submission(Tree(args.out, force=args.force), outputs)
+    submission = Submission(Tree(args.output, force=args.force), outputs)
     notes = submission.notes
     if record is None:
         notes.append("--unverified: nobody can say how these outputs were made, and configs.yaml says so")

@@ -51,10 +51,10 @@ class Tree:
         if there and not self._force:
             raise ConfigError(
                 f"{str(self.root)!r} holds {there[0]!r} already" + (f" and {len(there) - 1} more." * (len(there) > 1)),
-                hint="give another --out; --force replaces these files and leaves all others alone.",
+                hint="give another --output; --force replaces these files and leaves all others alone.",
             )
         if self.root.exists() and not self.root.is_dir():
-            raise ConfigError(f"--out {str(self.root)!r} is a file.", hint="give a folder.")
+            raise ConfigError(f"--output {str(self.root)!r} is a file.", hint="give a folder.")
         try:
             for path in self._stale - set(self.paths):
                 (self.root / path).unlink(missing_ok=True)
