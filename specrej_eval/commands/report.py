@@ -1,196 +1,358 @@
-"""One table from the results files that lm-eval wrote: what each run scored, and what it cost.
+"""One table of the runs under some folders: what each scored, on how many prompts, what it cost, on which machine.
 
-A run is known by its resolved arguments, not by its folder: of two results files with equal arguments the newer counts.
+It reads lm-eval's results files (of other models too), folders of `specrej-eval run`, and those of alpaca_eval. A run
+of lm-eval is known by its resolved arguments, not by its folder: of two results files with equal ones the newer counts.
+
+Where runs have answered the same prompts, each is held against the first one prompt by prompt: the mean of the
+differences, and its 95 % interval by Student's t (a paired t-test's; binary scores make it approximate).
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
+import io
 import json
+import math
+import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from specrej_eval.errors import SpecRejError
+from specrej_eval.errors import ConfigError, SpecRejError, nearest
+from specrej_eval.records import alpaca_eval_files, lm_eval_files
+from specrej_eval.records.fingerprint import DECIDING, EMBEDDED, NEUTRAL
+from specrej_eval.records.outputs import RUN_FILES, Answer, OutputsFolder, total_cost
+from specrej_eval.records.run_names import model_name
+from specrej_eval.records.scores import Score, mean_score
 
-SUMMARY = "print one table of the runs found under a folder"
+SUMMARY = "print one table of the runs found under a folder, with paired differences between them"
 EXAMPLES = (
     "specrej-eval report results/demo",
+    "specrej-eval report results/spr results/bo16 --baseline best",
     "specrej-eval report results --format markdown",
+    "specrej-eval report results --format csv > results.csv",
 )
 
-RECORDS = ("journal", "trace_path")
+RECORDS = ("journal", "trace_path", "prompts", "limit")
+"""Arguments that say where records went, and what was asked; not what answered."""
 ABSENT = "-"  # a run of another model has no reward and no ledger
+FEWEST = 5
+"""Prompts below which an interval would say nothing."""
+MODELS = ("pretrained", "reward_model")
+MACHINE = ("device", "device_name", "cpu_threads", "dtype", "memory_gib")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Run:
-    """One results file."""
+    """One run, whatever wrote it down."""
 
+    kind: str
+    """``lm-eval``, ``run`` or ``alpaca_eval``."""
     path: Path
-    date: float  # seconds since the epoch
-    scores: Mapping[str, Mapping[str, Any]]  # task -> "metric,filter" -> value
-    config: Mapping[str, Any]
-
-    @property
-    def ours(self) -> Mapping[str, Any]:
-        """What our model wrote about itself; empty for another model's run."""
-        block = self.config.get("specrej")
-        return block if isinstance(block, Mapping) else {}
-
-    @property
-    def arguments(self) -> Mapping[str, Any]:
-        """The resolved arguments that say what was run, without those that only say where its records went."""
-        arguments = self.ours.get("arguments")
-        arguments = arguments if isinstance(arguments, Mapping) else {}
-        return {name: value for name, value in arguments.items() if name not in RECORDS}
+    date: float
+    """Seconds since the epoch."""
+    model: str
+    """What it is called where no argument of ours says what was run."""
+    scores: Sequence[Score]
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    """The resolved arguments that say what was run; empty for another model's run."""
+    models: Mapping[str, str | None] = field(default_factory=dict)
+    limit: float | None = None
+    hardware: Any = None
+    warnings: Sequence[str] = ()
+    totals: Mapping[str, Any] = field(default_factory=dict)
+    """A ``Ledger``'s counts."""
+    mean_reward: float | None = None
 
     @property
     def identity(self) -> str:
         """Equal for two runs of the same thing."""
-        what = self.arguments or self.config.get("model_args")
-        return json.dumps([self.config.get("model"), what, self.config.get("limit"), sorted(self.scores)], default=str)
+        what = [self.model, self.arguments, self.limit, sorted({score.task for score in self.scores})]
+        return json.dumps([*what, None if self.kind == "lm-eval" else str(self.path)], default=str)
 
     @property
     def label(self) -> str:
         strategy, n = self.arguments.get("strategy"), self.arguments.get("n")
+        name = f"{self.model}: " if self.kind == "alpaca_eval" else ""
         if strategy == "speculative_rejection":
-            return f"Speculative Rejection, alpha={self.arguments.get('alpha')}, n={n}"
+            return f"{name}Speculative Rejection, alpha={self.arguments.get('alpha')}, n={n}"
         if strategy == "best_of_n":
-            return "Sampling, n=1" if n == 1 else f"Best-of-N, n={n}"
-        if strategy:
-            return f"{strategy}, n={n}"
-        return str(self.config.get("model", self.path.parent.name))
+            return name + ("Sampling, n=1" if n == 1 else f"Best-of-N, n={n}")
+        return f"{name}{strategy}, n={n}" if strategy else self.model
 
 
-def find_runs(folder: Path) -> list[Run]:
-    """The newest results file of every run under `folder`, oldest run first."""
-    if not folder.is_dir():
-        raise SpecRejError(f"no such folder: {folder}", hint="give the --output_path of your lm_eval runs")
+# reading
+
+
+def find_runs(*folders: Path) -> list[Run]:
+    """The runs under some folders, oldest first; of equal ones the newest.
+
+    Raises:
+        SpecRejError: there is no such folder, or no run in it; a record is damaged.
+    """
     newest: dict[str, Run] = {}
-    for path in folder.rglob("*.json"):
-        run = read_run(path)
-        if run is not None and (run.identity not in newest or newest[run.identity].date < run.date):
-            newest[run.identity] = run
+    for folder in folders:
+        if not folder.exists():
+            raise SpecRejError(f"no such folder: {folder}", hint="give the --output_path of your lm_eval runs")
+        for run in _runs_in(folder):
+            if run.identity not in newest or newest[run.identity].date < run.date:
+                newest[run.identity] = run
     if not newest:
         raise SpecRejError(
-            f"no lm-eval results under {folder}",
-            hint=f"run lm_eval with --output_path {folder}; it writes results_*.json when a run is complete",
+            f"no runs under {', '.join(map(str, folders))}",
+            hint="name what was given to lm_eval as --output_path (it writes results_*.json when a run is complete), "
+            "the folder of a `specrej-eval run`, or alpaca_eval's results",
         )
     return sorted(newest.values(), key=lambda run: run.date)
 
 
-def read_run(path: Path) -> Run | None:
-    """The run a file holds, or None if it is not one of lm-eval's results files."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # half written, or not JSON in UTF-8
-        return None
-    if not (isinstance(content, dict) and isinstance(content.get("results"), dict)):
-        return None
-    if not isinstance(content.get("config"), dict):
-        return None
-    date = content.get("date")
-    scores = {task: values for task, values in content["results"].items() if isinstance(values, dict)}
+def _runs_in(folder: Path) -> Iterable[Run]:
+    paths = sorted(folder.rglob("*.json")) if folder.is_dir() else [folder]
+    for path in paths:
+        prefix = RUN_FILES.get(path.name)
+        if prefix is not None:
+            yield _recorded(path, prefix)
+        elif (results := lm_eval_files.read_results(path)) is not None:
+            yield _of_lm_eval(results)
+
+
+def _of_lm_eval(results: lm_eval_files.Results) -> Run:
+    block, arguments = results.block, results.arguments
+    embedded = bool(block.get("embedded_demo_pair"))
+    model_args = results.config.get("model_args")
+    given = model_args.get("pretrained") if isinstance(model_args, Mapping) else None
+    totals = block.get("totals")
     return Run(
-        path=path,
-        date=float(date) if isinstance(date, int | float) else path.stat().st_mtime,
-        scores=scores,
-        config=content["config"],
+        kind="lm-eval",
+        path=results.path,
+        date=results.date,
+        model=str(results.config.get("model", results.path.parent.name)),
+        scores=list(results.scores()),
+        arguments={name: value for name, value in arguments.items() if name not in RECORDS} if block else {},
+        models={
+            "pretrained": EMBEDDED if embedded else arguments.get("pretrained") or given,
+            "reward_model": block.get("reward_model") or arguments.get("reward_model"),
+        },
+        limit=results.config.get("limit"),
+        hardware=block.get("hardware"),
+        warnings=[*map(str, block.get("warnings") or ()), *lm_eval_files.remarks(results)],
+        totals=totals if isinstance(totals, Mapping) else {},
+        mean_reward=block.get("mean_reward"),
     )
+
+
+def _recorded(path: Path, prefix: str) -> Run:
+    """A folder of `run` or of alpaca_eval."""
+    store = OutputsFolder(path.parent, prefix=prefix)
+    record = store.record()
+    assert record is not None, f"{path} was there a moment ago"
+    answers = store.answers()
+    judged = alpaca_eval_files.scores(path.parent, record.name)
+    prompts = record.arguments.get("prompts")
+    task = Path(str(prompts)).name if prompts else "alpaca_eval"
+    scores = [*_reward_score(task, answers, record.fingerprint), *judged]
+    decided = {name: record.fingerprint[name] for name in DECIDING if name in record.fingerprint}
+    asked = {name: value for name, value in {**record.arguments, **decided}.items() if name not in RECORDS}
+    rows = sorted({answer.n for answer in answers})
+    rewards = [answer.reward for answer in answers if answer.reward is not None]
+    return Run(
+        kind="run" if prompts else "alpaca_eval",
+        path=path.parent,
+        date=path.stat().st_mtime,
+        model=record.name,
+        scores=scores,
+        arguments=asked if len(rows) != 1 else {**asked, "n": rows[0]},
+        models={name: record.fingerprint.get(name) for name in MODELS},
+        limit=record.arguments.get("limit"),
+        hardware=record.described,
+        warnings=_remarks(answers, complete=record.complete),
+        totals=record.totals or total_cost(answers).to_dict(),
+        mean_reward=statistics.fmean(rewards) if rewards else None,
+    )
+
+
+def _reward_score(task: str, answers: Sequence[Answer], fingerprint: Mapping[str, Any]) -> Iterable[Score]:
+    """Rewards compare where one reward model gave them."""
+    scale = json.dumps([fingerprint.get("reward_model"), fingerprint.get("reward_files")], sort_keys=True)
+    found = {f"{a.prompt_hash} {a.repeat}": a.reward for a in answers if a.reward is not None}
+    if found:
+        yield mean_score(found, task=task, metric="reward", scale=scale, answered=len(answers))
+
+
+def _remarks(answers: Sequence[Answer], *, complete: bool) -> list[str]:
+    counts = {
+        "answers gave up rows for want of memory (degraded)": sum(answer.degraded for answer in answers),
+        "rewards were not finite": sum(answer.nan_rewards for answer in answers),
+        "answers are empty": sum(not answer.output.strip() for answer in answers),
+    }
+    found = [] if complete else [f"not finished: {len(answers)} answers so far"]
+    return found + [f"{count} {what}" for what, count in counts.items() if count]
+
+
+# naming
 
 
 def labels(runs: Sequence[Run]) -> list[str]:
     """Short names; runs that would share one get the arguments they differ in."""
     names = [run.label for run in runs]
-    for name in set(names):
-        same = [index for index, other in enumerate(names) if other == name]
-        if len(same) < 2:
-            continue
-        settings = {index: {**runs[index].arguments, "limit": runs[index].config.get("limit")} for index in same}
-        keys = sorted({key for values in settings.values() for key in values})
-        differing = [key for key in keys if len({str(settings[index].get(key)) for index in same}) > 1]
-        for index in same:
-            details = [f"{key}={settings[index].get(key)}" for key in differing]
-            names[index] = ", ".join([name, *details]) if details else f"{name} ({runs[index].path.parent})"
-    return names
+    if len({str(run.models) for run in runs if run.arguments}) > 1:
+        for index, run in enumerate(runs):
+            if run.arguments:
+                names[index] += ", " + " by ".join(model_name(name) for name in run.models.values() if name)
+    told = [(name, {score.task for score in run.scores}) for name, run in zip(names, runs, strict=True)]
+    same = [[o for o, (other, theirs) in enumerate(told) if other == name and tasks & theirs] for name, tasks in told]
+    for index, alike in enumerate(same):
+        settings = {i: {**runs[i].arguments, "limit": runs[i].limit} for i in alike}
+        # what an older version did not write down is no difference
+        known = set.intersection(*map(set, settings.values()))
+        keys = sorted(known.difference(NEUTRAL, MODELS))
+        differing = [key for key in keys if len({str(values.get(key)) for values in settings.values()}) > 1]
+        names[index] = ", ".join([names[index], *(f"{key}={settings[index].get(key)}" for key in differing)])
+    twins = [[names[index] for index in alike].count(names[i]) > 1 for i, alike in enumerate(same)]
+    return [f"{name} ({run.path.parent})" if twin else name for name, run, twin in zip(names, runs, twins, strict=True)]
 
 
-def rows(runs: Sequence[Run]) -> list[dict[str, Any]]:
-    """One row for each metric of each task of each run; plain values, None where a run does not have one."""
+# the table as data
+
+
+def rows(runs: Sequence[Run], baseline: str | None = None) -> list[dict[str, Any]]:
+    """One row for each score of each run; plain values, None where a run does not have one.
+
+    Args:
+        baseline: a part of the name of the run that the others are held against; None = the first.
+
+    Raises:
+        ConfigError: no run is called so.
+    """
+    names = labels(runs)
+    chosen = _named(names, baseline)
     table = []
-    for run, label in zip(runs, labels(runs), strict=True):
-        for task, values in run.scores.items():
-            for key, value in values.items():
-                metric, _, filter_name = key.partition(",")
-                if not filter_name or metric.endswith("_stderr") or not is_number(value):
-                    continue
-                stderr = values.get(f"{metric}_stderr,{filter_name}")
-                table.append(
-                    {
-                        "run": label,
-                        "task": task,
-                        "metric": metric,
-                        "filter": filter_name,
-                        "value": value,
-                        "stderr": stderr if is_number(stderr) else None,
-                        **costs(run),
-                    }
-                )
+    for run, name in zip(runs, names, strict=True):
+        strategy = run.arguments.get("strategy")
+        for score in run.scores:
+            table.append(
+                {
+                    "run": name,
+                    "task": score.task,
+                    "metric": score.metric,
+                    "filter": score.filter,
+                    "value": score.value,
+                    "stderr": score.stderr,
+                    "prompts": score.prompts,
+                    "prompts_in_all": score.prompts_in_all,
+                    "limit": run.limit,
+                    "strategy": strategy,
+                    "alpha": run.arguments.get("alpha") if strategy != "best_of_n" else None,
+                    "n": run.arguments.get("n"),
+                    "seed": run.arguments.get("seed"),
+                    "models": dict(run.models),
+                    "hardware": run.hardware,
+                    "warnings": list(run.warnings),
+                    **costs(run),
+                    "paired": _paired(score, run, runs, names, chosen),
+                    "kind": run.kind,
+                    "path": str(run.path),
+                }
+            )
     return table
+
+
+def _named(names: Sequence[str], baseline: str | None) -> int:
+    if baseline is None:
+        return 0
+    found = [index for index, name in enumerate(names) if baseline.casefold() in name.casefold()]
+    if not found:
+        close = nearest(baseline, names)
+        hint = f"did you mean {close!r}?" if close else f"there are {'; '.join(names)}."
+        raise ConfigError(f"no run is called {baseline!r}.", hint=hint)
+    return found[0]
+
+
+def _paired(score: Score, run: Run, runs: Sequence[Run], names: Sequence[str], chosen: int) -> dict[str, Any] | None:
+    """This score against that of the baseline, or else of the first run that has one on the same prompts."""
+    for index in (chosen, *range(len(runs))):
+        for other in runs[index].scores:
+            if other.comparable != score.comparable or not other.each.keys() & score.each.keys():
+                continue
+            if runs[index] is run:
+                return None
+            return {"baseline": names[index], **paired_difference(score.each, other.each)}
+    return None
+
+
+def paired_difference(ours: Mapping[str, float], theirs: Mapping[str, float]) -> dict[str, Any]:
+    """Mean difference over the prompts that both have, and its 95 % interval (None below FEWEST prompts)."""
+    both = sorted(ours.keys() & theirs.keys())
+    gaps = [ours[key] - theirs[key] for key in both]
+    mean = statistics.fmean(gaps)
+    low = high = None
+    if len(gaps) >= FEWEST and (spread := statistics.stdev(gaps)):
+        from scipy.special import stdtrit
+
+        width = float(stdtrit(len(gaps) - 1, 0.975)) * spread / math.sqrt(len(gaps))
+        low, high = mean - width, mean + width
+    return {"difference": mean, "low": low, "high": high, "prompts": len(both)}
 
 
 def costs(run: Run) -> dict[str, Any]:
     """What the whole run cost (all its tasks together)."""
-    totals = run.ours.get("totals")
-    totals = totals if isinstance(totals, Mapping) else {}
-    seconds = totals.get("seconds")
-    started, rejected = totals.get("rows_started"), totals.get("rows_rejected")
+    seconds = run.totals.get("seconds")
+    phases = seconds if isinstance(seconds, Mapping) else {}
+    total = sum(phases.values())
+    started, rejected = run.totals.get("rows_started"), run.totals.get("rows_rejected")
     return {
-        "mean_reward": run.ours.get("mean_reward"),
-        "decode_tokens": totals.get("decode_tokens"),
-        "reward_tokens": totals.get("reward_tokens"),
+        "mean_reward": run.mean_reward,
+        "decode_tokens": run.totals.get("decode_tokens"),
+        "reward_tokens": run.totals.get("reward_tokens"),
         "rejected_share": rejected / started if started and rejected is not None else None,
-        "seconds": sum(seconds.values()) if isinstance(seconds, Mapping) else seconds,
-        "scoring_share": _scoring_share(seconds),
+        "seconds": total if phases else seconds,
+        "scoring_share": phases.get("reward", 0.0) / total if total else None,
     }
 
 
-def _scoring_share(seconds: Any) -> float | None:
-    """What share of the seconds the reward model took."""
-    total = sum(seconds.values()) if isinstance(seconds, Mapping) else 0
-    return seconds.get("reward", 0.0) / total if total else None
+# the table as text
 
 
-def render(runs: Sequence[Run], style: str = "text") -> str:
-    """The table as aligned text, Markdown, or JSON."""
-    table = rows(runs)
+def render(runs: Sequence[Run], style: str = "text", baseline: str | None = None) -> str:
+    """The table as aligned text, Markdown, JSON or CSV."""
+    table = rows(runs, baseline)
     if style == "json":
         return json.dumps(table, indent=2)
+    if style == "csv":
+        return _as_csv(table)
+    parts = [_scores_table(runs, table, style)]
+    if any(row["paired"] for row in table):
+        parts.append(_differences_table(table, style))
+    return "\n\n".join(parts)
 
+
+def _scores_table(runs: Sequence[Run], table: Sequence[Mapping[str, Any]], style: str) -> str:
     several_tasks = len({row["task"] for row in table}) > 1
     several_filters = len({(row["task"], row["metric"], row["filter"]) for row in table}) > len(
         {(row["task"], row["metric"]) for row in table}
     )
     metrics = list(dict.fromkeys(row["metric"] for row in table))
     one_metric = metrics[0] if len(metrics) == 1 else None
+    machines = _machines(runs)
 
     header = ["run"]
     header += ["task"] if several_tasks else []
     header += ["filter"] if several_filters else []
     header += [f"{one_metric} ± stderr"] if one_metric else ["metric", "value ± stderr"]
-    header += ["mean reward", "tokens decoded", "reward tokens", "rejected", "seconds", "scoring"]
+    header += ["prompts", "mean reward", "tokens decoded", "reward tokens", "rejected", "seconds", "scoring", "machine"]
     lines = []
     previous = None
     for row in table:
-        first = row["run"] != previous  # costs belong to the run: say them once
-        previous = row["run"]
+        first = row["path"] != previous  # costs belong to the run: say them once
+        previous = row["path"]
         line = [row["run"] if first or style == "markdown" else ""]
         line += [row["task"]] if several_tasks else []
         line += [row["filter"]] if several_filters else []
         line += [] if one_metric else [row["metric"]]
         line += [number(row["value"], ".4f") + ("" if row["stderr"] is None else f" ± {row['stderr']:.4f}")]
+        line += [_prompts(row)]
         if first:
             line += [
                 number(row["mean_reward"], ".3f"),
@@ -199,12 +361,67 @@ def render(runs: Sequence[Run], style: str = "text") -> str:
                 number(row["rejected_share"], ".1%"),
                 number(row["seconds"], ".1f"),
                 number(row["scoring_share"], ".0%"),
+                machines.get(describe(row["hardware"]), ABSENT),
             ]
         else:
-            line += [""] * 6
+            line += [""] * 7
         lines.append(line)
     left = 1 + several_tasks + several_filters + (one_metric is None)  # so many columns of words, then numbers
     return align(header, lines, left, style)
+
+
+def _prompts(row: Mapping[str, Any]) -> str:
+    """How many prompts a score is of, and whether that is all of them."""
+    answered, whole = row["prompts"], row["prompts_in_all"]
+    if answered is None:
+        return ABSENT if row["limit"] is None else f"limit {row['limit']:g}"
+    if whole is not None and whole != answered:
+        return f"{answered:,} of {whole:,}"
+    return f"{answered:,}" + ("" if row["limit"] is None else " (limit)")
+
+
+def _differences_table(table: Sequence[Mapping[str, Any]], style: str) -> str:
+    compared = [row for row in table if row["paired"]]
+    several_tasks = len({row["task"] for row in compared}) > 1
+    baselines = list(dict.fromkeys(row["paired"]["baseline"] for row in compared))
+    header = ["run", *(["against"] if len(baselines) > 1 else []), *(["task"] if several_tasks else []), "metric"]
+    left = len(header)
+    lines = []
+    for row in compared:
+        found = row["paired"]
+        metric = row["metric"] + (f" ({row['filter']})" if row["filter"] not in ("", "none") else "")
+        line = [
+            row["run"],
+            *([found["baseline"]] if len(baselines) > 1 else []),
+            *([row["task"]] if several_tasks else []),
+        ]
+        interval = ABSENT if found["low"] is None else f"{_signed(found['low'])} to {_signed(found['high'])}"
+        lines.append([*line, metric, _signed(found["difference"]), interval, f"{found['prompts']:,}"])
+    title = f"against {baselines[0]}, on the same prompts:" if len(baselines) == 1 else "on the same prompts:"
+    return f"{title}\n\n" + align([*header, "difference", "95 % interval", "prompts"], lines, left, style)
+
+
+def _signed(value: float) -> str:
+    return f"{round(value, 4) + 0.0:+.4f}"  # never -0.0000
+
+
+def _as_csv(table: Sequence[Mapping[str, Any]]) -> str:
+    """One line a row; what is nested in JSON has columns of its own."""
+    empty = {"baseline": None, "difference": None, "low": None, "high": None, "prompts": None}
+    flat = []
+    for row in table:
+        paired = {f"paired_{name}": value for name, value in (row["paired"] or empty).items()}
+        more = {
+            "hardware": "" if row["hardware"] is None else describe(row["hardware"]),
+            "warnings": "; ".join(row["warnings"]),
+        }
+        models = {name: row["models"].get(name) for name in MODELS}
+        flat.append({**{k: v for k, v in row.items() if k not in ("models", "paired")}, **more, **models, **paired})
+    written = io.StringIO()
+    writer = csv.DictWriter(written, list(flat[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(flat)
+    return written.getvalue().rstrip("\n")
 
 
 def align(header: Sequence[str], lines: Sequence[Sequence[str]], left: int, style: str) -> str:
@@ -222,18 +439,25 @@ def align(header: Sequence[str], lines: Sequence[Sequence[str]], left: int, styl
 
 
 def notes(runs: Sequence[Run]) -> list[str]:
-    """What a reader has to know before comparing: other hardware, partial tasks, warnings."""
+    """What a reader has to know before comparing: models, machines, partial tasks, warnings."""
     found: list[str] = []
-    machines = list(dict.fromkeys(describe(run.ours["hardware"]) for run in runs if run.ours.get("hardware")))
-    found += [f"hardware: {machine}" for machine in machines]
+    models = {tuple(run.models.items()) for run in runs if run.arguments}
+    if len(models) == 1:
+        pair = {name: value for name, value in next(iter(models)) if value}
+        told = ", ".join(f"{name}={value}" for name, value in pair.items())
+        demo = " (the demo pair, which knows nothing but small sums)" if EMBEDDED in pair.values() else ""
+        found += [f"models: {told}{demo}"] if told else []
+    machines = _machines(runs)
+    found += [f"machine {letter}: {machine}" for machine, letter in machines.items()]
     if len(machines) > 1:
         found.append("not all runs used the same hardware: their seconds do not compare")
-    limits = list(dict.fromkeys(run.config.get("limit") for run in runs))
-    if any(limit is not None for limit in limits):
-        found.append(f"--limit was {', '.join(map(str, limits))}: these are not scores of the whole task")
+    limits = [f"{run.limit:g}" for run in runs if run.limit is not None]
+    if limits:
+        told = f"--limit was {', '.join(dict.fromkeys(limits))} in {len(limits)} of {len(runs)} runs"
+        found.append(f"{told}: these are not scores of the whole task")
     by_warning: dict[str, list[str]] = {}
     for run, label in zip(runs, labels(runs), strict=True):
-        for warning in run.ours.get("warnings") or ():
+        for warning in run.warnings:
             by_warning.setdefault(str(warning), []).append(label)
     found += [
         f"warning: {text}" + ("" if len(who) == len(runs) else f" ({'; '.join(who)})")
@@ -242,30 +466,44 @@ def notes(runs: Sequence[Run]) -> list[str]:
     return found
 
 
+def _machines(runs: Sequence[Run]) -> dict[str, str]:
+    """Each machine in words -> its letter in the table."""
+    described = dict.fromkeys(describe(run.hardware) for run in runs if run.hardware)
+    return {machine: chr(ord("A") + place % 26) for place, machine in enumerate(described)}
+
+
 def describe(hardware: Any) -> str:
-    if isinstance(hardware, Mapping):
-        return ", ".join(f"{key}={value}" for key, value in hardware.items())
-    return str(hardware)
+    if not isinstance(hardware, Mapping):
+        return str(hardware)
+    shown = {name: hardware[name] for name in MACHINE if hardware.get(name) is not None} or hardware
+    return ", ".join(f"{key}={value}" for key, value in shown.items())
 
 
 def number(value: Any, spec: str) -> str:
-    return format(value, spec) if is_number(value) else ABSENT
+    return format(value, spec) if lm_eval_files.is_number(value) else ABSENT
 
 
-def is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+# the command
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("folder", type=Path, help="where lm_eval's --output_path pointed; searched with its subfolders")
-    parser.add_argument("--format", choices=("text", "markdown", "json"), default="text", help="default: %(default)s")
+    read = parser.add_argument_group("what to read")
+    read.add_argument(
+        "folder",
+        nargs="+",
+        type=Path,
+        help="of lm_eval (--output_path), `specrej-eval run` or alpaca_eval; searched with its subfolders",
+    )
+    shown = parser.add_argument_group("how to show it")
+    shown.add_argument("--format", choices=("text", "markdown", "json", "csv"), default="text", help="of the table")
+    shown.add_argument(
+        "--baseline", metavar="TEXT", help="part of the name of the run to compare with (default: the first)"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
-    runs = find_runs(args.folder)
-    print(render(runs, args.format))
-    if args.format != "json":
-        remarks = notes(runs)
-        if remarks:
-            print("\n" + "\n".join(remarks))
+    runs = find_runs(*args.folder)
+    print(render(runs, args.format, args.baseline))
+    if args.format in ("text", "markdown") and (remarks := notes(runs)):
+        print("\n" + "\n".join(remarks))
     return 0

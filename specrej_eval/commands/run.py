@@ -175,7 +175,7 @@ def _run(options: dict[str, Any], ranks: Ranks) -> int:
     record = RunRecord(
         name=name,
         fingerprint=fingerprint,
-        arguments={**config.to_dict(), "prompts": str(own["prompts"])},
+        arguments={**config.to_dict(), "prompts": str(own["prompts"]), "limit": limit},
     )
     anew = bool(own.get("force"))
     if not anew and _is_complete(store, record, questions):

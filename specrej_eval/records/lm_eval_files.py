@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 
 from specrej_eval.checkpoint import DEMO_POLICY, DEMO_REWARD
 from specrej_eval.errors import ConfigError, SpecRejError, start_of
+from specrej_eval.records.scores import Score
 
 MARK = "specrej_submission"
 """Key of a results file that a submission has written, which is no run."""
@@ -34,14 +36,15 @@ class Results:
 
     @property
     def block(self) -> Mapping[str, Any]:
-        """What our model wrote about itself."""
-        block: Mapping[str, Any] = self.config["specrej"]
-        return block
+        """What our model wrote about itself; empty for another model's run."""
+        block = self.config.get("specrej")
+        return block if isinstance(block, Mapping) else {}
 
     @property
     def arguments(self) -> dict[str, Any]:
         """The arguments that decide answers."""
-        arguments = self.block.get("arguments") or {}
+        arguments = self.block.get("arguments")
+        arguments = arguments if isinstance(arguments, Mapping) else {}
         return {name: value for name, value in arguments.items() if name not in _WHERE_AND_HOW_FAST}
 
     @property
@@ -69,6 +72,47 @@ class Results:
     def samples_file(self, task: str) -> Path:
         return self.path.parent / f"samples_{task}_{self.date_id}.jsonl"
 
+    def scores(self) -> Iterator[Score]:
+        """Every metric of every task, with the samples behind it where they were logged."""
+        for task, values in self.content["results"].items():
+            if not isinstance(values, Mapping):
+                continue
+            counts = self.tasks.get(task)
+            counts = counts if isinstance(counts, Mapping) else {}
+            each = self._each(task)
+            for key, value in values.items():
+                metric, _, filter_name = key.partition(",")
+                if not filter_name or metric.endswith("_stderr") or not is_number(value):
+                    continue
+                stderr = values.get(f"{metric}_stderr,{filter_name}")
+                yield Score(
+                    task=task,
+                    metric=metric,
+                    filter=filter_name,
+                    value=value,
+                    stderr=stderr if is_number(stderr) else None,
+                    prompts=counts.get("effective"),
+                    prompts_in_all=counts.get("original"),
+                    each=each.get((metric, filter_name), {}),
+                )
+
+    def _each(self, task: str) -> dict[tuple[str, str], dict[str, float]]:
+        """(metric, filter) -> prompt -> score; empty where no samples were logged, or they cannot be read."""
+        found: dict[tuple[str, str], dict[str, float]] = {}
+        seen: Counter[tuple[Any, ...]] = Counter()
+        try:
+            samples = [sample for _, sample in _lines(self.samples_file(task))]
+        except (SpecRejError, OSError, ValueError):
+            return {}
+        for sample in samples:
+            asked = (sample.get("prompt_hash"), sample.get("target_hash"), sample.get("filter"))
+            seen[asked] += 1
+            for metric in sample.get("metrics") or ():
+                if is_number(sample.get(metric)):
+                    key = f"{asked[0]} {asked[1]} {seen[asked]}"
+                    found.setdefault((str(metric), str(asked[2])), {})[key] = float(sample[metric])
+        return found
+
 
 def find_results(folder: Path) -> list[Results]:
     """All results files below a folder.
@@ -80,17 +124,16 @@ def find_results(folder: Path) -> list[Results]:
         raise SpecRejError(f"no such folder: {str(folder)!r}.", hint="give the --output_path of your lm_eval runs.")
     found = []
     for path in sorted(folder.rglob("*.json")):
-        content = _read(path)
-        if content is None or MARK in content:
+        results = read_results(path, strict=True)
+        if results is None or MARK in results.content:
             continue
-        config = content["config"]
-        if not isinstance(config.get("specrej"), dict):
+        if not results.block:
             raise SpecRejError(
                 f"{str(path)!r} was not written by a model of ours: its config has no 'specrej' (model "
-                f"{config.get('model')!r}).",
+                f"{results.config.get('model')!r}).",
                 hint="keep runs of other models in another folder.",
             )
-        found.append(Results(path, content))
+        found.append(results)
     if not found:
         raise SpecRejError(
             f"no lm-eval results under {str(folder)!r}.",
@@ -99,16 +142,20 @@ def find_results(folder: Path) -> list[Results]:
     return found
 
 
-def _read(path: Path) -> dict[str, Any] | None:
-    """A results file's content; None for another JSON file."""
+def read_results(path: Path, *, strict: bool = False) -> Results | None:
+    """A results file; None for another file, and for one that was not written to its end.
+
+    Raises:
+        SpecRejError: ``strict``, and a file with the name of one cannot be read.
+    """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        if not path.name.startswith("results_"):
+        if not strict or not path.name.startswith("results_"):
             return None
         raise SpecRejError(f"{str(path)!r} cannot be read: {error}.", hint="delete it if it is half a file.") from error
     results = isinstance(content, dict) and isinstance(content.get("results"), dict)
-    return content if results and isinstance(content.get("config"), dict) else None
+    return Results(path, content) if results and isinstance(content.get("config"), dict) else None
 
 
 def check_whole(results: Results) -> None:
@@ -221,3 +268,18 @@ def _answers(sample: Mapping[str, Any]) -> Iterator[str]:
     """All draws; one empty answer where there is none."""
     for draws in sample.get("resps") or [[]]:
         yield from map(str, draws or [""] if isinstance(draws, list) else [draws])
+
+
+def remarks(results: Results) -> list[str]:
+    """What a reader of the scores has to know, beside the warnings that the run wrote down."""
+    notes = []
+    for task, counts in (results.block.get("per_task") or {}).items():
+        if counts.get("degraded"):
+            notes.append(f"task {task!r}: {counts['degraded']} answers gave up rows for want of memory (degraded)")
+        if counts.get("truncated"):
+            notes.append(f"task {task!r}: {counts['truncated']} prompts were cut to fit the context")
+    return notes
+
+
+def is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)

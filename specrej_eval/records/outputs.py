@@ -52,6 +52,8 @@ logger = logging.getLogger(__name__)
 SCHEMA_VERSION = 2
 PREFIX = "specrej"
 """Files of a run are called ``specrej_*``; those of a second one in the same folder (a reference) otherwise."""
+RUN_FILES = {f"{prefix}_run.json": prefix for prefix in (PREFIX, "specrej_reference")}
+"""File that says what was run -> prefix of all of that run's files."""
 
 
 @dataclass(slots=True, kw_only=True)

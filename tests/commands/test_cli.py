@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -12,63 +11,7 @@ import pytest
 
 from specrej_eval import cli
 from specrej_eval.commands import doctor
-from specrej_eval.commands import report as summary
 from specrej_eval.errors import ConfigError
-
-
-def arguments(**changes: Any) -> dict[str, Any]:
-    return {"strategy": "speculative_rejection", "alpha": 0.5, "n": 16, "seed": 0} | changes
-
-
-def write_results(
-    folder: Path,
-    *,
-    date: float,
-    resolved: dict[str, Any] | None = None,
-    scores: dict[str, dict[str, Any]] | None = None,
-    limit: float | None = None,
-    warnings: tuple[str, ...] = (),
-    hardware: Any = "4 cores",
-    rejected: int = 30,
-) -> Path:
-    """One results file with the fields of lm-eval 0.4.13 that matter here, and our own block."""
-    config: dict[str, Any] = {"model": "hf", "model_args": {"pretrained": "x"}, "limit": limit}
-    if resolved is not None:
-        config |= {"model": "specrej", "model_args": {}}
-        config["specrej"] = {
-            "arguments": resolved,
-            "totals": {
-                "requests": 4,
-                "prompt_tokens": 100,
-                "decode_tokens": 12345,
-                "reward_tokens": 6789,
-                "reward_calls": 8,
-                "rows_started": 60,
-                "rows_finished": 60 - rejected,
-                "rows_rejected": rejected,
-                "seconds": {"prefill": 0.5, "decode": 2.0, "reward": 1.0, "other": 0.25},
-                "peak_bytes": 1,
-            },
-            "mean_reward": 1.5,
-            "hardware": hardware,
-            "warnings": list(warnings),
-        }
-    content = {
-        "results": scores
-        or {"sums": {"alias": "sums", "exact_match,none": 0.75, "exact_match_stderr,none": 0.25, "sample_len": 4}},
-        "config": config,
-        "date": date,
-    }
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"results_{date}.json"
-    path.write_text(json.dumps(content))
-    return path
-
-
-def report(capsys: pytest.CaptureFixture[str], *words: object) -> str:
-    assert cli.main(["report", *map(str, words)]) == 0
-    return capsys.readouterr().out
-
 
 # --- help and mistakes ---
 
@@ -185,94 +128,6 @@ def test_path_prints_a_folder_that_is_there(capsys: pytest.CaptureFixture[str]) 
     for name in ("tasks", "model_configs"):
         assert cli.main(["path", name]) == 0
         assert Path(capsys.readouterr().out.strip()).is_dir()
-
-
-# --- report ---
-
-
-def test_report_shows_scores_and_costs_of_each_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    write_results(tmp_path / "brave-otter", date=1.0, resolved=arguments())
-    write_results(tmp_path / "n1" / "calm-newt", date=2.0, resolved=arguments(strategy="best_of_n", n=1), rejected=0)
-    write_results(tmp_path / "n16" / "shy-crow", date=3.0, resolved=arguments(strategy="best_of_n"), rejected=0)
-    lines = report(capsys, tmp_path).splitlines()
-    assert lines[0].split("  ")[0] == "run" and "exact_match ± stderr" in lines[0]
-    assert [line.partition("   ")[0].strip() for line in lines[2:5]] == [
-        "Speculative Rejection, alpha=0.5, n=16",
-        "Sampling, n=1",
-        "Best-of-N, n=16",
-    ]
-    assert lines[2].split()[-9:] == ["0.7500", "±", "0.2500", "1.500", "12,345", "6,789", "50.0%", "3.8", "27%"]
-    assert lines[3].split()[-3] == "0.0%"
-    assert "hardware: 4 cores" in lines
-
-
-def test_report_counts_only_the_newest_of_equal_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """lm-eval makes up a new folder name for every run that is given no `pretrained`."""
-    new = {"sums": {"exact_match,none": 0.5, "exact_match_stderr,none": 0.1}}
-    write_results(tmp_path / "newer", date=2.0, resolved=arguments(), scores=new)
-    write_results(tmp_path / "older", date=1.0, resolved=arguments(trace_path="elsewhere.jsonl"))
-    text = report(capsys, tmp_path)
-    assert "0.5000 ± 0.1000" in text and "0.7500" not in text
-
-
-def test_report_tells_apart_runs_that_would_share_a_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    write_results(tmp_path, date=1.0, resolved=arguments(seed=0))
-    write_results(tmp_path, date=2.0, resolved=arguments(seed=1))
-    text = report(capsys, tmp_path)
-    assert "n=16, seed=0" in text and "n=16, seed=1" in text
-
-
-def test_report_names_metrics_filters_and_tasks_where_there_are_several(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    scores = {
-        "sums": {"exact_match,strict": 0.25, "exact_match,loose": 0.5, "exact_match_stderr,strict": "N/A"},
-        "words": {"bleu,none": 12.0},
-    }
-    write_results(tmp_path, date=1.0, resolved=arguments(), scores=scores)
-    text = report(capsys, tmp_path, "--format", "markdown")
-    assert text.startswith("| run ") and text.splitlines()[1].endswith("-: |")
-    for word in ("sums", "words", "strict", "loose", "exact_match", "bleu", "12.0000"):
-        assert word in text
-    assert text.count("12,345") == 1, "what a run cost is said once"
-
-
-def test_report_shows_a_run_of_another_model_without_costs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    write_results(tmp_path, date=1.0)
-    assert report(capsys, tmp_path).splitlines()[2].split() == ["hf", "0.7500", "±", "0.2500", *"------"]
-
-
-def test_report_warns_of_what_makes_runs_incomparable(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    write_results(tmp_path, date=1.0, resolved=arguments(), limit=2.0, warnings=("greedy task was sampled",))
-    write_results(tmp_path, date=2.0, resolved=arguments(alpha=0.25), hardware={"device": "gpu", "memory_gib": 80})
-    text = report(capsys, tmp_path)
-    assert "their seconds do not compare" in text
-    assert "not scores of the whole task" in text
-    assert "warning: greedy task was sampled (Speculative Rejection, alpha=0.5, n=16)" in text
-    assert "hardware: device=gpu, memory_gib=80" in text
-
-
-def test_report_as_json_is_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    write_results(tmp_path, date=1.0, resolved=arguments())
-    (row,) = json.loads(report(capsys, tmp_path, "--format", "json"))
-    assert (row["value"], row["stderr"], row["rejected_share"], row["seconds"]) == (0.75, 0.25, 0.5, 3.75)
-    assert row["scoring_share"] == 1 / 3.75
-
-
-def test_report_passes_over_files_that_are_not_results(tmp_path: Path) -> None:
-    write_results(tmp_path, date=1.0, resolved=arguments())
-    (tmp_path / "half.json").write_text('{"results": {"su')
-    (tmp_path / "list.json").write_text("[]")
-    (tmp_path / "binary.json").write_bytes(b"\xff\xfe")
-    (tmp_path / "other.json").write_text('{"results": {}, "config": null}')
-    assert len(summary.find_runs(tmp_path)) == 1
-
-
-def test_report_without_results_says_what_to_do(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["report", str(tmp_path)]) == 1
-    assert "--output_path" in capsys.readouterr().err
-    assert cli.main(["report", str(tmp_path / "nowhere")]) == 1
-    assert "no such folder" in capsys.readouterr().err
 
 
 # --- doctor ---

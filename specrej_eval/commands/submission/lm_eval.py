@@ -19,7 +19,7 @@ from specrej_eval import __version__
 from specrej_eval.commands.submission.tree import Tree
 from specrej_eval.errors import ConfigError
 from specrej_eval.records.fingerprint import differences
-from specrej_eval.records.lm_eval_files import MARK, Results, check_samples, check_whole, find_results
+from specrej_eval.records.lm_eval_files import MARK, Results, check_samples, check_whole, find_results, remarks
 from specrej_eval.records.run_names import default_name
 from specrej_eval.records.trace import rank_path
 
@@ -69,6 +69,7 @@ def build(args: argparse.Namespace) -> tuple[Tree, list[str]]:
             tree.copy(f"{name}/{file.name}", file)
         notes += add_side_files(tree, results, name, Path(args.results))
         notes += remarks(results)
+        notes += [f"the run warned: {warning}" for warning in results.block.get("warnings") or ()]
     return tree, notes
 
 
@@ -137,16 +138,4 @@ def add_side_files(tree: Tree, results: Results, name: str, folder: Path) -> lis
                 notes.append(f"{argument}={written} of {results.path.name} is not there: left out")
                 continue
             tree.copy(f"{name}/{rank_path(f'{copy}_{results.date_id}.jsonl', rank, ranks)}", source)
-    return notes
-
-
-def remarks(results: Results) -> list[str]:
-    """What a reader of the scores has to know."""
-    notes = []
-    for task, counts in (results.block.get("per_task") or {}).items():
-        if counts.get("degraded"):
-            notes.append(f"task {task!r}: {counts['degraded']} answers gave up rows for want of memory (degraded)")
-        if counts.get("truncated"):
-            notes.append(f"task {task!r}: {counts['truncated']} prompts were cut to fit the context")
-    notes += [f"the run warned: {warning}" for warning in results.block.get("warnings") or ()]
     return notes

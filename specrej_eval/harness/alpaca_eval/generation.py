@@ -111,7 +111,8 @@ def _begin(
         prompt_template=template,
         is_strip_output=arguments["is_strip_output"],
     )
-    generation.record = RunRecord(name=name, fingerprint=fingerprint, arguments=generation.config.to_dict())
+    decided = {**generation.config.to_dict(), "limit": arguments["max_instances"]}
+    generation.record = RunRecord(name=name, fingerprint=fingerprint, arguments=decided)
     warn_of_uncovered(fingerprint)
     if generation.record.embedded_demo_pair:
         logger.warning(
