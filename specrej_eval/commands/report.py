@@ -341,7 +341,16 @@ def _scores_table(runs: Sequence[Run], table: Sequence[Mapping[str, Any]], style
     header += ["task"] if several_tasks else []
     header += ["filter"] if several_filters else []
     header += [f"{one_metric} ± stderr"] if one_metric else ["metric", "value ± stderr"]
-    header += ["prompts", "mean reward", "tokens decoded", "reward tokens", "rejected", "seconds", "scoring", "machine"]
+    header += [
+        "prompts",
+        *([] if one_metric == "reward" else ["mean reward"]),
+        "tokens decoded",
+        "reward tokens",
+        "rejected",
+        "seconds",
+        "scoring",
+        "machine",
+    ]
     lines = []
     previous = None
     for row in table:
@@ -354,8 +363,8 @@ def _scores_table(runs: Sequence[Run], table: Sequence[Mapping[str, Any]], style
         line += [number(row["value"], ".4f") + ("" if row["stderr"] is None else f" ± {row['stderr']:.4f}")]
         line += [_prompts(row)]
         if first:
+            line += [] if one_metric == "reward" else [number(row["mean_reward"], ".3f")]
             line += [
-                number(row["mean_reward"], ".3f"),
                 number(row["decode_tokens"], ",.0f"),
                 number(row["reward_tokens"], ",.0f"),
                 number(row["rejected_share"], ".1%"),
@@ -364,7 +373,7 @@ def _scores_table(runs: Sequence[Run], table: Sequence[Mapping[str, Any]], style
                 machines.get(describe(row["hardware"]), ABSENT),
             ]
         else:
-            line += [""] * 7
+            line += [""] * (len(header) - len(line))
         lines.append(line)
     left = 1 + several_tasks + several_filters + (one_metric is None)  # so many columns of words, then numbers
     return align(header, lines, left, style)

@@ -15,7 +15,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
@@ -35,10 +35,14 @@ from specrej_eval.records.prompt_files import read_prompts
 from specrej_eval.records.run_names import default_name
 from specrej_eval.records.trace import rank_path
 
+if TYPE_CHECKING:
+    from specrej_eval.engines.base import Engine
+    from specrej_eval.rewards.base import RewardModel
+
 SUMMARY = "answer a file of prompts and keep the answers, with every row behind them, in one folder"
 EXAMPLES = (
     "specrej-eval run --prompts prompts.csv --output results/spr --alpha 0.5 --n 16",
-    "specrej-eval run --prompts prompts.csv --output results/bo16 --strategy best_of_n --n 16",
+    "specrej-eval run --prompts prompts.csv --output results/bo16 --strategy best_of_n --n 16 --seeds 0,1,2",
     "accelerate launch --multi_gpu --num_processes 8 -m specrej_eval run --prompts prompts.json \\\n"
     "      --output results/llama --pretrained meta-llama/Llama-3.2-1B-Instruct \\\n"
     "      --reward_model Skywork/Skywork-Reward-V2-Llama-3.2-1B",
@@ -112,6 +116,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     files.add_argument("--name", help="of the run, in leaderboards (default: made of strategy, n and models)")
     files.add_argument("--prompt_column", metavar="COLUMN", help="default: instruction, or else prompt")
     files.add_argument("--limit", metavar="ROWS", help="only the first rows of the file")
+    files.add_argument(
+        "--seeds", metavar="LIST", help="such as 0,1,2: a run for each, in folders seed0, seed1, ... of --output"
+    )
     files.add_argument("--force", action="store_true", help="start anew: delete the answers in the folder")
     files.add_argument(
         "--keep_trajectories", metavar="BOOL", help="keep all rows of all prompts, not the best alone (default: true)"
@@ -148,12 +155,40 @@ def run(args: argparse.Namespace) -> int:
     options = {name: value for name, value in vars(args).items() if name != "hints"}
     if "prompts" not in options:
         raise ConfigError("--prompts is missing: the file with the prompts.", hint="--prompts prompts.csv")
+    seeds = _seeds(options.pop("seeds", None), options.get("seed"))
+    loaded: list[tuple[Engine, RewardModel]] = []
     ranks = _ranks(options.get("device"))
     with ranks.guard():
-        return _run(options, ranks)
+        for seed in seeds:
+            folder = _run(options if seed is None else {**options, "seed": str(seed)}, ranks, seed, loaded)
+    if seeds != [None] and ranks.main:
+        print(f"next: specrej-eval report {folder.parent}")
+        print(f"or, of each prompt the best answer: specrej-eval gather {folder.parent}/seed* --output DIR")
+    return 0
 
 
-def _run(options: dict[str, Any], ranks: Ranks) -> int:
+def _seeds(text: str | None, seed: Any) -> list[int | None]:
+    """Those of several runs; None alone = one run, with the seed it is given.
+
+    Raises:
+        ConfigError: not a list of different whole numbers, or ``seed`` is given too.
+    """
+    if text is None:
+        return [None]
+    seeds: list[int | None] = [as_int("seeds", word.strip()) for word in text.split(",")]
+    if seed is not None or len(set(seeds)) < len(seeds):
+        what = f"--seed {seed} and --seeds {text}" if seed is not None else f"--seeds {text} names one seed twice"
+        raise ConfigError(f"{what}: each seed is a run of its own.", hint="for example --seeds 0,1,2")
+    return seeds
+
+
+def _run(options: dict[str, Any], ranks: Ranks, seed: int | None, loaded: list[tuple[Engine, RewardModel]]) -> Path:
+    """One run; its folder.
+
+    Args:
+        seed: of several; the folder is then one below that of ``--output``.
+        loaded: the models, loaded by the first run that needs them.
+    """
     own, config, host = split(options)
     until = _until(own.get("until"))
     template = own.get("apply_chat_template", AUTO)
@@ -171,7 +206,9 @@ def _run(options: dict[str, Any], ranks: Ranks) -> int:
     if ranks.main:
         warn_of_uncovered(fingerprint)
     name = own.get("name") or default_name(fingerprint)
-    store = OutputsFolder(own.get("output") or Path("results") / name, rank=ranks.rank, world_size=ranks.world_size)
+    folder = Path(own.get("output") or Path("results") / name)
+    folder = folder if seed is None else folder / f"seed{seed}"
+    store = OutputsFolder(folder, rank=ranks.rank, world_size=ranks.world_size)
     record = RunRecord(
         name=name,
         fingerprint=fingerprint,
@@ -180,7 +217,7 @@ def _run(options: dict[str, Any], ranks: Ranks) -> int:
     anew = bool(own.get("force"))
     if not anew and _is_complete(store, record, questions):
         print(f"nothing to do: {len(questions)} answers in {store.outputs_file} (--force draws them anew)")
-        return 0
+        return folder
     if ranks.main:
         store.begin(record, going_on=not anew, delete=anew)
         if anew:
@@ -199,7 +236,9 @@ def _run(options: dict[str, Any], ranks: Ranks) -> int:
 
     if ranks.world_size > 1 and config.device is None:
         config = config.replace(device=_own_device(ranks))
-    engine, reward = api.load_models(config, host)
+    if not loaded:
+        loaded.append(api.load_models(config, host))
+    engine, reward = loaded[0]
     # a journal's fingerprint is that of a run without what stands in each entry's key
     models = {name: value for name, value in fingerprint.items() if name not in (*DECIDING, *TEXT_ARGUMENTS)}
     generator = Generator(engine=engine, reward=reward, config=config, identity=host, fingerprint=models)
@@ -229,8 +268,10 @@ def _run(options: dict[str, Any], ranks: Ranks) -> int:
     ranks.wait()
     if ranks.main:
         _finish(store.path, record, questions, requests, spent)
+        if seed is None:
+            print(f"next: specrej-eval export alpaca {folder} --output {folder.name}.json")
     ranks.wait()
-    return 0
+    return folder
 
 
 def split(options: dict[str, Any]) -> tuple[dict[str, Any], RunConfig, dict[str, Any]]:
@@ -325,4 +366,3 @@ def _finish(
     if empty := [item for item in answers if not item.output.strip()]:
         tqdm.write(f"{len(empty)} answers are empty, such as that to {empty[0].instruction[:60]!r}", file=sys.stderr)
     print(f"{len(answers)} answers in {store.outputs_file}")
-    print(f"next: specrej-eval export alpaca {folder} --output {folder.name}.json")

@@ -211,6 +211,61 @@ def test_reading_a_run_that_is_being_written_leaves_its_files_alone(prompts: str
     assert len(open_run(out)[1]) == 3
 
 
+def test_several_seeds_are_runs_of_their_own_with_models_loaded_once(
+    prompts: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from specrej_eval import api
+
+    loads = []
+    real = api.load_models
+    monkeypatch.setattr(api, "load_models", lambda *given, **more: loads.append(1) or real(*given, **more))
+    words = ["--prompts", prompts, "--n", "2", "--max_gen_toks", "24", "--limit", "2"]
+    out = tmp_path / "out"
+    assert run(*words, "--output", str(out), "--seeds", "3, 5") == 0
+    assert "specrej-eval gather" in capsys.readouterr().out
+    assert len(loads) == 1 and sorted(path.name for path in out.iterdir()) == ["seed3", "seed5"]
+    assert run(*words, "--output", str(tmp_path / "alone"), "--seed", "5") == 0
+    assert without_costs(open_run(out / "seed5")[1]) == without_costs(open_run(tmp_path / "alone")[1])
+    assert [item.output for item in open_run(out / "seed3")[1]] != [item.output for item in open_run(out / "seed5")[1]]
+    assert run(*words, "--output", str(out), "--seeds", "3,5,7") == 0
+    assert len(loads) == 3 and (out / "seed7").is_dir(), "what is there is not decoded again"
+    gathered = str(tmp_path / "gathered")
+    assert cli.main(["gather", *(str(out / f"seed{seed}") for seed in (3, 5, 7)), "--output", gathered]) == 0
+    assert [item.n for item in open_run(gathered)[1]] == [6, 6]
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--seeds", "0,one"], "seeds must be a whole number"),
+        (["--seeds", "1,1"], "names one seed twice"),
+        (["--seeds", "0,1", "--seed", "2"], "each seed is a run of its own"),
+    ],
+)
+def test_bad_seeds_are_told_before_anything_is_loaded(
+    words: list[str], told: str, prompts: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("--prompts", prompts, "--output", str(tmp_path / "out"), *words) == 1
+    assert told in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_n_max_is_measured_by_the_first_start_alone(
+    prompts: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from specrej_eval.engines.transformers.engine import TransformersEngine
+
+    words = ["--prompts", prompts, "--output", str(tmp_path / "out"), "--n", "max", "--max_gen_toks", "32"]
+    monkeypatch.setattr(TransformersEngine, "capacity_tokens", lambda *_: 150)
+    assert run(*words, "--limit", "1") == 0
+    monkeypatch.setattr(TransformersEngine, "capacity_tokens", lambda *_: 300)
+    assert run(*words, "--limit", "2") == 0
+    record, answers = open_run(tmp_path / "out")
+    assert record.capacity_tokens == 150
+    assert {item.resolved["kv_budget_tokens"] for item in answers} == {150}
+    lines = (tmp_path / "out" / "specrej_trajectories.jsonl").read_text().splitlines()
+    assert {json.loads(line).get("capacity_tokens") for line in lines[2:]} == {150}, "and the journal says so too"
+
+
 # processes
 
 
