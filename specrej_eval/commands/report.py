@@ -341,16 +341,8 @@ def _scores_table(runs: Sequence[Run], table: Sequence[Mapping[str, Any]], style
     header += ["task"] if several_tasks else []
     header += ["filter"] if several_filters else []
     header += [f"{one_metric} ± stderr"] if one_metric else ["metric", "value ± stderr"]
-    header += [
-        "prompts",
-        *([] if one_metric == "reward" else ["mean reward"]),
-        "tokens decoded",
-        "reward tokens",
-        "rejected",
-        "seconds",
-        "scoring",
-        "machine",
-    ]
+    header += ["prompts"] + ([] if one_metric == "reward" else ["mean reward"])
+    header += ["tokens decoded", "reward tokens", "rejected", "seconds", "scoring", "machine"]
     lines = []
     previous = None
     for row in table:
