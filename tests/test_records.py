@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import random
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import forked
 import pytest
 from conftest import FULL
 
 from specrej_eval import cli
 from specrej_eval.core import GenerationResult, Ledger, Prompt, Round, Trajectory
+from specrej_eval.engine.transformers_engine import TransformersEngine
 from specrej_eval.errors import ConfigError, SpecRejError
 from specrej_eval.journal import Journal, request_key
 from specrej_eval.jsonl import checked_line, checksum
@@ -331,6 +335,91 @@ def test_no_second_command_removes_an_answer(
     assert run("--prompts", whole, "--output", str(out), "--seed", "1") == 1
     assert "nothing says what made them" in capsys.readouterr().err
     assert (out / "specrej_outputs.jsonl").read_bytes() == lines
+
+
+def decoded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The prompts that are decoded from now on."""
+    found: list[str] = []
+    opened = TransformersEngine.open
+    monkeypatch.setattr(
+        TransformersEngine,
+        "open",
+        lambda self, prompt, *args, **options: (
+            found.append(prompt.conversation[-1]["content"]) or opened(self, prompt, *args, **options)
+        ),
+    )
+    return found
+
+
+ASKED_AGAIN: dict[str, list[str]] = {
+    "the same": TEXTS,
+    "fewer": TEXTS[:2],
+    "fewer, turned": TEXTS[4:1:-1],
+    "others": ["Q: 1 + 1 = ?\nA:", "Q: 2 + 1 = ?\nA:"],
+    "some, and another": [TEXTS[3], "Q: 1 + 1 = ?\nA:", TEXTS[0]],
+}
+PLACES = range(2, 34, 3) if FULL else (16,)
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("asked", ASKED_AGAIN)
+def test_no_second_command_after_a_kill_removes_an_answer(
+    asked: str, place: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, counted: Callable[[str, int], None]
+) -> None:
+    out = tmp_path / "out"
+    words = ["--output", str(out), "--batch_size", "1", "--prompts"]
+    whole = prompts(tmp_path, TEXTS, "all.json")
+    assert forked.killed(lambda: run(*words, whole), place)
+    counted("kills -9: run", 1)
+    known = everything(out)
+    assert known or FULL
+    drawn = decoded(monkeypatch)
+    wanted = ASKED_AGAIN[asked]
+    assert run(*words, prompts(tmp_path, wanted, "again.json")) == 0
+    assert [item.instruction for item in open_run(out)[1]] == wanted
+    now = everything(out)
+    assert known.items() <= now.items(), "answers are gone or changed"
+    assert run(*words, whole) == 0
+    assert now.items() <= everything(out).items()
+    assert len(drawn) == len(set(drawn)), "decoded twice"
+    assert not set(drawn) & {item.instruction for item in OutputsFolder(out).answers() if item.key in known}
+    counted("second commands", 2)
+
+
+@pytest.mark.parametrize("asked", ASKED_AGAIN if FULL else ["some, and another"])
+@pytest.mark.parametrize(
+    "ranks, place",
+    itertools.product([(1, 2), (2, 1), (2, 3), (3, 2)], [None, 8, 12, 15, 18])
+    if FULL
+    else [((1, 2), None), ((2, 1), 12)],
+)
+def test_no_second_command_of_another_number_of_processes_removes_an_answer(
+    asked: str,
+    ranks: tuple[int, int],
+    place: int | None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    counted: Callable[[str, int], None],
+) -> None:
+    out = tmp_path / "out"
+    words = ["--output", str(out), "--batch_size", "1", "--prompts"]
+    whole = prompts(tmp_path, TEXTS, "all.json")
+    codes = forked.together(lambda: run(*words, whole), ranks[0], killed_at=place)
+    assert codes[0] == (0 if place is None else -signal.SIGKILL)
+    known = everything(out)
+    assert known or place is not None
+    wanted = ASKED_AGAIN[asked]
+    again = prompts(tmp_path, wanted, "again.json")
+    assert set(forked.together(lambda: run(*words, again), ranks[1])) == {0}
+    assert [item.instruction for item in open_run(out)[1]] == wanted
+    now = everything(out)
+    assert known.items() <= now.items(), "answers are gone or changed"
+    drawn = decoded(monkeypatch)
+    assert run(*words, whole) == 0
+    assert now.items() <= everything(out).items()
+    told = {item.instruction for item in OutputsFolder(out).answers() if item.key in now}
+    assert not set(drawn) & told and set(drawn) | told == set(TEXTS)
+    counted("second commands", 2)
 
 
 def test_a_resumed_run_counts_only_its_own_work(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
