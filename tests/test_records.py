@@ -6,6 +6,7 @@ import copy
 import itertools
 import json
 import random
+import re
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -499,6 +500,29 @@ def test_journals_are_shown_verified_and_merged(tmp_path: Path, capsys: pytest.C
     Journal(str(other), {**FINGERPRINT, "reward_model": "org/other"}).close()
     assert cli.main([*words[:4], str(other), "--output", str(tmp_path / "no.jsonl")]) == 1
     assert "reward_model" in capsys.readouterr().err
+
+
+def test_digests_are_shown_by_their_first_digits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "run.jsonl"
+    files = {"config.json": "0123456789abcdef" * 4, "model.safetensors": "f" * 64}
+    commits = {"org/policy": "0123456789" * 4}
+    fingerprint = {**FINGERPRINT, "policy_files": files, "hub_commits": commits, "template": "e" * 64, "peft": None}
+    journal = Journal(str(path), fingerprint)
+    journal.put(key_of(0), a_result(0))
+    journal.close()
+    assert cli.main(["journal", "show", str(path)]) == 0
+    assert cli.main(["journal", "show", str(path), "--key", key_of(0)[:12]]) == 0
+    shown = capsys.readouterr().out
+    assert not re.search("[0-9a-f]{13}", shown)
+    for line in ("  config.json: 0123456789ab", "  org/policy: 012345678901", f"template: {'e' * 12}", "peft: none"):
+        assert line in shown.splitlines()
+    assert f"{key_of(0)[:12]}: task task, prompt 000000000000, repeat 0" in shown
+
+
+def test_a_folder_is_not_shown_but_its_journal_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "specrej_trajectories.jsonl").touch()
+    assert cli.main(["journal", "show", str(tmp_path)]) == 1
+    assert f"name its journal: {tmp_path / 'specrej_trajectories.jsonl'}" in capsys.readouterr().err
 
 
 def test_what_is_shown_does_nothing_to_a_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
