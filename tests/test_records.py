@@ -434,6 +434,9 @@ def test_a_resumed_run_counts_only_its_own_work(tmp_path: Path, capsys: pytest.C
     assert run("--prompts", whole, "--output", str(out), "--limit", "5") == 0
     record, answers = open_run(out)
     assert "5 answers, 2 of them taken from the records" in capsys.readouterr().err
+    assert run("--prompts", whole, "--output", str(out), "--limit", "3") == 0
+    assert "3 answers, all of them taken from the records; all answers cost" in (told := capsys.readouterr().err)
+    assert "0 rows" not in told
     assert (record.spent["decoded"], record.spent["taken_from_records"]) == (3, 2)
     assert record.totals["decode_tokens"] == first.totals["decode_tokens"] + record.spent["decode_tokens"]
     assert record.totals["decode_tokens"] == sum(item.ledger["decode_tokens"] for item in answers)
