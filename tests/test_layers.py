@@ -23,6 +23,7 @@ FILES = {
     "checkpoint": "core",
     "config": "core",
     "callable_sources": "core",
+    "companions": "core",
     "core": "core",
     "digests": "core",
     "errors": "core",
