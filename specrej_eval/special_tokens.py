@@ -94,6 +94,11 @@ class Tokeniser:
         self._longest = max(map(len, texts), default=0)
         self._twins: dict[int, _Twin] = {}
 
+    @property
+    def special_ids(self) -> dict[int, str]:
+        """Id -> text of every special token."""
+        return {int(self.tokenizer.convert_tokens_to_ids(text)): text for text in self._added}
+
     def found_in(self, text: str) -> str | None:
         """The first special token that a text holds, or None."""
         match = self._search.search(text) if self._search is not None else None

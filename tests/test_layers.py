@@ -48,6 +48,7 @@ FILES = {
     "__main__": "front",
     "api": "front",
     "init": "front",
+    "policy_doctor": "front",
     "reward_doctor": "front",
     "reward_list": "front",
     "reward_options": "front",

@@ -184,6 +184,11 @@ class Judge(Stateless):
         }
 
     @property
+    def guard(self) -> ContentGuard:
+        """What holds the graded texts to ``special_tokens_in_content``."""
+        return self._guard
+
+    @property
     def num_calls(self) -> int:
         """Requests answered with a grade, and texts that got none."""
         return self._server.num_requests + self._unread
