@@ -319,8 +319,15 @@ class SpecRejLM(HFLM):
             by_task.setdefault(draw.instance.task_name or "", {})[context] = contents
         for task, prompts in by_task.items():
             told = concerned(self.tokeniser, ["\n".join(contents) for contents in prompts.values()])
-            if told is not None:
+            if told is None:
+                continue
+            if self.world_size == 1:
                 self._warn(f"Task {task!r}: {told}", key=("special tokens", task))
+                continue
+            told = f"Task {task!r}, rank {self.rank}: {told}"  # each rank knows its own prompts only
+            self._warn(told, key=("special tokens", task, self.rank))
+            if self.rank > 0:
+                logger.warning(told)
 
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         self._warn_of_loglikelihood()
