@@ -49,6 +49,8 @@ class Kept:
     where: str | None
     """The file or folder that holds them; None = nowhere."""
     answers: int = 0
+    what: str = "answers"
+    """What is counted, in the plural."""
     active: bool = True
 
     def add(self) -> None:
@@ -126,9 +128,11 @@ def held() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def keeping(total: int, where: str | os.PathLike[str] | None, answers: int = 0) -> Iterator[Kept]:
+def keeping(
+    total: int, where: str | os.PathLike[str] | None, answers: int = 0, *, what: str = "answers"
+) -> Iterator[Kept]:
     """Count the answers kept, for the message. Inside another ``keeping`` nothing is counted: the outer one does."""
-    kept = Kept(total, None if where is None else os.fspath(where), answers)
+    kept = Kept(total, None if where is None else os.fspath(where), answers, what)
     if _state.kept is not None and _state.kept.active:
         yield kept
         return
@@ -158,7 +162,7 @@ def what_is_kept() -> str:
             f"of {kept.total} answers none is kept{whose}, for no file was named. journal=FILE in --model_args keeps "
             "each one as it is finished, and the same command goes on from there."
         )
-    return f"{kept.answers} of {kept.total} answers{whose} are kept in {kept.where}; {again}"
+    return f"{kept.answers} of {kept.total} {kept.what}{whose} are kept in {kept.where}; {again}"
 
 
 def command_line() -> str:
