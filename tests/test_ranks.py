@@ -20,6 +20,7 @@ from rank_runs import HANG, ROOT, finish, lines, numbers, opened, records, start
 
 from specrej_eval import cli
 from specrej_eval.checkpoint import DEMO_POLICY, DEMO_REWARD
+from specrej_eval.config import RunConfig
 from specrej_eval.demo.arithmetic import distinct_problems, question
 from specrej_eval.errors import ConfigError
 from specrej_eval.ranks import Peer, RankError, Watch
@@ -301,3 +302,21 @@ def test_rank_0_dead_before_anybody_has_heard_of_it_is_named_all_the_same() -> N
         raise RuntimeError("Connection closed by peer")
     with pytest.raises(ConfigError, match="own"), watch.guard():
         raise ConfigError("own")
+
+
+def test_a_rank_that_dies_while_the_first_one_reads_files_is_named_under_lm_eval_too(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The digests of a model's files are waited for before the first request: there too all ranks are needed."""
+    from specrej_eval.harness.lm_eval_model import SpecRejLM
+
+    def closed(compute: object, **place: int) -> None:
+        raise RuntimeError("Connection closed by peer")
+
+    monkeypatch.setattr("specrej_eval.fingerprint.from_first_rank", closed)
+    lm = SpecRejLM.__new__(SpecRejLM)
+    lm.__dict__.update(_rank=1, _world_size=2, _watch=Watch(1, 2, DeadStore()))
+    for compute in (lm.fingerprint, lm._of_models):
+        lm.__dict__.update(run_config=RunConfig(), host_arguments={}, _given_as_objects=())
+        with pytest.raises(RankError, match="rank 0, which holds the run's store, has died"):
+            compute()
