@@ -94,6 +94,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="write all seconds to this JSON file too")
     options = parser.parse_args()
 
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background it may be ignored: do not pass that on
     found: dict[str, list[float]] = {}
     for command in options.commands:
         for signum in (signal.SIGINT, signal.SIGTERM):

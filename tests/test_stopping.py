@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -27,6 +27,14 @@ PROMPTS = [question(operands) for operands in distinct_problems("test", 60, seed
 
 Counted = Callable[[str, int], None]
 Measured = Callable[[str, float], None]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def ctrl_c_is_not_ignored() -> Iterator[None]:
+    """As in a terminal, though these tests may run in the background, where shells ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 def start(*words: str, cwd: Path, ready: Callable[[], bool]) -> subprocess.Popen[str]:
@@ -188,6 +196,47 @@ def test_handlers_are_put_back_and_those_of_others_left_alone() -> None:
             assert signal.getsignal(signal.SIGTERM) is theirs
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+SET = {"default": signal.SIG_DFL, "ignored": signal.SIG_IGN, "somebody's": lambda *_: None}
+
+
+@pytest.mark.parametrize("terminate", SET)
+@pytest.mark.parametrize("interrupt", SET)
+def test_ignored_signals_stay_ignored_and_the_others_are_still_told(interrupt: str, terminate: str) -> None:
+    """`nohup specrej-eval run ... &` in a script ignores Ctrl-C; SIGTERM must end it with its message all the same."""
+    numbers = {signal.SIGINT: interrupt, signal.SIGTERM: terminate}
+    saved = {number: signal.getsignal(number) for number in numbers}
+    try:
+        for number, name in numbers.items():
+            default = name == "default" and number == signal.SIGINT  # as Python itself starts
+            signal.signal(number, signal.default_int_handler if default else SET[name])
+        before = {number: signal.getsignal(number) for number in numbers}
+        with stopping.command(), stopping.signals():
+            for number, name in numbers.items():
+                ours = name == "default" and "somebody's" not in numbers.values()
+                assert signal.getsignal(number) is (stopping._on_signal if ours else before[number])
+        assert {number: signal.getsignal(number) for number in numbers} == before
+    finally:
+        for number, handler in saved.items():
+            signal.signal(number, handler)
+
+
+@pytest.mark.full
+def test_sigterm_in_the_background_is_told(tmp_path: Path, counted: Counted, measured: Measured) -> None:
+    words = run_words(tmp_path)
+    outputs = OutputsFolder(tmp_path / "out").outputs_file
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # which a process that is started inherits
+    try:
+        process = start(*words, cwd=tmp_path, ready=lambda: lines(outputs) >= 3)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    process.send_signal(signal.SIGINT)
+    errors, seconds = stop(process, signal.SIGTERM)
+    counted("signals sent", 2)
+    measured("seconds from SIGTERM to the end: run in the background", seconds)
+    assert process.returncode == 128 + signal.SIGTERM
+    assert f"stopped by SIGTERM: {lines(outputs)} of 60 answers are kept" in errors
 
 
 def test_another_thread_installs_nothing() -> None:
