@@ -320,3 +320,77 @@ def test_a_rank_that_dies_while_the_first_one_reads_files_is_named_under_lm_eval
         lm.__dict__.update(run_config=RunConfig(), host_arguments={}, _given_as_objects=())
         with pytest.raises(RankError, match="rank 0, which holds the run's store, has died"):
             compute()
+
+
+ENDING = """
+import os, signal, socket, sys, time
+from datetime import timedelta
+import torch.distributed as dist
+from specrej_eval import ranks
+
+ranks.POLL = 1e-5  # nearly always within the store
+with socket.socket() as found:
+    found.bind(("127.0.0.1", 0))
+    port = found.getsockname()[1]
+
+
+def store(holds):
+    return dist.TCPStore("127.0.0.1", port, None, holds, timedelta(seconds=60), wait_for_workers=False)
+
+
+holder = os.fork()
+if not holder:
+    held = store(True)
+    signal.pause()
+try:
+    for _ in range(int(sys.argv[1])):
+        child = os.fork()
+        if not child:
+            ranks.Watch(1, 2, store(False))
+            time.sleep(0.1)
+            sys.exit(0)
+        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+finally:
+    if child:
+        os.kill(holder, signal.SIGKILL)
+"""
+"""Processes that end well while their watch is busy with a real store; prints their exit codes."""
+
+
+class SlowStore:
+    """Each call of it takes a while, as one over a network does."""
+
+    def __init__(self) -> None:
+        self.inside = 0
+
+    def set(self, key: str, value: str) -> None:
+        pass
+
+    def check(self, keys: list[str]) -> bool:
+        self.inside += 1
+        time.sleep(0.2)
+        self.inside -= 1
+        return False
+
+
+def test_a_watch_is_out_of_the_store_before_the_interpreter_goes() -> None:
+    registered: list[Callable[[], None]] = []
+    store = SlowStore()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("atexit.register", registered.append)
+        watch = Watch(1, 2, store)
+    assert registered == [watch.close]
+    while not store.inside:
+        time.sleep(0.001)
+    watch.close()
+    assert not store.inside and not watch._thread.is_alive()
+
+
+@pytest.mark.full
+def test_a_run_that_went_well_never_ends_with_an_abort(tmp_path: Path, counted: Counted) -> None:
+    program = tmp_path / "ending.py"
+    program.write_text(ENDING)
+    processes = 100
+    done = subprocess.run([sys.executable, str(program), str(processes)], capture_output=True, text=True, timeout=280)
+    assert done.stdout.split() == ["0"] * processes, done.stderr[-2000:]
+    counted("processes ended while their watch was busy", processes)
