@@ -76,7 +76,7 @@ def finish(processes: Sequence[subprocess.Popen[str]], *, cwd: Path) -> None:
     """Wait until all of them have ended well."""
     try:
         for rank, process in enumerate(processes):
-            assert process.wait(timeout=240) == 0, (cwd / f"errors{rank}").read_text()[-3000:]
+            assert process.wait(timeout=800) == 0, (cwd / f"errors{rank}").read_text()[-3000:]
     finally:
         for process in processes:
             process.kill()
@@ -84,12 +84,19 @@ def finish(processes: Sequence[subprocess.Popen[str]], *, cwd: Path) -> None:
 
 
 def wait_for(ready: Callable[[], bool], processes: Sequence[subprocess.Popen[str]], *, cwd: Path) -> None:
-    deadline = time.monotonic() + 200
-    while not ready():
-        assert time.monotonic() < deadline, "it has never come so far"
-        for rank, process in enumerate(processes):
-            assert process.poll() is None, (cwd / f"errors{rank}").read_text()[-3000:]
-        time.sleep(0.01)
+    """Until they have come so far; if they do not, none of them is left behind."""
+    deadline = time.monotonic() + 600
+    try:
+        while not ready():
+            assert time.monotonic() < deadline, "it has never come so far"
+            for rank, process in enumerate(processes):
+                assert process.poll() is None, (cwd / f"errors{rank}").read_text()[-3000:]
+            time.sleep(0.01)
+    except BaseException:
+        for process in processes:
+            process.kill()
+            process.wait()
+        raise
 
 
 def stop(processes: Sequence[subprocess.Popen[str]], signum: signal.Signals) -> float:

@@ -183,7 +183,7 @@ def last_bit(value: float) -> float:
 
 
 @pytest.mark.full
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 def test_records_hold_the_same_bits_in_every_world(
     tmp_path: Path, alone: dict[str, str], counted: Counted, ranks: int
@@ -205,7 +205,7 @@ def test_records_hold_the_same_bits_in_every_world(
 
 
 @pytest.mark.full
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("worlds", [(2, 1), (1, 2), (4, 2), (2, 4), (1, 4, 1)], ids=str)
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGKILL])
 def test_a_stopped_run_goes_on_in_another_world_with_the_same_bits(
@@ -235,7 +235,7 @@ def test_a_stopped_run_goes_on_in_another_world_with_the_same_bits(
 
 
 @pytest.mark.full
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 def test_under_lm_eval_too_only_the_first_rank_reads_weights_for_their_digests(tmp_path: Path) -> None:
     for source in (DEMO_POLICY, DEMO_REWARD):
         shutil.copytree(source, tmp_path / source.name)
@@ -247,7 +247,7 @@ def test_under_lm_eval_too_only_the_first_rank_reads_weights_for_their_digests(t
 
 
 @pytest.mark.full
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("command", [run_words, lm_eval_words])
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_whichever_rank_dies_whenever_the_others_name_it(
