@@ -68,6 +68,7 @@ class SpecRejLM(HFLM):
     """
 
     default_strategy: ClassVar[str] = "speculative_rejection"
+    _watch: ranks.Watch | None = None
 
     def __init__(
         self,
@@ -409,7 +410,8 @@ class SpecRejLM(HFLM):
         )
 
     def _from_first_rank(self, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        return fingerprint.from_first_rank(compute, rank=self.rank, world_size=self.world_size)
+        with self._needs_all_ranks():
+            return fingerprint.from_first_rank(compute, rank=self.rank, world_size=self.world_size)
 
     def _refuse_cached_repeats(self, requests: Sequence[Any]) -> None:
         if self.cache_hook.dbdict is None:
