@@ -4,6 +4,7 @@
 """
 
 import os
+import statistics
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -54,16 +55,35 @@ def counted(request: pytest.FixtureRequest) -> Callable[[str, int], None]:
     return add
 
 
+@pytest.fixture
+def measured(request: pytest.FixtureRequest) -> Callable[[str, float], None]:
+    """``measured("seconds from SIGTERM to the end", 0.4)``: printed at the end, and never asserted."""
+
+    def add(what: str, value: float) -> None:
+        request.node.user_properties.append(("measured", (what, value)))
+
+    return add
+
+
 def pytest_terminal_summary(terminalreporter: Any) -> None:
-    """The counts of ``counted``; they come from the reports, so tests may run in several processes."""
+    """What ``counted`` and ``measured`` were told; it comes from the reports, so tests may run in several processes."""
     counts: Counter[str] = Counter()
+    values: dict[str, list[float]] = {}
     for reports in terminalreporter.stats.values():
         for report in reports:
             if getattr(report, "when", None) == "call":
                 for name, value in report.user_properties:
                     if name == "counted":
                         counts[value[0]] += value[1]
+                    if name == "measured":
+                        values.setdefault(value[0], []).append(value[1])
     if counts:
         terminalreporter.section("counted")
         for what, number in sorted(counts.items()):
             terminalreporter.write_line(f"{number:>8,}  {what}")
+    if values:
+        terminalreporter.section("measured")
+        for what, found in sorted(values.items()):
+            terminalreporter.write_line(
+                f"{len(found):>8,}  {what}: median {statistics.median(found):.2f}, most {max(found):.2f}"
+            )
