@@ -119,10 +119,12 @@ def _checked_runs(paths: Sequence[str], name: str | None) -> list[RecordedRun]:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("format", choices=FORMATS, help="who is to read the file")
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run (`specrej-eval run` or `gather`)")
-    parser.add_argument("--output", required=True, metavar="FILE.json", help="the file to write")
-    parser.add_argument("--name", help="the generator's name in the file, if there is one run (default: the run's own)")
+    read = parser.add_argument_group("what to export")
+    read.add_argument("format", choices=FORMATS, help="who is to read the file")
+    read.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run (`specrej-eval run` or `gather`)")
+    written = parser.add_argument_group("what to write")
+    written.add_argument("--output", required=True, metavar="FILE.json", help="the file to write")
+    written.add_argument("--name", help="of the generator in the file, if there is one run (default: the run's own)")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -280,14 +280,16 @@ def write(gathered: Gathered, folder: str | Path) -> OutputsFolder:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run, as `specrej-eval run` writes it")
-    parser.add_argument("--output", required=True, metavar="DIR", help="folder of the gathered run")
-    parser.add_argument("--name", help="of the gathered run, in leaderboards (default: made of N and models)")
-    parser.add_argument(
+    read = parser.add_argument_group("what to gather")
+    read.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run, as `specrej-eval run` writes it")
+    read.add_argument(
         "--incomplete",
         action="store_true",
         help="take runs that are not finished, and leave out prompts that not every seed has answered",
     )
+    written = parser.add_argument_group("what to write")
+    written.add_argument("--output", required=True, metavar="DIR", help="folder of the gathered run")
+    written.add_argument("--name", help="of the gathered run, in leaderboards (default: made of N and models)")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -38,8 +38,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             formatter_class=parser.formatter_class,
         )
         module.add_arguments(made)
-        made.add_argument("--output", required=True, metavar="DIR", help="where the files go")
-        made.add_argument("--force", action="store_true", help="replace files of ours that lie there already")
+        written = made.add_argument_group("what to write")
+        written.add_argument("--output", required=True, metavar="DIR", help="where the files go")
+        written.add_argument("--force", action="store_true", help="replace files of ours that lie there already")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -41,34 +41,35 @@ class Submission:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--name", required=True, help="the generator's name: the top-level key of its configuration")
-    parser.add_argument("--model_outputs", metavar="FILE", help="default: results/NAME/model_outputs.json")
-    parser.add_argument(
+    read = parser.add_argument_group("what to check")
+    read.add_argument("--name", required=True, help="the generator's name: the top-level key of its configuration")
+    read.add_argument("--model_outputs", metavar="FILE", help="default: results/NAME/model_outputs.json")
+    read.add_argument(
         "--model_config", metavar="FILE", help="its YAML file (default: the one in model_configs/ with this name)"
     )
-    parser.add_argument(
+    read.add_argument(
         "--reference_outputs",
         metavar="FILE",
         help=f"JSON with AlpacaEval's {NUM_INSTRUCTIONS} instructions (default: the data set in the hub's cache)",
     )
     beside = f"{JUDGE}/{{}} beside the outputs, if it is there"
-    parser.add_argument(
+    read.add_argument(
         "--annotations", metavar="FILE", help=f"the judge's (default: {beside.format('annotations.json')})"
     )
-    parser.add_argument(
+    read.add_argument(
         "--leaderboard", metavar="FILE", help=f"CSV with the new row (default: {beside.format('leaderboard.csv')})"
     )
-    parser.add_argument(
+    read.add_argument(
         "--weights",
         metavar="FILE",
         help="CSV with the new row of the length-controlled model's weights (default: where alpaca_eval wrote it)",
     )
-    parser.add_argument(
+    read.add_argument(
         "--alpaca_eval_repo",
         metavar="DIR",
         help="a checkout of alpaca_eval, whose CSV files get the new rows (default: the installed package's)",
     )
-    parser.add_argument(
+    read.add_argument(
         "--unverified", action="store_true", help="take outputs without the record of the run that made them"
     )
 

@@ -28,9 +28,10 @@ SIDE_FILES = {"trace_path": "specrej_trace", "journal": "specrej_journal"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("results", metavar="RESULTS_DIR", help="where lm-eval's --output_path pointed")
-    parser.add_argument("--name", help="of the run (default: made of method, rows, model and reward model)")
-    parser.add_argument("--allow_empty", action="store_true", help="take samples with empty answers")
+    read = parser.add_argument_group("what to check")
+    read.add_argument("results", metavar="RESULTS_DIR", help="where lm-eval's --output_path pointed")
+    read.add_argument("--name", help="of the run (default: made of method, rows, model and reward model)")
+    read.add_argument("--allow_empty", action="store_true", help="take samples with empty answers")
 
 
 def run(args: argparse.Namespace) -> int:
