@@ -31,7 +31,7 @@ INPUT = "input"
 SUFFIXES = (".json", ".jsonl", ".csv", ".tsv")
 
 
-Row = tuple[str, Any]
+FileRow = tuple[str, Any]
 """How messages call a row (``row 3``, from 1, header left out; ``line 3`` of a JSONL file), and what stands there."""
 
 
@@ -59,7 +59,7 @@ def read_prompts(path: str | Path, *, prompt_column: str | None = None, limit: i
     return questions
 
 
-def read_rows(path: str | Path) -> list[Row]:
+def read_rows(path: str | Path) -> list[FileRow]:
     """All rows of a file as they stand there, each with what messages call it: ``row 3``, or ``line 3`` of JSONL.
 
     Raises:
@@ -95,7 +95,7 @@ def _checked_path(file: Path) -> Path:
 # formats
 
 
-def _rows(file: Path) -> Iterator[Row]:
+def _rows(file: Path) -> Iterator[FileRow]:
     try:
         text = file.read_bytes().decode("utf-8-sig")  # line breaks in a cell stay as they are
     except UnicodeDecodeError as error:
@@ -116,7 +116,7 @@ def _rows(file: Path) -> Iterator[Row]:
             return _table_rows(file, text, "\t")
 
 
-def _json_rows(file: Path, text: str) -> Iterator[Row]:
+def _json_rows(file: Path, text: str) -> Iterator[FileRow]:
     content = _parsed(text, repr(str(file)), hint="one object a line is JSONL: name such a file .jsonl.")
     if not isinstance(content, list):
         raise ConfigError(
@@ -126,7 +126,7 @@ def _json_rows(file: Path, text: str) -> Iterator[Row]:
     return ((f"row {number}", value) for number, value in enumerate(content, 1))
 
 
-def _jsonl_rows(file: Path, text: str) -> Iterator[Row]:
+def _jsonl_rows(file: Path, text: str) -> Iterator[FileRow]:
     # not splitlines(): JSON may hold U+2028 and the like as they are
     for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
@@ -142,7 +142,7 @@ def _parsed(text: str, what: str, *, hint: str) -> Any:
         raise ConfigError(f"{what} is not valid JSON: {error}.", hint=hint) from error
 
 
-def _table_rows(file: Path, text: str, delimiter: str) -> Iterator[Row]:
+def _table_rows(file: Path, text: str, delimiter: str) -> Iterator[FileRow]:
     declared = re.match(r"sep=(.)\r?\n", text, re.IGNORECASE)  # a line that spreadsheet programs read and write
     if declared is not None:
         delimiter, text = declared[1], text[declared.end() :]
@@ -183,7 +183,7 @@ def _cells(file: Path, text: str, delimiter: str) -> Iterator[list[str]]:
 # rows
 
 
-def _column(file: Path, row: Row, wanted: str | None) -> str | None:
+def _column(file: Path, row: FileRow, wanted: str | None) -> str | None:
     """The column of the prompts; None where the rows are strings."""
     value = row[1]
     if isinstance(value, str):
@@ -210,7 +210,7 @@ def _column(file: Path, row: Row, wanted: str | None) -> str | None:
     raise ConfigError(f"{str(file)!r} has no column 'instruction' or 'prompt'.", hint=hint)
 
 
-def _question(file: Path, row: Row, column: str | None, index: int) -> Question:
+def _question(file: Path, row: FileRow, column: str | None, index: int) -> Question:
     where, value = row
     if column is None:
         if not isinstance(value, str):
@@ -239,7 +239,7 @@ def _text(file: Path, where: str, value: Any, what: str) -> str:
     return value
 
 
-def _wrong_row(file: Path, row: Row, wanted: str) -> ConfigError:
+def _wrong_row(file: Path, row: FileRow, wanted: str) -> ConfigError:
     return ConfigError(f"{str(file)!r}, {row[0]}: must be {wanted}, got {_kind(row[1])}.")
 
 
@@ -248,7 +248,7 @@ def _kind(value: Any) -> str:
     return names.get(type(value), "a number")
 
 
-def _mention_duplicates(file: Path, rows: Iterable[Row], questions: Iterable[Question]) -> None:
+def _mention_duplicates(file: Path, rows: Iterable[FileRow], questions: Iterable[Question]) -> None:
     first: dict[str, str] = {}
     again: list[str] = []
     for (where, _), question in zip(rows, questions, strict=True):
