@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 from specrej_eval import stopping
@@ -18,7 +18,8 @@ from specrej_eval.core import Message, Prompt, Question, Spent
 from specrej_eval.engines.base import Engine
 from specrej_eval.errors import ConfigError, PromptError
 from specrej_eval.generator import Generator, Request
-from specrej_eval.records.outputs import Answer, OutputsFolder
+from specrej_eval.progress import summary_line
+from specrej_eval.records.outputs import Answer, OutputsFolder, total_cost
 from specrej_eval.special_tokens import ContentText
 
 logger = logging.getLogger(__name__)
@@ -186,3 +187,13 @@ def answer(
                     kept.add()
                 answers[index] = done
     return [answers[index] for index in range(len(requests))]
+
+
+def summary(answers: Sequence[Answer], spent: Spent, *, name: str) -> Iterator[str]:
+    """What a whole run cost and gained, and what is to be said of its answers; a line each."""
+    best = [item.reward for item in answers if item.reward is not None]
+    ended = [reward for item in answers for reward in item.finished_rewards]
+    line = summary_line(len(answers), spent, best, ended, total=total_cost(answers), source="the records")
+    yield f"{name}: {line}"
+    if empty := [item for item in answers if not item.output.strip()]:
+        yield f"{name}: {len(empty)} answers are empty, such as that to {empty[0].called}"

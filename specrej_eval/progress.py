@@ -78,7 +78,7 @@ def summary_line(
             f"peak memory {cost.peak_bytes / 1e9:.2f} GB",
         ]
     if total is not None and spent.taken:
-        parts.append(f"all answers cost {total.decode_tokens:,} tokens and {sum(total.seconds.values()):.1f} s")
+        parts.append(f"all answers cost {total.decode_tokens:,} tokens and {total.total_seconds:.1f} s")
     if cost.scores_floored:
         parts.append(f"{cost.scores_floored:,} scores below the floor (repetition, or next to no tokens)")
     if cost.grades_unreadable:

@@ -80,7 +80,7 @@ def show(path: str, key: str | None = None) -> int:
     total = Ledger()
     for result in results.values():
         total.add(result.ledger)
-    print(f"{len(results)} answers; they cost {total.decode_tokens:,} tokens and {sum(total.seconds.values()):.1f} s")
+    print(f"{len(results)} answers; they cost {total.decode_tokens:,} tokens and {total.total_seconds:.1f} s")
     for task, number in sorted(Counter(result.task for result in results.values()).items()):
         print(f"  {inert(task) or '(no task)'}: {number}")
     if found.capacity_tokens is not None:

@@ -20,17 +20,16 @@ from typing import TYPE_CHECKING, Any
 from tqdm import tqdm
 
 from specrej_eval import api
-from specrej_eval.answering import AUTO, answer, requests_for, settle_capacity
+from specrej_eval.answering import AUTO, answer, requests_for, settle_capacity, summary
 from specrej_eval.config import HOST_ARGUMENTS, RunConfig, as_bool, as_int, checked_until, descriptions
 from specrej_eval.config import SYNONYMS as NAMES_ELSEWHERE
 from specrej_eval.core import Question, Spent
 from specrej_eval.errors import ConfigError, SpecRejError
 from specrej_eval.generator import Generator, Request
-from specrej_eval.progress import summary_line
 from specrej_eval.ranks import Watch
 from specrej_eval.ranks import watch as watch_ranks
 from specrej_eval.records.fingerprint import DECIDING, from_first_rank, of_run, same, warn_of_uncovered
-from specrej_eval.records.outputs import Answer, OutputsFolder, RunRecord, total_cost
+from specrej_eval.records.outputs import Answer, OutputsFolder, RunRecord
 from specrej_eval.records.prompt_files import read_prompts
 from specrej_eval.records.run_names import default_name
 from specrej_eval.records.trace import rank_path
@@ -359,10 +358,6 @@ def _finish(
         answers.append(dataclasses.replace(found, index=question.index, fields=dict(question.fields)))
     store.merge_parts(answers)
     store.mark_complete(record, answers, spent)
-    best = [item.reward for item in answers if item.reward is not None]
-    ended = [reward for item in answers for reward in item.finished_rewards]
-    line = summary_line(len(answers), spent, best, ended, total=total_cost(answers), source="the records")
-    tqdm.write(f"{record.name}: {line}", file=sys.stderr)
-    if empty := [item for item in answers if not item.output.strip()]:
-        tqdm.write(f"{len(empty)} answers are empty, such as that to {empty[0].instruction[:60]!r}", file=sys.stderr)
+    for line in summary(answers, spent, name=record.name):
+        tqdm.write(line, file=sys.stderr)
     print(f"{len(answers)} answers in {store.outputs_file}")

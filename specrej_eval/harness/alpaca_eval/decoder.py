@@ -18,15 +18,14 @@ import torch
 from alpaca_eval import utils
 
 from specrej_eval import api, stopping
-from specrej_eval.answering import AUTO, answer, requests_for, settle_capacity
+from specrej_eval.answering import AUTO, answer, requests_for, settle_capacity, summary
 from specrej_eval.config import HOST_ARGUMENTS, RunConfig, as_bool, as_float, as_int, checked_until
 from specrej_eval.core import Question, Spent
 from specrej_eval.engines.base import Engine
 from specrej_eval.errors import ConfigError
 from specrej_eval.generator import Generator
-from specrej_eval.progress import summary_line
 from specrej_eval.records.fingerprint import NEUTRAL, of_models, of_run
-from specrej_eval.records.outputs import Answer, OutputsFolder, RunRecord, total_cost
+from specrej_eval.records.outputs import Answer, OutputsFolder, RunRecord
 from specrej_eval.rewards.base import RewardModel
 from specrej_eval.special_tokens import ALLOW, concerned
 
@@ -216,13 +215,8 @@ class Generation:
         found = self.everything()
         if not found:
             return
-        best = [item.reward for item in found if item.reward is not None]
-        finished = [reward for item in found for reward in item.finished_rewards]
-        name = self.record.name if self.record is not None else "specrej"
-        line = summary_line(len(found), self.spent, best, finished, total=total_cost(found), source="the records")
-        logger.warning("%s: %s", name, line)
-        if empty := [item for item in found if not item.output.strip()]:
-            logger.warning("%s: %d answers are empty, such as that to %r.", name, len(empty), empty[0].instruction[:60])
+        for line in summary(found, self.spent, name=self.record.name if self.record is not None else "specrej"):
+            logger.warning("%s", line)
         self.mark_complete()
 
 
