@@ -24,7 +24,7 @@ from typing import Any
 
 from specrej_eval.errors import ConfigError
 from specrej_eval.records.fingerprint import compare
-from specrej_eval.records.outputs import Answer, OutputsFolder, RecordedRun, RunRecord, total_cost
+from specrej_eval.records.outputs import GATHERED, Answer, OutputsFolder, RecordedRun, RunRecord, total_cost
 from specrej_eval.records.run_names import default_name
 
 SUMMARY = "put runs together: shards one after another, of several seeds the best answer to each prompt"
@@ -32,9 +32,6 @@ EXAMPLES = (
     "specrej-eval gather results/shard0 results/shard1 --output results/whole",
     "specrej-eval gather results/bo960-seed* --output results/bo3840",
 )
-
-GATHERED = "gathered"
-"""Where a gathered run's record names the runs it was made of."""
 
 
 @dataclass(frozen=True, slots=True)

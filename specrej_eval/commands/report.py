@@ -166,11 +166,17 @@ def _recorded(path: Path, prefix: str) -> Run:
         arguments=asked if len(rows) != 1 else {**asked, "n": rows[0]},
         models={name: record.fingerprint.get(name) for name in MODELS},
         limit=record.arguments.get("limit"),
-        hardware=record.described,
+        hardware=_one_machine(record.machines),
         warnings=_remarks(answers, complete=record.complete),
         totals=record.totals or total_cost(answers).to_dict(),
         mean_reward=statistics.fmean(rewards) if rewards else None,
     )
+
+
+def _one_machine(machines: Sequence[Mapping[str, Any]]) -> Any:
+    """The machine of a run; of one put together on several, all of them in words."""
+    told = list(dict.fromkeys(map(describe, machines)))
+    return machines[0] if len(told) == 1 else " and ".join(told) or None
 
 
 def _reward_score(task: str, answers: Sequence[Answer], fingerprint: Mapping[str, Any]) -> Iterable[Score]:

@@ -52,6 +52,8 @@ logger = logging.getLogger(__name__)
 SCHEMA_VERSION = 2
 PREFIX = "specrej"
 """Files of a run are called ``specrej_*``; those of a second one in the same folder (a reference) otherwise."""
+GATHERED = "gathered"
+"""Where the record of a run that was put together names the runs it was made of."""
 RUN_FILES = {f"{prefix}_run.json": prefix for prefix in (PREFIX, "specrej_reference")}
 """File that says what was run -> prefix of all of that run's files."""
 
@@ -197,6 +199,14 @@ class RunRecord:
     @property
     def embedded_demo_pair(self) -> bool:
         return is_demo(self.fingerprint)
+
+    @property
+    def machines(self) -> list[dict[str, Any]]:
+        """Versions and hardware of the run, or of each run that it was put together from."""
+        parts = self.described.get(GATHERED)
+        if not isinstance(parts, list):
+            return [self.described] if self.described else []
+        return [part["described"] for part in parts if isinstance(part, dict) and part.get("described")]
 
     @classmethod
     def from_dict(cls, record: Any) -> Self:

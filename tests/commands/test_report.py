@@ -247,6 +247,23 @@ def test_report_of_an_unfinished_run_says_so(tmp_path: Path, capsys: pytest.Capt
     assert "1 of 2" in text, "an answer without a reward is in no mean"
 
 
+@pytest.mark.parametrize("devices", [("cpu", "cpu"), ("cpu", "cuda")])
+def test_a_gathered_run_names_the_machines_of_its_parts(
+    devices: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for seed, device in enumerate(devices):
+        folder = Path(a_run(tmp_path / f"seed{seed}", [an_answer("q", reward=seed, seed=seed)], seed=seed))
+        record = json.loads((folder / "specrej_run.json").read_text())
+        record["described"] = {"device": device, "torch": "2"}
+        (folder / "specrej_run.json").write_text(json.dumps(record))
+    parts = [str(tmp_path / f"seed{seed}") for seed in range(2)]
+    assert cli.main(["gather", *parts, "--output", str(tmp_path / "whole")]) == 0
+    capsys.readouterr()
+    (row,) = json.loads(report(capsys, tmp_path / "whole", "--format", "json"))
+    wanted = {"device": "cpu", "torch": "2"} if devices[1] == "cpu" else "device=cpu and device=cuda"
+    assert row["hardware"] == wanted and (row["n"], row["seed"]) == (8, [0, 1])
+
+
 def test_differences_are_those_of_a_paired_t_test(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     one = [0.0, 1.0, 1.0, 0.0, 1.0, 0.0, 1.0, 1.0]
     two = [1.0, 1.0, 0.0, 1.0, 1.0, 0.0, 1.0, 0.0, 1.0]  # and a prompt more
