@@ -152,7 +152,7 @@ def _recorded(path: Path, prefix: str) -> Run:
     judged = alpaca_eval_files.scores(path.parent, record.name)
     prompts = record.arguments.get("prompts")
     task = Path(str(prompts)).name if prompts else "alpaca_eval"
-    scores = [*_reward_score(task, answers, record.fingerprint), *judged]
+    scores = [_reward_score(task, answers, record.fingerprint), *judged]
     decided = {name: record.fingerprint[name] for name in DECIDING if name in record.fingerprint}
     asked = {name: value for name, value in {**record.arguments, **decided}.items() if name not in RECORDS}
     rows = sorted({answer.n for answer in answers})
@@ -179,12 +179,11 @@ def _one_machine(machines: Sequence[Mapping[str, Any]]) -> Any:
     return machines[0] if len(told) == 1 else " and ".join(told) or None
 
 
-def _reward_score(task: str, answers: Sequence[Answer], fingerprint: Mapping[str, Any]) -> Iterable[Score]:
+def _reward_score(task: str, answers: Sequence[Answer], fingerprint: Mapping[str, Any]) -> Score:
     """Rewards compare where one reward model gave them."""
     scale = json.dumps([fingerprint.get("reward_model"), fingerprint.get("reward_files")], sort_keys=True)
     found = {f"{a.prompt_hash} {a.repeat}": a.reward for a in answers if a.reward is not None}
-    if found:
-        yield mean_score(found, task=task, metric="reward", scale=scale, answered=len(answers))
+    return mean_score(found, task=task, metric="reward", scale=scale, answered=len(answers))
 
 
 def _remarks(answers: Sequence[Answer], *, complete: bool) -> list[str]:
@@ -425,7 +424,7 @@ def _as_csv(table: Sequence[Mapping[str, Any]]) -> str:
         models = {name: row["models"].get(name) for name in MODELS}
         flat.append({**{k: v for k, v in row.items() if k not in ("models", "paired")}, **more, **models, **paired})
     written = io.StringIO()
-    writer = csv.DictWriter(written, list(flat[0]), lineterminator="\n")
+    writer = csv.DictWriter(written, list(flat[0]) if flat else [], lineterminator="\n")
     writer.writeheader()
     writer.writerows(flat)
     return written.getvalue().rstrip("\n")

@@ -15,7 +15,8 @@ class Score:
     task: str
     metric: str
     filter: str
-    value: float
+    value: float | None
+    """None where not one prompt has a score."""
     stderr: float | None
     prompts: int | None = None
     """How many it is of; None where the record does not say."""
@@ -36,5 +37,5 @@ def mean_score(each: Mapping[str, float], *, task: str, metric: str, scale: str 
     """The mean over prompts, and its standard error; ``answered`` prompts were asked in all."""
     values = list(each.values())
     stderr = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
-    mean = statistics.fmean(values)
+    mean = statistics.fmean(values) if values else None
     return Score(task, metric, "none", mean, stderr, len(values), answered, each, scale)

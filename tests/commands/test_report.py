@@ -247,6 +247,16 @@ def test_report_of_an_unfinished_run_says_so(tmp_path: Path, capsys: pytest.Capt
     assert "1 of 2" in text, "an answer without a reward is in no mean"
 
 
+@pytest.mark.parametrize("style", ["text", "markdown", "csv", "json"])
+def test_a_run_without_a_score_stands_in_the_table_all_the_same(
+    style: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    a_run(tmp_path / "a", [an_answer("q", reward=None)])
+    a_run(tmp_path / "b", [], complete=False, seed=1)
+    text = report(capsys, tmp_path, "--format", style)
+    assert "seed=0" in text and "seed=1" in text
+
+
 @pytest.mark.parametrize("devices", [("cpu", "cpu"), ("cpu", "cuda")])
 def test_a_gathered_run_names_the_machines_of_its_parts(
     devices: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
