@@ -34,7 +34,7 @@ from specrej_eval.progress import Progress
 from specrej_eval.records.fingerprint import DECIDING, EMBEDDED, of_models, warn_of_uncovered
 from specrej_eval.records.journal import Journal, request_key
 from specrej_eval.records.trace import Tracer, make_tracer
-from specrej_eval.rewards.base import RewardModel, RewardSession, open_session
+from specrej_eval.rewards.base import RewardModel, RewardSession
 from specrej_eval.scheduler import Scheduler
 from specrej_eval.strategies.base import State, Strategy, make_strategy
 
@@ -248,9 +248,9 @@ class Generator:
             budget,
             until=request.until,
             with_logprobs=self.reward.needs_logprobs,
-            token_stats=getattr(self.reward, "needs_token_stats", ()),
+            token_stats=self.reward.needs_token_stats,
         )
-        scoring = open_session(self.reward, request.prompt.conversation, request.prompt.response_prefix)
+        scoring = self.reward.open(request.prompt.conversation, request.prompt.response_prefix)
         state, plan = strategy.init(budget)
         self.engine.follow(session, plan)
         return _Running(
@@ -307,14 +307,14 @@ class Generator:
             return []
         reward = self.reward
         started, tokens, calls = time.perf_counter(), reward.tokens_scored, reward.num_calls
-        floored, unreadable = getattr(reward, "scores_floored", 0), getattr(reward, "grades_unreadable", 0)
+        floored, unreadable = reward.scores_floored, reward.grades_unreadable
         scores = list(work.scoring.score(pool))
         work.ledger.seconds["reward"] += time.perf_counter() - started
         work.ledger.reward_tokens += reward.tokens_scored - tokens
         work.ledger.reward_calls += reward.num_calls - calls
-        work.ledger.scores_floored += getattr(reward, "scores_floored", 0) - floored
-        work.ledger.grades_unreadable += getattr(reward, "grades_unreadable", 0) - unreadable
-        reasons: dict[int, str] = getattr(reward, "nan_reasons", {})
+        work.ledger.scores_floored += reward.scores_floored - floored
+        work.ledger.grades_unreadable += reward.grades_unreadable - unreadable
+        reasons = reward.nan_reasons
         for place, (row, score) in enumerate(zip(pool, scores, strict=True)):
             if math.isfinite(score):
                 continue
@@ -336,15 +336,13 @@ class Generator:
     @staticmethod
     def _make_comparable(work: _Running, finished: Sequence[int]) -> None:
         """Scores that hold only among the rows of one look (ranks) are made anew among all rows that finished."""
-        compare = getattr(work.scoring, "compare", None)
-        scores = None if compare is None else compare(finished)
+        scores = work.scoring.compare(finished)
         if scores is not None:
             work.rewards.update(zip(finished, scores, strict=True))
 
     def _result(self, work: _Running) -> GenerationResult:
         session, rows = work.session, self.engine.rows(work.session)
         self._make_comparable(work, [row.row for row in rows if row.finish_reason != "rejected"])
-        parts_of = getattr(work.scoring, "parts", None)  # an ensemble's
         trajectories = [
             Trajectory(
                 row=row.row,
@@ -354,7 +352,7 @@ class Generator:
                 finish_reason=row.finish_reason,
                 rounds_survived=work.survived[row.row],
                 logprobs=row.logprobs,
-                reward_parts=None if parts_of is None else parts_of(row.row),
+                reward_parts=work.scoring.parts(row.row),
             )
             for row in rows
         ]

@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import spearmanr
 from support import reward_servers as servers
+from support.rewards import make_reward
 from support.tiny_models import CHAT_TEMPLATE, save, tiny_reward_model, tiny_tokenizer
 
 from specrej_eval.checkpoint import DEMO_REWARD
@@ -24,7 +25,6 @@ from specrej_eval.commands.doctor.probes import PROBES, demo_probes
 from specrej_eval.commands.doctor.reward import Patient, check_input, check_pairs, check_partial, check_stability
 from specrej_eval.config import RunConfig
 from specrej_eval.errors import RewardError
-from specrej_eval.rewards.base import make_reward
 
 BETTER = {better for _, better, _ in PROBES.pairs}
 WORTH = {answer: -place for _, answers in PROBES.answers for place, answer in enumerate(answers)}

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 from support import reward_servers as servers
+from support.rewards import check_reward, make_reward
 from support.tiny_models import BOS, save, tiny_tokenizer
 
 from specrej_eval import load
@@ -21,9 +22,8 @@ from specrej_eval.core import RowView
 from specrej_eval.errors import ConfigError, RewardError, SpecRejError
 from specrej_eval.records.fingerprint import of_models
 from specrej_eval.records.run_names import model_name
-from specrej_eval.rewards.base import check_reward, make_reward
-from specrej_eval.rewards.servers import http as _http
-from specrej_eval.rewards.servers import judge as judges
+from specrej_eval.rewards import http as _http
+from specrej_eval.rewards.kinds import judge as judges
 
 HELLO = [{"role": "user", "content": "Say hello."}]
 TEXTS = ["Hello!", "Good morning to you, dear reader.", "", "¡Buenos días!", "Hello!", "Hi"]
