@@ -314,15 +314,13 @@ class Generator:
         work.ledger.reward_calls += reward.num_calls - calls
         work.ledger.scores_floored += reward.scores_floored - floored
         work.ledger.grades_unreadable += reward.grades_unreadable - unreadable
-        reasons = reward.nan_reasons
         for place, (row, score) in enumerate(zip(pool, scores, strict=True)):
             if math.isfinite(score):
                 continue
             if work.request.config.on_nan == "error":
-                reason = f" ({reasons[place]})" if place in reasons else ""
                 raise RewardError(
-                    f"{reward.name} scored row {row.row} of a prompt with {score}{reason}; its text begins "
-                    f"{row.text[:80]!r}.",
+                    f"{reward.name} scored row {row.row} of a prompt with {score}{reward.why_nan(place)}; its text "
+                    f"begins {row.text[:80]!r}.",
                     hint="on_nan=drop ranks such rows last and counts them.",
                 )
             work.nan_rewards += 1

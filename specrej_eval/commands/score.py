@@ -232,10 +232,11 @@ def _scored(
             raise RewardError(f"{chunk[0].where}: {error.args[0]}", hint=error.hint or _SKIP) from error
         yield chunk[0], str(error.args[0])
         return
-    for entry, score in zip(chunk, scores, strict=True):
+    for place, (entry, score) in enumerate(zip(chunk, scores, strict=True)):
+        why = reward.why_nan(place)
         if math.isnan(score) and on_error == "stop":
-            raise RewardError(f"{entry.where}: {reward.name} scored it with NaN.", hint=_SKIP)
-        yield entry, "NaN" if finite_or_none(score) is None else float(score)
+            raise RewardError(f"{entry.where}: {reward.name} scored it with NaN{why}.", hint=_SKIP)
+        yield entry, f"NaN{why}" if finite_or_none(score) is None else float(score)
 
 
 def _of_the_server(error: RewardError) -> bool:

@@ -101,6 +101,10 @@ class RewardModel(ABC):
         """Why scores of the last call are NaN, by their places; empty where that is not known."""
         return {}
 
+    def why_nan(self, place: int) -> str:
+        """Why the score at that place of the last call is NaN, as a message may go on; empty where not known."""
+        return f" ({self.nan_reasons[place]})" if place in self.nan_reasons else ""
+
     @abstractmethod
     def score(self, conversation: Sequence[Message], rows: Sequence[RowView], response_prefix: str = "") -> list[float]:
         """One float per row, in order.

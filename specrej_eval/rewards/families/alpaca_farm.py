@@ -51,7 +51,6 @@ class Family(RewardFamily):
         backbone = str(source.raw.get("backbone_model_name_or_path"))
         if not is_folder(backbone):
             backbone = BACKBONE
-        own_tokenizer = any((expanded(source.name) / file).is_file() for file in checkpoint.TOKENIZER_FILES)
         raw = checkpoint.read_config("reward_model", backbone, token=source.token)
         return load_linear(
             source,
@@ -59,6 +58,6 @@ class Family(RewardFamily):
             TEMPLATE,
             bias=True,
             model_config=body_config(source.name, raw),
-            tokenizer_from=None if own_tokenizer else backbone,
+            tokenizer_from=None if checkpoint.has_tokenizer(expanded(source.name)) else backbone,
             key_mapping={r"^backbone_model\.model\.": ""},
         )

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor, nn
 
@@ -60,10 +59,7 @@ class Family(RewardFamily):
         "for the 7B model, access to meta-llama/Llama-2-7b-chat-hf (gated: config, tokenizer), or a folder that holds "
         "them"
     )
-
-    def matches(self, name: str, raw: Mapping[str, Any]) -> bool:
-        """By name: the 7B checkpoint has no config, the 34B one's is a sequence classifier's."""
-        return self.is_example(name)
+    BY_NAME = True  # the 7B checkpoint has no config, the 34B one's is a sequence classifier's
 
     def config_from(self, name: str) -> str | None:
         return CONFIGS.get(Path(name).name)
@@ -80,12 +76,11 @@ class Family(RewardFamily):
         folder = expanded(source.name)
         bare = any(folder.glob(_RAW_WEIGHTS)) if folder.is_dir() else folder.name in CONFIGS
         tensors = read_tensors(source, _belongs, pattern=_RAW_WEIGHTS if bare else None)
-        own_tokenizer = any((folder / file).is_file() for file in checkpoint.TOKENIZER_FILES)
         body, tokenizer = load_body(
             source,
             model_config=model_config,
             state=_body_state(source.name, tensors),
-            tokenizer_from=None if own_tokenizer else TOKENIZERS.get(folder.name),
+            tokenizer_from=None if checkpoint.has_tokenizer(folder) else TOKENIZERS.get(folder.name),
         )
         head = fill(source, nn.Linear(model_config.hidden_size, 1, bias=False), tensors, "v_head.")
         template = CHATML_TEMPLATE if model_config.vocab_size >= _YI_VOCAB_SIZE else LLAMA_TEMPLATE
