@@ -7,6 +7,7 @@ import importlib
 import json
 import sys
 from collections.abc import Callable, Iterator
+from graphlib import TopologicalSorter
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +86,38 @@ def test_a_protocol_keeps_the_contract(name: str) -> None:
     assert protocol.PATHS and all(path.startswith("/") for path in (*protocol.PATHS, *protocol.ENDPOINTS))
     for other in set(protocols()) - {name}:
         assert not set(protocol.PATHS) & set(protocols()[other].PATHS), "each is known by paths of its own"
+
+
+def imports_within(path: Path) -> set[str]:
+    """Modules of ``rewards`` that a file imports, inside functions and for types too: ``kinds.base``, ``families``."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("specrej_eval.rewards"):
+            origin = (node.module or "").removeprefix("specrej_eval.rewards").lstrip(".")
+            below = {".".join(filter(None, (origin, alias.name))) for alias in node.names}
+            found |= {name for name in below if name in FILES} or {origin}
+    return found
+
+
+REWARDS = ROOT / "specrej_eval" / "rewards"
+FILES = {
+    ".".join(path.relative_to(REWARDS).with_suffix("").parts): path
+    for path in sorted(REWARDS.rglob("*.py"))
+    if path.name != "__init__.py"
+}
+
+
+def test_choosing_is_above_all_and_siblings_do_not_know_each_other() -> None:
+    assert not imports_within(FILES["base"])
+    for name, path in FILES.items():
+        imported = imports_within(path)
+        assert "choose" not in imported
+        folder = name.partition(".")[0]
+        if folder in ("kinds", "families", "servers"):
+            assert {other for other in imported if other.startswith(f"{folder}.")} <= {f"{folder}.base"}, name
+            assert folder == "kinds" or not any(other.startswith("kinds") for other in imported), name
+    graph = {name: imports_within(path) for name, path in FILES.items()}
+    TopologicalSorter(graph).prepare()  # raises where there is a circle
 
 
 def test_no_capability_is_probed_for() -> None:

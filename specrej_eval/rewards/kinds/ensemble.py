@@ -29,10 +29,6 @@ class Part(NamedTuple):
     config: RunConfig
     """The run's, with ``reward_model`` and what else the part has for itself."""
 
-    @property
-    def name(self) -> str:
-        return str(self.config.reward_model)
-
 
 def parse(name: str, config: RunConfig) -> list[Part]:
     """The parts, in the order given.
