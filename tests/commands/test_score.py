@@ -17,7 +17,7 @@ from specrej_eval.cli import main
 from specrej_eval.commands import score
 from specrej_eval.core import RowView
 from specrej_eval.rewards import http as _http
-from specrej_eval.rewards.base import Pair, by_conversation
+from specrej_eval.rewards.base import Pair, in_groups
 from specrej_eval.rewards.kinds.ensemble import ranks
 
 ROWS: list[dict[str, Any]] = [
@@ -286,7 +286,8 @@ def test_a_judge_and_a_server_score_pairs_of_many_conversations(tmp_path: Path) 
 def test_conversations_are_told_apart_by_all_they_hold() -> None:
     one = ({"role": "user", "content": "a"},)
     two = ({"role": "system", "content": "a"},)
-    assert by_conversation([Pair(one, "x"), Pair(two, "x"), Pair(one, "y")]) == [[0, 2], [1]]
+    keys = [pair.key for pair in (Pair(one, "x"), Pair(two, "x"), Pair(one, "y"))]
+    assert in_groups(keys, lambda places: [sum(places) + place / 10 for place in places]) == [2.0, 1.1, 2.2]
 
 
 def _file(folder: Path) -> Path:
