@@ -139,6 +139,10 @@ def test_rows_of_every_architecture_and_path_are_bits(arch: Architecture, counte
     paths = {arch.path, "replicated", "recompute"} if FULL else {arch.path, "recompute"}
     for path in sorted(paths):
         runner = ModelRunner(shared_model(arch.name), path=path)  # type: ignore[arg-type]
+        if THREADS == 2 and path != "shared_prefix" and runner.batch_invariance == "rounding":
+            # the model's own attention: on some CPUs torch's gives a row other bits on its second thread
+            counted("architectures and paths that promise no bits on two threads")
+            continue
         assert runner.batch_invariance == "bits"
         together = forced_logits(runner, list(range(70)))
         for rows in COMPANY:

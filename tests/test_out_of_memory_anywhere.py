@@ -207,6 +207,7 @@ def test_the_runs_go_through_everything() -> None:
     assert {row["finish_reason"] for result in results for row in result["trajectories"]} == {
         "rejected",
         "stop",
+        "eos",
         "length",
     }
     forked = undisturbed(CASES[2])[0][0]["trajectories"]
