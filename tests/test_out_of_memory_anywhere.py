@@ -61,7 +61,7 @@ class Forks:
             return state, None
         keep = tuple(sorted([live[-1], *live[1:]])) if not state.rows_started else tuple(sorted(live))
         fresh = int(not state.rows_started)
-        return State(state.rows_started + 1), Plan(keep=keep, fresh=fresh, num_tokens=2)
+        return State(state.rows_started + 1), Plan(keep=keep, fresh=fresh, num_tokens=1)
 
 
 @dataclass(frozen=True)
@@ -82,26 +82,27 @@ class Case:
     """The reward model is tried out in each run."""
 
 
-WAVES = {"n": 4, "max_gen_toks": 4, "kv_budget_tokens": 14, "alpha": 0, "top_k": 0}
-REJECTING = {"n": 4, "max_gen_toks": 5, "first_look": 3, "alpha": 0.5}
+WAVES = {"n": 4, "max_gen_toks": 3, "kv_budget_tokens": 11, "alpha": 0, "top_k": 0}
+FEW = {"n": 2, "max_gen_toks": 2, "first_look": 1, "alpha": 0.5}
+REJECTING = {"n": 4, "max_gen_toks": 4, "first_look": 2, "alpha": 0.5}
 # each seed: rows that leave from the middle of a batch, at a stop string and at the cap, and rows that are rejected
 CASES = [
-    Case("incremental scoring", reward="full", arguments=REJECTING, seed=3),
-    Case("two prompts in waves", reward="likelihood", prompts=("a", "Tell"), layers=1, arguments=WAVES, seed=5),
-    Case("forks and late rows", reward="full", layers=1, arguments={"n": 5, "max_gen_toks": 6}, seed=FORKS + 7),
-    Case("reward tried out", reward="prompt", layers=1, arguments=REJECTING, seed=1, reward_is_new=True),
-    Case("replicated", path="replicated", reward="off", arguments=REJECTING, seed=3),
-    Case("recurrent", path="replicated", policy="mamba", layers=1, prompts=("a", "Tell"), arguments=REJECTING, seed=1),
-    Case("recompute", path="recompute", reward="off", layers=1, arguments=REJECTING, seed=1),
+    Case("incremental scoring", reward="full", arguments=REJECTING, seed=9),
+    Case("two prompts in waves", reward="likelihood", prompts=("a", "Tell"), layers=1, arguments=WAVES, seed=3),
+    Case("forks and late rows", reward="full", layers=1, arguments={"n": 5, "max_gen_toks": 4}, seed=FORKS + 12),
+    Case("reward tried out", reward="prompt", layers=1, arguments=FEW, seed=1, reward_is_new=True),
+    Case("replicated", path="replicated", reward="off", arguments=REJECTING, seed=6),
+    Case("recurrent", path="replicated", policy="mamba", layers=1, arguments=REJECTING, seed=12),
+    Case("recompute", path="recompute", reward="off", layers=1, arguments=REJECTING, seed=4),
     Case(
         "recomputed beside shared",
         prompts=("a", "Tell"),
         layers=1,
-        options={"rope_parameters": DYNAMIC, "max_position_embeddings": 9},
+        options={"rope_parameters": DYNAMIC, "max_position_embeddings": 8},
         arguments=REJECTING,
-        seed=4,
+        seed=5,
     ),
-    Case("experts", policy="mixtral", layers=1, arguments=REJECTING, seed=4),
+    Case("experts", policy="mixtral", layers=1, arguments=REJECTING, seed=1),
 ]
 UNTIL = tuple("abcdefghijklmnopqrstuvwxyz")
 EACH = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name.replace(" ", "_"))
@@ -213,7 +214,7 @@ def test_the_runs_go_through_everything() -> None:
     forked = undisturbed(CASES[2])[0][0]["trajectories"]
     assert len(forked) == 5
     assert forked[3]["token_ids"][:2] in [row["token_ids"][:2] for row in forked[:3]]
-    assert any(len(result["rounds"]) > 2 for result in undisturbed(CASES[1])[0])  # waves
+    assert all(len(result["rounds"]) == 2 for result in undisturbed(CASES[1])[0])  # waves
     called = {place.split(":")[1] for case in CASES for _, place in undisturbed(case)[1] if ":" in place}
     assert [name for name in STEPS if name not in called] == []
 
