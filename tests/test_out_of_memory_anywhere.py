@@ -199,8 +199,8 @@ def points(case: Case) -> tuple[int, ...]:
     return tuple(sorted({number for name, number in last.items() if name not in before} | {len(sites) // 2}))
 
 
-STEPS = ["prefill", "_commit", "_records_of", "drop", "move", "selection", "_gathered", "_fresh", "pool", "write"]
-STEPS += ["sample", "extend", "head_scores", "_try_out", "_reorder_cache", "_replicated", "_recompute", "stats_of"]
+STEPS = ["prefill", "_commit", "_records_of", "drop", "move", "selection", "_gathered", "start", "write"]
+STEPS += ["sample", "extend", "head_scores", "_try_out", "_reorder_cache", "_replicated", "_logits", "logprobs_of"]
 
 
 def test_the_runs_go_through_everything() -> None:
