@@ -498,7 +498,7 @@ def test_the_bare_literal_command_with_alpaca_evals_own_data_and_judge(tmp_path:
     assert package_digest() == before, "alpaca_eval's installed files were written to"
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_the_literal_command_in_a_users_folder(tmp_path: Path) -> None:
     """With today's setuptools, from a folder that holds our model_configs: a file, a folder, an absolute path, -m."""
     done = subprocess.run([sys.executable, "-m", "specrej_eval", "init"], cwd=tmp_path, capture_output=True, text=True)
