@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from specrej_eval.core import Message, RowView, TokenStat
+from specrej_eval.special_tokens import ContentGuard
 
 
 class RewardSession(ABC):
@@ -68,6 +69,16 @@ class RewardModel(ABC):
     """The rewards that it is made of; empty for a single one."""
     renderer: Any = None
     """What makes token ids of a conversation, where that is done on our side (``checkpoints.renderer``)."""
+
+    @property
+    def guard(self) -> ContentGuard | None:
+        """What holds the texts it is given to ``special_tokens_in_content``, where that is done without a renderer."""
+        return None
+
+    def text_sent(self, conversation: Sequence[Message], response: str) -> str | None:
+        """The rendered text of a finished answer, where that is what a server gets."""
+        del conversation, response
+        return None
 
     @property
     def reads_text(self) -> bool:

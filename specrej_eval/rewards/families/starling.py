@@ -19,6 +19,8 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from specrej_eval import checkpoint
+from specrej_eval.companions import CONFIG_ELSEWHERE as CONFIGS
+from specrej_eval.companions import STARLING_TOKENIZERS as TOKENIZERS
 from specrej_eval.errors import CheckpointError
 from specrej_eval.paths import expanded
 from specrej_eval.rewards.checkpoints.family import RewardCheckpoint, RewardFamily
@@ -42,11 +44,6 @@ CHATML_TEMPLATE = (
     "{%- endfor -%}"
     "{%- if add_generation_prompt -%}{{ '\n<|im_start|>assistant\n' }}{%- endif -%}"
 )
-CONFIGS = {"Starling-RM-7B-alpha": "meta-llama/Llama-2-7b-chat-hf"}
-"""Checkpoints published as bare weights (by the last part of their name), and where their body's config lies."""
-TOKENIZERS = {**CONFIGS, "Starling-RM-34B": "01-ai/Yi-34B-Chat"}
-"""Neither checkpoint brings one along."""
-
 _RAW_WEIGHTS = "*.pt"
 _YI_VOCAB_SIZE = 64_000
 """Llama-2's vocabulary is half as large: this tells the two bodies, and so their templates, apart."""
