@@ -45,10 +45,10 @@ def check(config: RunConfig, host: Mapping[str, Any]) -> None:
     """
     budget.check_arguments(config)
     from specrej_eval.engines.transformers.loading import check_checkpoint
-    from specrej_eval.rewards.base import check_reward
+    from specrej_eval.rewards.choose import resolve_reward
 
     check_checkpoint(config, host)
-    check_reward(config, token=host.get("token"))
+    resolve_reward(config, token=host.get("token"))
 
 
 def load_models(
@@ -62,11 +62,10 @@ def load_models(
     Raises:
         ConfigError, CheckpointError, MissingDependencyError: as ``load``.
     """
-    from specrej_eval.rewards.base import make_reward
+    from specrej_eval.rewards.choose import resolve_reward
 
     engine = load_engine(config, host, content_rule=content_rule)
-    reward = make_reward(config, device=config.reward_device or str(engine.device), token=host.get("token"))
-    return engine, reward
+    return engine, resolve_reward(config, token=host.get("token")).load(str(engine.device))
 
 
 def load_engine(

@@ -34,7 +34,7 @@ from specrej_eval.progress import Progress
 from specrej_eval.records.fingerprint import DECIDING, EMBEDDED, of_models, warn_of_uncovered
 from specrej_eval.records.journal import Journal, request_key
 from specrej_eval.records.trace import Tracer
-from specrej_eval.rewards.base import RewardModel, RewardSession, open_session
+from specrej_eval.rewards.base import RewardModel, RewardSession
 from specrej_eval.scheduler import Scheduler
 from specrej_eval.strategies.base import State, Strategy, make_strategy
 
@@ -66,8 +66,8 @@ class _Running:
     """The engine's."""
     scoring: RewardSession
     state: State
-    look_at: int
-    """Tokens per live row at which the look is due."""
+    look_in: int
+    """Tokens each live row takes before the next look, counted from the last."""
     rewards: dict[int, float] = field(default_factory=dict)
     survived: Counter[int] = field(default_factory=Counter)
     rounds: list[Round] = field(default_factory=list)
@@ -77,7 +77,7 @@ class _Running:
 
     @property
     def remaining_tokens(self) -> int:
-        return 0 if not self.session.num_live else self.look_at - self.session.num_tokens
+        return 0 if not self.session.num_live else self.look_in - self.session.tokens_since_look
 
 
 class Generator:
@@ -249,9 +249,9 @@ class Generator:
             budget,
             until=request.until,
             with_logprobs=self.reward.needs_logprobs,
-            token_stats=getattr(self.reward, "needs_token_stats", ()),
+            token_stats=self.reward.needs_token_stats,
         )
-        scoring = open_session(self.reward, request.prompt.conversation, request.prompt.response_prefix)
+        scoring = self.reward.open(request.prompt.conversation, request.prompt.response_prefix)
         state, plan = strategy.init(budget)
         self.engine.follow(session, plan)
         return _Running(
@@ -262,7 +262,7 @@ class Generator:
             session=session,
             scoring=scoring,
             state=state,
-            look_at=plan.num_tokens,
+            look_in=plan.num_tokens,
         )
 
     def _look(self, work: _Running, tracer: Tracer) -> GenerationResult | None:
@@ -300,7 +300,7 @@ class Generator:
         work.ledger.seconds["other"] += time.perf_counter() - looked - scoring
         if plan is None:
             return self._result(work)
-        work.look_at = work.session.num_tokens + plan.num_tokens
+        work.look_in = plan.num_tokens
         return None
 
     def _score(self, work: _Running, pool: Sequence[RowView]) -> list[float]:
@@ -308,22 +308,20 @@ class Generator:
             return []
         reward = self.reward
         started, tokens, calls = time.perf_counter(), reward.tokens_scored, reward.num_calls
-        floored, unreadable = getattr(reward, "scores_floored", 0), getattr(reward, "grades_unreadable", 0)
+        floored, unreadable = reward.scores_floored, reward.grades_unreadable
         scores = list(work.scoring.score(pool))
         work.ledger.seconds["reward"] += time.perf_counter() - started
         work.ledger.reward_tokens += reward.tokens_scored - tokens
         work.ledger.reward_calls += reward.num_calls - calls
-        work.ledger.scores_floored += getattr(reward, "scores_floored", 0) - floored
-        work.ledger.grades_unreadable += getattr(reward, "grades_unreadable", 0) - unreadable
-        reasons: dict[int, str] = getattr(reward, "nan_reasons", {})
+        work.ledger.scores_floored += reward.scores_floored - floored
+        work.ledger.grades_unreadable += reward.grades_unreadable - unreadable
         for place, (row, score) in enumerate(zip(pool, scores, strict=True)):
             if math.isfinite(score):
                 continue
             if work.request.config.on_nan == "error":
-                reason = f" ({reasons[place]})" if place in reasons else ""
                 raise RewardError(
-                    f"{reward.name} scored row {row.row} of a prompt with {score}{reason}; its text begins "
-                    f"{row.text[:80]!r}.",
+                    f"{reward.name} scored row {row.row} of a prompt with {score}{reward.why_nan(place)}; its text "
+                    f"begins {row.text[:80]!r}.",
                     hint="on_nan=drop ranks such rows last and counts them.",
                 )
             work.nan_rewards += 1
@@ -337,15 +335,13 @@ class Generator:
     @staticmethod
     def _make_comparable(work: _Running, finished: Sequence[int]) -> None:
         """Scores that hold only among the rows of one look (ranks) are made anew among all rows that finished."""
-        compare = getattr(work.scoring, "compare", None)
-        scores = None if compare is None else compare(finished)
+        scores = work.scoring.compare(finished)
         if scores is not None:
             work.rewards.update(zip(finished, scores, strict=True))
 
     def _result(self, work: _Running) -> GenerationResult:
         session, rows = work.session, self.engine.rows(work.session)
         self._make_comparable(work, [row.row for row in rows if row.finish_reason != "rejected"])
-        parts_of = getattr(work.scoring, "parts", None)  # an ensemble's
         trajectories = [
             Trajectory(
                 row=row.row,
@@ -355,7 +351,7 @@ class Generator:
                 finish_reason=row.finish_reason,
                 rounds_survived=work.survived[row.row],
                 logprobs=row.logprobs,
-                reward_parts=None if parts_of is None else parts_of(row.row),
+                reward_parts=work.scoring.parts(row.row),
             )
             for row in rows
         ]

@@ -207,8 +207,7 @@ def _begin(target: Path, fingerprint: dict[str, Any], *, overwrite: bool) -> lis
 
 
 def _check_reads_text(reward: RewardModel) -> None:
-    stats: tuple[str, ...] = getattr(reward, "needs_token_stats", ())
-    if reward.needs_logprobs or stats:
+    if not reward.reads_text:
         raise ConfigError(
             f"reward_model={reward.name!r} scores while decoding: texts of a file have no numbers of the engine.",
             hint="name a reward model that reads text.",
@@ -227,10 +226,8 @@ def _scored(
         RewardError: the reward failed as a whole, or a row could not be scored and ``on_error`` is ``stop``; rows
             before it have been yielded.
     """
-    from specrej_eval.rewards.base import score_pairs
-
     try:
-        scores = score_pairs(reward, [entry.pair for entry in chunk])
+        scores = reward.score_pairs([entry.pair for entry in chunk])
     except RewardError as error:
         if together or _of_the_server(error):
             raise
@@ -242,15 +239,16 @@ def _scored(
             raise RewardError(f"{chunk[0].where}: {error.args[0]}", hint=error.hint or _SKIP) from error
         yield chunk[0], str(error.args[0])
         return
-    for entry, score in zip(chunk, scores, strict=True):
+    for place, (entry, score) in enumerate(zip(chunk, scores, strict=True)):
+        why = reward.why_nan(place)
         if math.isnan(score) and on_error == "stop":
-            raise RewardError(f"{entry.where}: {reward.name} scored it with NaN.", hint=_SKIP)
-        yield entry, "NaN" if finite_or_none(score) is None else float(score)
+            raise RewardError(f"{entry.where}: {reward.name} scored it with NaN{why}.", hint=_SKIP)
+        yield entry, f"NaN{why}" if finite_or_none(score) is None else float(score)
 
 
 def _of_the_server(error: RewardError) -> bool:
     """Whether every row would fail like this: the server is not there, does not let us in, or is broken."""
-    from specrej_eval.rewards.servers.http import ServerError
+    from specrej_eval.rewards.http import ServerError
 
     return isinstance(error, ServerError) and error.status not in (400, 413, 422)
 

@@ -30,6 +30,7 @@ from specrej_eval.core import (
 from specrej_eval.engines.base import FinishedRow
 from specrej_eval.errors import KVBudgetExceededError
 from specrej_eval.generator import Generator, Request
+from specrej_eval.rewards.base import RewardModel
 from specrej_eval.strategies.base import make_strategy
 
 EOS = 0
@@ -205,6 +206,7 @@ def run_directly(config: RunConfig, process: Process, *, prompt_tokens: int = 7)
 class _Row:
     row: int
     tokens: int = 0
+    at_look: int = 0
     finish_reason: FinishReason | None = None
 
 
@@ -230,8 +232,8 @@ class Session:
         return len(self.live)
 
     @property
-    def num_tokens(self) -> int:
-        return max((row.tokens for row in self.live), default=0)
+    def tokens_since_look(self) -> int:
+        return max((row.tokens - row.at_look for row in self.live), default=0)
 
 
 class SimulatedEngine:
@@ -276,6 +278,8 @@ class SimulatedEngine:
         session.rows += fresh
         session.live = [row for row in session.live if row.row in plan.keep] + fresh
         session.in_pool = list(session.live)
+        for row in session.live:
+            row.at_look = row.tokens
         session.kv_tokens_peak = session.prompt_tokens + sum(row.tokens for row in session.live)
 
     def decode(self, sessions: Sequence[Session], num_tokens: int) -> None:
@@ -326,16 +330,15 @@ class SimulatedEngine:
         return {"device": "none"}
 
 
-class SimulatedReward:
-    """Speaks ``rewards.base.RewardModel``; reads every token of every row at every look, as without a prefix cache."""
+class SimulatedReward(RewardModel):
+    """Reads every token of every row at every look, as without a prefix cache."""
 
     name = "simulated"
-    needs_logprobs = False
+    tokens_scored = 0
+    num_calls = 0
 
     def __init__(self, process_of: Callable[[str], Process]) -> None:
         self.process_of = process_of
-        self.tokens_scored = 0
-        self.num_calls = 0
 
     def score(self, conversation: Sequence[Message], rows: Sequence[RowView], response_prefix: str = "") -> list[float]:
         process = self.process_of(conversation[-1]["content"])
