@@ -3,6 +3,7 @@
 ``SPECREJ_TEST_FULL=1`` asks for ten times as many examples and draws (minutes instead of seconds).
 """
 
+import gc
 import os
 import statistics
 from collections import Counter
@@ -26,6 +27,21 @@ _ALWAYS = {"derandomize": True, "database": None, "deadline": None, "suppress_he
 settings.register_profile("fast", max_examples=100, **_ALWAYS)
 settings.register_profile("full", max_examples=1000, **_ALWAYS)
 settings.load_profile("full" if FULL else "fast")
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m takes tests away
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with slow tests first, so that with several processes no long one is left for the end (needs
+    ``--no-loadscope-reorder``: xdist would begin with the files of the most tests, which are short ones)."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        slow = {item.path for item in items if any(map(item.get_closest_marker, ("slow", "full")))}
+        items.sort(key=lambda item: item.path not in slow)
+
+
+def pytest_collection_finish() -> None:
+    """What is imported by now stays: each ``gc.collect()``, as after memory ran out, need not go through it again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="module")

@@ -320,7 +320,7 @@ def test_the_reward_model_reads_the_bare_instruction_whatever_the_template(
     monkeypatch.setattr("specrej_eval.harness.alpaca_eval.decoder._loaded", {})
     odd = "What does {output} mean, {instruction}? 1e-3"
     dataset(tmp_path, [odd, INSTRUCTIONS[0]])
-    kwargs = {"reward_model": "test_alpaca_generation:remember", "is_chatml_prompt": chatml, "max_gen_toks": 8}
+    kwargs = {"reward_model": f"{__name__}:remember", "is_chatml_prompt": chatml, "max_gen_toks": 8}
     evaluate(config(tmp_path, prompt_template=template, completions_kwargs=kwargs))
     asked = {conversation[-1]["content"] for conversation in SEEN}
     assert asked == {odd, INSTRUCTIONS[0]}
@@ -499,7 +499,7 @@ def test_the_bare_literal_command_with_alpaca_evals_own_data_and_judge(tmp_path:
     assert package_digest() == before, "alpaca_eval's installed files were written to"
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_the_literal_command_in_a_users_folder(tmp_path: Path) -> None:
     """With today's setuptools, from a folder that holds our model_configs: a file, a folder, an absolute path, -m."""
     done = subprocess.run([sys.executable, "-m", "specrej_eval", "init"], cwd=tmp_path, capture_output=True, text=True)
