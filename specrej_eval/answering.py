@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from specrej_eval import stopping
-from specrej_eval.config import RunConfig
+from specrej_eval.config import AUTO, RunConfig
 from specrej_eval.core import Message, Prompt, Spent
 from specrej_eval.engines.base import Engine
 from specrej_eval.errors import ConfigError, PromptError
@@ -23,8 +23,6 @@ from specrej_eval.records.outputs import Answer, OutputsFolder
 from specrej_eval.special_tokens import ContentText
 
 logger = logging.getLogger(__name__)
-
-AUTO = "auto"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -16,7 +16,7 @@ from specrej_eval import budget as budgets
 from specrej_eval import stopping
 from specrej_eval.budget import Budget
 from specrej_eval.checkpoint import DEMO_REWARD
-from specrej_eval.config import MAX, RunConfig, checked_until
+from specrej_eval.config import DECIDING, MAX, RunConfig, checked_until
 from specrej_eval.core import (
     GenerationResult,
     Ledger,
@@ -31,7 +31,7 @@ from specrej_eval.core import (
 from specrej_eval.engines.base import Engine
 from specrej_eval.errors import OutOfMemoryError, RewardError
 from specrej_eval.progress import Progress
-from specrej_eval.records.fingerprint import DECIDING, EMBEDDED, of_models, warn_of_uncovered
+from specrej_eval.records.fingerprint import EMBEDDED, of_models, warn_of_uncovered
 from specrej_eval.records.journal import Journal, request_key
 from specrej_eval.records.trace import Tracer, make_tracer
 from specrej_eval.rewards.base import RewardModel, RewardSession, open_session

@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from specrej_eval.config import RecordArguments, declared
 from specrej_eval.errors import SpecRejError
 
-RECORDS = ("journal", "trace_path")
+RECORDS = tuple(declared(RecordArguments))
 ABSENT = "-"  # a run of another model has no reward and no ledger
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import importlib
 import importlib.metadata
-import importlib.util
 import os
 import shutil
 import site
@@ -173,19 +172,14 @@ def check_devices() -> Iterator[Finding]:
 
 
 def check_attention() -> Iterator[Finding]:
-    yield Finding("ok", "sdpa", "part of torch; runs everywhere")
-    for extra, module, package in (
-        ("flash-attn", "flash_attn", "flash-attn"),
-        ("flashinfer", "flashinfer", "flashinfer-python"),
-    ):
-        if importlib.util.find_spec(module) is None:
-            yield Finding("note", extra, f'not installed; on a CUDA machine: pip install "specrej-eval[{extra}]"')
-            continue
+    from specrej_eval import registry
+
+    for name in registry.names("specrej_eval.kv.attention"):
         try:
-            importlib.import_module(module)
-            yield Finding("ok", extra, importlib.metadata.version(package))
+            told = importlib.import_module(f"specrej_eval.kv.attention.{name}").__doc__ or ""
+            yield Finding("ok", name, told.partition("\n")[0].removesuffix("."))
         except Exception as error:  # most often built for another torch or CUDA
-            yield Finding("note", extra, f"installed, but cannot be imported: {error!r}")
+            yield Finding("note", name, f"cannot be imported: {error!r}")
 
 
 def check_files() -> Iterator[Finding]:
@@ -229,7 +223,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    if args.reward_model is not None:
+    if "reward_model" in args:
         from specrej_eval.commands.doctor import reward as reward_doctor
 
         return reward_doctor.run(args)

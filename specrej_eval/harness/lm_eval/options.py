@@ -7,14 +7,8 @@ from typing import Any
 
 import torch
 
+from specrej_eval.config import HOST
 from specrej_eval.errors import ConfigError
-
-NOT_WITH_HFLM = {
-    "device_map": "use parallelize=True.",
-    "max_memory": "use parallelize=True with max_memory_per_gpu= and max_cpu_memory=.",
-    "quantization_config": "it reads the one in the checkpoint's config.json; or give a loaded model in Python.",
-}
-"""Arguments that HFLM takes and loses."""
 
 
 def merge_options(arguments: dict[str, Any], harness: Mapping[str, Any]) -> tuple[int | str, list[str]]:
@@ -49,9 +43,11 @@ def check_host_arguments(host: Mapping[str, Any]) -> None:
     """
     if host.get("backend") == "seq2seq":
         raise seq2seq_refused()
-    for name, remedy in NOT_WITH_HFLM.items():
-        if host.get(name) is not None:
-            raise ConfigError(f"{name}={host[name]!r} has no effect on lm-eval's own loader.", hint=remedy)
+    for name, value in host.items():
+        if value is not None and HOST[name].not_in_lm_eval:
+            raise ConfigError(
+                f"{name}={value!r} has no effect on lm-eval's own loader.", hint=HOST[name].not_in_lm_eval
+            )
 
 
 def name_of(loaded: Any) -> str:
