@@ -28,7 +28,7 @@ from specrej_eval.config.argument import (
 )
 from specrej_eval.config.decoding import MAX, DecodingArguments, SamplingArguments
 from specrej_eval.config.engines import EngineArguments
-from specrej_eval.config.models import HostArguments, ModelArguments
+from specrej_eval.config.models import HOST, ModelArguments
 from specrej_eval.config.records import RecordArguments
 from specrej_eval.config.rewards import RewardArguments
 from specrej_eval.config.running import AUTO, DecoderArguments, PromptArguments, RunningArguments
@@ -134,8 +134,6 @@ class RunConfig(RecordArguments, RunningArguments, EngineArguments, DecodingArgu
 
 ARGUMENTS = declared(RunConfig)
 """Ours, by name."""
-HOST = declared(HostArguments)
-"""Those of lm-eval's ``HFLM`` (or of ``from_pretrained``) that are passed through, by name."""
 HOST_ARGUMENTS = tuple(HOST)
 
 

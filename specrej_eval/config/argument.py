@@ -43,9 +43,10 @@ class Takes(Enum):
     RUN = "`run`"
     REQUEST = "`--gen_kwargs`"
     """A task or the user may set it for single requests."""
-    ALONE = "`score`, `doctor --reward`, `specrej_reward_judge`"
-    """Uses of a reward model without a language model."""
-    PART = "a part of an ensemble"
+    ALONE = "rewards alone"
+    """`score`, `doctor --reward` and alpaca_eval's ``specrej_reward_judge``: no language model beside them."""
+    PART = "parts of ensembles"
+    """A part of a list of rewards may have a value of its own."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

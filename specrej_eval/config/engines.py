@@ -12,7 +12,7 @@ class EngineArguments:
     device: str | None = argument(
         None,
         text,
-        "Of the models.",
+        "Device of the models.",
         none="cuda if there is one, else cpu",
         decides=Decides.PLACE,
         takes=(Takes.RUN, Takes.ALONE),

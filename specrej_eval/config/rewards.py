@@ -122,12 +122,18 @@ class RewardArguments:
     reward_dtype: str = argument(
         "auto",
         DTYPE,
-        "Of the reward model; auto = float32 for the embedded one, else the checkpoint's.",
+        "Precision of the reward model; auto = float32 for the embedded one, else the checkpoint's.",
         decides=Decides.MODELS,
         takes=_PART,
     )
     reward_device: str | None = argument(
-        None, text, "Of the reward model.", none="the same as device", decides=Decides.PLACE, takes=_PART, private=True
+        None,
+        text,
+        "Device of the reward model.",
+        none="the same as device",
+        decides=Decides.PLACE,
+        takes=_PART,
+        private=True,
     )
     deepconf_window: int = argument(
         64,

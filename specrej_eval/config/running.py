@@ -92,12 +92,16 @@ class DecoderArguments(PromptArguments):
     """Names in ``completions_kwargs`` of alpaca_eval beside those of ``--model_args``."""
 
     is_chatml_prompt: bool = argument(
-        False, as_bool, "The prompt template is ChatML, to be read as messages.", decides=Decides.ANSWERS, takes=()
+        False,
+        as_bool,
+        "alpaca_eval only: the prompt template is ChatML, to be read as messages.",
+        decides=Decides.ANSWERS,
+        takes=(),
     )
     price_per_hour: float = argument(
         0.0,
         number("at least 0", lambda value: value >= 0),
-        "What the machine costs, for ``price_per_example``.",
+        "alpaca_eval only: what the machine costs, for ``price_per_example``.",
         decides=Decides.NOTHING,
         takes=(),
     )

@@ -51,7 +51,7 @@ from."""
 EMBEDDED = "embedded"
 """The demo pair's name in records: its folder differs from machine to machine."""
 
-_HOST_DEFAULTS = {name: made.read(made.default) for name, made in HOST.items() if made.default is not None}
+_HOST_DEFAULTS = {name: made.default for name, made in HOST.items() if made.default is not None}
 """Left out or written out, it is the same run."""
 
 _BESIDE = ("environment", "uncovered")

@@ -51,7 +51,7 @@ FINGERPRINT = "specrej:fingerprint"
 class SpecRejLM(HFLM):
     """A causal language model whose answers are chosen by a reward model while they are being written.
 
-    Args are those of ``RunConfig`` (see the README's table) and those of ``HFLM``, in ``--model_args``, in Python, or
+    Args are those of ``RunConfig`` (see docs/arguments.md) and those of ``HFLM``, in ``--model_args``, in Python, or
     as the constructor's keywords. Without ``pretrained`` the embedded demo pair is used.
 
     ``batch_size`` is the number of prompts decoded at the same time; results never depend on it. lm-eval passes its
@@ -80,7 +80,8 @@ class SpecRejLM(HFLM):
         loaded = pretrained if isinstance(pretrained, torch.nn.Module) else None
         arguments["pretrained"] = name_of(loaded) if loaded is not None else pretrained
         arguments.setdefault("strategy", self.default_strategy)
-        host_batch_size, notes = merge_options(arguments, harness_options or {})
+        named = host_run is not None and host_run.device_given
+        host_batch_size, notes = merge_options(arguments, harness_options or {}, device_given=named)
         self.seed_from = lm_eval_run.FROM_MODEL_ARGS if "seed" in arguments else lm_eval_run.FROM_DEFAULT
         if host_run is not None:
             arguments["seed"], self.seed_from = host_run.seed(arguments)

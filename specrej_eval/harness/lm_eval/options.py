@@ -11,15 +11,20 @@ from specrej_eval.config import HOST
 from specrej_eval.errors import ConfigError
 
 
-def merge_options(arguments: dict[str, Any], harness: Mapping[str, Any]) -> tuple[int | str, list[str]]:
+def merge_options(
+    arguments: dict[str, Any], harness: Mapping[str, Any], *, device_given: bool = False
+) -> tuple[int | str, list[str]]:
     """Bring model_args and lm-eval's own options together in ``arguments``; model_args win.
+
+    Args:
+        device_given: the user named the device; lm-eval passes ``cuda:0`` where nobody did.
 
     Returns:
         HFLM's batch size, and what there is to warn about.
     """
     options = {name: value for name, value in harness.items() if value is not None}
-    if options.get("device") == "cuda:0" and not torch.cuda.is_available():
-        del options["device"]  # the command line's default, also where there is no GPU
+    if not device_given and options.get("device") == "cuda:0" and not torch.cuda.is_available():
+        del options["device"]
     notes = []
     given = arguments.pop("batch_size", None)
     host_batch_size = options.pop("batch_size", 1 if given is None else given)
@@ -32,7 +37,7 @@ def merge_options(arguments: dict[str, Any], harness: Mapping[str, Any]) -> tupl
     if ours is not None and not str(ours).startswith("auto"):
         arguments["batch_size"] = ours
     for name, value in options.items():
-        if arguments.setdefault(name, value) != value and value != "cuda:0":
+        if arguments.setdefault(name, value) != value and (device_given or value != "cuda:0"):
             notes.append(f"{name}={arguments[name]} in model_args wins over --{name} {value}.")
     return host_batch_size, notes
 
