@@ -26,7 +26,7 @@ from specrej_eval.config.argument import (
     checked_until,
     declared,
 )
-from specrej_eval.config.decoding import MAX, DecodingArguments, SamplingArguments
+from specrej_eval.config.decoding import DEFAULT_N, MAX, DecodingArguments, SamplingArguments
 from specrej_eval.config.engines import EngineArguments
 from specrej_eval.config.models import HOST, ModelArguments
 from specrej_eval.config.records import RecordArguments
@@ -38,6 +38,7 @@ __all__ = [
     "ARGUMENTS",
     "AUTO",
     "DECIDING",
+    "DEFAULT_N",
     "HOST",
     "HOST_ARGUMENTS",
     "MAX",
@@ -112,7 +113,7 @@ class RunConfig(RecordArguments, RunningArguments, EngineArguments, DecodingArgu
         config = dataclasses.replace(self, **read)
         if config.temperature == 0 and config.n != 1:
             raise ConfigError(
-                f"temperature=0 decodes greedily, so all n={16 if config.n is None else config.n} rows would be equal.",
+                f"temperature=0 decodes greedily, so all n={config.n or DEFAULT_N} rows would be equal.",
                 hint="set temperature above 0, or n=1 for plain greedy decoding.",
             )
         return config

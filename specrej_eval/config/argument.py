@@ -51,29 +51,33 @@ class Takes(Enum):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Argument:
-    """One declaration. The name and the type stand in front of it, as those of a dataclass's field."""
+    """One declaration.
+
+    Args:
+        name: where it is a dataclass's field, that field's.
+        help: one line, without what None means.
+        none: what None, the default, means.
+        synonyms: other names that are taken.
+        elsewhere: what other tools call it: not taken, but answered with our name.
+        idle_when_greedy: means nothing where one row is decoded greedily.
+        private: of this machine or its user: left out of what is published.
+        not_in_python: of the host: what to use in its place in the Python API, which does not take it.
+        not_in_lm_eval: of the host: what to use in its place inside lm-eval, which takes it and loses it.
+    """
 
     name: str = ""
     default: Any
     kind: Kind
     help: str
-    """One line, without what None means."""
     none: str = ""
-    """What None, the default, means."""
     decides: Decides
     takes: frozenset[Takes]
     synonyms: tuple[str, ...] = ()
-    """Other names that are taken."""
     elsewhere: tuple[str, ...] = ()
-    """What other tools call it: not taken, but answered with our name."""
     idle_when_greedy: bool = False
-    """Means nothing where one row is decoded greedily."""
     private: bool = False
-    """Of this machine or its user: left out of what is published."""
     not_in_python: str = ""
-    """Of the host: what to use in its place in the Python API, which does not take it."""
     not_in_lm_eval: str = ""
-    """Of the host: what to use in its place inside lm-eval, which takes it and loses it."""
 
     def read(self, value: Any) -> Any:
         """The value in its type.

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from specrej_eval import registry
 from specrej_eval.config.argument import Decides, Takes, argument, choice, number, whole
 
+DEFAULT_N = 16
 MAX = "max"
 """``n=max``: as many rows as free memory holds."""
 
@@ -74,7 +75,7 @@ class DecodingArguments(SamplingArguments):
         None,
         whole(1, also=MAX),
         "Rows started; ``max`` = as many as free memory holds (the number is recorded).",
-        none="16, or what the budget and first_look give",
+        none=f"{DEFAULT_N}, or what the budget and first_look give",
         decides=Decides.ANSWERS,
         takes=_TAKES,
         synonyms=("n_samples", "num_samples", "num_return_sequences", "best_of"),

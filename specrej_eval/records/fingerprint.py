@@ -23,10 +23,10 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from specrej_eval.budget import DEFAULT_N
 from specrej_eval.checkpoint import DEMO_POLICY, DEMO_REWARD, is_hub_name, stamp
 from specrej_eval.config import (
     DECIDING,
+    DEFAULT_N,
     HOST,
     HOST_ARGUMENTS,
     NEUTRAL,

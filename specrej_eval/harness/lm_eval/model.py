@@ -20,7 +20,7 @@ from lm_eval.utils import simple_parse_args_string
 from transformers import PreTrainedModel
 
 from specrej_eval import budget, ranks, stopping
-from specrej_eval.config import RunConfig
+from specrej_eval.config import Decides, RunConfig, names
 from specrej_eval.core import Prompt, finite_or_none, prompt_hash
 from specrej_eval.errors import ConfigError, PromptError
 from specrej_eval.generator import Generator, Request
@@ -390,10 +390,7 @@ class SpecRejLM(HFLM):
                 config,
                 self.host_arguments,
                 loaded=self._given_as_objects,
-                alpha=config.alpha,
-                n=config.n,
-                on_greedy=config.on_greedy,
-                force_sampling_args=config.force_sampling_args,
+                **{name: getattr(config, name) for name in ("alpha", "n", *names(Decides.TASKS))},
             )
         )
 

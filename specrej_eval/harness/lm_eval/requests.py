@@ -200,10 +200,10 @@ def _wants_greedy(explicit: Mapping[str, Any]) -> bool:
     wants = do_sample is False or (temperature == 0 and do_sample is None)
     contrary = do_sample is False and temperature
     if contrary or (do_sample and temperature == 0) or (wants and explicit.get("on_greedy") in ("sample", "error")):
-        names = ("do_sample", "temperature", "on_greedy")
-        both = ", ".join(f"{name}={explicit[name]}" for name in names if name in explicit)
+        both = ("do_sample", "temperature", "on_greedy")
+        told = ", ".join(f"{name}={explicit[name]}" for name in both if name in explicit)
         raise ConfigError(
-            f"{both} in gen_kwargs contradict each other.",
+            f"{told} in gen_kwargs contradict each other.",
             hint="do_sample=False or temperature=0 decodes greedily; temperature above 0 samples.",
         )
     return wants

@@ -1,9 +1,7 @@
-"""``python -m specrej_eval.config``: the tables of all arguments, in Markdown; with a file's name, written into it."""
+"""Writes docs/arguments.md's tables from the declarations in specrej_eval/config/: `python .ci/arguments.py`."""
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterable
 from pathlib import Path
 
 from specrej_eval.config import HOST, Argument, Takes, declared
@@ -14,7 +12,8 @@ from specrej_eval.config.records import RecordArguments
 from specrej_eval.config.rewards import RewardArguments
 from specrej_eval.config.running import DecoderArguments, RunningArguments
 
-BEGIN = "<!-- made by `python -m specrej_eval.config docs/arguments.md`: edit the declarations, not these tables -->"
+FILE = Path(__file__).resolve().parents[1] / "docs" / "arguments.md"
+BEGIN = "<!-- made by `python .ci/arguments.py`: edit the declarations in specrej_eval/config/, not these tables -->"
 END = "<!-- end of the tables -->"
 
 ROOMS = {
@@ -54,14 +53,5 @@ def _row(made: Argument) -> str:
     return f"| {' | '.join(cell.replace('``', '`').replace('|', chr(92) + '|') for cell in cells)} |"
 
 
-def main(words: Iterable[str]) -> None:
-    """Print the tables, or write them into the files named."""
-    paths = [Path(word) for word in words]
-    if not paths:
-        print(tables())
-    for path in paths:
-        path.write_text(rewritten(path.read_text(encoding="utf-8")), encoding="utf-8")
-
-
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    FILE.write_text(rewritten(FILE.read_text(encoding="utf-8")), encoding="utf-8")
