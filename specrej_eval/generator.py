@@ -50,8 +50,7 @@ class Request:
     @property
     def key(self) -> str:
         """Identifies the request in records: its prompt and every argument that decides its answer."""
-        arguments = {name: getattr(self.config, name) for name in DECIDING}
-        return request_key(self.prompt, arguments, self.until)
+        return request_key(self.prompt, self.config.of_request, self.until)
 
 
 @dataclass(slots=True)

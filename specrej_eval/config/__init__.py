@@ -40,7 +40,6 @@ __all__ = [
     "DECIDING",
     "DEFAULT_N",
     "HOST",
-    "HOST_ARGUMENTS",
     "MAX",
     "NEUTRAL",
     "PLACEMENT",
@@ -79,19 +78,17 @@ class RunConfig(RecordArguments, RunningArguments, EngineArguments, DecodingArgu
 
     @classmethod
     def from_args(
-        cls, args: Mapping[str, Any], *, host: Iterable[str] | None = None, also: Iterable[str] = ()
+        cls, args: Mapping[str, Any], *, host: Iterable[str] = HOST, also: Iterable[str] = ()
     ) -> tuple[Self, dict[str, Any]]:
         """Split ``args`` into ours (coerced and checked) and those meant for the host (``host`` names them).
 
         Args:
-            host: None = ``HOST_ARGUMENTS``.
             also: names the caller takes besides, for the suggestion.
 
         Raises:
             ConfigError: an unknown argument (nearest name suggested), one that is given twice, or a bad value.
         """
         args = in_our_names(args)
-        host = set(HOST_ARGUMENTS if host is None else host)
         check_known(args, {*ARGUMENTS, *host}, also=also)
         config = cls(**{name: value for name, value in args.items() if name in ARGUMENTS}).checked()
         if config.strategy == "best_of_n" and args.get("alpha") is not None and config.alpha:
@@ -128,6 +125,12 @@ class RunConfig(RecordArguments, RunningArguments, EngineArguments, DecodingArgu
         """Whether rows can be rejected at all: false for best_of_n and for alpha=0, which are the same thing."""
         return self.strategy != "best_of_n" and self.alpha > 0
 
+    @property
+    def of_request(self) -> dict[str, Any]:
+        """What stands in a request's key beside its prompt."""
+        made = ((name, getattr(self, name)) for name in DECIDING)
+        return {name: value for name, value in made if not ARGUMENTS[name].later or value != ARGUMENTS[name].default}
+
     def to_dict(self) -> dict[str, Any]:
         """For records: without the password that an address may hold."""
         return {**dataclasses.asdict(self), "reward_model": without_passwords(self.reward_model)}
@@ -135,7 +138,6 @@ class RunConfig(RecordArguments, RunningArguments, EngineArguments, DecodingArgu
 
 ARGUMENTS = declared(RunConfig)
 """Ours, by name."""
-HOST_ARGUMENTS = tuple(HOST)
 
 
 def names(

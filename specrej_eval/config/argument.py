@@ -60,6 +60,8 @@ class Argument:
         synonyms: other names that are taken.
         elsewhere: what other tools call it: not taken, but answered with our name.
         idle_when_greedy: means nothing where one row is decoded greedily.
+        later: younger than the first journals: at its default it is left out of a request's key, so that these are
+            gone on from.
         private: of this machine or its user: left out of what is published.
         not_in_python: of the host: what to use in its place in the Python API, which does not take it.
         not_in_lm_eval: of the host: what to use in its place inside lm-eval, which takes it and loses it.
@@ -75,6 +77,7 @@ class Argument:
     synonyms: tuple[str, ...] = ()
     elsewhere: tuple[str, ...] = ()
     idle_when_greedy: bool = False
+    later: bool = False
     private: bool = False
     not_in_python: str = ""
     not_in_lm_eval: str = ""

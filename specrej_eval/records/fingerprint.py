@@ -25,10 +25,8 @@ from typing import Any
 
 from specrej_eval.checkpoint import DEMO_POLICY, DEMO_REWARD, is_hub_name, stamp
 from specrej_eval.config import (
-    DECIDING,
     DEFAULT_N,
     HOST,
-    HOST_ARGUMENTS,
     NEUTRAL,
     PLACEMENT,
     Decides,
@@ -410,7 +408,7 @@ def _value(fingerprint: Mapping[str, Any], name: str) -> Any:
     return [] if name == "until" else _HOST_DEFAULTS.get(name)
 
 
-_CONFIG_DEFAULTS = {name: value for name, value in RunConfig().to_dict().items() if name not in DECIDING}
+_CONFIG_DEFAULTS = RunConfig().to_dict()
 
 
 def _same_place(name: str, then: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
@@ -479,7 +477,7 @@ def _as_now(then: Mapping[str, Any], now: Mapping[str, Any], found: Comparison) 
 def _unknown_then(name: str, then: Mapping[str, Any], found: Comparison) -> bool:
     """Whether an old record cannot say what it was; else it was left out, and the default held."""
     whole = "strategy" in then
-    of_host = name in HOST_ARGUMENTS and not whole and name not in _KNOWN_THEN
+    of_host = name in HOST and not whole and name not in _KNOWN_THEN
     unknown = of_host or name.endswith("_files") or name == "hub_commits" or name in _NEUTRAL_THEN
     if unknown or name in _CONFIG_DEFAULTS:
         found.lacking.append(name)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from specrej_eval import registry
 from specrej_eval.config import (
     ARGUMENTS,
-    HOST_ARGUMENTS,
+    HOST,
     RunConfig,
     as_bool,
     as_dict,
@@ -83,10 +83,10 @@ def test_the_defaults_are_the_documented_ones():
 
 
 def test_no_argument_is_named_version_and_none_is_both_ours_and_the_hosts():
-    assert "version" not in OURS | set(HOST_ARGUMENTS), (
+    assert "version" not in OURS | set(HOST), (
         "lm-eval merges these into each task's metadata, whose `version` is the task's"
     )
-    assert not OURS & set(HOST_ARGUMENTS)
+    assert not OURS & set(HOST)
     assert "unknown argument 'version'" in refused(version=1)
 
 

@@ -35,6 +35,7 @@ from specrej_eval.harness.alpaca_eval.config import STRATEGIES, arguments_of
 from specrej_eval.harness.alpaca_eval.judge import ARGUMENTS as OF_THE_JUDGE
 from specrej_eval.harness.lm_eval.requests import translate
 from specrej_eval.options import add_reward_options, reward_config
+from specrej_eval.records.fingerprint import differences, of_run, same
 
 spec = importlib.util.spec_from_file_location("tables_of_arguments", ROOT / ".ci" / "arguments.py")
 assert spec is not None and spec.loader is not None
@@ -174,3 +175,16 @@ def test_no_list_of_names_is_kept_by_hand() -> None:
                 found.add((where, ours))
     assert found == NOT_A_DECLARATION
     assert set(SAMPLING) <= set(names(Takes.REQUEST))
+
+
+def test_an_argument_that_is_younger_than_the_records_lets_them_be_gone_on_from(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """``min_p`` plays the part: a journal's keys and a folder's fingerprint from before it, held against today's."""
+    monkeypatch.setitem(ARGUMENTS, "min_p", dataclasses.replace(ARGUMENTS["min_p"], later=True))
+    config, changed = RunConfig(), RunConfig(min_p=0.2)
+    before = {name: value for name, value in config.of_request.items() if name != "min_p"}
+    assert config.of_request == before and changed.of_request == {**before, "min_p": 0.2}
+    then = {name: value for name, value in of_run(config, {}).items() if name != "min_p"}
+    assert same(then, of_run(config, {}))
+    assert "min_p" in differences(then, of_run(changed, {}))

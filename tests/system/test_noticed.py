@@ -19,7 +19,7 @@ from support.other_values import OTHER
 
 from specrej_eval import paths
 from specrej_eval.checkpoint import DEMO_POLICY, DEMO_REWARD
-from specrej_eval.config import HOST_ARGUMENTS, NEUTRAL, PLACEMENT, Decides, RunConfig, names
+from specrej_eval.config import HOST, NEUTRAL, PLACEMENT, Decides, RunConfig, names
 from specrej_eval.core import Prompt
 from specrej_eval.errors import ConfigError
 from specrej_eval.generator import Request
@@ -122,7 +122,7 @@ def test_every_argument_is_noticed(name: str, store: str, tmp_path: Path, counte
 
 
 @pytest.mark.parametrize("store", STORES)
-@pytest.mark.parametrize("name", HOST_ARGUMENTS)
+@pytest.mark.parametrize("name", HOST)
 def test_every_argument_of_the_host_is_noticed(name: str, store: str, tmp_path: Path, counted: Counted) -> None:
     if name in PLACEMENT:
         assert noticed(Stores(tmp_path), store, (BASE, {}), (BASE, {name: "x"})) is None
