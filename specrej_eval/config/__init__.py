@@ -70,7 +70,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig(RecordArguments, RunningArguments, EngineArguments, DecodingArguments, RewardArguments, ModelArguments):
-    """All our arguments with their defaults (ARCHITECTURE: decisions).
+    """All our arguments with their defaults; docs/arguments.md lists them.
 
     Raises:
         ConfigError: from ``from_args`` or ``replace``, with the rule, the value and the nearest valid name.
@@ -171,7 +171,11 @@ def in_our_names(args: Mapping[str, Any]) -> dict[str, Any]:
     for name, made in ARGUMENTS.items():
         for synonym in made.synonyms:
             value = found.pop(synonym, None)
-            if value is not None and str(found.setdefault(name, value)) != str(value):
+            if value is None:
+                continue
+            if found.get(name) is None:
+                found[name] = value
+            elif str(found[name]) != str(value):
                 raise ConfigError(
                     f"{name}={found[name]} and {synonym}={value} are one argument with two values.",
                     hint=f"give {name} alone.",
@@ -197,7 +201,9 @@ def known_elsewhere() -> dict[str, str]:
 
 def suggest_argument(name: str, choices: Iterable[str]) -> str:
     """Nearest argument name, and where the whole list is."""
-    best = known_elsewhere().get(name.lstrip("-").replace("-", "_")) or nearest(name, choices)
+    choices = set(choices)
+    meant = known_elsewhere().get(name.lstrip("-").replace("-", "_"))
+    best = meant if meant in choices else nearest(name, choices)
     listing = "docs/arguments.md lists all arguments; `specrej-eval doctor` shows versions."
     return f"did you mean {best!r}? {listing}" if best else f"{listing} Ours: {', '.join(sorted(choices))}."
 
