@@ -19,11 +19,12 @@ def add_options(group: Any, arguments: Iterable[Argument], **more_flags: str) ->
         more_flags: name -> another flag, which stands first.
     """
     for made in arguments:
-        default = "" if made.default in (None, ()) else f" (default: {made.default})"
+        default = "" if made.default in (None, (), "", {}) else f" (default: {made.default})"
         flags = dict.fromkeys(
             [more_flags.get(made.name, f"--{made.name}"), *(f"--{n}" for n in (made.name, *made.synonyms))]
         )
-        text = (made.told.replace("``", "") + default).replace("%", "%%")
+        shown = (made.told.replace("``", "") + default).replace("%", "%%")
+        text = argparse.SUPPRESS if made.not_in_python else shown  # taken all the same, and answered with what to use
         group.add_argument(*flags, dest=made.name, default=argparse.SUPPRESS, metavar="VALUE", help=text)
 
 
