@@ -62,15 +62,25 @@ def load_models(
     Raises:
         ConfigError, CheckpointError, MissingDependencyError: as ``load``.
     """
+    from specrej_eval.rewards.base import make_reward
+
+    engine = load_engine(config, host, content_rule=content_rule)
+    reward = make_reward(config, device=config.reward_device or str(engine.device), token=host.get("token"))
+    return engine, reward
+
+
+def load_engine(
+    config: RunConfig, host: Mapping[str, Any], *, content_rule: str = ENCODE_AS_TEXT
+) -> TransformersEngine:
+    """The language model alone. Arguments and errors as ``load_models``."""
     from specrej_eval.engines.transformers.engine import TransformersEngine
     from specrej_eval.engines.transformers.loading import load_model_and_tokenizer
-    from specrej_eval.rewards.base import make_reward
 
     model, tokenizer = load_model_and_tokenizer(config, host)
     template_args = as_dict("chat_template_args", host.get("chat_template_args") or {})
     if host.get("enable_thinking") is not None:
         template_args["enable_thinking"] = host["enable_thinking"]
-    engine = TransformersEngine(
+    return TransformersEngine(
         model,
         tokenizer,
         max_length=host.get("max_length"),
@@ -79,8 +89,6 @@ def load_models(
         chat_template_args=template_args,
         special_tokens_in_content=config.special_tokens_in_content or content_rule,
     )
-    reward = make_reward(config, device=config.reward_device or str(engine.device), token=host.get("token"))
-    return engine, reward
 
 
 def identity_of(host: Mapping[str, Any]) -> dict[str, Any]:

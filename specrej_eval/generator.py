@@ -65,8 +65,8 @@ class _Running:
     """The engine's."""
     scoring: RewardSession
     state: State
-    look_at: int
-    """Tokens per live row at which the look is due."""
+    look_in: int
+    """Tokens each live row takes before the next look, counted from the last."""
     rewards: dict[int, float] = field(default_factory=dict)
     survived: Counter[int] = field(default_factory=Counter)
     rounds: list[Round] = field(default_factory=list)
@@ -76,7 +76,7 @@ class _Running:
 
     @property
     def remaining_tokens(self) -> int:
-        return 0 if not self.session.num_live else self.look_at - self.session.num_tokens
+        return 0 if not self.session.num_live else self.look_in - self.session.tokens_since_look
 
 
 class Generator:
@@ -260,7 +260,7 @@ class Generator:
             session=session,
             scoring=scoring,
             state=state,
-            look_at=plan.num_tokens,
+            look_in=plan.num_tokens,
         )
 
     def _look(self, work: _Running, tracer: Tracer) -> GenerationResult | None:
@@ -298,7 +298,7 @@ class Generator:
         work.ledger.seconds["other"] += time.perf_counter() - looked - scoring
         if plan is None:
             return self._result(work)
-        work.look_at = work.session.num_tokens + plan.num_tokens
+        work.look_in = plan.num_tokens
         return None
 
     def _score(self, work: _Running, pool: Sequence[RowView]) -> list[float]:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tqdm import tqdm
 
+from specrej_eval import stopping
 from specrej_eval.config import RunConfig, as_bool
 from specrej_eval.core import finite_or_none
 from specrej_eval.errors import ConfigError, RewardError
@@ -88,22 +89,22 @@ def run(args: argparse.Namespace) -> int:
     if len(done) < len(entries):
         reward = load_reward(config, options.get("token"))
         _check_reads_text(reward)
-        with open_append(str(target), argument="output") as file:
-            bar = tqdm(total=len(entries), initial=len(done), desc="score", unit="row")
-            try:
-                size = len(entries) if by_rank else CHUNK
-                for start in range(len(done), len(entries), size):
-                    chunk = entries[start : start + size]
-                    for entry, found in _scored(reward, chunk, on_error=args.on_error, together=by_rank):
-                        result = (
-                            {args.column: found} if isinstance(found, float) else {args.column: None, "error": found}
-                        )
+        with (
+            open_append(str(target), argument="output") as file,
+            stopping.keeping(len(entries), target, answers=len(done), what="rows") as kept,
+            tqdm(total=len(entries), initial=len(done), desc="score", unit="row") as bar,
+        ):
+            size = len(entries) if by_rank else CHUNK
+            for start in range(len(done), len(entries), size):
+                chunk = entries[start : start + size]
+                for entry, found in _scored(reward, chunk, on_error=args.on_error, together=by_rank):
+                    result = {args.column: found} if isinstance(found, float) else {args.column: None, "error": found}
+                    with stopping.held():  # on disk before it is counted, whatever ends the process
                         done.append({**entry.record, **result})
                         file.write(json.dumps(done[-1], ensure_ascii=False) + "\n")
-                        bar.update(1)
-                    file.flush()
-            finally:
-                bar.close()
+                        file.flush()
+                        kept.add()
+                    bar.update(1)
     return _report(target, done, args.column)
 
 

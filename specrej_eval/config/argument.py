@@ -45,6 +45,8 @@ class Takes(Enum):
     """A task or the user may set it for single requests."""
     ALONE = "rewards alone"
     """`score`, `doctor --reward` and alpaca_eval's ``specrej_reward_judge``: no language model beside them."""
+    POLICY = "`doctor --pretrained`"
+    """A language model that is looked at without a reward model."""
     PART = "parts of ensembles"
     """A part of a list of rewards may have a value of its own."""
 

@@ -15,7 +15,7 @@ class EngineArguments:
         "Device of the models.",
         none="cuda if there is one, else cpu",
         decides=Decides.PLACE,
-        takes=(Takes.RUN, Takes.ALONE),
+        takes=(Takes.RUN, Takes.ALONE, Takes.POLICY),
         private=True,
     )
     attn_implementation: str | None = argument(

@@ -32,6 +32,7 @@ class ModelArguments:
         "Language model: a hub name or a folder.",
         none="the embedded demo model",
         decides=Decides.MODELS,
+        takes=(Takes.RUN, Takes.POLICY),
         elsewhere=("llm_name", "model", "model_dir", "model_name", "model_name_or_path"),
     )
     dtype: str = argument(
@@ -39,6 +40,7 @@ class ModelArguments:
         DTYPE,
         "Precision: auto, float32, bfloat16 or float16; auto = float32 for the embedded model, else the checkpoint's.",
         decides=Decides.MODELS,
+        takes=(Takes.RUN, Takes.POLICY),
         elsewhere=("torch_dtype",),
     )
     trust_remote_code: bool = argument(
@@ -46,7 +48,7 @@ class ModelArguments:
         as_bool,
         "Run code that comes with a checkpoint.",
         decides=Decides.MODELS,
-        takes=(Takes.RUN, Takes.ALONE),
+        takes=(Takes.RUN, Takes.ALONE, Takes.POLICY),
     )
     special_tokens_in_content: str | None = argument(
         None,
@@ -55,7 +57,7 @@ class ModelArguments:
         "tokens) or ``error``.",
         none="text for rewards, judges and chat messages; as ``--model hf`` for prompts of a harness",
         decides=Decides.MODELS,
-        takes=(Takes.RUN, Takes.ALONE),
+        takes=(Takes.RUN, Takes.ALONE, Takes.POLICY),
     )
 
 

@@ -23,7 +23,9 @@ AUTO = "auto"
 
 @dataclass(frozen=True, kw_only=True)
 class RunningArguments:
-    batch_size: int = argument(4, whole(), "Prompts in flight.", decides=Decides.NOTHING)
+    batch_size: int = argument(
+        4, whole(), "Prompts in flight; changes results in their last bits at most.", decides=Decides.NOTHING
+    )
     on_greedy: str = argument(
         "sample",
         choice("sample", "greedy", "error"),

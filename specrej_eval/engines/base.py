@@ -27,8 +27,9 @@ class EngineSession(Protocol):
 
     num_live: int
     """Rows still decoding."""
-    num_tokens: int
-    """Tokens each live row has decoded."""
+    tokens_since_look: int
+    """Tokens each live row has decoded since the last ``follow``. Rows that started late are shorter than others, so
+    it is this that they have in common."""
     prompt_tokens: int
     decode_tokens: int
     """Tokens sampled so far, over all rows."""

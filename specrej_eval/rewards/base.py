@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from specrej_eval import checkpoint, registry
+from specrej_eval.companions import CONFIG_ELSEWHERE
 from specrej_eval.config import RunConfig
 from specrej_eval.core import Message, RowView
 from specrej_eval.errors import ConfigError, nearest, suggest
@@ -283,10 +284,6 @@ def resolve_reward(config: RunConfig) -> str:
         hint="reward_model= a checkpoint folder, a hub name, likelihood, or pkg.module:function; "
         "n=1 samples plainly and needs none.",
     )
-
-
-CONFIG_ELSEWHERE = {"Starling-RM-7B-alpha": "meta-llama/Llama-2-7b-chat-hf"}
-"""Reward models published as bare weights (by the last part of their name), and where their body's config lies."""
 
 
 def read_checkpoint_config(name: str, *, token: str | bool | None = None) -> dict[str, Any]:

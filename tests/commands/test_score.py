@@ -12,6 +12,7 @@ import pytest
 from support import reward_servers as servers
 from support.tiny_models import NO_SYSTEM_TEMPLATE, save, tiny_reward_model, tiny_tokenizer
 
+from specrej_eval import stopping
 from specrej_eval.cli import main
 from specrej_eval.commands import score
 from specrej_eval.core import RowView
@@ -292,3 +293,27 @@ def _file(folder: Path) -> Path:
     file = folder / "rows.json"
     file.write_text(json.dumps(ROWS), encoding="utf-8")
     return file
+
+
+def test_a_stopped_command_says_how_many_rows_are_on_disk(
+    pairs: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """At each row, what is counted is what another program could read by then."""
+    target = pairs.with_suffix(".scored.jsonl")
+    monkeypatch.setattr(stopping._state, "kept", None)
+    monkeypatch.setattr(score, "CHUNK", 2)
+    count = stopping.Kept.add
+
+    def add(kept: stopping.Kept) -> None:
+        count(kept)
+        assert len(output(target)) == kept.answers
+        if kept.answers in (3, 4):
+            raise stopping.Stopped
+
+    monkeypatch.setattr(stopping.Kept, "add", add)
+    for rows in (3, 4):  # the second start counts what the first one wrote
+        monkeypatch.setattr(stopping._state, "told", False)
+        assert run(pairs) == 130
+        assert f"{rows} of 5 rows are kept in {target}" in capsys.readouterr().err
+    assert run(pairs) == 0
+    assert [row["reward"] for row in output(target)] == WANT

@@ -40,7 +40,7 @@ BatchInvariance = Literal["bits", "rounding"]
 """How far a row's logits are independent of the other rows in its batch: the same bits, or the same up to rounding."""
 
 _PROBE_TOKENS = 12
-_MOST_THREADS = 2
+MOST_THREADS = 2
 _MANY_ROWS = 33
 """Rows that the probe of batch invariance decodes together, and some of them alone: 48 after padding, and 16."""
 _FEW_ROWS = ([0], [_MANY_ROWS - 1, 5, 17, 9, 26, 12, 3, 30, 21])
@@ -139,8 +139,10 @@ class ModelRunner:
 
         On more than two threads torch cuts elementwise loops at places that depend on the number of rows, and computes
         the few elements at a cut with scalar functions of other bits: too rare for a probe to see, so not promised.
+        On two, some CPUs compute torch's own attention with other bits on the second thread: the plain paths then show
+        it here, and only the shared-prefix path keeps the promise.
         """
-        if self.device.type != "cpu" or self.dtype != torch.float32 or torch.get_num_threads() > _MOST_THREADS:
+        if self.device.type != "cpu" or self.dtype != torch.float32 or torch.get_num_threads() > MOST_THREADS:
             return "rounding"
         passes = self.forward_passes
         try:

@@ -68,6 +68,7 @@ class SpecRejLM(HFLM):
     """
 
     default_strategy: ClassVar[str] = "speculative_rejection"
+    _watch: ranks.Watch | None = None
 
     def __init__(
         self,
@@ -320,8 +321,15 @@ class SpecRejLM(HFLM):
             by_task.setdefault(draw.instance.task_name or "", {})[context] = contents
         for task, prompts in by_task.items():
             told = concerned(self.tokeniser, ["\n".join(contents) for contents in prompts.values()])
-            if told is not None:
+            if told is None:
+                continue
+            if self.world_size == 1:
                 self._warn(f"Task {task!r}: {told}", key=("special tokens", task))
+                continue
+            told = f"Task {task!r}, rank {self.rank}: {told}"  # each rank knows its own prompts only
+            self._warn(told, key=("special tokens", task, self.rank))
+            if self.rank > 0:
+                logger.warning(told)
 
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         self._warn_of_loglikelihood()
@@ -400,7 +408,8 @@ class SpecRejLM(HFLM):
         )
 
     def _from_first_rank(self, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        return fingerprint.from_first_rank(compute, rank=self.rank, world_size=self.world_size)
+        with self._needs_all_ranks():
+            return fingerprint.from_first_rank(compute, rank=self.rank, world_size=self.world_size)
 
     def _refuse_cached_repeats(self, requests: Sequence[Any]) -> None:
         if self.cache_hook.dbdict is None:

@@ -19,9 +19,9 @@ from typing import Any
 
 from torch import nn
 
-from specrej_eval import checkpoint
+from specrej_eval import checkpoint, companions
 from specrej_eval.config import RunConfig
-from specrej_eval.paths import expanded, is_folder
+from specrej_eval.paths import expanded
 from specrej_eval.rewards.checkpoints.native import (
     LastToken,
     TextRenderer,
@@ -37,7 +37,6 @@ READS = "a linear head at the last token of Alpaca's prompt and the answer"
 EXAMPLES = ("hmomin/reward-model-human", "hmomin/reward-model-sim")
 NEEDS = "hmomin/sft10k (config and tokenizer of its body), or the folder that its config.json names"
 
-BACKBONE = "hmomin/sft10k"
 TEMPLATE = (
     "Below is an instruction that describes a task. Write a response that appropriately completes the request."
     "{%- for message in messages -%}"
@@ -51,7 +50,7 @@ TEMPLATE = (
 
 def matches(name: str, checkpoint_config: Mapping[str, Any]) -> bool:
     del name
-    return checkpoint_config.get("model_type") == "reward_model" and "backbone_model_name_or_path" in checkpoint_config
+    return companions.is_alpaca_farm(checkpoint_config)
 
 
 def check(name: str, checkpoint_config: Mapping[str, Any]) -> None:
@@ -70,9 +69,7 @@ def load(name: str, config: RunConfig, *, dtype: str, device: str, token: str | 
     CheckpointError: files that cannot be loaded, weights that are missing or of another shape.
     """
     raw = checkpoint.read_config("reward_model", name, token=token)
-    backbone = str(raw.get("backbone_model_name_or_path"))
-    if not is_folder(backbone):
-        backbone = BACKBONE
+    backbone = companions.alpaca_farm_backbone(raw)
     own_tokenizer = any((expanded(name) / file).is_file() for file in checkpoint.TOKENIZER_FILES)
     body, tokenizer = load_body(
         name,

@@ -20,6 +20,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from specrej_eval import checkpoint
+from specrej_eval.companions import STARLING_TOKENIZERS as TOKENIZERS
 from specrej_eval.config import RunConfig
 from specrej_eval.errors import CheckpointError
 from specrej_eval.paths import expanded
@@ -58,12 +59,6 @@ CHATML_TEMPLATE = (
     "{%- endfor -%}"
     "{%- if add_generation_prompt -%}{{ '\n<|im_start|>assistant\n' }}{%- endif -%}"
 )
-TOKENIZERS = {
-    "Starling-RM-7B-alpha": "meta-llama/Llama-2-7b-chat-hf",
-    "Starling-RM-34B": "01-ai/Yi-34B-Chat",
-}
-"""Neither checkpoint brings one along."""
-
 _RAW_WEIGHTS = "*.pt"
 _YI_VOCAB_SIZE = 64_000
 """Llama-2's vocabulary is half as large: this tells the two bodies, and so their templates, apart."""

@@ -11,8 +11,8 @@ is unreadable: asked for again, then NaN, which ``on_nan`` decides about.
 
 KEY is a made-up word, a hash of the conversation, that neither the conversation nor the response contains (else it is
 hashed anew). It stands in every delimiter and in the mark, so no text that is graded can end its part of the prompt,
-begin a turn or write a grade. What looks like a special token in that text is written with a space (``< |im_end|>``),
-since a server might read it as one.
+begin a turn or write a grade. What looks like a special token in that text gets a zero-width space behind its first
+character, since a server might read it as one (``special_tokens_in_content``).
 """
 
 from __future__ import annotations
@@ -182,6 +182,11 @@ class Judge(Stateless):
             "logprobs": True,
             "top_logprobs": _TOP,
         }
+
+    @property
+    def guard(self) -> ContentGuard:
+        """What holds the graded texts to ``special_tokens_in_content``."""
+        return self._guard
 
     @property
     def num_calls(self) -> int:

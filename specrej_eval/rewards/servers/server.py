@@ -140,6 +140,18 @@ class HttpReward(Stateless):
         return self._renderer
 
     @property
+    def guard(self) -> ContentGuard | None:
+        """What holds texts to ``special_tokens_in_content``; None where ids or a text rendered here are sent."""
+        return self._guard if self._form in ("pair", "messages") else None
+
+    def text_sent(self, conversation: Sequence[Message], response: str) -> str | None:
+        """The rendered text of a finished answer as it is sent; None where something else is."""
+        if self._form != "text":
+            return None
+        assert isinstance(self._renderer, _TextRenderer)
+        return self._renderer.text(conversation, response, False, row=0)
+
+    @property
     def num_calls(self) -> int:
         """Requests answered."""
         return self._server.num_requests

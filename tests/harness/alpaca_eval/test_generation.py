@@ -18,7 +18,7 @@ import pandas as pd
 import pytest
 import torch
 import yaml
-from support import ROOT
+from support import FULL, ROOT, forked
 from support.alpaca_runs import alpaca_eval, package_digest
 from support.fake_hub import add_dataset_files
 from support.openai_server import JudgeServer
@@ -27,6 +27,7 @@ from specrej_eval import load
 from specrej_eval.config import RunConfig
 from specrej_eval.core import Message
 from specrej_eval.demo.arithmetic import distinct_problems, question
+from specrej_eval.engines.transformers.engine import TransformersEngine
 from specrej_eval.errors import ConfigError
 from specrej_eval.records.outputs import OutputsFolder, open_run
 
@@ -208,6 +209,87 @@ def test_max_instances_means_the_same_on_a_second_run(evaluate: Callable[..., An
     evaluate(config(tmp_path))
     assert [row["instruction"] for row in outputs(tmp_path)] == INSTRUCTIONS
     assert outputs(tmp_path)[:3] == first
+
+
+def everything(folder: Path) -> dict[str, str]:
+    """All answers that are recorded there, those to other instructions too."""
+    store = OutputsFolder(folder / "results" / "spr")
+    return {item.key: item.output for item in (*store.answers(), *store.kept())}
+
+
+OTHERS = ["Q: 1 + 1 = ?\nA:", "Q: 2 + 1 = ?\nA:"]
+ASKED_AGAIN: dict[str, tuple[list[str], dict[str, Any]]] = {
+    "fewer": (INSTRUCTIONS, {"max_instances": 2}),
+    "fewer, in chunks": (INSTRUCTIONS[1:3], {"chunksize": 1}),
+    "turned": (INSTRUCTIONS[::-1], {}),
+    "others": (OTHERS, {}),
+    "others, fewer": (OTHERS, {"max_instances": 1}),
+    "some, and another": ([INSTRUCTIONS[3], OTHERS[0], INSTRUCTIONS[0]], {"chunksize": 2}),
+    "more": ([*INSTRUCTIONS, *OTHERS], {}),
+}
+
+
+@pytest.mark.parametrize("asked", ASKED_AGAIN)
+@pytest.mark.parametrize("place", [None, *(range(2, 30, 3) if FULL else (13,))])
+def test_no_second_command_removes_an_answer(
+    evaluate: Callable[..., Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    place: int | None,
+    asked: str,
+    counted: Callable[[str, int], None],
+) -> None:
+    """A finished folder, or one whose run was killed at some moment, asked other questions; then the first again."""
+    dataset(tmp_path)
+    path = config(tmp_path, completions_kwargs={"n": 2, "max_gen_toks": 16, "batch_size": 1})
+    if place is None:
+        evaluate(path)
+    else:
+        assert forked.killed(lambda: evaluate(path) and None, place)
+        counted("kills -9: evaluate_from_model", 1)
+    known = everything(tmp_path)
+    assert known or FULL
+    drawn: list[str] = []
+    opened = TransformersEngine.open
+    monkeypatch.setattr(
+        TransformersEngine,
+        "open",
+        lambda self, prompt, *args, **options: (
+            drawn.append(prompt.conversation[-1]["content"]) or opened(self, prompt, *args, **options)
+        ),
+    )
+    wanted, options = ASKED_AGAIN[asked]
+    evaluate(path, evaluation_dataset=dataset(tmp_path, wanted, "again.json"), **options)
+    wanted = wanted[: options.get("max_instances")]
+    assert [row["instruction"] for row in outputs(tmp_path)] == wanted
+    now = everything(tmp_path)
+    assert known.items() <= now.items(), "answers are gone or changed"
+    assert [item.instruction for item in open_run(tmp_path / "results" / "spr")[1]] == wanted
+    evaluate(path)
+    assert [row["instruction"] for row in outputs(tmp_path)] == INSTRUCTIONS
+    assert now.items() <= everything(tmp_path).items()
+    assert len(drawn) == len(set(drawn)), "decoded twice"
+    told = {item.instruction for item in OutputsFolder(tmp_path / "results" / "spr").answers() if item.key in known}
+    assert not told & set(drawn)
+    assert place is not None or set(drawn) == set(wanted) - set(INSTRUCTIONS)
+    counted("second commands", 2)
+
+
+def test_answers_drawn_anew_on_demand_leave_the_old_ones_beside_them(
+    evaluate: Callable[..., Any], tmp_path: Path
+) -> None:
+    """alpaca_eval's own way to say so: is_load_outputs=False without chunks."""
+    dataset(tmp_path)
+    path = config(tmp_path, completions_kwargs={"n": 2, "max_gen_toks": 16})
+    evaluate(path)
+    file = tmp_path / "results" / "spr" / "specrej_outputs.jsonl"
+    for number, asked in enumerate((INSTRUCTIONS[:2], INSTRUCTIONS[1:]), start=1):
+        before = file.read_bytes()
+        options = {"chunksize": None, "is_load_outputs": False}
+        evaluate(path, evaluation_dataset=dataset(tmp_path, asked, "again.json"), **options)
+        aside = file.with_name(f"{file.name}.previous{'' if number == 1 else f'.{number}'}")
+        assert aside.read_bytes() == before
+        assert [item.instruction for item in open_run(file)[1]] == asked
 
 
 def numbers_only(conversation: list[Message], responses: list[str]) -> list[float]:
@@ -416,7 +498,7 @@ def test_the_bare_literal_command_with_alpaca_evals_own_data_and_judge(tmp_path:
     assert package_digest() == before, "alpaca_eval's installed files were written to"
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_the_literal_command_in_a_users_folder(tmp_path: Path) -> None:
     """With today's setuptools, from a folder that holds our model_configs: a file, a folder, an absolute path, -m."""
     done = subprocess.run([sys.executable, "-m", "specrej_eval", "init"], cwd=tmp_path, capture_output=True, text=True)
@@ -448,18 +530,19 @@ def test_the_literal_command_in_a_users_folder(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_kill_in_the_middle_and_rerun_give_the_same_bytes(tmp_path: Path) -> None:
-    instructions = [question(operands) for operands in distinct_problems("test", 24, seed=5)]
+    instructions = [question(operands) for operands in distinct_problems("test", 24 if FULL else 14, seed=5)]
     data = dataset(tmp_path, instructions)
     path = config(tmp_path, completions_kwargs={"n": 16, "batch_size": 1})
     words = ["evaluate_from_model", path, "--evaluation_dataset", data, "--annotators_config", JUDGE]
-    words += ["--chunksize", "10"]
+    chunk = 10 if FULL else 6
+    words += ["--chunksize", str(chunk)]
     whole = alpaca_eval(*words, "--output_path", "undisturbed", cwd=tmp_path)
     assert whole.returncode == 0, whole.stderr
 
     script = Path(sys.executable).with_name("alpaca_eval")
     sidecar = tmp_path / "killed" / "specrej_outputs.jsonl"
     killed_at = []
-    for wanted in (4, 15):  # in the first chunk, and in the second
+    for wanted in (4, 15) if FULL else (7,):  # in the first chunk, and in the second
         process = subprocess.Popen(
             [str(script), *words, "--output_path", "killed"],
             cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
@@ -472,10 +555,10 @@ def test_kill_in_the_middle_and_rerun_give_the_same_bytes(tmp_path: Path) -> Non
             time.sleep(0.005)
         assert process.wait() == -signal.SIGKILL, "it was over before it could be killed"
         killed_at.append(sidecar.read_bytes().count(b"\n"))
-    assert 4 <= killed_at[0] < killed_at[1] < len(instructions)
+    assert killed_at == sorted(set(killed_at)) and killed_at[0] >= 4 and killed_at[-1] < len(instructions)
     done = alpaca_eval(*words, "--output_path", "killed", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert f"{killed_at[1] - 10} of 10 answers were recorded already" in done.stderr
+    assert f"{killed_at[-1] - chunk} of {chunk} answers were recorded already" in done.stderr
     assert open_run(tmp_path / "killed")[0].complete
     assert (tmp_path / "killed/model_outputs.json").read_bytes() == (
         tmp_path / "undisturbed/model_outputs.json"
