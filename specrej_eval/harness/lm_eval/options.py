@@ -37,7 +37,9 @@ def merge_options(
     if ours is not None and not str(ours).startswith("auto"):
         arguments["batch_size"] = ours
     for name, value in options.items():
-        if arguments.setdefault(name, value) != value and (device_given or value != "cuda:0"):
+        if arguments.get(name) is None:
+            arguments[name] = value
+        elif arguments[name] != value and (device_given or value != "cuda:0"):
             notes.append(f"{name}={arguments[name]} in model_args wins over --{name} {value}.")
     return host_batch_size, notes
 
