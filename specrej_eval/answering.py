@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 from specrej_eval import stopping
-from specrej_eval.config import MAX, RunConfig
+from specrej_eval.config import AUTO, MAX, RunConfig
 from specrej_eval.core import Message, Prompt, Question, Spent
 from specrej_eval.engines.base import Engine
 from specrej_eval.errors import ConfigError, PromptError
@@ -23,8 +23,6 @@ from specrej_eval.records.outputs import Answer, OutputsFolder, total_cost
 from specrej_eval.special_tokens import ContentText
 
 logger = logging.getLogger(__name__)
-
-AUTO = "auto"
 
 
 def encode(engine: Engine, question: Question, *, apply_chat_template: bool | str = AUTO) -> Prompt:

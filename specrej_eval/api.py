@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from specrej_eval import budget
-from specrej_eval.config import RunConfig, as_dict
+from specrej_eval.config import HOST, RunConfig, as_dict
 from specrej_eval.special_tokens import ENCODE_AS_TEXT
 
 if TYPE_CHECKING:
@@ -92,4 +92,4 @@ def load_engine(
 
 def identity_of(host: Mapping[str, Any]) -> dict[str, Any]:
     """The host's arguments for a journal's fingerprint, which leaves out those that decide no answer."""
-    return {name: value for name, value in host.items() if name != "token"}
+    return {name: value for name, value in host.items() if not HOST[name].private}

@@ -9,10 +9,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from specrej_eval.config import MAX, RunConfig
+from specrej_eval.config import DEFAULT_N, MAX, RunConfig
 from specrej_eval.errors import ConfigError
-
-DEFAULT_N = 16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

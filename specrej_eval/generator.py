@@ -16,7 +16,7 @@ from specrej_eval import budget as budgets
 from specrej_eval import stopping
 from specrej_eval.budget import Budget
 from specrej_eval.checkpoint import DEMO_REWARD
-from specrej_eval.config import MAX, RunConfig, checked_until
+from specrej_eval.config import DECIDING, MAX, RunConfig, checked_until
 from specrej_eval.core import (
     GenerationResult,
     Ledger,
@@ -31,7 +31,7 @@ from specrej_eval.core import (
 from specrej_eval.engines.base import Engine
 from specrej_eval.errors import OutOfMemoryError, RewardError
 from specrej_eval.progress import Progress
-from specrej_eval.records.fingerprint import DECIDING, EMBEDDED, of_models, warn_of_uncovered
+from specrej_eval.records.fingerprint import EMBEDDED, of_models, warn_of_uncovered
 from specrej_eval.records.journal import Journal, request_key
 from specrej_eval.records.trace import Tracer
 from specrej_eval.rewards.base import RewardModel, RewardSession
@@ -50,8 +50,7 @@ class Request:
     @property
     def key(self) -> str:
         """Identifies the request in records: its prompt and every argument that decides its answer."""
-        arguments = {name: getattr(self.config, name) for name in DECIDING}
-        return request_key(self.prompt, arguments, self.until)
+        return request_key(self.prompt, self.config.of_request, self.until)
 
 
 @dataclass(slots=True)

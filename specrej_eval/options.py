@@ -1,63 +1,47 @@
-"""The options of commands that use a reward model alone: those of ``RunConfig`` that say which, and how it is read."""
+"""Options of a command line out of declarations: all of a run's, or those of a reward model that is used alone."""
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from specrej_eval.config import RunConfig, descriptions
+from specrej_eval.config import ARGUMENTS, HOST, Argument, RunConfig, Takes, names
 
 if TYPE_CHECKING:
     from specrej_eval.rewards.base import RewardModel
 
-NAMES = (
-    "reward_model",
-    "reward_family",
-    "reward_tokenizer",
-    "reward_template",
-    "reward_ensemble",
-    "reward_dtype",
-    "reward_device",
-    "reward_batch_size",
-    "reward_timeout",
-    "reward_retries",
-    "judge_prompt",
-    "judge_max_toks",
-    "special_tokens_in_content",
-    "trust_remote_code",
-)
-_HELP = {
-    "reward_dtype": "auto = float32 for the embedded one, else the checkpoint's.",
-    "special_tokens_in_content": "Special tokens such as <|im_end|> that a prompt or an answer spells: encode_as_text "
-    "(also where it is not given), allow (control tokens) or error.",
-    "reward_device": "None = cuda if there is one, else cpu.",
-    "trust_remote_code": "Run code from the checkpoint.",
-}
-"""Where the words of ``RunConfig`` speak of a language model beside it."""
+
+def add_options(group: Any, arguments: Iterable[Argument], **more_flags: str) -> None:
+    """An option for each argument, with its help and default.
+
+    Args:
+        more_flags: name -> another flag, which stands first.
+    """
+    for made in arguments:
+        default = "" if made.default in (None, (), "", {}) else f" (default: {made.default})"
+        flags = dict.fromkeys(
+            [more_flags.get(made.name, f"--{made.name}"), *(f"--{n}" for n in (made.name, *made.synonyms))]
+        )
+        shown = (made.told.replace("``", "") + default).replace("%", "%%")
+        text = argparse.SUPPRESS if made.not_in_python else shown  # taken all the same, and answered with what to use
+        group.add_argument(*flags, dest=made.name, default=argparse.SUPPRESS, metavar="VALUE", help=text)
 
 
 def add_reward_options(parser: argparse.ArgumentParser, *, reward_model: str = "--reward_model") -> None:
-    """One option for each of NAMES (``reward_model`` under another name, if given), and ``--token`` for the hub."""
-    told = descriptions()
-    defaults = {field.name: field.default for field in dataclasses.fields(RunConfig)}
+    """Options of a reward model used alone (``reward_model`` under another flag, if given), and the hub's token."""
     group = parser.add_argument_group("reward model (the names of --model_args)")
-    for name in NAMES:
-        default = "" if defaults[name] is None else f" (default: {defaults[name]})"
-        text = _HELP.get(name, told[name]) + default
-        flags = dict.fromkeys([reward_model, "--reward_model"]) if name == "reward_model" else [f"--{name}"]
-        group.add_argument(*flags, dest=name, default=None, metavar="VALUE", help=text.replace("%", "%%"))
-    group.add_argument("--token", metavar="VALUE", help="of the hub, for gated checkpoints")
+    add_options(group, (ARGUMENTS[name] for name in names(Takes.ALONE)), reward_model=reward_model)
+    add_options(group, [HOST["token"]])
 
 
-def reward_config(args: argparse.Namespace, **others: Any) -> RunConfig:
+def reward_config(options: Mapping[str, Any]) -> RunConfig:
     """The options given, checked.
 
     Raises:
         ConfigError: a bad value.
     """
-    given = {name: getattr(args, name) for name in NAMES if getattr(args, name) is not None}
-    config, _ = RunConfig.from_args({**given, **others})
+    config, _ = RunConfig.from_args({name: options[name] for name in names(Takes.ALONE) if name in options})
     return config
 
 
@@ -69,6 +53,10 @@ def load_reward(config: RunConfig, token: str | None = None) -> RewardModel:
     """
     import torch
 
+    from specrej_eval.checkpoint import check_device
     from specrej_eval.rewards.choose import resolve_reward
 
-    return resolve_reward(config, token=token).load("cuda" if torch.cuda.is_available() else "cpu")
+    if config.device is not None:
+        check_device("device", config.device)
+    device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    return resolve_reward(config, token=token).load(device)

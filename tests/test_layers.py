@@ -14,7 +14,7 @@ import pytest
 from support import ROOT
 
 PACKAGE = ROOT / "specrej_eval"
-HEAVY = {"alpaca_eval", "lm_eval", "matplotlib", "torch", "transformers"}
+HEAVY = {"alpaca_eval", "lm_eval", "torch", "transformers"}
 HARNESSES = {"alpaca_eval", "lm_eval"}
 
 # From the ground up. A room is a folder of the package or a file beside the folders; it may import those of the lines

@@ -20,9 +20,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from specrej_eval.config import DECIDING, NEUTRAL, RecordArguments, declared
 from specrej_eval.errors import ConfigError, SpecRejError, nearest
 from specrej_eval.records import alpaca_eval_files, lm_eval_files
-from specrej_eval.records.fingerprint import DECIDING, EMBEDDED, NEUTRAL
+from specrej_eval.records.fingerprint import EMBEDDED
 from specrej_eval.records.outputs import RUN_FILES, Answer, OutputsFolder, total_cost
 from specrej_eval.records.run_names import model_name
 from specrej_eval.records.scores import Score, mean_score
@@ -35,7 +36,7 @@ EXAMPLES = (
     "specrej-eval report results --format csv > results.csv",
 )
 
-RECORDS = ("journal", "trace_path", "prompts", "limit")
+RECORDS = (*declared(RecordArguments), "prompts", "limit")
 """Arguments that say where records went, and what was asked; not what answered."""
 ABSENT = "-"  # a run of another model has no reward and no ledger
 FEWEST = 5

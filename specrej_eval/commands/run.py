@@ -20,15 +20,27 @@ from typing import TYPE_CHECKING, Any
 from tqdm import tqdm
 
 from specrej_eval import api
-from specrej_eval.answering import AUTO, answer, requests_for, settle_capacity, summary
-from specrej_eval.config import HOST_ARGUMENTS, RunConfig, as_bool, as_int, checked_until, descriptions
-from specrej_eval.config import SYNONYMS as NAMES_ELSEWHERE
+from specrej_eval.answering import answer, requests_for, settle_capacity, summary
+from specrej_eval.config import (
+    ARGUMENTS,
+    DECIDING,
+    HOST,
+    PromptArguments,
+    RunConfig,
+    Takes,
+    as_bool,
+    as_int,
+    declared,
+    known_elsewhere,
+    names,
+)
 from specrej_eval.core import Question, Spent
 from specrej_eval.errors import ConfigError, SpecRejError
 from specrej_eval.generator import Generator, Request
+from specrej_eval.options import add_options
 from specrej_eval.ranks import Watch
 from specrej_eval.ranks import watch as watch_ranks
-from specrej_eval.records.fingerprint import DECIDING, from_first_rank, of_run, same, warn_of_uncovered
+from specrej_eval.records.fingerprint import from_first_rank, of_run, same, warn_of_uncovered
 from specrej_eval.records.outputs import Answer, OutputsFolder, RunRecord
 from specrej_eval.records.prompt_files import read_prompts
 from specrej_eval.records.run_names import default_name
@@ -50,8 +62,11 @@ EXAMPLES = (
 TASK = "specrej_run"
 """Part of the random streams' key: the same prompts have the same rows in every run of one seed."""
 
+OURS = {name: ARGUMENTS[name] for name in names(Takes.RUN)}
+_PROMPTS = declared(PromptArguments)
+
 _SYNONYMS = {
-    **NAMES_ELSEWHERE,
+    **known_elsewhere(),
     "data_filename": "prompts",
     "output_folder": "output",
     "output_path": "output",
@@ -59,14 +74,14 @@ _SYNONYMS = {
 }
 HINTS = {
     **{name: f"did you mean --{meant}?" for name, meant in _SYNONYMS.items()},
-    "journal": "`specrej-eval run` keeps its own journal; it lies in the folder of --output.",
+    **{
+        name: f"`specrej-eval run` keeps its own {name}; it lies in the folder of --output."
+        for name in ARGUMENTS.keys() - OURS.keys()
+    },
     "speculative_rejection": "it is --strategy speculative_rejection, the default.",
     "variance_reduce": "it has no code behind it in the reference code either.",
 }
 """What to say of options that this command does not have, those of the reference code among them."""
-TEXT_ARGUMENTS = ("until", "apply_chat_template", "max_tokens")
-"""Arguments of this command that decide answers."""
-_NOT_OURS = {"journal"}  # the archive holds it
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -123,24 +138,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--keep_trajectories", metavar="BOOL", help="keep all rows of all prompts, not the best alone (default: true)"
     )
     prompts = parser.add_argument_group("prompts")
-    prompts.add_argument("--until", metavar="TEXT", help="stop string, or a JSON list of them")
-    prompts.add_argument("--max_tokens", metavar="TOKENS", help="of prompt and answer together (default: no limit)")
-    prompts.add_argument(
-        "--apply_chat_template",
-        metavar="BOOL",
-        help="auto (default): where the language model has a template; the reward model uses its own in any case",
-    )
+    add_options(prompts, _PROMPTS.values())
     ours = parser.add_argument_group("models, strategy and sampling (the names of --model_args)")
-    told = descriptions()
-    for field in dataclasses.fields(RunConfig):
-        if field.name not in _NOT_OURS:
-            default = "" if field.default is None else f" (default: {field.default})"
-            text = (told.get(field.name, "") + default).strip().replace("%", "%%")
-            ours.add_argument(f"--{field.name}", metavar="VALUE", help=text)
+    add_options(ours, OURS.values())
     host = parser.add_argument_group("of the language model's loader (as in lm-eval's --model hf)")
-    for name in HOST_ARGUMENTS:
-        host.add_argument(f"--{name}", metavar="VALUE", help=argparse.SUPPRESS)
-    host.description = ", ".join(f"--{name}" for name in HOST_ARGUMENTS)
+    add_options(host, HOST.values())
 
 
 def run(args: argparse.Namespace) -> int:
@@ -189,16 +191,13 @@ def _run(options: dict[str, Any], ranks: Ranks, seed: int | None, loaded: list[t
         loaded: the models, loaded by the first run that needs them.
     """
     own, config, host = split(options)
-    until = _until(own.get("until"))
-    template = own.get("apply_chat_template", AUTO)
-    template = AUTO if template == AUTO else as_bool("apply_chat_template", template)
-    max_tokens = None if own.get("max_tokens") is None else as_int("max_tokens", own["max_tokens"])
+    asked = PromptArguments.of(own)
     limit = None if own.get("limit") is None else as_int("limit", own["limit"])
     api.check(config, host)
     questions = read_prompts(own["prompts"], prompt_column=own.get("prompt_column"), limit=limit)
 
     fingerprint = from_first_rank(
-        lambda: of_run(config, host, until=until, apply_chat_template=template, max_tokens=max_tokens),
+        lambda: of_run(config, host, **asked.deciding()),
         rank=ranks.rank,
         world_size=ranks.world_size,
     )
@@ -239,11 +238,9 @@ def _run(options: dict[str, Any], ranks: Ranks, seed: int | None, loaded: list[t
         loaded.append(api.load_models(config, host))
     engine, reward = loaded[0]
     # a journal's fingerprint is that of a run without what stands in each entry's key
-    models = {name: value for name, value in fingerprint.items() if name not in (*DECIDING, *TEXT_ARGUMENTS)}
+    models = {name: value for name, value in fingerprint.items() if name not in (*DECIDING, *_PROMPTS)}
     generator = Generator(engine=engine, reward=reward, config=config, identity=host, fingerprint=models)
-    requests = requests_for(
-        engine, questions, config, task=TASK, until=until, apply_chat_template=template, max_tokens=max_tokens
-    )
+    requests = requests_for(engine, questions, config, task=TASK, **asked.deciding())
     settle_capacity(generator, requests, store, agree=ranks.least)
     record.described = {**generator.describe(), "world_size": ranks.world_size}
     if ranks.main:
@@ -275,34 +272,27 @@ def _run(options: dict[str, Any], ranks: Ranks, seed: int | None, loaded: list[t
 
 def split(options: dict[str, Any]) -> tuple[dict[str, Any], RunConfig, dict[str, Any]]:
     """Options of this command, and those of ``RunConfig`` and of the loader, checked."""
-    ours = {field.name for field in dataclasses.fields(RunConfig)} | set(HOST_ARGUMENTS)
+    ours = {*OURS, *HOST}
     own = {name: value for name, value in options.items() if name not in ours}
-    arguments = {name: _value(name, value) for name, value in options.items() if name in ours}
-    config, host = RunConfig.from_args(arguments)
+    own |= {name: _value(name, own[name]) for name in own if name in _PROMPTS}
+    config, host = RunConfig.from_args({name: _value(name, options[name]) for name in options if name in ours})
     return own, config, host
 
 
 def _value(name: str, text: str) -> Any:
-    """Text of the command line as ``--model_args`` reads it: none, and the loader's booleans and numbers."""
+    """Text of the command line as ``--model_args`` reads it: none, the loader's booleans and numbers, a list."""
+    if name == "until" and not text.startswith("["):
+        return text
     if text.lower() == "none":
         return None
-    if name in HOST_ARGUMENTS:
-        if text.lower() in ("true", "false"):
-            return text.lower() == "true"
-        try:
-            return json.loads(text)
-        except ValueError:
-            return text
-    return text
-
-
-def _until(text: str | None) -> tuple[str, ...]:
-    if text is None or not text.startswith("["):
-        return checked_until(text)
+    if name not in HOST and name != "until":
+        return text
+    if text.lower() in ("true", "false"):
+        return text.lower() == "true"
     try:
-        return checked_until(json.loads(text))
+        return json.loads(text)
     except ValueError:
-        return checked_until(text)  # a stop string that begins with a bracket
+        return text  # also a stop string that begins with a bracket
 
 
 def _ranks(device: str | None) -> Ranks:

@@ -80,7 +80,8 @@ def run(args: argparse.Namespace) -> int:
         ConfigError, CheckpointError: before the reward model is loaded; a bad row is named by its place.
         RewardError: the reward failed; what was scored before is in the output.
     """
-    config = reward_config(args)
+    options = vars(args)
+    config = reward_config(options)
     source = expanded(args.input)
     target = expanded(args.output) if args.output else source.with_suffix(".scored.jsonl")
     entries = read_pairs(source, column=args.column)
@@ -92,7 +93,7 @@ def run(args: argparse.Namespace) -> int:
         target.unlink(missing_ok=True)
         done = []
     if len(done) < len(entries):
-        reward = load_reward(config, args.token)
+        reward = load_reward(config, options.get("token"))
         _check_reads_text(reward)
         with (
             open_append(str(target), argument="output") as file,

@@ -1,1 +1,1 @@
-"""Adapters between the generator and an evaluation harness, one file for each harness."""
+"""Adapters between the generator and an evaluation harness, one folder for each harness."""

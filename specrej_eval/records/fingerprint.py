@@ -2,8 +2,8 @@
 
 Kept beside every record that a later run may go on from (a journal, lm-eval's ``--use_cache``, a folder of `run` or of
 alpaca_eval), so that a changed argument, checkpoint or reward function is noticed instead of old answers being passed
-off as new ones. One function builds it and one compares it, for all of them. An argument decides answers unless it is
-listed here as neutral, so a new one is covered from its first day.
+off as new ones. One function builds it and one compares it, for all of them. What an argument decides is said where it
+is declared (``config``).
 
 Beside what decides stand two things that do not: ``environment``, whose change is warned about (other versions or
 another device give other last bits, which is rarely another answer), and ``uncovered``, what nobody can hold to account
@@ -24,9 +24,20 @@ from pathlib import Path
 from typing import Any
 
 from specrej_eval import companions
-from specrej_eval.budget import DEFAULT_N
 from specrej_eval.checkpoint import DEMO_POLICY, DEMO_REWARD, is_hub_name, stamp
-from specrej_eval.config import HOST_ARGUMENTS, RunConfig, reward_names, without_passwords
+from specrej_eval.config import (
+    DEFAULT_N,
+    HOST,
+    NEUTRAL,
+    PLACEMENT,
+    Decides,
+    RunConfig,
+    as_dict,
+    names,
+    reward_names,
+    without_passwords,
+)
+from specrej_eval.config.argument import checkpoint, rewards, template
 from specrej_eval.errors import ConfigError
 from specrej_eval.paths import expanded, is_folder, is_there
 from specrej_eval.records import callable_sources, digests
@@ -39,72 +50,14 @@ from."""
 EMBEDDED = "embedded"
 """The demo pair's name in records: its folder differs from machine to machine."""
 
-DECIDING = (
-    "strategy",
-    "alpha",
-    "n",
-    "first_look",
-    "kv_budget_tokens",
-    "temperature",
-    "top_p",
-    "top_k",
-    "min_p",
-    "max_gen_toks",
-    "seed",
-    "on_nan",
-    "partial_turn",
-    "logprobs",
-)
-"""Arguments that decide an answer, the models apart."""
-
-NEUTRAL = (
-    "attn_implementation",
-    "batch_size",
-    "device",
-    "force_sampling_args",
-    "journal",
-    "on_greedy",
-    "reward_batch_size",
-    "reward_cache",
-    "reward_device",
-    "reward_kv_budget_tokens",
-    "reward_retries",
-    "reward_timeout",
-    "trace_path",
-)
-"""Arguments that decide no answer: how and where it is computed, where records go, what a task may ask for. Any other
-argument of ``RunConfig`` is about the models, and part of every fingerprint."""
-
-PLACEMENT = (
-    "backend",
-    "device_map",
-    "logits_cache",
-    "max_batch_size",
-    "max_cpu_memory",
-    "max_memory",
-    "max_memory_per_gpu",
-    "offload_folder",
-    "parallelize",
-    "token",
-    "tp_plan",
-)
-"""Arguments of the host that say where weights lie or how they are fetched, not what they are."""
-
-_HOST_DEFAULTS = {
-    "autogptq": False,
-    "chat_template_args": {},
-    "gptqmodel": False,
-    "revision": "main",
-    "subfolder": "",
-    "truncation": False,
-    "use_fast_tokenizer": True,
-}
+_HOST_DEFAULTS = {name: made.default for name, made in HOST.items() if made.default is not None}
 """Left out or written out, it is the same run."""
 
 _BESIDE = ("environment", "uncovered")
 _SINCE = ("companion_files", "reward_data_files")
 """What records of this ``NUMBERS_VERSION`` may lack, since earlier ones did not look there."""
-_LOCAL = ("pretrained", "tokenizer", "peft", "delta", "reward_tokenizer", "reward_model")
+_OF_HOST = names(checkpoint, among=HOST)
+_LOCAL = (*names(checkpoint, rewards), *_OF_HOST)
 """Arguments that may name a folder; where the folder lies decides nothing."""
 _VERSIONS = ("specrej_eval", "torch", "transformers", "tokenizers")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -129,10 +82,7 @@ def of_models(config: RunConfig, host: Mapping[str, Any], *, loaded: Sequence[st
     else:
         policy_files = about.checkpoint(policy or str(DEMO_POLICY), revision=host.get("revision"), policy=True)
     reward_files = about.reward(config, str(DEMO_REWARD) if reward == EMBEDDED else reward)
-    models = {
-        name: value for name, value in _about_models(config).items() if name not in ("pretrained", "reward_model")
-    }
-    for name in ("tokenizer", "peft", "delta"):
+    for name in _OF_HOST:
         value = host.get(name)
         if isinstance(value, str):
             about.files[name] = about.checkpoint(value, weights=name != "tokenizer")
@@ -150,7 +100,7 @@ def of_models(config: RunConfig, host: Mapping[str, Any], *, loaded: Sequence[st
         **({"reward_data_files": about.data} if about.data is not None else {}),
         **({"companion_files": dict(sorted(about.companions.items()))} if about.companions else {}),
         **({"hub_commits": dict(sorted(about.commits.items()))} if about.commits else {}),
-        **models,
+        **_about_models(config),
         **_of_host(host),
         "environment": _environment(config, about.distributions),
         "uncovered": about.uncovered,
@@ -166,7 +116,7 @@ def of_run(
     **others: Any,
 ) -> dict[str, Any]:
     """Models, strategy and sampling of a whole run; ``others`` = what else decides its answers (a prompt template)."""
-    arguments = {name: getattr(config, name) for name in DECIDING if name != "logprobs"}
+    arguments = {name: getattr(config, name) for name in names(Decides.ANSWERS)}
     if not config.rejects:
         arguments["alpha"] = None  # never used
     if config.n is None and config.kv_budget_tokens is None:
@@ -470,10 +420,9 @@ class _About:
 
 
 def _about_models(config: RunConfig) -> dict[str, Any]:
-    found = {name: value for name, value in config.to_dict().items() if name not in (*DECIDING, *NEUTRAL)}
-    for name in ("judge_prompt", "reward_template"):
-        found[name] = None if found[name] is None else _template(found[name])
-    return found
+    of_file = names(template)
+    found = {name: getattr(config, name) for name in names(Decides.MODELS, without=("pretrained", "reward_model"))}
+    return {name: _template(value) if value and name in of_file else value for name, value in found.items()}
 
 
 def _of_host(host: Mapping[str, Any]) -> dict[str, Any]:
@@ -482,7 +431,7 @@ def _of_host(host: Mapping[str, Any]) -> dict[str, Any]:
     for name, value in sorted(host.items()):
         if name in PLACEMENT or name in NEUTRAL:
             continue
-        if name in ("chat_template_args", "quantization_config") and isinstance(value, str):
+        if name in names(as_dict, among=HOST) and isinstance(value, str):
             try:
                 value = json.loads(value)
             except ValueError:
@@ -529,7 +478,7 @@ def _value(fingerprint: Mapping[str, Any], name: str) -> Any:
     return [] if name == "until" else _HOST_DEFAULTS.get(name)
 
 
-_CONFIG_DEFAULTS = {name: value for name, value in RunConfig().to_dict().items() if name not in DECIDING}
+_CONFIG_DEFAULTS = RunConfig().to_dict()
 
 
 def _same_place(name: str, then: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
@@ -585,7 +534,7 @@ def _as_now(then: Mapping[str, Any], now: Mapping[str, Any], found: Comparison) 
         made["reward_model"] = EMBEDDED  # the first journals named it by its folder; its files tell whether it is
     if "strategy" in made:  # of --use_cache: the arguments as they were given
         made.pop("logprobs", None)
-    for name in ("judge_prompt", "reward_template"):
+    for name in names(template):
         if isinstance(made.get(name), str) and made[name] != now.get(name) and _template(made[name]) == now.get(name):
             made[name] = now.get(name)
             found.lacking.append(f"the text of {name}")
@@ -601,7 +550,7 @@ def _as_now(then: Mapping[str, Any], now: Mapping[str, Any], found: Comparison) 
 def _unknown_then(name: str, then: Mapping[str, Any], found: Comparison) -> bool:
     """Whether an old record cannot say what it was; else it was left out, and the default held."""
     whole = "strategy" in then
-    of_host = name in HOST_ARGUMENTS and not whole and name not in _KNOWN_THEN
+    of_host = name in HOST and not whole and name not in _KNOWN_THEN
     unknown = of_host or name.endswith("_files") or name == "hub_commits" or name in _NEUTRAL_THEN
     if unknown or name in _CONFIG_DEFAULTS:
         found.lacking.append(name)

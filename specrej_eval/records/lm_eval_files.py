@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from specrej_eval.checkpoint import DEMO_POLICY, DEMO_REWARD
+from specrej_eval.config import Decides, names
 from specrej_eval.errors import ConfigError, SpecRejError, start_of
 from specrej_eval.records.scores import Score
 
@@ -19,7 +20,7 @@ MARK = "specrej_submission"
 """Key of a results file that a submission has written, which is no run."""
 
 _DATE = re.compile(r"_(\d{4}-\d{2}-\d{2}T[\d.-]+)$")
-_WHERE_AND_HOW_FAST = {"batch_size", "device", "journal", "reward_device", "trace_path"}
+_DECIDES_NOTHING = names(Decides.KEPT, Decides.PLACE, Decides.NOTHING)
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class Results:
         """The arguments that decide answers."""
         arguments = self.block.get("arguments")
         arguments = arguments if isinstance(arguments, Mapping) else {}
-        return {name: value for name, value in arguments.items() if name not in _WHERE_AND_HOW_FAST}
+        return {name: value for name, value in arguments.items() if name not in _DECIDES_NOTHING}
 
     @property
     def tasks(self) -> Mapping[str, Any]:

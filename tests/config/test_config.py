@@ -12,7 +12,17 @@ from hypothesis import strategies as st
 from support.rewards import check_reward
 
 from specrej_eval import registry
-from specrej_eval.config import HOST_ARGUMENTS, RunConfig, as_bool, as_dict, as_float, as_int, checked_until
+from specrej_eval.config import (
+    ARGUMENTS,
+    HOST,
+    RunConfig,
+    as_bool,
+    as_dict,
+    as_float,
+    as_int,
+    checked_until,
+    known_elsewhere,
+)
 from specrej_eval.errors import ConfigError, SpecRejError
 from specrej_eval.strategies.base import make_strategy
 
@@ -73,10 +83,10 @@ def test_the_defaults_are_the_documented_ones():
 
 
 def test_no_argument_is_named_version_and_none_is_both_ours_and_the_hosts():
-    assert "version" not in OURS | set(HOST_ARGUMENTS), (
+    assert "version" not in OURS | set(HOST), (
         "lm-eval merges these into each task's metadata, whose `version` is the task's"
     )
-    assert not OURS & set(HOST_ARGUMENTS)
+    assert not OURS & set(HOST)
     assert "unknown argument 'version'" in refused(version=1)
 
 
@@ -306,6 +316,32 @@ def test_arguments_survive_their_own_dict_and_json():
     assert config(**json.loads(json.dumps(first.to_dict()))) == first
 
 
+# --- other names and spellings
+
+
+@pytest.mark.parametrize("name", ["n_samples", "num_samples", "num_return_sequences", "best_of"])
+def test_what_others_call_n_is_n(name):
+    assert config(**{name: "8"}).n == 8
+    assert config(**{name: 8, "n": "8"}).n == 8
+    assert config(**{name: None, "n": 4}).n == config(**{name: 4, "n": None}).n == 4
+    assert config(**{name: "max"}) == config(n="max")
+    assert f"n=4 and {name}=8 are one argument with two values" in refused(**{name: 8, "n": 4})
+    assert "n must be a whole number" in refused(**{name: "many"})
+
+
+@pytest.mark.parametrize("name", ["dtype", "reward_dtype"])
+def test_dtypes_have_short_names(name):
+    for short, long in (("bf16", "bfloat16"), ("fp16", "float16"), ("fp32", "float32")):
+        assert config(**{name: short}) == config(**{name: long})
+
+
+def test_what_other_tools_call_an_argument_is_answered_with_our_name():
+    for slip, meant in known_elsewhere().items():
+        if meant in ARGUMENTS and slip not in ARGUMENTS[meant].synonyms:
+            assert f"did you mean {meant!r}?" in refused(**{slip: 1})
+    assert "until" not in refused(stop="x"), "which --model_args do not take"
+
+
 # --- alpha as written
 
 
@@ -372,6 +408,7 @@ def test_an_entry_that_is_not_there_is_named_with_the_nearest():
 def test_an_alpha_that_best_of_n_does_not_use_is_pointed_out(caplog: pytest.LogCaptureFixture) -> None:
     RunConfig.from_args({"strategy": "best_of_n", "n": 4})
     RunConfig.from_args({"strategy": "best_of_n", "alpha": 0})
+    RunConfig.from_args({"strategy": "best_of_n", "alpha": "0"})
     RunConfig.from_args({"alpha": 0.25})
     assert not caplog.records
     RunConfig.from_args({"strategy": "best_of_n", "alpha": 0.25})

@@ -24,7 +24,7 @@ from support.tiny_models import (
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSeq2SeqLM, PreTrainedModel
 
 from specrej_eval import checkpoint
-from specrej_eval.config import HOST_ARGUMENTS, RunConfig
+from specrej_eval.config import RunConfig
 from specrej_eval.engines.transformers import loading
 from specrej_eval.engines.transformers.loading import check_checkpoint, load_model_and_tokenizer
 from specrej_eval.errors import CheckpointError, ConfigError, MissingDependencyError
@@ -426,11 +426,6 @@ def test_a_hub_name_that_cannot_be_fetched(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(transformers.PretrainedConfig, "get_config_dict", offline)
     with pytest.raises(CheckpointError, match="couldn't connect"):
         load("someone/policy")
-
-
-def test_every_host_argument_has_its_place() -> None:
-    places = [*loading.SUPPORTED, *loading.ABOUT_TEXT, *loading.UNSUPPORTED]
-    assert sorted(places) == sorted(HOST_ARGUMENTS)
 
 
 def test_nothing_is_said_of_the_embedded_pair_when_a_model_is_given(

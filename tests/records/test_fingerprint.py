@@ -8,11 +8,9 @@ from pathlib import Path
 import pytest
 from support.other_values import OTHER
 
-from specrej_eval.config import RunConfig
+from specrej_eval.config import DECIDING, NEUTRAL, RunConfig
 from specrej_eval.errors import ConfigError
 from specrej_eval.records.fingerprint import (
-    DECIDING,
-    NEUTRAL,
     check_same,
     differences,
     is_demo,
@@ -27,7 +25,7 @@ def test_every_argument_but_the_neutral_ones_is_part_of_it(name: str) -> None:
     if name == "logprobs":  # keeps more of the same answers; a journal has to tell them apart, a run need not
         assert name in DECIDING
         return
-    assert name in OTHER, f"say in OTHER what {name} could be, or in fingerprint.NEUTRAL that it decides nothing"
+    assert name in OTHER, f"say in OTHER what {name} could be, or where it is declared that it decides nothing"
     base, changed = RunConfig(n=16), RunConfig(**{"n": 16, name: OTHER[name]})
     assert differences(of_run(base, {}), of_run(changed, {})), name
     if name not in DECIDING:

@@ -20,7 +20,7 @@ from support.other_values import OTHER
 
 from specrej_eval import paths
 from specrej_eval.checkpoint import DEMO_POLICY, DEMO_REWARD
-from specrej_eval.config import HOST_ARGUMENTS, RunConfig
+from specrej_eval.config import HOST, NEUTRAL, PLACEMENT, Decides, RunConfig, names
 from specrej_eval.core import Prompt
 from specrej_eval.errors import ConfigError
 from specrej_eval.generator import Request
@@ -55,8 +55,6 @@ OTHER_HOST: dict[str, Any] = {
     "truncation": True,
     "use_fast_tokenizer": False,
 }
-ONLY_WITH_TASKS = ("force_sampling_args", "on_greedy")
-"""They decide what a task's own arguments mean: a journal's keys hold what came of it, a folder knows no tasks."""
 
 
 class Stores:
@@ -107,15 +105,15 @@ BASE = RunConfig(n=16)
 @pytest.mark.parametrize("store", STORES)
 @pytest.mark.parametrize("name", [field.name for field in dataclasses.fields(RunConfig)])
 def test_every_argument_is_noticed(name: str, store: str, tmp_path: Path, counted: Counted) -> None:
-    if name in ONLY_WITH_TASKS:
+    if name in names(Decides.TASKS):  # a journal's keys hold what came of it, a folder knows no tasks
         other: Any = {"on_greedy": "greedy", "force_sampling_args": True}[name]
         deciding = store == "use_cache"
-    elif name in fingerprint.NEUTRAL:
+    elif name in NEUTRAL:
         pytest.skip("decides nothing")
     elif name == "logprobs":  # keeps more of the same answers; only a journal has room for it
         other, deciding = True, store == "journal"
     else:
-        assert name in OTHER, f"say in OTHER what {name} could be, or in NEUTRAL that it is neutral"
+        assert name in OTHER, f"say in OTHER what {name} could be, or where it is declared that it is neutral"
         other, deciding = OTHER[name], True
     found = noticed(Stores(tmp_path), store, (BASE, {}), (dataclasses.replace(BASE, **{name: other}), {}))
     assert (found is not None) == deciding, name
@@ -125,12 +123,12 @@ def test_every_argument_is_noticed(name: str, store: str, tmp_path: Path, counte
 
 
 @pytest.mark.parametrize("store", STORES)
-@pytest.mark.parametrize("name", HOST_ARGUMENTS)
+@pytest.mark.parametrize("name", HOST)
 def test_every_argument_of_the_host_is_noticed(name: str, store: str, tmp_path: Path, counted: Counted) -> None:
-    if name in fingerprint.PLACEMENT:
+    if name in PLACEMENT:
         assert noticed(Stores(tmp_path), store, (BASE, {}), (BASE, {name: "x"})) is None
         return
-    assert name in OTHER_HOST, f"say in OTHER_HOST what {name} could be, or in PLACEMENT that it only places"
+    assert name in OTHER_HOST, f"say in OTHER_HOST what {name} could be, or where it is declared that it only places"
     found = noticed(Stores(tmp_path), store, (BASE, {}), (BASE, {name: OTHER_HOST[name]}))
     assert found is not None and name in found
     counted(f"arguments changed, noticed by {store}")

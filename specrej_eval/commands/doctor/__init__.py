@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import importlib
 import importlib.metadata
-import importlib.util
 import os
 import shutil
 import site
@@ -192,19 +191,14 @@ def _same_bits(threads: int) -> Finding:
 
 
 def check_attention() -> Iterator[Finding]:
-    yield Finding("ok", "sdpa", "part of torch; runs everywhere")
-    for extra, module, package in (
-        ("flash-attn", "flash_attn", "flash-attn"),
-        ("flashinfer", "flashinfer", "flashinfer-python"),
-    ):
-        if importlib.util.find_spec(module) is None:
-            yield Finding("note", extra, f'not installed; on a CUDA machine: pip install "specrej-eval[{extra}]"')
-            continue
+    from specrej_eval import registry
+
+    for name in registry.names("specrej_eval.kv.attention"):
         try:
-            importlib.import_module(module)
-            yield Finding("ok", extra, importlib.metadata.version(package))
+            told = importlib.import_module(f"specrej_eval.kv.attention.{name}").__doc__ or ""
+            yield Finding("ok", name, told.partition("\n")[0].removesuffix("."))
         except Exception as error:  # most often built for another torch or CUDA
-            yield Finding("note", extra, f"installed, but cannot be imported: {error!r}")
+            yield Finding("note", name, f"cannot be imported: {error!r}")
 
 
 def check_files() -> Iterator[Finding]:
@@ -250,12 +244,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    if args.pretrained is not None or args.reward_model is not None:
+    if "pretrained" in args or "reward_model" in args:
         from specrej_eval.commands.doctor import policy as policy_doctor
         from specrej_eval.commands.doctor import reward as reward_doctor
 
-        code = 0 if args.pretrained is None else policy_doctor.run(args)
-        return code if args.reward_model is None else max(code, reward_doctor.run(args))
+        code = policy_doctor.run(args) if "pretrained" in args else 0
+        return max(code, reward_doctor.run(args)) if "reward_model" in args else code
     broken = 0
     for title, check in SECTIONS:
         print(title)

@@ -9,15 +9,13 @@ import argparse
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from specrej_eval.config import RunConfig
+from specrej_eval.config import ARGUMENTS, RunConfig, Takes, names
 from specrej_eval.errors import PromptError
+from specrej_eval.options import add_options
 from specrej_eval.special_tokens import ALLOW, ERROR
 
 if TYPE_CHECKING:
     from specrej_eval.engines.transformers.engine import TransformersEngine
-
-NAMES = ("pretrained", "dtype", "device")
-"""Arguments of ``RunConfig`` that this command takes for itself; the others are those of a reward model."""
 
 
 class Finding(NamedTuple):
@@ -28,9 +26,7 @@ class Finding(NamedTuple):
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("language model (the names of --model_args)")
-    group.add_argument("--pretrained", metavar="VALUE", help="how it is decoded here, and what that promises")
-    group.add_argument("--dtype", metavar="VALUE", help="auto = the checkpoint's (default: auto)")
-    group.add_argument("--device", metavar="VALUE", help="None = cuda if there is one, else cpu")
+    add_options(group, (ARGUMENTS[name] for name in names(Takes.POLICY, without=names(Takes.ALONE))))
 
 
 def run(args: argparse.Namespace) -> int:
@@ -42,9 +38,9 @@ def run(args: argparse.Namespace) -> int:
     from specrej_eval import api
     from specrej_eval.engines.transformers.loading import check_checkpoint
 
-    given: dict[str, Any] = {name: getattr(args, name) for name in (*NAMES, "trust_remote_code", "token")}
-    given["special_tokens_in_content"] = args.special_tokens_in_content
-    config, host = RunConfig.from_args({name: value for name, value in given.items() if value is not None})
+    given = vars(args)
+    taken = (*names(Takes.POLICY), "token")
+    config, host = RunConfig.from_args({name: given[name] for name in taken if name in given})
     check_checkpoint(config, host)
     return examine(api.load_engine(config, host))
 

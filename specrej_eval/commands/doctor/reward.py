@@ -59,8 +59,9 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         ConfigError, CheckpointError, RewardError: it cannot be loaded, or does not answer.
     """
-    config = reward_config(args)
-    reward = load_reward(config, args.token)
+    options = vars(args)
+    config = reward_config(options)
+    reward = load_reward(config, options.get("token"))
     if not reward.reads_text:
         raise ConfigError(f"reward_model={reward.name!r} reads no text, so there is nothing to look at.")
     return examine(reward, demo_probes() if _is_demo(config) else PROBES)

@@ -19,44 +19,11 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from specrej_eval import checkpoint
-from specrej_eval.config import RunConfig, as_bool, as_dict
+from specrej_eval.config import HOST, RunConfig, as_bool, as_dict
 from specrej_eval.errors import CheckpointError, ConfigError, MissingDependencyError, OutOfMemoryError
 from specrej_eval.paths import is_folder
 
-SUPPORTED = (
-    "add_bos_token",
-    "device_map",
-    "gguf_file",
-    "max_memory",
-    "offload_folder",
-    "peft",
-    "quantization_config",
-    "revision",
-    "subfolder",
-    "token",
-    "tokenizer",
-    "use_fast_tokenizer",
-)
-"""Host arguments that say how to load."""
-
-ABOUT_TEXT = ("chat_template_args", "enable_thinking", "max_length", "prefix_token_id", "think_end_token")
-"""Host arguments that say how prompts are made and answers cut: not read here."""
-
-UNSUPPORTED = {
-    "autogptq": "GPTQ checkpoints load by themselves (their config.json names the method; pip install gptqmodel).",
-    "backend": "only causal language models are decoded; leave it out.",
-    "delta": "add the delta weights to the base model once, save the sum, and give its folder as pretrained=.",
-    "gptqmodel": "GPTQ checkpoints load by themselves (their config.json names the method; pip install gptqmodel).",
-    "logits_cache": "only lm-eval's log-likelihood requests use it; use --model specrej.",
-    "max_batch_size": "use batch_size (prompts in flight) and n (rows of one prompt).",
-    "max_cpu_memory": "use max_memory={...} with device_map=auto.",
-    "max_memory_per_gpu": "use max_memory={...} with device_map=auto.",
-    "mixed_precision_dtype": "use dtype.",
-    "parallelize": "use device_map=auto.",
-    "softmax_dtype": "only lm-eval's log-likelihood requests use it; use --model specrej.",
-    "tp_plan": "use device_map=auto.",
-    "truncation": "a prompt longer than the context is an error here; shorten it yourself.",
-}
+UNSUPPORTED = {name: made.not_in_python for name, made in HOST.items() if made.not_in_python}
 """Arguments of lm-eval's ``HFLM`` that have no meaning here, and what to use in their place."""
 
 _logger = logging.getLogger(__name__)
@@ -124,7 +91,7 @@ def load_model_and_tokenizer(config: RunConfig, host: Mapping[str, Any]) -> tupl
     """The language model, in eval mode on its device, and its tokenizer.
 
     Args:
-        host: ``from_pretrained``'s arguments as in lm-eval's ``--model_args``; ``SUPPORTED`` lists them.
+        host: ``from_pretrained``'s arguments as in lm-eval's ``--model_args``, all but ``UNSUPPORTED``.
 
     Raises:
         ConfigError: an argument that only lm-eval's loader understands.

@@ -13,7 +13,8 @@ import yaml
 
 from specrej_eval import __version__
 from specrej_eval.checkpoint import is_hub_name
-from specrej_eval.config import RunConfig, as_bool, as_int, checked_until
+from specrej_eval.config import ARGUMENTS, HOST, DecoderArguments, RunConfig, declared, in_our_names, names
+from specrej_eval.config.argument import checkpoint, rewards
 from specrej_eval.errors import ConfigError
 from specrej_eval.paths import is_folder
 from specrej_eval.records.fingerprint import differences, of_run
@@ -21,10 +22,7 @@ from specrej_eval.records.outputs import Answer, RunRecord
 
 STRATEGIES = {"specrej_completions": "speculative_rejection", "specrej_best_of_n": "best_of_n"}
 """Our completion functions and the strategy each presets."""
-DECODER_ARGUMENTS = ("apply_chat_template", "is_chatml_prompt", "max_tokens", "price_per_hour", "until")
-"""Names in ``completions_kwargs`` beside those of ``--model_args``."""
 
-_ON_THIS_MACHINE = ("device", "journal", "reward_device", "token", "trace_path")
 _FOLDER = Path("model_configs")
 
 
@@ -44,7 +42,7 @@ class ModelConfig:
 
     @property
     def completions_kwargs(self) -> dict[str, Any]:
-        return dict(self.entry.get("completions_kwargs") or {})
+        return in_our_names(self.entry.get("completions_kwargs") or {})
 
     def fingerprint(self) -> dict[str, Any]:
         """Everything written here that decides an answer. Nothing is loaded.
@@ -52,24 +50,27 @@ class ModelConfig:
         Raises:
             ConfigError: an unknown argument or a bad value.
         """
-        arguments = {"strategy": STRATEGIES[self.function], **self.completions_kwargs}
-        own = {name: arguments.pop(name) for name in DECODER_ARGUMENTS if name in arguments}
-        config, host = RunConfig.from_args(arguments)
+        config, host, asked = arguments_of(self.function, self.completions_kwargs)
         if config.pretrained is None:
             raise ConfigError(
                 f"{str(self.path)!r} names no model: it is a configuration of the embedded demo pair.",
                 hint="give the configuration that the answers were made with.",
             )
-        chat_template, max_tokens = own.get("apply_chat_template", "auto"), own.get("max_tokens")
-        return of_run(
-            config,
-            host,
-            until=checked_until(own.get("until")),
-            prompt_template=self.template,
-            apply_chat_template=chat_template if chat_template == "auto" else as_bool("it", chat_template),
-            is_chatml_prompt=as_bool("is_chatml_prompt", own.get("is_chatml_prompt", False)),
-            max_tokens=None if max_tokens is None else as_int("max_tokens", max_tokens),
-        )
+        return of_run(config, host, prompt_template=self.template, **asked.deciding())
+
+
+def arguments_of(
+    function: str, completions_kwargs: Mapping[str, Any]
+) -> tuple[RunConfig, dict[str, Any], DecoderArguments]:
+    """What ``completions_kwargs`` of one of our completion functions ask for: ours, the loader's, the decoder's own.
+
+    Raises:
+        ConfigError: an unknown argument or a bad value.
+    """
+    arguments = {"strategy": STRATEGIES[function], **completions_kwargs}
+    asked = DecoderArguments.of(arguments)
+    config, host = RunConfig.from_args(arguments, also=declared(DecoderArguments))
+    return config, host, asked
 
 
 def find(path: str | None, name: str) -> ModelConfig:
@@ -159,7 +160,8 @@ def render(config: ModelConfig, record: RunRecord | None, answers: Sequence[Answ
         remarks.append(f"The best answers of several runs, with the seeds {seeds}.")
     if record is None:
         remarks.append("Submitted without the record of the run.")
-    kwargs = {key: value for key, value in config.completions_kwargs.items() if key not in _ON_THIS_MACHINE}
+    private = {name for name, made in {**ARGUMENTS, **HOST}.items() if made.private}
+    kwargs = {key: value for key, value in config.completions_kwargs.items() if key not in private}
     entry = {
         "prompt_template": f"{name}/prompt.txt",
         "fn_completions": None,
@@ -176,11 +178,11 @@ def render(config: ModelConfig, record: RunRecord | None, answers: Sequence[Answ
 
 def local_paths(config: ModelConfig) -> list[str]:
     """Arguments that name a folder, which nobody else has."""
-    named = {name: config.completions_kwargs.get(name) for name in ("pretrained", "reward_model", "peft", "tokenizer")}
+    named = (*names(checkpoint, rewards), *names(checkpoint, among=HOST))
     return [
         f"{name}={value}"
-        for name, value in named.items()
-        if isinstance(value, str) and "/" in value and (not is_hub_name(value) or is_folder(value))
+        for name, value in config.completions_kwargs.items()
+        if name in named and isinstance(value, str) and "/" in value and (not is_hub_name(value) or is_folder(value))
     ]
 
 

@@ -18,13 +18,14 @@ import torch
 from alpaca_eval import utils
 
 from specrej_eval import api, stopping
-from specrej_eval.answering import AUTO, answer, requests_for, settle_capacity, summary
-from specrej_eval.config import HOST_ARGUMENTS, RunConfig, as_bool, as_float, as_int, checked_until
+from specrej_eval.answering import answer, requests_for, settle_capacity, summary
+from specrej_eval.config import Decides, DecoderArguments, RunConfig, names
 from specrej_eval.core import Question, Spent
 from specrej_eval.engines.base import Engine
 from specrej_eval.errors import ConfigError
 from specrej_eval.generator import Generator
-from specrej_eval.records.fingerprint import NEUTRAL, of_models, of_run
+from specrej_eval.harness.alpaca_eval.config import arguments_of
+from specrej_eval.records.fingerprint import of_models, of_run
 from specrej_eval.records.outputs import Answer, OutputsFolder, RunRecord
 from specrej_eval.rewards.base import RewardModel
 from specrej_eval.special_tokens import ALLOW, concerned
@@ -32,12 +33,7 @@ from specrej_eval.special_tokens import ALLOW, concerned
 logger = logging.getLogger(__name__)
 
 TASK = "alpaca_eval"
-DECODER_ARGUMENTS = ("apply_chat_template", "is_chatml_prompt", "max_tokens", "price_per_hour", "until")
-"""Names in ``completions_kwargs`` beside those of ``--model_args``."""
-STRATEGIES = {"specrej_completions": "speculative_rejection", "specrej_best_of_n": "best_of_n"}
-"""Our completion functions and the strategy each presets."""
 
-_PER_RUN = {"batch_size", "force_sampling_args", "journal", "on_greedy", "trace_path"}
 _MARKUP = re.compile(r"<\|im_(?:start|end)\|>")
 _KEPT = 2  # a model and a reference model are asked in turn, 64 instructions each
 _loaded: dict[str, dict[str, Generator]] = {}
@@ -82,11 +78,7 @@ class Generation:
 
     config: RunConfig
     host: dict[str, Any]
-    until: tuple[str, ...]
-    apply_chat_template: bool | str
-    is_chatml_prompt: bool
-    max_tokens: int | None
-    price_per_hour: float
+    asked: DecoderArguments
     store: OutputsFolder | None = None
     record: RunRecord | None = None
     places: dict[str, int] = field(default_factory=dict)
@@ -106,37 +98,13 @@ class Generation:
         Raises:
             ConfigError, CheckpointError: an unknown argument, a bad value, a checkpoint that is not there.
         """
-        arguments = {"strategy": STRATEGIES[function], **completions_kwargs}
-        own = {name: arguments.pop(name) for name in DECODER_ARGUMENTS if name in arguments}
-        config, host = RunConfig.from_args(arguments, host=HOST_ARGUMENTS, also=DECODER_ARGUMENTS)
-        template = own.get("apply_chat_template", AUTO)
-        price = as_float("price_per_hour", own.get("price_per_hour", 0.0))
-        if price < 0:
-            raise ConfigError(f"price_per_hour must be at least 0, got {price}.")
-        max_tokens = own.get("max_tokens")
-        generation = cls(
-            config=config,
-            host=host,
-            until=checked_until(own.get("until")),
-            apply_chat_template=AUTO if template == AUTO else as_bool("apply_chat_template", template),
-            is_chatml_prompt=as_bool("is_chatml_prompt", own.get("is_chatml_prompt", False)),
-            max_tokens=None if max_tokens is None else as_int("max_tokens", max_tokens),
-            price_per_hour=price,
-        )
+        config, host, asked = arguments_of(function, completions_kwargs)
         api.check(config, host)
-        return generation
+        return cls(config=config, host=host, asked=asked)
 
     def fingerprint(self, **others: Any) -> dict[str, Any]:
         """Everything that decides the answers; ``others`` = the prompt template."""
-        return of_run(
-            self.config,
-            self.host,
-            until=self.until,
-            apply_chat_template=self.apply_chat_template,
-            is_chatml_prompt=self.is_chatml_prompt,
-            max_tokens=self.max_tokens,
-            **others,
-        )
+        return of_run(self.config, self.host, **self.asked.deciding(), **others)
 
     def question(self, prompt: str) -> Question:
         """A rendered prompt as a question; its bare instruction is known if our hook has rendered it."""
@@ -144,7 +112,7 @@ class Generation:
         instruction = str(row.get("instruction", prompt))
         index = self.places.get(instruction)
         others = {"dataset": str(row["dataset"])} if "dataset" in row else {}
-        if not self.is_chatml_prompt:
+        if not self.asked.is_chatml_prompt:
             return Question(instruction=instruction, text=str(prompt), index=index, fields=others)
         try:
             messages = self._chatml(str(prompt), instruction if row else "")
@@ -167,7 +135,7 @@ class Generation:
 
     def generator(self) -> Generator:
         """The models, loaded once for all chunks and for all configurations that name the same ones."""
-        placed = [getattr(self.config, name) for name in NEUTRAL if name not in _PER_RUN]
+        placed = [getattr(self.config, name) for name in names(Decides.PLACE)]
         # a self-score has no floor where nothing is compared
         models = _key(of_models(self.config, self.host), placed, self.config.partial_turn, self.config.n == 1)
         if models not in _loaded:
@@ -186,7 +154,7 @@ class Generation:
         return Generator(engine=engine, reward=reward, config=self.config, identity=self.host)
 
     def price(self, done: Answer) -> float:
-        return done.seconds / 3600 * self.price_per_hour
+        return done.seconds / 3600 * self.asked.price_per_hour
 
     def everything(self) -> list[Answer]:
         """All answers of this run's instructions; empty until each has one.
@@ -229,9 +197,9 @@ def _completions(prompts: Sequence[str], generation: Generation) -> dict[str, li
         questions,
         generation.config,
         task=TASK,
-        until=generation.until,
-        apply_chat_template=generation.apply_chat_template,
-        max_tokens=generation.max_tokens,
+        until=generation.asked.until,
+        apply_chat_template=generation.asked.apply_chat_template,
+        max_tokens=generation.asked.max_tokens,
         truncate=True,
     )
     if generation.config.special_tokens_in_content is None and not generation.warned:

@@ -53,7 +53,7 @@ def prepare(arguments: dict[str, Any]) -> None:
     """
     from alpaca_eval import constants, utils
 
-    from specrej_eval.harness.alpaca_eval.decoder import STRATEGIES
+    from specrej_eval.harness.alpaca_eval.config import STRATEGIES
 
     base_dir = Path(arguments.get("kwargs", {}).get("base_dir", constants.MODELS_CONFIG_DIR))
     configs = {}

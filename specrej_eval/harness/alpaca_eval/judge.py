@@ -7,7 +7,6 @@ configuration has no influence on it.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import inspect
 import logging
@@ -19,7 +18,7 @@ from types import ModuleType
 from typing import Any
 
 from specrej_eval import checkpoint
-from specrej_eval.config import RunConfig, as_float, suggest_argument
+from specrej_eval.config import RunConfig, Takes, as_float, names, suggest_argument
 from specrej_eval.core import RowView
 from specrej_eval.errors import ConfigError, RewardError
 from specrej_eval.harness.alpaca_eval import runs as alpaca_eval_runs
@@ -30,10 +29,7 @@ from specrej_eval.records import fingerprint
 from specrej_eval.rewards.base import RewardModel, RewardPlan
 
 NAME = "specrej_reward_judge"
-ARGUMENTS = (
-    *(field.name for field in dataclasses.fields(RunConfig) if field.name.startswith(("reward_", "judge_"))),
-    *("prm_reduce", "device", "trust_remote_code"),
-)
+ARGUMENTS = names(Takes.ALONE)
 """Of ``RunConfig``, with its rules; ``preference_temperature`` is the judge's own."""
 
 _logger = logging.getLogger(__name__)

@@ -20,7 +20,7 @@ from lm_eval.utils import simple_parse_args_string
 from transformers import PreTrainedModel
 
 from specrej_eval import budget, ranks, stopping
-from specrej_eval.config import RunConfig
+from specrej_eval.config import Decides, RunConfig, names
 from specrej_eval.core import Prompt, finite_or_none, prompt_hash
 from specrej_eval.errors import ConfigError, PromptError
 from specrej_eval.generator import Generator, Request
@@ -52,7 +52,7 @@ FINGERPRINT = "specrej:fingerprint"
 class SpecRejLM(HFLM):
     """A causal language model whose answers are chosen by a reward model while they are being written.
 
-    Args are those of ``RunConfig`` (see the README's table) and those of ``HFLM``, in ``--model_args``, in Python, or
+    Args are those of ``RunConfig`` (see docs/arguments.md) and those of ``HFLM``, in ``--model_args``, in Python, or
     as the constructor's keywords. Without ``pretrained`` the embedded demo pair is used.
 
     ``batch_size`` is the number of prompts decoded at the same time; results never depend on it. lm-eval passes its
@@ -82,7 +82,8 @@ class SpecRejLM(HFLM):
         loaded = pretrained if isinstance(pretrained, torch.nn.Module) else None
         arguments["pretrained"] = name_of(loaded) if loaded is not None else pretrained
         arguments.setdefault("strategy", self.default_strategy)
-        host_batch_size, notes = merge_options(arguments, harness_options or {})
+        named = host_run is not None and host_run.device_given
+        host_batch_size, notes = merge_options(arguments, harness_options or {}, device_given=named)
         self.seed_from = lm_eval_run.FROM_MODEL_ARGS if "seed" in arguments else lm_eval_run.FROM_DEFAULT
         if host_run is not None:
             arguments["seed"], self.seed_from = host_run.seed(arguments)
@@ -398,10 +399,7 @@ class SpecRejLM(HFLM):
                 config,
                 self.host_arguments,
                 loaded=self._given_as_objects,
-                alpha=config.alpha,
-                n=config.n,
-                on_greedy=config.on_greedy,
-                force_sampling_args=config.force_sampling_args,
+                **{name: getattr(config, name) for name in ("alpha", "n", *names(Decides.TASKS))},
             )
         )
 

@@ -7,25 +7,24 @@ from typing import Any
 
 import torch
 
+from specrej_eval.config import HOST
 from specrej_eval.errors import ConfigError
 
-NOT_WITH_HFLM = {
-    "device_map": "use parallelize=True.",
-    "max_memory": "use parallelize=True with max_memory_per_gpu= and max_cpu_memory=.",
-    "quantization_config": "it reads the one in the checkpoint's config.json; or give a loaded model in Python.",
-}
-"""Arguments that HFLM takes and loses."""
 
-
-def merge_options(arguments: dict[str, Any], harness: Mapping[str, Any]) -> tuple[int | str, list[str]]:
+def merge_options(
+    arguments: dict[str, Any], harness: Mapping[str, Any], *, device_given: bool = False
+) -> tuple[int | str, list[str]]:
     """Bring model_args and lm-eval's own options together in ``arguments``; model_args win.
+
+    Args:
+        device_given: the user named the device; lm-eval passes ``cuda:0`` where nobody did.
 
     Returns:
         HFLM's batch size, and what there is to warn about.
     """
     options = {name: value for name, value in harness.items() if value is not None}
-    if options.get("device") == "cuda:0" and not torch.cuda.is_available():
-        del options["device"]  # the command line's default, also where there is no GPU
+    if not device_given and options.get("device") == "cuda:0" and not torch.cuda.is_available():
+        del options["device"]
     notes = []
     given = arguments.pop("batch_size", None)
     host_batch_size = options.pop("batch_size", 1 if given is None else given)
@@ -38,7 +37,9 @@ def merge_options(arguments: dict[str, Any], harness: Mapping[str, Any]) -> tupl
     if ours is not None and not str(ours).startswith("auto"):
         arguments["batch_size"] = ours
     for name, value in options.items():
-        if arguments.setdefault(name, value) != value and value != "cuda:0":
+        if arguments.get(name) is None:
+            arguments[name] = value
+        elif arguments[name] != value and (device_given or value != "cuda:0"):
             notes.append(f"{name}={arguments[name]} in model_args wins over --{name} {value}.")
     return host_batch_size, notes
 
@@ -49,9 +50,11 @@ def check_host_arguments(host: Mapping[str, Any]) -> None:
     """
     if host.get("backend") == "seq2seq":
         raise seq2seq_refused()
-    for name, remedy in NOT_WITH_HFLM.items():
-        if host.get(name) is not None:
-            raise ConfigError(f"{name}={host[name]!r} has no effect on lm-eval's own loader.", hint=remedy)
+    for name, value in host.items():
+        if value is not None and HOST[name].not_in_lm_eval:
+            raise ConfigError(
+                f"{name}={value!r} has no effect on lm-eval's own loader.", hint=HOST[name].not_in_lm_eval
+            )
 
 
 def name_of(loaded: Any) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -11,30 +10,39 @@ from typing import Any
 
 from lm_eval.models.utils import normalize_gen_kwargs
 
-from specrej_eval.config import RunConfig, as_bool, as_float, as_int, checked_until
+from specrej_eval.config import (
+    ARGUMENTS,
+    SAMPLING,
+    RunConfig,
+    Takes,
+    as_bool,
+    as_float,
+    as_int,
+    checked_until,
+    known_elsewhere,
+    names,
+)
 from specrej_eval.core import Message
 from specrej_eval.errors import ConfigError, nearest
 
-SAMPLING = ("temperature", "top_p", "top_k", "min_p")
-KNOBS = (
-    "alpha",
-    "first_look",
-    "force_sampling_args",
-    "kv_budget_tokens",
-    "logprobs",
-    "n",
-    "on_greedy",
-    "on_nan",
-    "seed",
-    "strategy",
-)
+_LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
+"""lm-eval's names of one limit."""
+KNOBS = names(Takes.REQUEST, without=(*SAMPLING, *_LENGTHS))
 """Arguments of ours that a task, or ``--gen_kwargs``, may set for its own requests."""
+GREEDY: dict[str, Any] = {
+    "strategy": "best_of_n",
+    "n": 1,
+    "temperature": 0.0,
+    "first_look": None,
+    "kv_budget_tokens": None,
+    "force_sampling_args": False,
+}
+"""What makes greedy decoding of a run."""
 
 SAMPLED_TASKS = frozenset({"specrej_prompts"})
 """Tasks of ours that leave sampling to the model. Their YAML cannot say so: with ``do_sample: true`` and no temperature
 (one of the task's own would win over ours) other models fail before they can be told that they have no rewards."""
 
-_LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
 _NEUTRAL = {"num_beams": 1, "num_return_sequences": 1, "repetition_penalty": 1, "use_cache": True}
 
 
@@ -126,8 +134,7 @@ def translate(
     explicit = {name: value for name, value in (explicit or {}).items() if value is not None}
     given = {name: value for name, value in gen_kwargs.items() if name != "until" and value is not None}
     until = checked_until(gen_kwargs.get("until"))
-    fields = {field.name for field in dataclasses.fields(RunConfig)}
-    fixed = sorted(fields & given.keys() - {*KNOBS, *SAMPLING, *_LENGTHS})
+    fixed = sorted(ARGUMENTS.keys() & given.keys() - {*KNOBS, *SAMPLING, *_LENGTHS})
     if fixed:
         raise ConfigError(
             f"{', '.join(fixed)} cannot be set in gen_kwargs: the model is already loaded.", hint="use --model_args."
@@ -193,10 +200,10 @@ def _wants_greedy(explicit: Mapping[str, Any]) -> bool:
     wants = do_sample is False or (temperature == 0 and do_sample is None)
     contrary = do_sample is False and temperature
     if contrary or (do_sample and temperature == 0) or (wants and explicit.get("on_greedy") in ("sample", "error")):
-        names = ("do_sample", "temperature", "on_greedy")
-        both = ", ".join(f"{name}={explicit[name]}" for name in names if name in explicit)
+        both = ("do_sample", "temperature", "on_greedy")
+        told = ", ".join(f"{name}={explicit[name]}" for name in both if name in explicit)
         raise ConfigError(
-            f"{both} in gen_kwargs contradict each other.",
+            f"{told} in gen_kwargs contradict each other.",
             hint="do_sample=False or temperature=0 decodes greedily; temperature above 0 samples.",
         )
     return wants
@@ -225,22 +232,10 @@ def _refuse_without_effect(explicit: Mapping[str, Any], config: RunConfig) -> No
     """Raises:
     ConfigError: the user's own arguments mean nothing to greedy decoding.
     """
-    neutral = {"n": 1, "strategy": "best_of_n", "force_sampling_args": False}
-    idle = (
-        "alpha",
-        "first_look",
-        "force_sampling_args",
-        "kv_budget_tokens",
-        "n",
-        "strategy",
-        "top_p",
-        "top_k",
-        "min_p",
-    )
     told = [
         f"{name}={explicit[name]}"
-        for name in idle
-        if name in explicit and (name not in neutral or getattr(config, name) != neutral[name])
+        for name, made in ARGUMENTS.items()
+        if made.idle_when_greedy and name in explicit and getattr(config, name) != GREEDY.get(name, explicit)
     ]
     if told:
         raise ConfigError(
@@ -251,7 +246,7 @@ def _refuse_without_effect(explicit: Mapping[str, Any], config: RunConfig) -> No
 
 def greedy(config: RunConfig) -> RunConfig:
     """The same run as plain greedy decoding."""
-    return config.replace(strategy="best_of_n", n=1, temperature=0.0, first_look=None, kv_budget_tokens=None)
+    return config.replace(**GREEDY)
 
 
 def _refuse_slips(names: Sequence[str]) -> None:
@@ -268,7 +263,7 @@ def describe_ignored(names: Sequence[str]) -> str:
     """The names of ignored gen_kwargs, each with the argument that may have been meant."""
     described = []
     for name in names:
-        meant = nearest(name, (*KNOBS, *SAMPLING, *_LENGTHS, "until"))
+        meant = known_elsewhere().get(name) or nearest(name, (*KNOBS, *SAMPLING, *_LENGTHS, "until"))
         described.append(f"{name} (did you mean {meant}?)" if meant else name)
     return ", ".join(described)
 

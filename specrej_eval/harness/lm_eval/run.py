@@ -17,8 +17,11 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from types import ModuleType
 from typing import Any
+
+import yaml
 
 from specrej_eval import budget, stopping
 from specrej_eval.errors import ConfigError, SpecRejError
@@ -33,7 +36,7 @@ FROM_GEN_KWARGS = "--gen_kwargs"
 FROM_TASK = "the task"
 FROM_DEFAULT = "the default"
 
-_READ = ("model", "model_args", "tasks", "gen_kwargs", "task_manager", "torch_random_seed")
+_READ = ("model", "model_args", "tasks", "gen_kwargs", "task_manager", "torch_random_seed", "device")
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +49,8 @@ class HostRun:
     """Those of the user alone, without the tasks' own."""
     tasks: Mapping[str, Mapping[str, Any]]
     """generation_kwargs of the tasks whose configuration is known before they are loaded."""
+    device_given: bool = False
+    """The user named a device: what the command passes may be its default."""
 
     def seed(self, arguments: Mapping[str, Any]) -> tuple[Any, str]:
         """The seed, and where it comes from: gen_kwargs, model_args, lm-eval's own, 0; the first that is given."""
@@ -112,7 +117,21 @@ def _host_run(arguments: Mapping[str, Any], signature: inspect.Signature) -> Hos
         torch_seed=None if seed is None or seed == default else seed,
         gen_kwargs=dict(given or {}),
         tasks=dict(_known_tasks(arguments["tasks"] or (), arguments["task_manager"])),
+        device_given=not stopping.is_command() or "device" in _options(sys.argv),
     )
+
+
+def _options(words: list[str]) -> set[str]:
+    """Options of the command that are given, on its line or in the file of ``--config``."""
+    given = {word[2:].partition("=")[0] for word in words if word.startswith("--")}
+    for flag, value in zip(words, [*words[1:], ""], strict=True):
+        name, _, joined = flag.partition("=")
+        if name in ("--config", "-C"):
+            try:
+                given |= {*(yaml.safe_load(Path(joined or value).read_text(encoding="utf-8")) or ())}
+            except (OSError, ValueError, yaml.YAMLError):
+                pass  # lm-eval says what is wrong with it
+    return given
 
 
 def _known_tasks(tasks: Iterable[Any], task_manager: Any) -> Iterator[tuple[str, Mapping[str, Any]]]:

@@ -13,14 +13,14 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
-from specrej_eval.config import RunConfig, as_float, reward_names
+from specrej_eval.config import RunConfig, Takes, as_float, names, reward_names
 from specrej_eval.core import Message, RowView, TokenStat, finite_or_none
 from specrej_eval.errors import ConfigError
 from specrej_eval.rewards.base import Pair, RewardModel, RewardPlan, RewardSession, in_groups
 from specrej_eval.rewards.kinds.base import Asked, RewardKind
 
 _FORM = 'a+0.5*b, or a list such as ["a", "0.5*b", {"reward_model": "http://host:8000", "weight": 2}]'
-_OWN = {"reward_family", "reward_template", "reward_tokenizer", "reward_device", "reward_dtype", "reward_batch_size"}
+_OWN = set(names(Takes.PART))
 """Arguments that a part in a list may have for itself, with ``weight`` and ``reward_model``."""
 
 

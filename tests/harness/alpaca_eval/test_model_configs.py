@@ -12,15 +12,13 @@ import pytest
 import yaml
 from support import ROOT
 
-from specrej_eval.config import HOST_ARGUMENTS, RunConfig, checked_until
+from specrej_eval.config import RunConfig, checked_until
 from specrej_eval.errors import ConfigError
+from specrej_eval.harness.alpaca_eval.config import STRATEGIES, arguments_of
 
 FOLDER = ROOT / "model_configs"
 FILES = sorted(FOLDER.glob("*.yaml"))
 DEMO = {"spr.yaml": "DEMO-specrej", "bon.yaml": "DEMO-best-of-n"}
-# beside those of --model_args; `strategy` comes with the completion function
-DECODER_ARGUMENTS = {"apply_chat_template", "is_chatml_prompt", "max_tokens", "price_per_hour", "until"}
-STRATEGIES = {"specrej_completions": "speculative_rejection", "specrej_best_of_n": "best_of_n"}
 # a float that YAML 1.1 reads as text: an exponent without a dot and a sign
 FLOAT_TRAP = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")
 
@@ -41,8 +39,7 @@ def content(path: Path) -> tuple[str, dict[str, Any]]:
 def configured(path: Path) -> tuple[RunConfig, dict[str, Any]]:
     """A file's arguments, checked as the decoder checks them; nothing is loaded."""
     _, entry = content(path)
-    arguments = {name: value for name, value in entry["completions_kwargs"].items() if name not in DECODER_ARGUMENTS}
-    return RunConfig.from_args({"strategy": STRATEGIES[entry["fn_completions"]], **arguments}, host=HOST_ARGUMENTS)
+    return arguments_of(entry["fn_completions"], entry["completions_kwargs"])[:2]
 
 
 def test_files_and_readme_are_those_of_the_table() -> None:

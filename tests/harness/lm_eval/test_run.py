@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import types
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import lm_eval
@@ -15,6 +16,7 @@ from lm_eval.tasks import TaskManager
 from support import FULL
 from support.lm_eval_tasks import task
 
+from specrej_eval import stopping
 from specrej_eval.errors import ConfigError, SpecRejError
 from specrej_eval.harness.lm_eval import run as lm_eval_run
 from specrej_eval.harness.lm_eval.model import SpecRejLM
@@ -245,6 +247,52 @@ def test_what_only_a_known_task_makes_wrong_is_told_before_weights_load(no_weigh
 
 def test_foreign_names_of_a_task_stay_a_warning() -> None:
     assert any("num_beams" in text for text in evaluate(own={**GREEDY, "num_beams": 4})["warnings"])
+
+
+# the device
+
+
+@pytest.fixture
+def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+
+
+NO_DEVICE = {"n": 3, "max_gen_toks": 12, "first_look": 6, "device": None}
+
+
+def test_a_device_that_is_named_and_not_there_is_refused(no_gpu: None, no_weights: None) -> None:
+    for device in ("cuda", "cuda:0", "cuda:1"):
+        with pytest.raises(ConfigError, match=f"device={device}: there are 0 CUDA devices"):
+            evaluate(args=NO_DEVICE, device=device)
+
+
+@pytest.mark.parametrize(
+    ("words", "given"),
+    [
+        ([], False),
+        (["--config", "with.yaml"], True),
+        (["-C", "with.yaml"], True),
+        (["--config=with.yaml"], True),
+        (["--config", "without.yaml"], False),
+        (["--config", "not_there.yaml"], False),
+        (["--device", "cuda:0"], True),
+        (["--device=cuda:0"], True),
+    ],
+)
+def test_the_commands_default_device_is_told_from_one_that_is_named(
+    words: list[str], given: bool, no_gpu: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "with.yaml").write_text("device: cuda:0\n")
+    (tmp_path / "without.yaml").write_text("tasks: toy\n")
+    monkeypatch.setattr("sys.argv", ["lm_eval", "--model", "specrej", *words])
+    with stopping.command():
+        if given:
+            with pytest.raises(ConfigError, match="there are 0 CUDA devices"):
+                evaluate(args=NO_DEVICE, device="cuda:0")
+        else:
+            assert evaluate(args=NO_DEVICE, device="cuda:0")["arguments"]["device"] == "cpu"
 
 
 # the command
