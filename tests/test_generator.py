@@ -110,7 +110,7 @@ def test_a_prompt_given_twice_is_drawn_twice_and_the_seed_decides() -> None:
 
 
 def test_chat_messages_go_through_the_template_and_a_last_assistant_turn_is_continued(tiny: str) -> None:
-    generator = load(pretrained=tiny, reward_model="test_generator:length_reward", n=2, max_gen_toks=8)
+    generator = load(pretrained=tiny, reward_model=f"{__name__}:length_reward", n=2, max_gen_toks=8)
     tokenizer = tiny_tokenizer()
     messages = [{"role": "user", "content": "Hello"}]
     prompt = generator.engine.encode(messages)
@@ -135,7 +135,7 @@ def test_chat_messages_go_through_the_template_and_a_last_assistant_turn_is_cont
     ],
 )
 def test_a_bad_prompt_is_refused_before_anything_is_decoded(tiny: str, prompt: Any, message: str) -> None:
-    generator = load(pretrained=tiny, reward_model="test_generator:length_reward", n=2, max_gen_toks=8)
+    generator = load(pretrained=tiny, reward_model=f"{__name__}:length_reward", n=2, max_gen_toks=8)
     with pytest.raises(PromptError, match=message):
         generator.generate(["fine", prompt])
     assert generator.totals.decode_tokens == 0
@@ -246,7 +246,7 @@ def failing_reward(conversation: list[dict[str, str]], responses: list[str]) -> 
 
 def test_what_finished_before_a_failure_is_kept_and_a_rerun_goes_on_from_there(tmp_path: Path) -> None:
     path = tmp_path / "journal.jsonl"
-    args = {"reward_model": "test_generator:failing_reward", "n": 4, "batch_size": 1, "journal": str(path)}
+    args = {"reward_model": f"{__name__}:failing_reward", "n": 4, "batch_size": 1, "journal": str(path)}
     with pytest.raises(RewardError, match="no such luck"):
         load(**args).generate(PROMPTS)
     assert len(lines_of(path)) == 1 + 2, "the fingerprint and the two prompts that were answered"
@@ -324,8 +324,8 @@ def nan_reward(conversation: list[dict[str, str]], responses: list[str]) -> list
 
 def test_rewards_that_are_not_finite_are_an_error_or_rank_last() -> None:
     with pytest.raises(RewardError, match="row 0"):
-        load(reward_model="test_generator:nan_reward", n=4).generate(PROMPTS[0])
-    result = load(reward_model="test_generator:nan_reward", n=4, on_nan="drop").generate(PROMPTS[0])[0]
+        load(reward_model=f"{__name__}:nan_reward", n=4).generate(PROMPTS[0])
+    result = load(reward_model=f"{__name__}:nan_reward", n=4, on_nan="drop").generate(PROMPTS[0])[0]
     assert result.nan_rewards > 0
     assert result.best.reward is not None
     json.dumps(result.to_dict(), allow_nan=False)

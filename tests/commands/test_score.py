@@ -168,7 +168,7 @@ def test_another_reward_or_another_file_is_never_mixed_in(pairs: Path, capsys: p
     assert run(pairs) == 0
     name = f"{__name__}:nan_for_empty"
     assert main(["score", "--input", str(pairs), "--reward_model", name, "--on_error", "skip"]) == 1
-    assert f"reward_model: '{__name__}:length' then, '{name}' now" in capsys.readouterr().err
+    assert f"reward_model: '{__name__}:length' then, '{__name__}:nan_for_empty' now" in capsys.readouterr().err
     with open(pairs, "a", encoding="utf-8") as file:
         file.write(json.dumps(ROWS[0]) + "\n")
     assert run(pairs) == 1

@@ -319,7 +319,7 @@ def test_the_reward_model_reads_the_bare_instruction_whatever_the_template(
     monkeypatch.setattr("specrej_eval.harness.alpaca_eval.decoder._loaded", {})
     odd = "What does {output} mean, {instruction}? 1e-3"
     dataset(tmp_path, [odd, INSTRUCTIONS[0]])
-    kwargs = {"reward_model": "test_alpaca_generation:remember", "is_chatml_prompt": chatml, "max_gen_toks": 8}
+    kwargs = {"reward_model": f"{__name__}:remember", "is_chatml_prompt": chatml, "max_gen_toks": 8}
     evaluate(config(tmp_path, prompt_template=template, completions_kwargs=kwargs))
     asked = {conversation[-1]["content"] for conversation in SEEN}
     assert asked == {odd, INSTRUCTIONS[0]}
