@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
 
+import psutil
 import torch
 
 from specrej_eval.errors import OutOfMemoryError
@@ -32,8 +33,16 @@ def release_memory() -> None:
         torch.cuda.empty_cache()
 
 
-def twice(work: Callable[[], T]) -> T:
-    """``work()``, taken again once if memory runs out; it must leave nothing behind that a second try does not mend."""
+def free_bytes(device: torch.device) -> int:
+    """Memory that can still be had."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return int(free)
+    return int(psutil.virtual_memory().available)
+
+
+def or_else(work: Callable[[], T], instead: Callable[[], T]) -> T:
+    """``work()``; or, should memory run out, ``instead()``, once the failed try's tensors are gone."""
     try:
         return work()
     except RuntimeError as error:
@@ -41,7 +50,12 @@ def twice(work: Callable[[], T]) -> T:
             raise
     # outside the except block: the traceback would keep the failed try's tensors alive
     release_memory()
-    return work()
+    return instead()
+
+
+def twice(work: Callable[[], T]) -> T:
+    """``work()``, taken again once if memory runs out; it must leave nothing behind that a second try does not mend."""
+    return or_else(work, work)
 
 
 @contextmanager

@@ -32,7 +32,7 @@ from specrej_eval.engines.transformers.session import Record, Session
 from specrej_eval.engines.transformers.token_stats import stats_of
 from specrej_eval.errors import OutOfMemoryError, PromptError
 from specrej_eval.kv.cache import bytes_per_token
-from specrej_eval.kv.memory import clear_error, is_out_of_memory, release_memory, twice
+from specrej_eval.kv.memory import clear_error, free_bytes, is_out_of_memory, release_memory, twice
 from specrej_eval.special_tokens import ENCODE_AS_TEXT, Tokeniser
 
 logger = logging.getLogger(__name__)
@@ -543,7 +543,7 @@ class TransformersEngine:
             per_token = bytes_per_token(prefix)
             del prefix
         release_memory()
-        free = hardware.free_bytes(self.device)
+        free = free_bytes(self.device)
         share = MEMORY_FRACTION.get(self.device.type, MEMORY_FRACTION["cpu"])
         tokens = int(free * share) // per_token // config.batch_size
         logger.warning("n=max: memory holds %d tokens of KV for each of %d prompts", tokens, config.batch_size)

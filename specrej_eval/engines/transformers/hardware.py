@@ -1,4 +1,4 @@
-"""What the engine asks of the machine: memory, names, and waiting for the device."""
+"""What the engine asks of the machine: peak memory, names, and waiting for the device."""
 
 from __future__ import annotations
 
@@ -7,16 +7,7 @@ import resource
 import sys
 from pathlib import Path
 
-import psutil
 import torch
-
-
-def free_bytes(device: torch.device) -> int:
-    """Memory that can still be had."""
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        return int(free)
-    return int(psutil.virtual_memory().available)
 
 
 def peak_bytes(device: torch.device) -> int:
