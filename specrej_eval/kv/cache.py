@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from specrej_eval.errors import KVBudgetExceededError
-from specrej_eval.kv.memory import is_out_of_memory
+from specrej_eval.kv.memory import or_else
 
 
 @dataclass(slots=True)
@@ -136,14 +136,12 @@ class SuffixPool:
         self.capacity = max(self.capacity, -(-capacity // self._align) * self._align)
         for store in (self._keys, self._values):
             for layer, old in store.items():
-                try:
-                    store[layer] = self._gathered(old, index)
-                    continue
-                except RuntimeError as error:
-                    if not is_out_of_memory(error):
-                        raise
-                store[layer] = self._gathered(old.cpu(), index)  # this layer goes to the host; ``to`` brings it back
+                store[layer] = self._selected(old, index)
         self.rows = rows
+
+    def _selected(self, old: Tensor, index: Tensor) -> Tensor:
+        """A layer's rows at ``index``; on the host if the device has no room (``to`` brings it back)."""
+        return or_else(lambda: self._gathered(old, index), lambda: self._gathered(old.cpu(), index))
 
     def _gathered(self, old: Tensor, index: Tensor) -> Tensor:
         new = self._allocate(old, index.shape[0], old.shape[1], self.capacity, old.shape[3])

@@ -34,6 +34,7 @@ from specrej_eval.engines.transformers.engine import TransformersEngine
 from specrej_eval.engines.transformers.groups import Group
 from specrej_eval.engines.transformers.model import ModelRunner
 from specrej_eval.kv.attention import sdpa
+from specrej_eval.kv.attention.base import AttentionParams
 
 Counted = Callable[..., None]
 N = 16
@@ -329,7 +330,7 @@ def test_attention_of_any_shape_does_not_depend_on_the_rows(prefix: int, heads: 
 
     def attend(places: list[int]) -> torch.Tensor:
         mine = own_key[places][:, :, :suffix], own_value[places][:, :, :suffix]
-        return sdpa.decode(query[places], key, value, *mine, scale=width**-0.5, softcap=None, sinks=None)
+        return sdpa.decode(query[places], key, value, *mine, AttentionParams(width**-0.5))
 
     whole = attend(list(range(rows)))
     for places in ([0], [3, 2], [69, 5, 17], list(range(5)), list(range(60, 2, -3)), list(range(1, 64))):

@@ -31,6 +31,7 @@ from specrej_eval.kv.experts import expert_configs, padded_experts
 from specrej_eval.kv.memory import is_out_of_memory
 from specrej_eval.kv.models import obstacle, our_attention, reset_rotary, rope_limit, windows_missing
 from specrej_eval.kv.shared_prefix import PREFILL_CHUNK, ROW_ALIGN
+from specrej_eval.kv.steps import DecodeStep, PrefillStep
 
 logger = logging.getLogger(__name__)
 
@@ -231,7 +232,7 @@ class ModelRunner:
         else:
             cache = shared_prefix.SharedPrefixCache(self._num_layers)
             for start in range(0, prefix.length, PREFILL_CHUNK):
-                with shared_prefix.running(shared_prefix.Step(prefix=prefix, start=start)) as step:
+                with shared_prefix.running(PrefillStep(prefix, start)) as step:
                     prefix.logits = self._logits(ids[:, start : start + PREFILL_CHUNK], cache, start)
                 self._windows = step.windows
         assert prefix.logits is not None
@@ -265,7 +266,7 @@ class ModelRunner:
         tokens = padded(tokens, self._row_align)
         pools = [(group.prefix, group.pool) for group in groups if group.pool is not None]
         cache = shared_prefix.SharedPrefixCache(self._num_layers)
-        with shared_prefix.running(shared_prefix.Step(groups=pools)):
+        with shared_prefix.running(DecodeStep(pools)):
             logits = self._forward(tokens[:, None], cache, positions[:, None])
         return logits[:rows]
 

@@ -18,8 +18,9 @@ from specrej_eval.kv import shared_prefix
 from specrej_eval.kv.cache import Prefix
 from specrej_eval.kv.memory import is_out_of_memory
 from specrej_eval.kv.models import obstacle, our_attention, reset_rotary, rope_limit, windows_missing
-from specrej_eval.kv.ragged import Extension, RaggedPool
+from specrej_eval.kv.ragged import ExtendStep, RaggedPool
 from specrej_eval.kv.shared_prefix import PREFILL_CHUNK, ROW_ALIGN
+from specrej_eval.kv.steps import PrefillStep
 
 _TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 8e-2, torch.float16: 2e-2}
 """Of the probe's largest hidden state."""
@@ -66,7 +67,7 @@ class SharedBody:
         for start in range(0, prefix.length, PREFILL_CHUNK):
             chunk = ids[:, start : start + PREFILL_CHUNK]
             positions = torch.arange(start, start + chunk.shape[1], device=self.device)
-            with shared_prefix.running(shared_prefix.Step(prefix=prefix, start=start)) as step:
+            with shared_prefix.running(PrefillStep(prefix, start)) as step:
                 hidden.append(self._forward(chunk, positions))
             self._windows = step.windows
         return prefix, torch.cat(hidden)
@@ -80,18 +81,18 @@ class SharedBody:
         pool: RaggedPool | None,
         first: int = 0,
     ) -> tuple[Tensor, ...]:
-        """Read new tokens of rows of unequal lengths. Inside ``active`` only. See ``Extension`` for the arguments.
+        """Read new tokens of rows of unequal lengths. Inside ``active`` only. See ``ExtendStep`` for the arguments.
 
         Returns:
             Each row's hidden states, (new tokens, hidden size).
         """
         counts = [len(ids) for ids in new]
-        extension = Extension(prefix, starts, counts, pool=pool, first=first, align=self.align, device=self.device)
+        step = ExtendStep(prefix, starts, counts, pool=pool, first=first, align=self.align, device=self.device)
         packed = [token for ids in new for token in ids]
         missing = -len(packed) % ROW_ALIGN if self._on_cpu else 0
         ids = torch.tensor([[*packed, *[packed[-1]] * missing]], device=self.device)  # (1, tokens padded)
-        positions = torch.cat([extension.positions, extension.positions[-1:].expand(missing)])
-        with shared_prefix.running(shared_prefix.Step(extension=extension)) as step:
+        positions = torch.cat([step.positions, step.positions[-1:].expand(missing)])
+        with shared_prefix.running(step):
             hidden = self._forward(ids, positions)
         self._windows = step.windows
         split: tuple[Tensor, ...] = hidden[: len(packed)].split(counts)
