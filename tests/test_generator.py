@@ -130,7 +130,7 @@ def test_chat_messages_go_through_the_template_and_a_last_assistant_turn_is_cont
         ([], "no messages"),
         ([{"role": "user"}], "message 0"),
         ([{"role": "user", "content": None}], "message 0"),
-        ("x" * 600, "exceed the context"),
+        ("x" * 600, "exceeds the model's context"),
     ],
 )
 def test_a_bad_prompt_is_refused_before_anything_is_decoded(tiny: str, prompt: Any, message: str) -> None:

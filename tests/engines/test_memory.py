@@ -13,7 +13,7 @@ import torch
 from support.engine_runs import PROMPTS, generate, limit_rows, make_engine, outcome
 from support.tiny_models import tiny_causal_lm
 
-from specrej_eval.engines.transformers import engine as transformers_engine
+from specrej_eval.engines.transformers import decoding
 from specrej_eval.engines.transformers.engine import TransformersEngine
 from specrej_eval.engines.transformers.groups import Group
 from specrej_eval.errors import OutOfMemoryError
@@ -85,7 +85,7 @@ def test_failures_anywhere_in_a_step(path: Any, seed: int) -> None:
 
 @pytest.mark.parametrize("seed", range(2))
 def test_failures_after_the_forward_pass(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    sample, random_, failed = transformers_engine.sample, random.Random(seed), []
+    sample, random_, failed = decoding.sample, random.Random(seed), []
 
     def failing(logits: Any, uniforms: Any, params: Any) -> Any:
         if len(uniforms) > 1 and random_.random() < 0.2:
@@ -93,7 +93,7 @@ def test_failures_after_the_forward_pass(seed: int, monkeypatch: pytest.MonkeyPa
             raise torch.OutOfMemoryError
         return sample(logits, uniforms, params)
 
-    monkeypatch.setattr(transformers_engine, "sample", failing)
+    monkeypatch.setattr(decoding, "sample", failing)
     for path in PATHS[:2]:
         assert run(make_engine(model(), path=path)) == undisturbed(path, 0.5)  # type: ignore[arg-type]
     assert len(failed) > 3
@@ -102,14 +102,14 @@ def test_failures_after_the_forward_pass(seed: int, monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize("path", PATHS)
 def test_failures_while_survivors_are_gathered(path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     want = undisturbed(path, 0.5)
-    grown, calls = Group._grown, iter(range(10**6))
+    selection, calls = Group.selection, iter(range(10**6))
 
     def failing(self: Group, *arguments: Any) -> Any:
         if next(calls) % 2 == 0:
             raise torch.OutOfMemoryError
-        return grown(self, *arguments)
+        return selection(self, *arguments)
 
-    monkeypatch.setattr(Group, "_grown", failing)
+    monkeypatch.setattr(Group, "selection", failing)
     assert run(make_engine(model(), path=path)) == want
 
 

@@ -16,14 +16,11 @@ from torch import Tensor
 
 from specrej_eval.kv import shared_prefix
 from specrej_eval.kv.cache import Prefix
-from specrej_eval.kv.memory import is_out_of_memory
 from specrej_eval.kv.models import obstacle, our_attention, reset_rotary, rope_limit, windows_missing
+from specrej_eval.kv.probe import difference, probe_ids, tried
 from specrej_eval.kv.ragged import ExtendStep, RaggedPool
 from specrej_eval.kv.shared_prefix import PREFILL_CHUNK, ROW_ALIGN
 from specrej_eval.kv.steps import PrefillStep
-
-_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 8e-2, torch.float16: 2e-2}
-"""Of the probe's largest hidden state."""
 
 
 class SharedBody:
@@ -111,18 +108,14 @@ class SharedBody:
         reason = obstacle(self.body)
         if reason is not None:
             return reason
-        try:
-            with torch.inference_mode():
-                error, largest = self._try_out()
-        except (RuntimeError, TypeError, ValueError, KeyError, AttributeError, IndexError, NotImplementedError) as exc:
-            if is_out_of_memory(exc):
-                raise
-            return f"{type(exc).__name__}: {str(exc).splitlines()[0] if str(exc) else 'no message'}"
-        if not error <= _TOLERANCE.get(self.dtype, 8e-2) * max(largest, 1e-6):
-            return f"hidden states differ by {error:.1e}"
-        if windows_missing(self._text_config, self._windows):
+        return tried(self._mismatch)
+
+    def _mismatch(self) -> str | None:
+        error, largest = self._try_out()
+        reason = difference(error, largest, self.dtype, "hidden states")
+        if reason is None and windows_missing(self._text_config, self._windows):
             return "its sliding window never reaches the attention function"
-        return None
+        return reason
 
     def _try_out(self) -> tuple[float, float]:
         """Two looks at rows of unequal lengths, the second over other tokens at the end of the first.
@@ -131,7 +124,7 @@ class SharedBody:
             Largest error and largest value of the last hidden states.
         """
         vocab = int(self._text_config.vocab_size)
-        ids = ((torch.arange(64) * 7919 + 11) % vocab).tolist()
+        ids = probe_ids(64, vocab)
         shared, first, second = ids[:12], [ids[12:16], ids[16:22], ids[22:23]], [ids[30:37], ids[40:42], ids[50:54]]
         again = [3, 5, 1]  # tokens of the first look that stay
         error = largest = 0.0
