@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from specrej_eval.core import GenerationResult, Ledger
@@ -19,6 +20,8 @@ from specrej_eval.records.fingerprint import check_same
 from specrej_eval.records.journal import SCHEMA_VERSION, Contents, lacking_fields, read
 from specrej_eval.records.jsonl import checked_line, write_atomically
 from specrej_eval.records.outputs import OutputsFolder
+
+_DIGEST = re.compile(r"\b([0-9a-f]{12})(?:[0-9a-f]{28}|[0-9a-f]{52})\b")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -47,7 +50,15 @@ def run(args: argparse.Namespace) -> int:
 
 
 def show(path: str, key: str | None = None) -> int:
-    """Print what a journal holds, or the answers a key names."""
+    """Print what a journal holds, or the answers a key names.
+
+    Raises:
+        ConfigError: no journal of ours, a folder, or no answer has such a key.
+    """
+    if Path(path).is_dir():
+        journals = sorted(Path(path).glob(f"{OutputsFolder(path).trajectories_file.stem}*.jsonl"))
+        hint = f"name its journal: {journals[0]}" if journals else "name a journal: the file given as journal=FILE."
+        raise ConfigError(f"{path!r} is a folder.", hint=hint)
     found = read(path)
     results = {name: entry.result for name, entry in found.entries.items()}
     if key is not None:
@@ -58,25 +69,44 @@ def show(path: str, key: str | None = None) -> int:
             _print_answer(name, result)
         return 0
     for name, value in (found.fingerprint or {"first line": "damaged"}).items():
-        print(f"{inert(name)}: {inert(str(value))}")
+        _print_value(name, value)
     total = Ledger()
     for result in results.values():
         total.add(result.ledger)
-    print(f"{len(results)} answers; they cost {total.decode_tokens:,} tokens, {sum(total.seconds.values()):.1f} s")
+    print(f"{len(results)} answers; they cost {total.decode_tokens:,} tokens and {sum(total.seconds.values()):.1f} s")
     for task, number in sorted(Counter(result.task for result in results.values()).items()):
         print(f"  {inert(task) or '(no task)'}: {number}")
     if found.capacity_tokens is not None:
         print(f"n=max was resolved with {found.capacity_tokens:,} tokens")
     if found.unchecked:
-        lacking = f"; they lack {', '.join(fields)}" if (fields := lacking_fields(found)) else ""
-        print(f"{found.unchecked} of them are of an older version, without a checksum{lacking}")
+        lacking = f" and lack {', '.join(fields)}" if (fields := lacking_fields(found)) else ""
+        print(f"{found.unchecked} of them were written by an older version: they carry no checksum{lacking}")
     if found.scan.damaged:
-        print(f"{len(found.scan.damaged)} lines are damaged: `specrej-eval journal verify` lists them")
+        number = len(found.scan.damaged)
+        are = "1 line is" if number == 1 else f"{number} lines are"
+        print(f"{are} damaged: see `specrej-eval journal verify {inert(path)}`")
     return 0
 
 
+def _print_value(name: str, value: object) -> None:
+    """One entry of a fingerprint; what is in groups, such as the digests of files, on lines of its own."""
+    if isinstance(value, Mapping):
+        print(f"{inert(name)}:")
+        for key, item in value.items():
+            print(f"  {inert(str(key))}: {_short(item)}")
+    else:
+        print(f"{inert(name)}: {_short(value)}")
+
+
+def _short(value: object) -> str:
+    """A value for the eye: digests and commits by their first 12 digits, None and empty lists as ``none``."""
+    if value is None or value == []:
+        return "none"
+    return inert(_DIGEST.sub(r"\1", str(value)))
+
+
 def _print_answer(key: str, result: GenerationResult) -> None:
-    print(f"{key}  task {inert(result.task)}, prompt {inert(result.prompt_hash[:12])}, repeat {result.repeat}")
+    print(f"{key[:12]}: task {inert(result.task)}, prompt {inert(result.prompt_hash[:12])}, repeat {result.repeat}")
     for row in result.trajectories:
         mark = "*" if row is result.best else " "
         reward = "none" if row.reward is None else f"{row.reward:.4f}"

@@ -16,6 +16,10 @@ from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
+from specrej_eval import registry
+
+Repair = Callable[[ModuleType], Callable[[], None] | None]
+
 # The names `lm_eval --model` takes -> "module:class". lm-eval imports the class on first use; the string has to be
 # the class's own module and name.
 LM_EVAL_MODELS = {
@@ -24,41 +28,12 @@ LM_EVAL_MODELS = {
     "best-of-n": "specrej_eval.harness.lm_eval.model:BestOfNLM",
 }
 
-# alpaca_eval's module -> repairs ("module:function" below this package), each called with the executed module. Each
-# looks for itself whether this alpaca_eval needs it, and none depends on another one.
-ALPACA_EVAL_REPAIRS = {
-    "alpaca_eval.constants": ("alpaca_eval.data:serve_datasets_as_json",),
-    "alpaca_eval.utils": (
-        "alpaca_eval.data:keep_text_text",
-        "alpaca_eval.configs:find_configs_outside_the_package",
-        "alpaca_eval.prompts:keep_fields_with_prompts",
-        "alpaca_eval.leaderboard:print_whole_leaderboard",
-        "alpaca_eval.leaderboard:leave_bundled_leaderboards_alone",
-    ),
-    "alpaca_eval.decoders": ("alpaca_eval.repairs:add_decoders",),
-    "alpaca_eval.annotators.base": (
-        "alpaca_eval.data:keep_text_text",
-        "alpaca_eval.repairs:rebind_decoders",
-        "alpaca_eval.configs:find_annotators_outside_the_package",
-        "alpaca_eval.cache:cache_in_output_folder",
-    ),
-    "alpaca_eval.annotators.pairwise_evaluator": (
-        "alpaca_eval.swap:add_position_swap",
-        "alpaca_eval.judge:note_judges",
-    ),
-    "alpaca_eval.metrics": ("alpaca_eval.winrate:control_length_where_valid",),
-    "alpaca_eval.main": (
-        "alpaca_eval.data:keep_text_text",
-        "alpaca_eval.runs:announce_runs",
-        "alpaca_eval.repairs:guard_generation",
-        "alpaca_eval.repairs:print_errors_without_traceback",
-        "alpaca_eval.repairs:rebind_commands",
-    ),
-}
-ALPACA_EVAL_PREPARATIONS = {
-    "alpaca_eval.constants": ("alpaca_eval.repairs:name_unknown_user",),
-    "alpaca_eval.utils": ("alpaca_eval.repairs:stand_in_for_pkg_resources",),
-}
+# What is done to alpaca_eval: upstream's defects, one file each, then what our own part in it needs. ``registration``
+# comes last, since it hands alpaca_eval's functions on as they are by then.
+REPAIRS = "specrej_eval.harness.alpaca_eval.repairs"
+OURS = tuple(
+    f"specrej_eval.harness.alpaca_eval.{name}" for name in ("prompts", "swap", "judge", "runs", "registration")
+)
 failed_repairs: dict[str, str] = {}
 """Repair -> why it could not be done, for `specrej-eval doctor`."""
 
@@ -78,23 +53,23 @@ def register_lm_eval_models(models: ModuleType) -> None:
 
     Not earlier: `get_model` fills the registry with the built-in models only if it is still empty.
     """
-    registry = importlib.import_module("lm_eval.api.registry")
-    if hasattr(registry, "load_plugins"):  # this lm-eval reads the entry points of pyproject.toml by itself
+    upstream = importlib.import_module("lm_eval.api.registry")
+    if hasattr(upstream, "load_plugins"):  # this lm-eval reads the entry points of pyproject.toml by itself
         return
     for name, target in LM_EVAL_MODELS.items():
-        if name not in registry.model_registry:
-            registry.model_registry.register(name, target=target)
+        if name not in upstream.model_registry:
+            upstream.model_registry.register(name, target=target)
 
 
 def repair_alpaca_eval(module: ModuleType) -> None:
-    """After one of alpaca_eval's modules: do its repairs. One that fails costs a warning, and only itself."""
-    for repair in ALPACA_EVAL_REPAIRS[module.__name__]:
+    """After one of alpaca_eval's modules: what the tables ``AFTER`` say."""
+    for repair in repairs("AFTER", module.__name__):
         _attempt(repair, module)
 
 
 def prepare_alpaca_eval(module: ModuleType) -> Callable[[], None]:
     """Before one of alpaca_eval's modules; what is returned undoes it once the module has been executed."""
-    undo = [_attempt(repair, module) for repair in ALPACA_EVAL_PREPARATIONS[module.__name__]]
+    undo = [_attempt(repair, module) for repair in repairs("BEFORE", module.__name__)]
 
     def clean_up() -> None:
         for step in undo:
@@ -104,18 +79,29 @@ def prepare_alpaca_eval(module: ModuleType) -> Callable[[], None]:
     return clean_up
 
 
-def _attempt(repair: str, module: ModuleType) -> Callable[[], None] | None:
-    home, _, name = repair.partition(":")
+def repairs(table: str, name: str) -> list[Repair]:
+    """What the files with such a table want done to alpaca_eval's module ``name``, in order."""
+    found: list[Repair] = []
+    for home in (*(f"{REPAIRS}.{entry}" for entry in registry.names(REPAIRS)), *OURS):
+        try:
+            found.extend(getattr(importlib.import_module(home), table, {}).get(name, ()))
+        except Exception as error:
+            _give_up(name, home, error)
+    return found
+
+
+def _attempt(repair: Repair, module: ModuleType) -> Callable[[], None] | None:
+    """One that fails costs a warning, and only itself: alpaca_eval goes on, with its own defects if need be."""
     try:
-        function = getattr(importlib.import_module(f"specrej_eval.harness.{home}"), name)
-        undo: Callable[[], None] | None = function(module)
-        return undo
-    except Exception as error:  # alpaca_eval must go on working, with its own defects if need be
-        failed_repairs[f"{module.__name__}: {name}"] = repr(error)
-        autoload_module().warn(
-            f"specrej-eval could not repair {module.__name__} ({name}: {error!r}); run `specrej-eval doctor`"
-        )
+        return repair(module)
+    except Exception as error:
+        _give_up(module.__name__, repair.__name__, error)
         return None
+
+
+def _give_up(name: str, repair: str, error: Exception) -> None:
+    failed_repairs[f"{name}: {repair}"] = repr(error)
+    autoload_module().warn(f"specrej-eval could not repair {name} ({repair}: {error!r}); run `specrej-eval doctor`")
 
 
 def activate() -> None:

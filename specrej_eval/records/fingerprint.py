@@ -506,11 +506,13 @@ def _as_now(then: Mapping[str, Any], now: Mapping[str, Any], found: Comparison) 
     found.lacking.append("numbers_version")
     made = {name: value for name, value in then.items() if name in now or name not in (*NEUTRAL, *PLACEMENT)}
     made["numbers_version"] = now.get("numbers_version")
+    if made.get("pretrained") is None:
+        made["pretrained"] = EMBEDDED
+    if made.get("reward_model") is None:
+        made["reward_model"] = EMBEDDED if made["pretrained"] == EMBEDDED else "likelihood"
+    elif now.get("reward_model") == EMBEDDED and Path(str(made["reward_model"])).parts[-2:] == DEMO_REWARD.parts[-2:]:
+        made["reward_model"] = EMBEDDED  # the first journals named it by its folder; its files tell whether it is
     if "strategy" in made:  # of --use_cache: the arguments as they were given
-        if made.get("pretrained") is None:
-            made["pretrained"] = EMBEDDED
-        if made.get("reward_model") is None:
-            made["reward_model"] = EMBEDDED if made["pretrained"] == EMBEDDED else "likelihood"
         made.pop("logprobs", None)
     for name in ("judge_prompt", "reward_template"):
         if isinstance(made.get(name), str) and made[name] != now.get(name) and _template(made[name]) == now.get(name):

@@ -6,6 +6,9 @@ stop strings), so a rerun with other arguments finds nothing and decodes afresh.
 dropped; a damaged line is set aside (see ``jsonl``), and its request decoded anew. The memory that ``n=max`` was
 resolved with stands here too, so that a resumed run starts as many rows.
 
+Under several processes each writes a file of its own (``run_rank0.jsonl``, ...: ``trace.rank_path``), and reads those
+beside it, so that a rerun with another number of processes decodes nothing again.
+
 Schema 2: every line carries a checksum, and every entry the digest of the first line's fingerprint. Schema 1 has
 neither; such a journal is read and continued as it is.
 """
@@ -16,8 +19,9 @@ import hashlib
 import json
 import logging
 import os
+import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -47,6 +51,19 @@ SCHEMA_VERSION = 2
 CAPACITY = "capacity_tokens"
 _REMEDY = "name another file for this configuration, or delete this one to start over."
 _BEGINNING = b'{"journal":'
+
+
+def beside(path: str | Path) -> Iterator[Path]:
+    """The files that other processes, or another number of them, have written for the same ``journal=``."""
+    own = Path(path)
+    root = re.sub(r"_rank\d+$", "", own.stem)
+    family = re.compile(re.escape(root) + r"(_rank\d+)?" + re.escape(own.suffix))
+    if own.parent.is_dir():
+        yield from (
+            other
+            for other in sorted(own.parent.iterdir())
+            if family.fullmatch(other.name) and other.name != own.name and other.is_file()
+        )
 
 
 def request_key(prompt: Prompt, arguments: dict[str, Any], until: tuple[str, ...]) -> str:
@@ -204,17 +221,23 @@ class Journal:
     def __init__(self, path: str, fingerprint: dict[str, Any]) -> None:
         self.path = path
         self._entries: dict[str, Entry] = {}
+        self._elsewhere: dict[str, tuple[str, Entry]] = {}
+        """Entries of the files beside this one: file name, entry."""
+        self._told: set[str] = set()
         self.capacity_tokens: int | None = None
         """What memory held when the run began (``n=max``)."""
         self._fingerprint = plain(fingerprint)
         self._run = digest(fingerprint)
+        others = [(other, found) for other in beside(path) if (found := self._of_this_run(other)) is not None]
         has_header = Path(path).is_file() and self._read()
+        for other, found in others:
+            self._take_over(other, found)
         self._file = open_append(path, argument="journal")
         if not has_header:
             self._write_header()
 
     def __len__(self) -> int:
-        return len(self._entries)
+        return len(self._entries.keys() | self._elsewhere.keys())
 
     def get(self, key: str, prompt: Prompt | None = None) -> GenerationResult | None:
         """The finished request, if this journal has it.
@@ -223,7 +246,9 @@ class Journal:
             prompt: whose it must be. Entries of older versions carry no checksum: one that another prompt's key was
                 put on is told from its content, and not used.
         """
-        entry = self._entries.get(key)
+        name, entry = Path(self.path).name, self._entries.get(key)
+        if entry is None:
+            name, entry = self._elsewhere.get(key, (name, None))
         if entry is None:
             return None
         result = entry.result
@@ -232,10 +257,14 @@ class Journal:
             logger.warning(
                 "line %d of %s holds the answer to another prompt than its key says: it will be decoded anew.",
                 entry.line.number,
-                Path(self.path).name,
+                name,
             )
-            del self._entries[key]
+            self._entries.pop(key, None)
+            self._elsewhere.pop(key, None)
             return None
+        if key not in self._entries and name not in self._told:
+            self._told.add(name)
+            logger.warning("Answers are taken from %s too, which another number of processes has written.", name)
         result.taken = True
         return result
 
@@ -280,6 +309,32 @@ class Journal:
             mend_header(self.path, header)
             return True
         return found.fingerprint is not None
+
+    def _of_this_run(self, path: Path) -> Contents | None:
+        """What another process's file holds; None if it is of no use. Nothing in it is changed: it may be in use."""
+        try:
+            found = read(path)
+        except ConfigError as error:
+            logger.warning("%s is not used: %s", path.name, error)
+            return None
+        if found.fingerprint is not None:
+            check_same(found.fingerprint, self._fingerprint, what=f"journal={str(path)!r}", remedy=_REMEDY)
+        elif found.run != self._run:
+            return None
+        return found
+
+    def _take_over(self, path: Path, found: Contents) -> None:
+        for key, entry in found.entries.items():
+            self._elsewhere.setdefault(key, (path.name, entry))
+        # where it has no answer yet, it is of this very run, whose processes measure for themselves
+        if self.capacity_tokens is None and found.entries:
+            self.capacity_tokens = found.capacity_tokens
+        if found.scan.damaged:
+            logger.warning(
+                "%s: it is left out here; the %d intact entries are used.",
+                describe_damage(path, found.scan.damaged),
+                len(found.entries),
+            )
 
     def _tell(self, found: Contents, name: str) -> None:
         if found.scan.damaged:

@@ -392,7 +392,7 @@ class OutputsFolder:
             found, answers = self._sorted_out(path, before)
             if found.damaged:
                 logger.warning(
-                    "%s: set aside in %s, and decoded anew where it is asked for.",
+                    "%s: set aside in %s, and decoded anew when it is asked for.",
                     describe_damage(path, found.damaged),
                     damaged_file(path).name,
                 )

@@ -141,8 +141,8 @@ def test_the_wheel_holds_what_an_install_needs(wheel: Path) -> None:
         "specrej_eval.start",
         "specrej_eval/py.typed",
         "specrej_eval/_model_configs/README.md",
-        "specrej_eval/harness/annotators_configs/specrej_reward_judge/configs.yaml",
-        "specrej_eval/harness/annotators_configs/specrej_reward_judge/prompt.txt",
+        "specrej_eval/harness/alpaca_eval/annotators_configs/specrej_reward_judge/configs.yaml",
+        "specrej_eval/harness/alpaca_eval/annotators_configs/specrej_reward_judge/prompt.txt",
         "specrej_eval/demo/policy/model.safetensors",
         "specrej_eval/demo/reward/model.safetensors",
     }

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import random
+import re
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from support import FULL
+from support import FULL, forked
 
 from specrej_eval import cli
 from specrej_eval.core import GenerationResult, Ledger, Prompt, Round, Trajectory
+from specrej_eval.engines.transformers.engine import TransformersEngine
 from specrej_eval.errors import ConfigError, SpecRejError
 from specrej_eval.records.journal import Journal, request_key
 from specrej_eval.records.jsonl import checked_line, checksum
@@ -333,6 +337,92 @@ def test_no_second_command_removes_an_answer(
     assert (out / "specrej_outputs.jsonl").read_bytes() == lines
 
 
+def decoded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The prompts that are decoded from now on."""
+    found: list[str] = []
+    opened = TransformersEngine.open
+    monkeypatch.setattr(
+        TransformersEngine,
+        "open",
+        lambda self, prompt, *args, **options: (
+            found.append(prompt.conversation[-1]["content"]) or opened(self, prompt, *args, **options)
+        ),
+    )
+    return found
+
+
+ASKED_AGAIN: dict[str, list[str]] = {
+    "the same": TEXTS,
+    "fewer": TEXTS[:2],
+    "fewer, turned": TEXTS[4:1:-1],
+    "others": ["Q: 1 + 1 = ?\nA:", "Q: 2 + 1 = ?\nA:"],
+    "some, and another": [TEXTS[3], "Q: 1 + 1 = ?\nA:", TEXTS[0]],
+}
+PLACES = range(2, 34, 3) if FULL else (16,)
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("asked", ASKED_AGAIN)
+def test_no_second_command_after_a_kill_removes_an_answer(
+    asked: str, place: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, counted: Callable[[str, int], None]
+) -> None:
+    out = tmp_path / "out"
+    words = ["--output", str(out), "--batch_size", "1", "--prompts"]
+    whole = prompts(tmp_path, TEXTS, "all.json")
+    assert forked.killed(lambda: run(*words, whole), place)
+    counted("kills -9: run", 1)
+    known = everything(out)
+    assert known or FULL
+    drawn = decoded(monkeypatch)
+    wanted = ASKED_AGAIN[asked]
+    assert run(*words, prompts(tmp_path, wanted, "again.json")) == 0
+    assert [item.instruction for item in open_run(out)[1]] == wanted
+    now = everything(out)
+    assert known.items() <= now.items(), "answers are gone or changed"
+    assert run(*words, whole) == 0
+    assert now.items() <= everything(out).items()
+    assert len(drawn) == len(set(drawn)), "decoded twice"
+    assert not set(drawn) & {item.instruction for item in OutputsFolder(out).answers() if item.key in known}
+    counted("second commands", 2)
+
+
+@pytest.mark.parametrize("asked", ["some, and another", *(["fewer, turned"] if FULL else [])])
+@pytest.mark.parametrize(
+    "ranks, place",
+    itertools.product([(1, 2), (2, 1), (2, 3), (3, 2)], [None, 8, 12, 15, 18])
+    if FULL
+    else [((1, 2), None), ((2, 1), 12)],
+)
+def test_no_second_command_of_another_number_of_processes_removes_an_answer(
+    asked: str,
+    ranks: tuple[int, int],
+    place: int | None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    counted: Callable[[str, int], None],
+) -> None:
+    out = tmp_path / "out"
+    words = ["--output", str(out), "--batch_size", "1", "--prompts"]
+    whole = prompts(tmp_path, TEXTS, "all.json")
+    codes = forked.together(lambda: run(*words, whole), ranks[0], killed_at=place)
+    assert codes[0] == (0 if place is None else -signal.SIGKILL)
+    known = everything(out)
+    assert known or place is not None
+    wanted = ASKED_AGAIN[asked]
+    again = prompts(tmp_path, wanted, "again.json")
+    assert set(forked.together(lambda: run(*words, again), ranks[1])) == {0}
+    assert [item.instruction for item in open_run(out)[1]] == wanted
+    now = everything(out)
+    assert known.items() <= now.items(), "answers are gone or changed"
+    drawn = decoded(monkeypatch)
+    assert run(*words, whole) == 0
+    assert now.items() <= everything(out).items()
+    told = {item.instruction for item in OutputsFolder(out).answers() if item.key in now}
+    # some that a kill kept from the answers are found in the rows behind them
+    assert not set(drawn) & told and len(drawn) == len(set(drawn))
+    counted("second commands", 2)
+
+
 def test_a_resumed_run_counts_only_its_own_work(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out"
     whole = prompts(tmp_path, TEXTS, "all.json")
@@ -343,6 +433,9 @@ def test_a_resumed_run_counts_only_its_own_work(tmp_path: Path, capsys: pytest.C
     assert run("--prompts", whole, "--output", str(out), "--limit", "5") == 0
     record, answers = open_run(out)
     assert "5 answers, 2 of them taken from the records" in capsys.readouterr().err
+    assert run("--prompts", whole, "--output", str(out), "--limit", "3") == 0
+    assert "3 answers, all of them taken from the records; all answers cost" in (told := capsys.readouterr().err)
+    assert "0 rows" not in told
     assert (record.spent["decoded"], record.spent["taken_from_records"]) == (3, 2)
     assert record.totals["decode_tokens"] == first.totals["decode_tokens"] + record.spent["decode_tokens"]
     assert record.totals["decode_tokens"] == sum(item.ledger["decode_tokens"] for item in answers)
@@ -410,6 +503,29 @@ def test_journals_are_shown_verified_and_merged(tmp_path: Path, capsys: pytest.C
     Journal(str(other), {**FINGERPRINT, "reward_model": "org/other"}).close()
     assert cli.main([*words[:4], str(other), "--output", str(tmp_path / "no.jsonl")]) == 1
     assert "reward_model" in capsys.readouterr().err
+
+
+def test_digests_are_shown_by_their_first_digits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "run.jsonl"
+    files = {"config.json": "0123456789abcdef" * 4, "model.safetensors": "f" * 64}
+    commits = {"org/policy": "0123456789" * 4}
+    fingerprint = {**FINGERPRINT, "policy_files": files, "hub_commits": commits, "template": "e" * 64, "peft": None}
+    journal = Journal(str(path), fingerprint)
+    journal.put(key_of(0), a_result(0))
+    journal.close()
+    assert cli.main(["journal", "show", str(path)]) == 0
+    assert cli.main(["journal", "show", str(path), "--key", key_of(0)[:12]]) == 0
+    shown = capsys.readouterr().out
+    assert not re.search("[0-9a-f]{13}", shown)
+    for line in ("  config.json: 0123456789ab", "  org/policy: 012345678901", f"template: {'e' * 12}", "peft: none"):
+        assert line in shown.splitlines()
+    assert f"{key_of(0)[:12]}: task task, prompt 000000000000, repeat 0" in shown
+
+
+def test_a_folder_is_not_shown_but_its_journal_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "specrej_trajectories.jsonl").touch()
+    assert cli.main(["journal", "show", str(tmp_path)]) == 1
+    assert f"name its journal: {tmp_path / 'specrej_trajectories.jsonl'}" in capsys.readouterr().err
 
 
 def test_what_is_shown_does_nothing_to_a_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

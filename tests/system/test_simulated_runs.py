@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -24,6 +27,8 @@ from specrej_eval.config import RunConfig
 from specrej_eval.core import GenerationResult
 from specrej_eval.errors import ConfigError, RewardError
 from specrej_eval.generator import Generator
+from specrej_eval.records.journal import Journal
+from specrej_eval.records.trace import rank_path
 
 
 def config(**args) -> RunConfig:
@@ -104,6 +109,85 @@ def test_a_run_killed_half_way_and_resumed_gives_the_results_of_an_unbroken_run(
     resumed = {index: told(result) for index, result in second.run(requests, progress=False)}
     assert resumed == unbroken
     assert len(second.engine.sessions) == len(requests) - len(done), "what was finished is not decoded again"
+
+
+def answered_by(
+    path: Path, says: Sequence[str], *, ranks: int, killed_after: int | None = None
+) -> tuple[dict[str, Any], int]:
+    """A run of several processes, one after another, each with a journal of its own: answers, and how many it drew.
+
+    Args:
+        killed_after: so many answers of each.
+    """
+    processes = twenty_prompts()
+    answers: dict[str, Any] = {}
+    drawn = 0
+    for rank in range(ranks):
+        share = says[rank::ranks]
+        settings = config(n=8, max_gen_toks=32, batch_size=1, journal=rank_path(str(path), rank, ranks))
+        generator = make_generator(processes, settings)
+        running = generator.run([request(settings, text) for text in share], progress=False)
+        for index, result in itertools.islice(running, killed_after):
+            answers[share[index]] = told(result)
+        running.close()
+        drawn += len(generator.engine.sessions)
+    return answers, drawn
+
+
+ASKED = {"the same": slice(None), "fewer": slice(3), "turned": slice(None, None, -1), "others": slice(8, None)}
+
+
+@pytest.mark.parametrize("asked", ASKED)
+@pytest.mark.parametrize("ranks", [(1, 2), (2, 1), (2, 3), (3, 2), (1, 3), (4, 1), (2, 2)])
+@pytest.mark.parametrize("killed_after", [None, 2])
+def test_another_number_of_processes_draws_nothing_again(ranks, asked, killed_after, tmp_path, caplog, counted):
+    names = list(twenty_prompts())
+    path = tmp_path / "run.jsonl"
+    first, drawn = answered_by(path, names[:12], ranks=ranks[0], killed_after=killed_after)
+    assert drawn == len(first)
+    files = {file: file.read_bytes() for file in tmp_path.iterdir()}
+    wanted = names[ASKED[asked]]
+    second, drawn = answered_by(path, wanted, ranks=ranks[1])
+    assert drawn == len(set(wanted) - first.keys()), "what another process had finished is decoded again"
+    assert {name: second[name] for name in set(wanted) & first.keys()} == {
+        name: first[name] for name in set(wanted) & first.keys()
+    }
+    assert all(file.read_bytes().startswith(content) for file, content in files.items())
+    third, drawn = answered_by(path, names, ranks=ranks[0])
+    assert drawn == len(set(names) - first.keys() - second.keys())
+    assert {**first, **second}.items() <= third.items()
+    if ranks[0] != ranks[1]:
+        assert "which another number of processes has written" in caplog.text
+    counted("second commands", 2)
+
+
+def test_a_file_beside_a_journal_that_is_of_another_run_is_refused_and_one_that_is_none_left_out(tmp_path, caplog):
+    names = list(twenty_prompts())[:4]
+    path = tmp_path / "run.jsonl"
+    (tmp_path / "run_rank0.jsonl").write_text("notes of mine\n")
+    (tmp_path / "run_ranking.jsonl").write_text("notes of mine\n")
+    _, drawn = answered_by(path, names, ranks=1)
+    assert drawn == 4 and caplog.text.count("notes") == 0 and "run_rank0.jsonl is not used" in caplog.text
+    (tmp_path / "elsewhere").mkdir()
+    Journal(str(tmp_path / "elsewhere" / "run.jsonl"), {"pretrained": "org/another"}).close()
+    (tmp_path / "elsewhere" / "run.jsonl").rename(tmp_path / "run_rank1.jsonl")
+    before = path.read_bytes()
+    with pytest.raises(ConfigError, match=r"run_rank1.jsonl' was begun with another configuration"):
+        answered_by(path, names, ranks=1)
+    assert path.read_bytes() == before
+
+
+def test_what_memory_held_is_taken_from_another_process_that_has_answered(tmp_path):
+    settings = config(n="max", max_gen_toks=32)
+    prompts = twenty_prompts()
+    requests = [request(settings, says) for says in list(prompts)[:2]]
+    rows = []
+    for rank, capacity in ((0, 150), (1, 400)):
+        journalled = settings.replace(journal=rank_path(str(tmp_path / "run.jsonl"), 0, 2 - rank))
+        generator = make_generator(prompts, journalled)
+        generator.engine.capacity = capacity
+        rows.append([len(result.trajectories) for _, result in generator.run(requests[rank:][:1], progress=False)])
+    assert rows[0] == rows[1]
 
 
 def test_another_seed_gives_another_run_and_the_same_seed_the_same():

@@ -125,7 +125,7 @@ def check_alpaca_eval() -> Iterator[Finding]:
         else:  # without the hook this is what alpaca_eval 0.6.6 does beside setuptools 82
             yield Finding("note", "alpaca_eval", f"cannot be imported without the startup hook ({error}); {fallback}")
         return
-    from specrej_eval.harness.alpaca_eval.repairs import DECODERS
+    from specrej_eval.harness.alpaca_eval.registration import DECODERS
     from specrej_eval.harness.startup import failed_repairs
 
     for repair, reason in failed_repairs.items():

@@ -10,7 +10,7 @@ import gc
 import json
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
 import torch
@@ -182,7 +182,12 @@ class Generation:
         alpaca_eval does not ask again for what it has in ``model_outputs.json``: the record has those too.
         """
         known = self.store.answers() if self.store is not None else list(self.answered.values())
-        found = [item for item in known if item.instruction in self.places]
+        # as this data set has them: it may be another than the one they were drawn for
+        found = [
+            replace(self.answered.get(item.key, item), index=self.places[item.instruction])
+            for item in known
+            if item.instruction in self.places
+        ]
         return found if len({item.instruction for item in found}) == len(self.places) else []
 
     def mark_complete(self) -> None:

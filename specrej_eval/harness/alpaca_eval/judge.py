@@ -249,3 +249,6 @@ def _scorer(config: RunConfig) -> _Scorer:
 
 def _shortened(text: str, length: int = 200) -> str:
     return text if len(text) <= length else f"{text[:length]}..."
+
+
+AFTER = {"alpaca_eval.annotators.pairwise_evaluator": (note_judges,)}

@@ -103,3 +103,6 @@ def _check_other_braces(template: str, columns: Sequence[str], found: Sequence[s
 @functools.cache
 def _warn_once(message: str) -> None:
     _logger.warning(message)
+
+
+AFTER = {"alpaca_eval.utils": (keep_fields_with_prompts,)}

@@ -199,3 +199,6 @@ def _analyze_evaluators(original: Callable[..., Any], main: ModuleType) -> Calla
             return original(**values)
 
     return analyze_evaluators
+
+
+AFTER = {"alpaca_eval.main": (announce_runs,)}

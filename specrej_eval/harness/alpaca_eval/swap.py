@@ -80,3 +80,6 @@ def _missing(value: Any) -> bool:
 def _sum(one: Mapping[str, Any], other: Mapping[str, Any], name: str) -> Any:
     values = [row[name] for row in (one, other) if not _missing(row.get(name))]
     return sum(values) if values else None
+
+
+AFTER = {"alpaca_eval.annotators.pairwise_evaluator": (add_position_swap,)}

@@ -18,7 +18,7 @@ import pandas as pd
 import pytest
 import torch
 import yaml
-from support import ROOT
+from support import FULL, ROOT, forked
 from support.alpaca_runs import alpaca_eval, package_digest
 from support.fake_hub import add_dataset_files
 from support.openai_server import JudgeServer
@@ -27,6 +27,7 @@ from specrej_eval import load
 from specrej_eval.config import RunConfig
 from specrej_eval.core import Message
 from specrej_eval.demo.arithmetic import distinct_problems, question
+from specrej_eval.engines.transformers.engine import TransformersEngine
 from specrej_eval.errors import ConfigError
 from specrej_eval.records.outputs import OutputsFolder, open_run
 
@@ -208,6 +209,87 @@ def test_max_instances_means_the_same_on_a_second_run(evaluate: Callable[..., An
     evaluate(config(tmp_path))
     assert [row["instruction"] for row in outputs(tmp_path)] == INSTRUCTIONS
     assert outputs(tmp_path)[:3] == first
+
+
+def everything(folder: Path) -> dict[str, str]:
+    """All answers that are recorded there, those to other instructions too."""
+    store = OutputsFolder(folder / "results" / "spr")
+    return {item.key: item.output for item in (*store.answers(), *store.kept())}
+
+
+OTHERS = ["Q: 1 + 1 = ?\nA:", "Q: 2 + 1 = ?\nA:"]
+ASKED_AGAIN: dict[str, tuple[list[str], dict[str, Any]]] = {
+    "fewer": (INSTRUCTIONS, {"max_instances": 2}),
+    "fewer, in chunks": (INSTRUCTIONS[1:3], {"chunksize": 1}),
+    "turned": (INSTRUCTIONS[::-1], {}),
+    "others": (OTHERS, {}),
+    "others, fewer": (OTHERS, {"max_instances": 1}),
+    "some, and another": ([INSTRUCTIONS[3], OTHERS[0], INSTRUCTIONS[0]], {"chunksize": 2}),
+    "more": ([*INSTRUCTIONS, *OTHERS], {}),
+}
+
+
+@pytest.mark.parametrize("asked", ASKED_AGAIN)
+@pytest.mark.parametrize("place", [None, *(range(2, 30, 3) if FULL else (13,))])
+def test_no_second_command_removes_an_answer(
+    evaluate: Callable[..., Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    place: int | None,
+    asked: str,
+    counted: Callable[[str, int], None],
+) -> None:
+    """A finished folder, or one whose run was killed at some moment, asked other questions; then the first again."""
+    dataset(tmp_path)
+    path = config(tmp_path, completions_kwargs={"n": 2, "max_gen_toks": 16, "batch_size": 1})
+    if place is None:
+        evaluate(path)
+    else:
+        assert forked.killed(lambda: evaluate(path) and None, place)
+        counted("kills -9: evaluate_from_model", 1)
+    known = everything(tmp_path)
+    assert known or FULL
+    drawn: list[str] = []
+    opened = TransformersEngine.open
+    monkeypatch.setattr(
+        TransformersEngine,
+        "open",
+        lambda self, prompt, *args, **options: (
+            drawn.append(prompt.conversation[-1]["content"]) or opened(self, prompt, *args, **options)
+        ),
+    )
+    wanted, options = ASKED_AGAIN[asked]
+    evaluate(path, evaluation_dataset=dataset(tmp_path, wanted, "again.json"), **options)
+    wanted = wanted[: options.get("max_instances")]
+    assert [row["instruction"] for row in outputs(tmp_path)] == wanted
+    now = everything(tmp_path)
+    assert known.items() <= now.items(), "answers are gone or changed"
+    assert [item.instruction for item in open_run(tmp_path / "results" / "spr")[1]] == wanted
+    evaluate(path)
+    assert [row["instruction"] for row in outputs(tmp_path)] == INSTRUCTIONS
+    assert now.items() <= everything(tmp_path).items()
+    assert len(drawn) == len(set(drawn)), "decoded twice"
+    told = {item.instruction for item in OutputsFolder(tmp_path / "results" / "spr").answers() if item.key in known}
+    assert not told & set(drawn)
+    assert place is not None or set(drawn) == set(wanted) - set(INSTRUCTIONS)
+    counted("second commands", 2)
+
+
+def test_answers_drawn_anew_on_demand_leave_the_old_ones_beside_them(
+    evaluate: Callable[..., Any], tmp_path: Path
+) -> None:
+    """alpaca_eval's own way to say so: is_load_outputs=False without chunks."""
+    dataset(tmp_path)
+    path = config(tmp_path, completions_kwargs={"n": 2, "max_gen_toks": 16})
+    evaluate(path)
+    file = tmp_path / "results" / "spr" / "specrej_outputs.jsonl"
+    for number, asked in enumerate((INSTRUCTIONS[:2], INSTRUCTIONS[1:]), start=1):
+        before = file.read_bytes()
+        options = {"chunksize": None, "is_load_outputs": False}
+        evaluate(path, evaluation_dataset=dataset(tmp_path, asked, "again.json"), **options)
+        aside = file.with_name(f"{file.name}.previous{'' if number == 1 else f'.{number}'}")
+        assert aside.read_bytes() == before
+        assert [item.instruction for item in open_run(file)[1]] == asked
 
 
 def numbers_only(conversation: list[Message], responses: list[str]) -> list[float]:

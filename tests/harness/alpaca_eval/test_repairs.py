@@ -26,17 +26,19 @@ from support.alpaca_runs import sums, write
 from support.fake_hub import add_dataset_files
 from support.openai_server import JudgeServer
 
+from specrej_eval import registry
 from specrej_eval.errors import ConfigError
 from specrej_eval.harness import startup as startup_hooks
-from specrej_eval.harness.alpaca_eval import cache as alpaca_eval_cache
-from specrej_eval.harness.alpaca_eval import configs as alpaca_eval_configs
-from specrej_eval.harness.alpaca_eval import data as alpaca_eval_data
-from specrej_eval.harness.alpaca_eval import leaderboard as alpaca_eval_leaderboard
 from specrej_eval.harness.alpaca_eval import prompts as alpaca_eval_prompts
-from specrej_eval.harness.alpaca_eval import repairs as alpaca_eval_repairs
+from specrej_eval.harness.alpaca_eval import registration
 from specrej_eval.harness.alpaca_eval import runs as alpaca_eval_runs
 from specrej_eval.harness.alpaca_eval import swap as alpaca_eval_swap
 from specrej_eval.harness.alpaca_eval.prompts import RenderedPrompt, make_prompts
+from specrej_eval.harness.alpaca_eval.repairs import cache as alpaca_eval_cache
+from specrej_eval.harness.alpaca_eval.repairs import configs as alpaca_eval_configs
+from specrej_eval.harness.alpaca_eval.repairs import data as alpaca_eval_data
+from specrej_eval.harness.alpaca_eval.repairs import leaderboard as alpaca_eval_leaderboard
+from specrej_eval.harness.alpaca_eval.repairs import pkg_resources, unknown_user
 from specrej_eval.harness.patching import is_patched
 
 PACKAGE = Path(alpaca_eval.__file__).parent
@@ -87,7 +89,7 @@ def test_alpaca_eval_imports_without_pkg_resources_and_leaves_no_stand_in_behind
 def test_a_real_pkg_resources_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     real = fake("pkg_resources")
     monkeypatch.setitem(sys.modules, "pkg_resources", real)
-    assert alpaca_eval_repairs.stand_in_for_pkg_resources(utils) is None
+    assert pkg_resources.stand_in_for_pkg_resources(utils) is None
     assert sys.modules["pkg_resources"] is real
 
 
@@ -121,7 +123,7 @@ def test_a_user_without_a_name_gets_one_while_constants_are_made(monkeypatch: py
     monkeypatch.setattr("pwd.getpwuid", nobody)
     with pytest.raises((KeyError, OSError)):
         getpass.getuser()
-    undo = alpaca_eval_repairs.name_unknown_user(constants)
+    undo = unknown_user.name_unknown_user(constants)
     assert undo is not None and getpass.getuser() == "unknown"
     undo()
     assert "LOGNAME" not in os.environ
@@ -141,7 +143,7 @@ def test_alpaca_eval_imports_for_a_bare_user_id(tmp_path: Path) -> None:
 
 def test_a_user_with_a_name_keeps_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LOGNAME", "ada")
-    assert alpaca_eval_repairs.name_unknown_user(constants) is None
+    assert unknown_user.name_unknown_user(constants) is None
     assert getpass.getuser() == "ada"
 
 
@@ -149,36 +151,43 @@ def test_one_repair_that_fails_warns_and_does_not_stop_the_others(monkeypatch: p
     def sabotage(module: Any) -> None:
         raise RuntimeError("sabotage")
 
-    done = []
+    done: list[Any] = []
+
+    def works(module: Any) -> None:
+        done.append(module)
+
     monkeypatch.setattr(startup_hooks, "failed_repairs", {})
-    monkeypatch.setattr(alpaca_eval_repairs, "add_decoders", sabotage)
-    monkeypatch.setattr(alpaca_eval_repairs, "rebind_decoders", done.append)
-    repairs = ("alpaca_eval_repairs:add_decoders", "nosuch_module:nosuch", "alpaca_eval_repairs:rebind_decoders")
-    monkeypatch.setitem(startup_hooks.ALPACA_EVAL_REPAIRS, "alpaca_eval.decoders", repairs)
+    monkeypatch.setattr(startup_hooks, "OURS", ("nosuch_module", registration.__name__))
+    monkeypatch.setattr(registration, "AFTER", {"alpaca_eval.decoders": (sabotage, works)})
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         startup_hooks.repair_alpaca_eval(decoders)
     assert done == [decoders]
     assert [warning.category for warning in caught] == [RuntimeWarning] * 2
-    assert "sabotage" in str(caught[0].message) and "specrej-eval doctor" in str(caught[0].message)
+    assert "sabotage" in str(caught[1].message) and "specrej-eval doctor" in str(caught[1].message)
     assert len(startup_hooks.failed_repairs) == 2
 
 
-def test_all_repairs_exist_and_are_watched_for() -> None:
+def test_every_repair_has_a_table_and_what_it_names_is_watched_for() -> None:
     autoload = startup_hooks.autoload_module()
-    tables = (startup_hooks.ALPACA_EVAL_REPAIRS, startup_hooks.ALPACA_EVAL_PREPARATIONS)
-    for table, hooks in zip(tables, (autoload.HOOKS, autoload.BEFORE), strict=True):
-        assert set(table) == {name for name in hooks if name.startswith("alpaca_eval")}
-        for repairs in table.values():
-            for repair in repairs:
-                home, _, name = repair.partition(":")
-                assert callable(getattr(importlib.import_module(f"specrej_eval.harness.{home}"), name))
+    homes = [f"{startup_hooks.REPAIRS}.{name}" for name in registry.names(startup_hooks.REPAIRS)]
+    assert len(homes) >= 7
+    for table, hooks in (("AFTER", autoload.HOOKS), ("BEFORE", autoload.BEFORE)):
+        named = set()
+        for home in (*homes, *startup_hooks.OURS):
+            module = importlib.import_module(home)
+            assert hasattr(module, "AFTER") or hasattr(module, "BEFORE"), f"{home} has neither AFTER nor BEFORE"
+            entries = getattr(module, table, {})
+            named |= set(entries)
+            assert all(callable(repair) for repairs in entries.values() for repair in repairs)
+        assert named == {name for name in hooks if name.startswith("alpaca_eval")}
 
 
 def test_hooks_that_run_twice_patch_once() -> None:
     before = utils.make_prompts, utils.pd, annotators.BaseAnnotator.__init__, alpaca_eval.main.evaluate
-    for name in startup_hooks.ALPACA_EVAL_REPAIRS:
-        startup_hooks.repair_alpaca_eval(sys.modules[name])
+    for name in startup_hooks.autoload_module().HOOKS:
+        if name.startswith("alpaca_eval"):
+            startup_hooks.repair_alpaca_eval(sys.modules[name])
     assert before == (utils.make_prompts, utils.pd, annotators.BaseAnnotator.__init__, alpaca_eval.main.evaluate)
 
 
@@ -514,7 +523,7 @@ def test_a_newer_make_prompts_is_left_alone() -> None:
 # --- decoders -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", alpaca_eval_repairs.DECODERS)
+@pytest.mark.parametrize("name", registration.DECODERS)
 def test_our_decoders_are_known(name: str) -> None:
     assert decoders.get_fn_completions(name).__name__ == name
 
@@ -649,7 +658,7 @@ class Judge:
                 "time_per_example": [2.0] * len(prompts),
             }
 
-        monkeypatch.setitem(alpaca_eval_repairs.DECODERS, "counting_judge", __name__)
+        monkeypatch.setitem(registration.DECODERS, "counting_judge", __name__)
         monkeypatch.setitem(globals(), "counting_judge", counting_judge)
 
     def config(self, folder: Path, **changes: Any) -> str:
@@ -716,7 +725,7 @@ def test_another_endpoint_is_another_judge(judge: Judge, tmp_path: Path, monkeyp
 
 def test_the_digest_is_the_same_in_another_process(tmp_path: Path) -> None:
     program = (
-        "from alpaca_eval import annotators\nfrom specrej_eval.harness.alpaca_eval.cache import digest_of\n"
+        "from alpaca_eval import annotators\nfrom specrej_eval.harness.alpaca_eval.repairs.cache import digest_of\n"
         "for name in ('weighted_alpaca_eval_gpt4_turbo', 'alpaca_farm', 'specrej_reward_judge'):\n"
         "    print(digest_of(annotators.PairwiseAnnotator(annotators_config=name), {}))"
     )

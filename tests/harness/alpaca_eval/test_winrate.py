@@ -23,7 +23,7 @@ from support.openai_server import JudgeServer
 
 from specrej_eval.errors import ConfigError
 from specrej_eval.harness.alpaca_eval import runs as alpaca_eval_runs
-from specrej_eval.harness.alpaca_eval import winrate as alpaca_eval_winrate
+from specrej_eval.harness.alpaca_eval.repairs import winrate as alpaca_eval_winrate
 
 COLUMNS = {
     *("win_rate", "standard_error", "n_wins", "n_wins_base", "n_draws", "n_total", "discrete_win_rate"),

@@ -1,17 +1,14 @@
 # torch-free
-"""Small repairs of alpaca_eval 0.6.6 that belong to no larger one. Larger ones have files of their own.
+"""Our decoders and our judge put among alpaca_eval's, and its commands wrapped: what a run of ours needs around it.
 
-Called by ``startup_hooks`` with the module of alpaca_eval that has just been (or is about to be) executed. Nothing is
-written into alpaca_eval's files: all of it happens in memory.
+``AFTER``: alpaca_eval's module -> functions called with it once it has been executed, in this order (see
+``harness.startup``). Nothing is written into alpaca_eval's files: all of it happens in memory.
 """
 
 from __future__ import annotations
 
 import functools
 import importlib
-import importlib.metadata
-import importlib.util
-import os
 import sys
 from collections.abc import Callable
 from types import ModuleType
@@ -28,39 +25,6 @@ DECODERS = {
     "specrej_reward_judge": "specrej_eval.harness.alpaca_eval.judge",
 }
 """Names for ``fn_completions`` in a model's or a judge's YAML -> the module that holds the function."""
-
-
-def stand_in_for_pkg_resources(utils: ModuleType) -> Callable[[], None] | None:
-    """``alpaca_eval.utils`` imports pkg_resources, which setuptools 82 removed. It gets a stand-in, and nobody else."""
-    if "pkg_resources" in sys.modules or importlib.util.find_spec("pkg_resources") is not None:
-        return None
-    # what utils imports besides: some packages try pkg_resources themselves, and must not meet the stand-in
-    for name in ("datasets", "pandas", "tqdm", "yaml"):
-        importlib.import_module(name)
-    from packaging.version import parse
-
-    stand_in = ModuleType("pkg_resources")
-    stand_in.__dict__["get_distribution"] = importlib.metadata.distribution  # its .version is all that is asked for
-    stand_in.__dict__["parse_version"] = parse
-    sys.modules["pkg_resources"] = stand_in
-    return lambda: _take_away("pkg_resources", stand_in)
-
-
-def _take_away(name: str, module: ModuleType) -> None:
-    if sys.modules.get(name) is module:
-        del sys.modules[name]
-
-
-def name_unknown_user(constants: ModuleType) -> Callable[[], None] | None:
-    """``alpaca_eval.constants`` asks for the user's name, which a container with a bare user id does not have."""
-    from getpass import getuser
-
-    try:
-        getuser()
-        return None
-    except (KeyError, OSError, ImportError):
-        os.environ["LOGNAME"] = "unknown"
-        return lambda: os.environ.__delitem__("LOGNAME")
 
 
 def add_decoders(decoders: ModuleType) -> None:
@@ -92,7 +56,7 @@ def rebind_decoders(base: ModuleType) -> None:
 
 
 def guard_generation(main: ModuleType) -> None:
-    """``evaluate_from_model``: see ``alpaca_eval_generation``."""
+    """``evaluate_from_model``: see ``generation``."""
     from specrej_eval.harness.alpaca_eval.generation import wrap_evaluate_from_model
 
     patch(main, "evaluate_from_model", wrap_evaluate_from_model)
@@ -130,3 +94,10 @@ def rebind_commands(main: ModuleType) -> None:
     for name in (*commands, "main"):
         if callable(getattr(package, name, None)):
             setattr(package, name, getattr(main, name))
+
+
+AFTER = {
+    "alpaca_eval.decoders": (add_decoders,),
+    "alpaca_eval.annotators.base": (rebind_decoders,),
+    "alpaca_eval.main": (guard_generation, print_errors_without_traceback, rebind_commands),
+}

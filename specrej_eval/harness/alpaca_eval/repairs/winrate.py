@@ -276,3 +276,6 @@ def _featurized_without_hub(original: Callable[..., Any], glm: ModuleType) -> Ca
         return (*glm.make_dmatrix_for_model(train, test, formula=formula), None)
 
     return _get_featurized_data
+
+
+AFTER = {"alpaca_eval.metrics": (control_length_where_valid,)}

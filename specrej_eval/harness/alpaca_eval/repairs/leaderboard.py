@@ -98,3 +98,6 @@ def leave_bundled_leaderboards_alone(utils: ModuleType) -> None:
         return get_precomputed_leaderboard
 
     patch(utils, "get_precomputed_leaderboard", make)
+
+
+AFTER = {"alpaca_eval.utils": (print_whole_leaderboard, leave_bundled_leaderboards_alone)}

@@ -15,7 +15,7 @@ from specrej_eval.errors import ConfigError, nearest
 from specrej_eval.harness.patching import patch, takes
 from specrej_eval.paths import expanded
 
-OUR_ANNOTATORS = Path(__file__).resolve().parent / "annotators_configs"
+OUR_ANNOTATORS = Path(__file__).resolve().parents[1] / "annotators_configs"
 """Judges that come with this package."""
 
 _FILE = "configs.yaml"
@@ -177,3 +177,9 @@ def _materialised(text: str) -> Path:
     path = Path(_folder().name) / f"{hashlib.sha256(text.encode()).hexdigest()[:16]}.txt"
     path.write_text(text, encoding="utf-8")
     return path
+
+
+AFTER = {
+    "alpaca_eval.utils": (find_configs_outside_the_package,),
+    "alpaca_eval.annotators.base": (find_annotators_outside_the_package,),
+}

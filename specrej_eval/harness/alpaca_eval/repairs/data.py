@@ -103,3 +103,11 @@ def keep_text_text(module: ModuleType) -> None:
         read_table=with_texts(pandas.read_table),
     )
     module.__dict__["pd"] = view
+
+
+AFTER = {
+    "alpaca_eval.constants": (serve_datasets_as_json,),
+    "alpaca_eval.utils": (keep_text_text,),
+    "alpaca_eval.annotators.base": (keep_text_text,),
+    "alpaca_eval.main": (keep_text_text,),
+}

@@ -144,3 +144,6 @@ def _plain(value: Any) -> Any:
 def _sorted(value: Any) -> Any:
     """A processor makes its list of columns from a set, in another order in each process."""
     return sorted(value) if isinstance(value, list) and all(isinstance(item, str) for item in value) else value
+
+
+AFTER = {"alpaca_eval.annotators.base": (cache_in_output_folder,)}
