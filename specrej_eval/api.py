@@ -45,10 +45,10 @@ def check(config: RunConfig, host: Mapping[str, Any]) -> None:
     """
     budget.check_arguments(config)
     from specrej_eval.engines.transformers.loading import check_checkpoint
-    from specrej_eval.rewards.base import check_reward
+    from specrej_eval.rewards.choose import resolve_reward
 
     check_checkpoint(config, host)
-    check_reward(config, token=host.get("token"))
+    resolve_reward(config, token=host.get("token"))
 
 
 def load_models(
@@ -64,7 +64,7 @@ def load_models(
     """
     from specrej_eval.engines.transformers.engine import TransformersEngine
     from specrej_eval.engines.transformers.loading import load_model_and_tokenizer
-    from specrej_eval.rewards.base import make_reward
+    from specrej_eval.rewards.choose import resolve_reward
 
     model, tokenizer = load_model_and_tokenizer(config, host)
     template_args = as_dict("chat_template_args", host.get("chat_template_args") or {})
@@ -79,7 +79,7 @@ def load_models(
         chat_template_args=template_args,
         special_tokens_in_content=config.special_tokens_in_content or content_rule,
     )
-    reward = make_reward(config, device=config.reward_device or str(engine.device), token=host.get("token"))
+    reward = resolve_reward(config, token=host.get("token")).load(str(engine.device))
     return engine, reward
 
 

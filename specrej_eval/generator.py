@@ -36,7 +36,7 @@ from specrej_eval.progress import Progress
 from specrej_eval.records.fingerprint import DECIDING, EMBEDDED, of_models, warn_of_uncovered
 from specrej_eval.records.journal import Journal, request_key
 from specrej_eval.records.trace import Tracer, make_tracer
-from specrej_eval.rewards.base import RewardModel, RewardSession, open_session
+from specrej_eval.rewards.base import RewardModel, RewardSession
 from specrej_eval.scheduler import Scheduler
 from specrej_eval.strategies.base import State, Strategy, make_strategy
 
@@ -257,7 +257,7 @@ class Generator:
             until=request.until,
             token_stats=self._token_stats(request.config),
         )
-        scoring = open_session(self.reward, request.prompt.conversation, request.prompt.response_prefix)
+        scoring = self.reward.open(request.prompt.conversation, request.prompt.response_prefix)
         state, plan = strategy.init(budget)
         self.engine.follow(session, plan)
         return _Running(
@@ -273,7 +273,7 @@ class Generator:
 
     def _token_stats(self, config: RunConfig) -> set[TokenStat]:
         """What the engine is to record of every token."""
-        wanted: set[TokenStat] = set(getattr(self.reward, "needs_token_stats", ()))
+        wanted: set[TokenStat] = set(self.reward.needs_token_stats)
         return wanted | {"logprob"} if self.reward.needs_logprobs or config.logprobs else wanted
 
     def _look(self, work: _Running, tracer: Tracer) -> bool:
@@ -300,7 +300,7 @@ class Generator:
         lost = [place for place, score in enumerate(scores) if not math.isfinite(score)]
         if lost and work.request.config.on_nan == "error":
             row, score = pool[lost[0]], scores[lost[0]]
-            reason = getattr(self.reward, "nan_reasons", {}).get(lost[0])
+            reason = self.reward.nan_reasons.get(lost[0])
             raise RewardError(
                 f"{self.reward.name} scored row {row.row} of a prompt with {score}{f' ({reason})' if reason else ''}; "
                 f"its text begins {row.text[:80]!r}.",
@@ -317,8 +317,8 @@ class Generator:
         return {
             "reward_tokens": reward.tokens_scored,
             "reward_calls": reward.num_calls,
-            "scores_floored": getattr(reward, "scores_floored", 0),
-            "grades_unreadable": getattr(reward, "grades_unreadable", 0),
+            "scores_floored": reward.scores_floored,
+            "grades_unreadable": reward.grades_unreadable,
         }
 
     def _follow(self, work: _Running, plan: Plan) -> None:
@@ -342,8 +342,7 @@ class Generator:
     @staticmethod
     def _make_comparable(work: _Running, finished: Sequence[int]) -> None:
         """Scores that hold only among the rows of one look (ranks) are made anew among all rows that finished."""
-        compare = getattr(work.scoring, "compare", None)
-        scores = None if compare is None else compare(finished)
+        scores = work.scoring.compare(finished)
         if scores is not None:
             work.rewards.update(zip(finished, scores, strict=True))
 
@@ -351,7 +350,6 @@ class Generator:
         """All rows of a prompt that is done, in row order."""
         rows = self.engine.rows(work.session)
         self._make_comparable(work, [row.row for row in rows if row.finish_reason != "rejected"])
-        parts_of = getattr(work.scoring, "parts", None)  # an ensemble's
         return [
             Trajectory(
                 row=row.row,
@@ -361,7 +359,7 @@ class Generator:
                 finish_reason=row.finish_reason or "rejected",
                 rounds_survived=work.survived[row.row],
                 logprobs=list(row.token_stats["logprob"]) if work.request.config.logprobs else None,
-                reward_parts=None if parts_of is None else parts_of(row.row),
+                reward_parts=work.scoring.parts(row.row),
             )
             for row in rows
         ]

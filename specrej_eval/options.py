@@ -62,10 +62,10 @@ def load_reward(config: RunConfig, token: str | None = None) -> RewardModel:
     """The reward model, on a GPU if there is one and nothing else is said.
 
     Raises:
-        ConfigError, CheckpointError, RewardError: as ``rewards.base.make_reward``.
+        ConfigError, CheckpointError, RewardError: as ``rewards.choose.resolve_reward``.
     """
     import torch
 
-    from specrej_eval.rewards.base import make_reward
+    from specrej_eval.rewards.choose import resolve_reward
 
-    return make_reward(config, device="cuda" if torch.cuda.is_available() else "cpu", token=token)
+    return resolve_reward(config, token=token).load("cuda" if torch.cuda.is_available() else "cpu")

@@ -81,9 +81,9 @@ def summary_line(
     if total is not None and spent.taken:
         parts.append(f"all answers cost {total.decode_tokens:,} tokens and {sum(total.seconds.values()):.1f} s")
     if cost.scores_floored:
-        parts.append(f"{cost.scores_floored:,} scores below the floor (repetition, or next to no tokens)")
+        parts.append(f"{cost.scores_floored:,} scores put below all others (answer repeats itself or is almost empty)")
     if cost.grades_unreadable:
-        parts.append(f"{cost.grades_unreadable:,} grades of the judge unreadable")
+        parts.append(f"{cost.grades_unreadable:,} answers of the judge had no readable grade")
     if best:
         parts.append(
             f"mean reward {sum(best) / len(best):.3f} (all rows that finished: {sum(finished) / len(finished):.3f})"

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from support import FULL
 from support.reward_checkpoints import CASES, build
+from support.rewards import make_reward
 from support.tiny_models import tiny_tokenizer
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
@@ -20,7 +21,6 @@ from specrej_eval.config import RunConfig
 from specrej_eval.core import RowView
 from specrej_eval.engines.prompts import encode_prompt
 from specrej_eval.errors import ConfigError, PromptError, RewardError
-from specrej_eval.rewards.base import make_reward
 from specrej_eval.rewards.checkpoints.renderer import Renderer
 from specrej_eval.special_tokens import ContentGuard, ContentText, Tokeniser, defuse
 

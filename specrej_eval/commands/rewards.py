@@ -6,17 +6,6 @@ import argparse
 import json
 import textwrap
 
-OTHER = {
-    "likelihood": "mean log-probability of the row's own tokens; costs nothing",
-    "self_certainty": "how far the language model's own predictions are from uniform; costs nothing",
-    "deepconf": "the row's least sure stretch of tokens (deepconf_window=); costs nothing",
-    "pkg.module:function": "function(conversation, responses) -> one number per response",
-    "http://host:port": "a reward server: vLLM, SGLang, TEI or OpenRLHF",
-    "judge:MODEL@http://host:port/v1": "a language model behind an OpenAI-compatible server, asked for a grade",
-    "a+0.5*b": "several of these: a weighted sum, or reward_ensemble=rank",
-}
-"""Rewards that are no checkpoint, by the form of their ``reward_model=``."""
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("family", nargs="*", help="only these families; all if none is named")
@@ -27,15 +16,17 @@ def run(args: argparse.Namespace) -> int:
     """Raises:
     ConfigError: an unknown family (nearest one suggested).
     """
-    from specrej_eval.rewards.base import families, load_family
+    from specrej_eval.rewards.checkpoints.family import family_names, load_family
+    from specrej_eval.rewards.choose import kinds
 
+    forms = {form: what for kind in kinds().values() for form, what in kind.FORMS.items()}
     listed = {
         name: {"reads": family.READS, "examples": list(family.EXAMPLES), "needs": family.NEEDS}
-        for name in args.family or families()
+        for name in args.family or family_names()
         for family in [load_family(name)]
     }
     if args.format == "json":
-        print(json.dumps({"families": listed, "other": {} if args.family else OTHER}, indent=2))
+        print(json.dumps({"families": listed, "other": {} if args.family else forms}, indent=2))
         return 0
     print("Checkpoints: reward_model= a hub name or a folder. The family is found by itself; reward_family= decides.\n")
     for name, entry in listed.items():
@@ -46,7 +37,7 @@ def run(args: argparse.Namespace) -> int:
             print(_indented(f"needs: {entry['needs']}"))
     if not args.family:
         print("\nRewards without a checkpoint:\n")
-        for form, what in OTHER.items():
+        for form, what in forms.items():
             print(f"  {form}\n{_indented(what)}")
     return 0
 

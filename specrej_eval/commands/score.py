@@ -200,8 +200,7 @@ def _begin(target: Path, fingerprint: dict[str, Any], *, overwrite: bool) -> lis
 
 
 def _check_reads_text(reward: RewardModel) -> None:
-    stats: tuple[str, ...] = getattr(reward, "needs_token_stats", ())
-    if reward.needs_logprobs or stats:
+    if not reward.reads_text:
         raise ConfigError(
             f"reward_model={reward.name!r} scores while decoding: texts of a file have no numbers of the engine.",
             hint="name a reward model that reads text.",
@@ -220,10 +219,8 @@ def _scored(
         RewardError: the reward failed as a whole, or a row could not be scored and ``on_error`` is ``stop``; rows
             before it have been yielded.
     """
-    from specrej_eval.rewards.base import score_pairs
-
     try:
-        scores = score_pairs(reward, [entry.pair for entry in chunk])
+        scores = reward.score_pairs([entry.pair for entry in chunk])
     except RewardError as error:
         if together or _of_the_server(error):
             raise
@@ -243,7 +240,7 @@ def _scored(
 
 def _of_the_server(error: RewardError) -> bool:
     """Whether every row would fail like this: the server is not there, does not let us in, or is broken."""
-    from specrej_eval.rewards.servers.http import ServerError
+    from specrej_eval.rewards.http import ServerError
 
     return isinstance(error, ServerError) and error.status not in (400, 413, 422)
 

@@ -1,64 +1,69 @@
-"""Rewards that are no checkpoint, recognised by the form of their name: one entry of KINDS each.
+"""``reward_model=`` -> a plan -> a reward: which kind is named, and everything that can be said of it before it loads.
 
-The order matters: ``a+0.5*b`` is looked at before what its parts may be.
+Imports every room here and is imported by none of them. Kinds, families and protocols are found by listing folders.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple
+from functools import cache, partial
 
+from specrej_eval import checkpoint, registry
 from specrej_eval.config import RunConfig
-from specrej_eval.rewards import ensemble
-from specrej_eval.rewards import function as callable_reward
-from specrej_eval.rewards.base import RewardModel
-from specrej_eval.rewards.deepconf import DeepConf
-from specrej_eval.rewards.likelihood import Likelihood
-from specrej_eval.rewards.self_certainty import SelfCertainty
-from specrej_eval.rewards.self_scores import Floor
-from specrej_eval.rewards.servers import judge
-from specrej_eval.rewards.servers import server as http_server
+from specrej_eval.errors import ConfigError, suggest
+from specrej_eval.rewards.base import RewardPlan
+from specrej_eval.rewards.checkpoints.family import family_names
+from specrej_eval.rewards.kinds.base import AUTO, Asked, RewardKind
+from specrej_eval.rewards.servers.base import protocol_names
 
-_SELF_SCORES: dict[str, Callable[[RunConfig], RewardModel]] = {
-    "likelihood": lambda config: Likelihood(Floor.of(config)),
-    "self_certainty": lambda config: SelfCertainty(Floor.of(config)),
-    "deepconf": lambda config: DeepConf(Floor.of(config), window=config.deepconf_window),
-}
+_KINDS = "specrej_eval.rewards.kinds"
 
 
-class Kind(NamedTuple):
-    """One kind of reward that is no checkpoint."""
+def resolve_reward(config: RunConfig, *, token: str | bool | None = None) -> RewardPlan:
+    """Everything that can be said of the reward before any weights load; ``resolve_reward(config).load(device)`` is it.
 
-    claims: Callable[[str], bool]
-    """Whether a ``reward_model`` is of this kind."""
-    check: Callable[[str, RunConfig, str | bool | None], None]
-    """What can be said before any weights load; raises as ``base.check_reward``. Third: the hub token."""
-    make: Callable[[str, RunConfig, str, str | bool | None], RewardModel]
-    """The reward; third: the language model's device."""
+    Args:
+        token: for a gated hub repository.
 
-
-def _check_callable(name: str, config: RunConfig, token: str | bool | None) -> None:
-    del config, token
-    callable_reward.import_callable(name)
-
-
-KINDS = (
-    Kind(ensemble.claims, ensemble.check, ensemble.make),
-    Kind(judge.claims, judge.check, judge.make),
-    Kind(http_server.claims, http_server.check, http_server.make),
-    Kind(
-        lambda name: name in _SELF_SCORES,
-        lambda name, config, token: None,
-        lambda name, config, device, token: _SELF_SCORES[name](config),
-    ),
-    Kind(
-        callable_reward.is_callable_name,
-        _check_callable,
-        lambda name, config, device, token: callable_reward.CallableReward(name),
-    ),
-)
+    Raises:
+        ConfigError: no reward named where one is needed, an unknown name or family, several labels, a callable that
+            cannot be imported, a template file or a device that is not there, a server that cannot give raw scores.
+        CheckpointError: a folder that is missing or broken.
+        RewardError: a server that does not answer as it should.
+    """
+    name = _name(config)
+    known = (AUTO, *family_names(), *protocol_names())
+    if config.reward_family not in known:
+        raise ConfigError(f"unknown reward_family {config.reward_family!r}.", hint=suggest(config.reward_family, known))
+    kind = next(kind for kind in kinds().values() if kind.claims(name))
+    return kind.resolve(Asked(name, config, token, partial(resolve_reward, token=token)))
 
 
-def kind_of(name: str) -> Kind | None:
-    """None for a checkpoint."""
-    return next((kind for kind in KINDS if kind.claims(name)), None)
+@cache
+def kinds() -> dict[str, RewardKind]:
+    """Every kind of reward by its file's name, in the order in which they are asked."""
+    loaded = {
+        name: registry.load_module(_KINDS, name, argument="reward_model").Kind() for name in registry.names(_KINDS)
+    }
+    return dict(sorted(loaded.items(), key=lambda item: item[1].ORDER))
+
+
+def _name(config: RunConfig) -> str:
+    """``config.reward_model``, or what stands in for it.
+
+    None means the embedded reward model beside the embedded language model. One row alone (``n=1``) is never compared
+    with anything, so beside another language model it needs no reward, and gets the one that costs nothing.
+
+    Raises:
+        ConfigError: another language model, several rows, and no reward to compare them with.
+    """
+    if config.reward_model is not None:
+        return config.reward_model
+    if config.pretrained is None:
+        return str(checkpoint.DEMO_REWARD)
+    if config.n == 1:
+        return "likelihood"
+    raise ConfigError(
+        f"a reward model is needed to rank the candidates of pretrained={config.pretrained!r}.",
+        hint="reward_model= takes a checkpoint folder, a hub name, likelihood, or pkg.module:function; "
+        "n=1 samples plainly and needs none.",
+    )

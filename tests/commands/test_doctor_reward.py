@@ -6,7 +6,6 @@ import math
 import random
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import spearmanr
 from support import reward_servers as servers
+from support.rewards import make_reward
 from support.tiny_models import CHAT_TEMPLATE, save, tiny_reward_model, tiny_tokenizer
 
 from specrej_eval.checkpoint import DEMO_REWARD
@@ -23,11 +23,24 @@ from specrej_eval.commands.doctor import reward as reward_doctor
 from specrej_eval.commands.doctor.probes import PROBES, demo_probes
 from specrej_eval.commands.doctor.reward import Patient, check_input, check_pairs, check_partial, check_stability
 from specrej_eval.config import RunConfig
+from specrej_eval.core import RowView
 from specrej_eval.errors import RewardError
-from specrej_eval.rewards.base import make_reward
+from specrej_eval.rewards.base import RewardModel
 
 BETTER = {better for _, better, _ in PROBES.pairs}
 WORTH = {answer: -place for _, answers in PROBES.answers for place, answer in enumerate(answers)}
+
+
+class Scripted(RewardModel):
+    """Whatever a function of the rows says."""
+
+    name = "r"
+
+    def __init__(self, say: Callable[[Sequence[RowView]], list[Any]]) -> None:
+        self._say = say
+
+    def score(self, conversation: Any, rows: Sequence[RowView], response_prefix: str = "") -> list[float]:
+        return self._say(rows)
 
 
 def knowing(conversation: Sequence[dict[str, str]], responses: Sequence[str]) -> list[float]:
@@ -204,8 +217,8 @@ def test_a_coin_seldom_passes() -> None:
     rng = random.Random(0)
     passed = 0
     for _ in range(400):
-        coin = SimpleNamespace(score=lambda conversation, rows: [rng.random() for _ in rows])
-        *_, luck = check_pairs(Patient(coin, PROBES))  # type: ignore[arg-type]
+        coin = Scripted(lambda rows: [rng.random() for _ in rows])
+        *_, luck = check_pairs(Patient(coin, PROBES))
         passed += luck.status == "ok"
     assert passed < 0.08 * 400
     assert luck.subject.endswith("of 18 pairs")
@@ -220,27 +233,27 @@ def test_what_is_no_number_is_broken_wherever_it_comes(
 ) -> None:
     calls = 0
 
-    def score(conversation: Any, rows: Any) -> list[Any]:
+    def score(rows: Sequence[RowView]) -> list[Any]:
         nonlocal calls
         calls += 1
-        scores: list[Any] = knowing(conversation, [row.text for row in rows])
+        scores: list[Any] = knowing([], [row.text for row in rows])
         if calls - 1 == at:
             if wrong in ("short", "long"):
                 return scores[1:] if wrong == "short" else [*scores, 0.0]
             scores[-1] = wrong
         return scores
 
-    reward = SimpleNamespace(score=score, name="r")
+    reward = Scripted(score)
     at = -1
-    list(check(Patient(reward, PROBES)))  # type: ignore[arg-type]
+    list(check(Patient(reward, PROBES)))
     total = calls
     for at in range(total):  # noqa: B007  read by score
         calls = 0
         with pytest.raises(RewardError, match=r"no finite number|scores came for"):
-            list(check(Patient(reward, PROBES)))  # type: ignore[arg-type]
+            list(check(Patient(reward, PROBES)))
     counted("scores that are no numbers put before the doctor", total)
     at, calls = 3, 0
-    assert reward_doctor.examine(reward) == 1  # type: ignore[arg-type]
+    assert reward_doctor.examine(reward) == 1
     assert "BROKEN" in capsys.readouterr().out
 
 

@@ -10,14 +10,15 @@ from typing import Any
 
 import pytest
 from support import reward_servers as servers
+from support.rewards import make_reward
 from support.tiny_models import NO_SYSTEM_TEMPLATE, save, tiny_reward_model, tiny_tokenizer
 
 from specrej_eval.cli import main
 from specrej_eval.commands import score
 from specrej_eval.core import RowView
-from specrej_eval.rewards.base import Pair, by_conversation, make_reward, score_pairs
-from specrej_eval.rewards.ensemble import ranks
-from specrej_eval.rewards.servers import http as _http
+from specrej_eval.rewards import http as _http
+from specrej_eval.rewards.base import Pair, by_conversation
+from specrej_eval.rewards.kinds.ensemble import ranks
 
 ROWS: list[dict[str, Any]] = [
     {"prompt": "Say hello.", "response": "Hello!", "id": 7},
@@ -167,7 +168,7 @@ def test_another_reward_or_another_file_is_never_mixed_in(pairs: Path, capsys: p
     assert run(pairs) == 0
     name = f"{__name__}:nan_for_empty"
     assert main(["score", "--input", str(pairs), "--reward_model", name, "--on_error", "skip"]) == 1
-    assert "reward_model: 'test_score:length' then, 'test_score:nan_for_empty' now" in capsys.readouterr().err
+    assert f"reward_model: '{__name__}:length' then, '{__name__}:nan_for_empty' now" in capsys.readouterr().err
     with open(pairs, "a", encoding="utf-8") as file:
         file.write(json.dumps(ROWS[0]) + "\n")
     assert run(pairs) == 1
@@ -259,7 +260,7 @@ def test_a_checkpoint_scores_pairs_of_many_conversations_in_one_batch(tmp_path: 
     listed = [Pair(tuple(entry.pair.conversation), entry.pair.response) for entry in score.read_pairs(_file(tmp_path))]
     want = [reward.score(pair.conversation, [RowView(0, pair.response, (), "eos")])[0] for pair in listed]
     calls = reward.num_calls
-    assert score_pairs(reward, listed) == pytest.approx(want, abs=1e-5)
+    assert reward.score_pairs(listed) == pytest.approx(want, abs=1e-5)
     assert reward.num_calls == calls + 1
     assert len(set(want)) == len(want)
 
@@ -271,14 +272,14 @@ def test_a_judge_and_a_server_score_pairs_of_many_conversations(tmp_path: Path) 
     with servers.chat(lambda text: {str(text.count("e") % 10): 1.0}) as server:
         judge = make_reward(RunConfig(reward_model=f"judge:m@{server.url}"), device="cpu")
         want = [judge.score(pair.conversation, [pair.row])[0] for pair in listed]
-        assert score_pairs(judge, listed) == want
+        assert judge.score_pairs(listed) == want
         assert len(set(want)) > 1
     with servers.tei(lambda pair: float(len("|".join(pair))), most=9) as server:
         for path in ("", "/rerank"):
             reward = make_reward(RunConfig(reward_model=server.url + path), device="cpu")
             want = [reward.score(pair.conversation, [pair.row])[0] for pair in listed]
             asked = len(server.requests)
-            assert score_pairs(reward, listed) == want
+            assert reward.score_pairs(listed) == want
             assert len(server.requests) - asked == (3 if path else 1)  # a query each
 
 

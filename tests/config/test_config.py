@@ -9,11 +9,11 @@ from fractions import Fraction
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from support.rewards import check_reward
 
 from specrej_eval import registry
 from specrej_eval.config import HOST_ARGUMENTS, RunConfig, as_bool, as_dict, as_float, as_int, checked_until
 from specrej_eval.errors import ConfigError, SpecRejError
-from specrej_eval.rewards.base import check_reward
 from specrej_eval.strategies.base import make_strategy
 
 OURS = {field.name for field in dataclasses.fields(RunConfig)}

@@ -12,10 +12,10 @@ import os
 import pytest
 import torch
 from support.published import PUBLISHED, Published
+from support.rewards import make_reward
 
 from specrej_eval.config import RunConfig
 from specrej_eval.core import RowView
-from specrej_eval.rewards.base import make_reward
 from specrej_eval.rewards.checkpoints.reward import CheckpointReward
 
 pytestmark = [

@@ -13,17 +13,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support import reward_servers as servers
 from support.engine_runs import PROMPTS, SMALL, make_engine
+from support.rewards import check_reward, make_reward
 from support.tiny_models import save, tiny_causal_lm, tiny_reward_model, tiny_tokenizer
 
-from specrej_eval.config import RunConfig
+from specrej_eval.config import RunConfig, reward_names
 from specrej_eval.core import RowView
 from specrej_eval.errors import ConfigError, RewardError
 from specrej_eval.generator import Generator
 from specrej_eval.records.fingerprint import of_models
 from specrej_eval.records.journal import result_from_dict
-from specrej_eval.rewards import ensemble
-from specrej_eval.rewards.base import Stateless, check_reward, make_reward
-from specrej_eval.rewards.ensemble import Ensemble, ranks
+from specrej_eval.rewards.base import RewardModel
+from specrej_eval.rewards.kinds import ensemble
+from specrej_eval.rewards.kinds.ensemble import Ensemble, ranks
 
 HELLO = [{"role": "user", "content": "Say hello."}]
 finite = st.floats(-1e6, 1e6, allow_nan=False)
@@ -38,10 +39,9 @@ def vowels(conversation: Any, responses: Sequence[str]) -> list[float]:
     return [float(sum(letter in "aeiou" for letter in response)) for response in responses]
 
 
-class Given(Stateless):
+class Given(RewardModel):
     """Scores as told, by row id."""
 
-    needs_logprobs = False
     tokens_scored = 3
     num_calls = 2
 
@@ -85,7 +85,7 @@ A, B = f"{__name__}:length", f"{__name__}:vowels"
 def test_names_of_ensembles(name: Any, want: list[tuple[float, str]]) -> None:
     config = config_of(reward_model=name)
     assert config.reward_model is not None
-    assert ensemble.claims(config.reward_model)
+    assert reward_names.is_ensemble(config.reward_model)
     assert [(part.weight, part.name) for part in ensemble.parse(config.reward_model, config)] == want
     check_reward(config)
 
@@ -119,7 +119,7 @@ def test_a_folder_with_a_plus_in_its_name_is_a_folder(tmp_path: Path) -> None:
     folder = save(tiny_reward_model(), tiny_tokenizer(), tmp_path / "a+b")
     reward = make_reward(config_of(reward_model=str(folder)), device="cpu")
     assert not isinstance(reward, Ensemble)
-    assert ensemble.claims(str(tmp_path / "c+d"))
+    assert reward_names.is_ensemble(str(tmp_path / "c+d"))
 
 
 def test_an_unknown_way_of_joining() -> None:

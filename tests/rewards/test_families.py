@@ -13,20 +13,21 @@ from typing import Any
 
 import pytest
 import torch
-from hub.published import PUBLISHED
 from safetensors.torch import save_file
 from support import GOLDEN
+from support.published import PUBLISHED
 from support.reward_checkpoints import CASES, HELLO, QUESTION, TEXTS, Case, build, ids_of, llama3_tokenizer, read
+from support.rewards import check_reward, make_reward
 from support.tiny_models import save, tiny_reward_model, tiny_tokenizer
 
 from specrej_eval.cli import main
 from specrej_eval.config import RunConfig
 from specrej_eval.core import RowView
 from specrej_eval.errors import CheckpointError, ConfigError, RewardError
-from specrej_eval.rewards import base
-from specrej_eval.rewards.base import check_reward, make_reward
+from specrej_eval.rewards.checkpoints.family import family_names, load_family
 from specrej_eval.rewards.checkpoints.reward import CheckpointReward
 from specrej_eval.rewards.families import starling
+from specrej_eval.rewards.kinds.checkpoint import find_family
 
 TEMPLATES = GOLDEN / "reward_templates.json"
 STEPS = "First, take 2.\n\nThen add 2.\n\nSo it is 4."
@@ -105,9 +106,9 @@ def test_the_heads_weights_are_float32_whatever_the_body_is(name: str, folders: 
 
 @each_case
 def test_the_family_is_found_without_being_named_and_no_other_claims_it(name: str, folders: dict[str, Path]) -> None:
-    config, case = base.read_checkpoint_config(str(folders[name])), CASES[name]
-    claims = [family for family in base.families() if base.load_family(family).matches(str(folders[name]), config)]
-    assert claims == [case.family]
+    case, config = CASES[name], read(folders[name])[0]
+    families = {family: load_family(family) for family in family_names()}
+    assert find_family(str(folders[name]), config, families) is families[case.family]
 
 
 @each_case
@@ -290,7 +291,7 @@ def test_weights_published_without_a_config_have_their_bodys(
     shutil.copy(whole / "starling_rm.pt", bare)
     with pytest.raises(CheckpointError, match="meta-llama/Llama-2-7b-chat-hf"):  # gated, and no network here
         loaded(bare, case)
-    monkeypatch.setattr(base, "CONFIG_ELSEWHERE", {bare.name: str(whole)})
+    monkeypatch.setattr(starling, "CONFIGS", {bare.name: str(whole)})
     monkeypatch.setattr(starling, "TOKENIZERS", {bare.name: str(whole)})
     assert loaded(bare, case).score(HELLO, rows(*TEXTS)) == loaded(whole, case).score(HELLO, rows(*TEXTS))
 
@@ -368,8 +369,8 @@ def test_a_gating_model_of_another_body_is_refused(folders: dict[str, Path], tmp
 def test_armorm_and_qrm_name_the_same_class_and_are_told_apart(folders: dict[str, Path]) -> None:
     armorm, qrm = (read(folders[name])[0] for name in ("armorm", "qrm"))
     assert armorm["architectures"] == qrm["architectures"]
-    assert base.load_family("armorm").matches("any/name", armorm)
-    assert not base.load_family("armorm").matches("any/name", qrm)
+    assert load_family("armorm").matches("any/name", armorm)
+    assert not load_family("armorm").matches("any/name", qrm)
 
 
 def test_a_grm_that_was_finetuned_to_a_classifier_is_a_classifier(tmp_path: Path) -> None:
@@ -500,7 +501,7 @@ def test_plain_classifiers_score_as_transformers_own_classes_do(arch: str, tmp_p
 def test_every_family_says_what_it_reads_and_names_checkpoints(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["rewards", "--format", "json"]) == 0
     listed = json.loads(capsys.readouterr().out)
-    assert set(listed["families"]) == set(base.families()) >= {case.family for case in CASES.values()}
+    assert set(listed["families"]) == set(family_names()) >= {case.family for case in CASES.values()}
     for entry in listed["families"].values():
         assert entry["reads"] and all(example.count("/") == 1 for example in entry["examples"])
     assert {"likelihood", "a+0.5*b"} <= set(listed["other"])
@@ -520,13 +521,13 @@ def test_the_listing_of_an_unknown_family_suggests_the_nearest(capsys: pytest.Ca
 
 
 def test_no_checkpoint_is_named_by_two_families() -> None:
-    names = [example for family in base.families() for example in base.load_family(family).EXAMPLES]
+    names = [example for family in family_names() for example in load_family(family).EXAMPLES]
     assert len(names) == len(set(names))
 
 
 def test_every_published_example_is_of_a_checkpoint_that_a_family_names() -> None:
     """tests/hub cannot run here; this keeps its names from going stale."""
-    known = {example for family in base.families() for example in base.load_family(family).EXAMPLES}
+    known = {example for family in family_names() for example in load_family(family).EXAMPLES}
     assert {example.checkpoint for example in PUBLISHED} <= known
     assert all(len(example.scores) == (1 if example.differences else len(example.answers)) for example in PUBLISHED)
 

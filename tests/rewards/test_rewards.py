@@ -5,14 +5,15 @@ from __future__ import annotations
 import json
 import logging
 import math
+import sys
 from collections.abc import Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from support.rewards import check_reward, make_reward
 from support.tiny_models import (
     BOS,
     END,
@@ -25,17 +26,16 @@ from support.tiny_models import (
     tiny_tokenizer,
 )
 
-from specrej_eval import checkpoint, registry
+from specrej_eval import checkpoint
 from specrej_eval.config import RunConfig
 from specrej_eval.core import RowView
 from specrej_eval.errors import CheckpointError, ConfigError, OutOfMemoryError, RewardError
-from specrej_eval.rewards import base
-from specrej_eval.rewards.base import check_reward, make_reward
+from specrej_eval.rewards.checkpoints.family import family_names, load_family
 from specrej_eval.rewards.checkpoints.renderer import Renderer
 from specrej_eval.rewards.checkpoints.reward import CheckpointReward
 from specrej_eval.rewards.families.sequence_classifier import SequenceClassifier
-from specrej_eval.rewards.function import CallableReward
-from specrej_eval.rewards.likelihood import Likelihood
+from specrej_eval.rewards.kinds.function import CallableReward
+from specrej_eval.rewards.kinds.self_scores import Likelihood
 
 HELLO = [{"role": "user", "content": "Say hello."}]
 TEXTS = ["Hello!", "Good morning to you, dear reader.", "", "¡Buenos días!", "Hi"]
@@ -681,7 +681,7 @@ def test_the_embedded_reward_stands_in_only_beside_the_embedded_language_model(
     assert isinstance(reward, SequenceClassifier)
     assert reward.name == str(folder)
     assert reward.model.dtype == torch.float32  # whatever the checkpoint says
-    with pytest.raises(ConfigError, match=r"reward_model must be given(.|\n)*likelihood, or pkg.module:function"):
+    with pytest.raises(ConfigError, match=r"a reward model is needed to rank(.|\n)*likelihood, or pkg.module:function"):
         check_reward(RunConfig(pretrained="some/model"))
 
 
@@ -768,21 +768,15 @@ def test_a_head_without_weights_is_an_error_not_random_numbers(tmp_path: Path) -
 def test_an_unknown_family_is_named(reward_folder: Path) -> None:
     with pytest.raises(ConfigError, match=r"unknown reward_family 'sequence_clasifier'(.|\n)*'sequence_classifier'"):
         check_reward(config_for(reward_folder, reward_family="sequence_clasifier"))
-    assert "likelihood" not in base.families()
+    assert "likelihood" not in family_names()
 
 
 def test_two_families_that_claim_a_checkpoint_are_both_named(
     reward_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = registry.load_module
-    greedy = SimpleNamespace(matches=lambda name, checkpoint_config: True)
-    monkeypatch.setattr(base, "families", lambda: ("greedy", "sequence_classifier"))
-    monkeypatch.setattr(
-        registry,
-        "load_module",
-        lambda package, name, **more: greedy if name == "greedy" else real(package, name, **more),
-    )
-    with pytest.raises(ConfigError, match="claimed by several families: greedy, sequence_classifier"):
+    for name in ("armorm", "qrm"):
+        monkeypatch.setattr(sys.modules[type(load_family(name)).__module__].Family, "matches", lambda *_: True)
+    with pytest.raises(ConfigError, match="claimed by several families: armorm, qrm"):
         check_reward(config_for(reward_folder))
     check_reward(config_for(reward_folder, reward_family="sequence_classifier"))  # naming one decides
 

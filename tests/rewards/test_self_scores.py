@@ -13,6 +13,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from support.engine_runs import PROMPTS, SMALL, limit_rows, make_engine
+from support.rewards import make_reward
 from support.tiny_models import tiny_causal_lm
 
 from specrej_eval.config import RunConfig
@@ -21,11 +22,15 @@ from specrej_eval.engines.transformers import token_stats
 from specrej_eval.engines.transformers.groups import Group
 from specrej_eval.errors import ConfigError, RewardError
 from specrej_eval.generator import Generator, Request
-from specrej_eval.rewards.base import make_reward
-from specrej_eval.rewards.deepconf import DeepConf, lowest_window
-from specrej_eval.rewards.likelihood import Likelihood
-from specrej_eval.rewards.self_certainty import SelfCertainty
-from specrej_eval.rewards.self_scores import FLOOR_PENALTY, Floor, repetition
+from specrej_eval.rewards.kinds.self_scores import (
+    FLOOR_PENALTY,
+    DeepConf,
+    Floor,
+    Likelihood,
+    SelfCertainty,
+    lowest_window,
+    repetition,
+)
 
 NAMES = ["likelihood", "self_certainty", "deepconf"]
 ARGUMENTS: dict[str, Any] = {"deepconf_window": 5, "temperature": 0.7, "top_k": 12, "floor_toks": 1}

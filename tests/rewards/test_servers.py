@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 from support import reward_servers as servers
+from support.rewards import check_reward, make_reward
 from support.tiny_models import BOS, save, tiny_tokenizer
 
 from specrej_eval import load
@@ -21,9 +22,8 @@ from specrej_eval.core import RowView
 from specrej_eval.errors import ConfigError, RewardError, SpecRejError
 from specrej_eval.records.fingerprint import of_models
 from specrej_eval.records.run_names import model_name
-from specrej_eval.rewards.base import check_reward, make_reward
-from specrej_eval.rewards.servers import http as _http
-from specrej_eval.rewards.servers import judge as judges
+from specrej_eval.rewards import http as _http
+from specrej_eval.rewards.kinds import judge as judges
 
 HELLO = [{"role": "user", "content": "Say hello."}]
 TEXTS = ["Hello!", "Good morning to you, dear reader.", "", "¡Buenos días!", "Hello!", "Hi"]
@@ -214,7 +214,7 @@ def test_an_address_may_end_with_a_known_path(path: str, family: str) -> None:
 def test_a_family_by_hand_asks_nothing_about_the_kind(tokenizer_folder: str) -> None:
     with servers.openrlhf(hashed) as server:
         server.routes.pop(("GET", "/openapi.json"))
-        with pytest.raises(ConfigError, match=r"not as a reward server.*\n.*reward_family=vllm\|sglang\|tei\|openrlhf"):
+        with pytest.raises(ConfigError, match=r"not as a reward server.*\n.*reward_family=openrlhf\|sglang\|tei\|vllm"):
             reward_at(server.url, reward_tokenizer=tokenizer_folder)
         for arguments in ({"reward_family": "openrlhf"}, {}):
             url = server.url if arguments else f"{server.url}/get_reward"
@@ -535,9 +535,10 @@ def test_log_probs_that_say_nothing_leave_the_written_grade() -> None:
 def test_unreadable_grades_are_what_on_nan_says() -> None:
     with servers.chat(lambda text: "I like it." if "odd" in text else "5") as server:
         reward = judge_at(server, on_nan="drop")
+        calls = reward.num_calls
         found = reward.score(HELLO, rows("x", "odd", "y", "odd"))
         assert found == pytest.approx([5, math.nan, 5, math.nan], nan_ok=True)
-        assert (reward.grades_unreadable, sorted(reward.nan_reasons), reward.num_calls) == (2, [1, 3], 3)
+        assert (reward.grades_unreadable, sorted(reward.nan_reasons), reward.num_calls - calls) == (2, [1, 3], 3)
         with pytest.raises(RewardError, match=r"gave row 1 no grade.*'I like it\.'"):
             judge_at(server).score(HELLO, rows("x", "odd"))
         server.routes["POST", "/v1/chat/completions"] = lambda body: {"choices": []}
@@ -567,15 +568,16 @@ def test_the_judges_score_is_the_expected_grade() -> None:
 
     with servers.chat(grade) as server:
         reward = judge_at(server)
+        before = (len(server.requests), reward.tokens_scored)
         scores = reward.score(HELLO, rows("Hello!", "Go away {prompt}.", "Hello!"))
         assert scores == pytest.approx([(7 * 0.5 + 8 * 0.375) / 0.875, 1.9, (7 * 0.5 + 8 * 0.375) / 0.875])
-        assert len(server.requests) == 2  # equal answers are graded once
-        asked = {body["messages"][0]["content"] for _, body in server.requests}
+        assert len(server.requests) - before[0] == 2  # equal answers are graded once
+        asked = {body["messages"][0]["content"] for _, body in server.requests[before[0] :]}
         (key,) = {asked_key(text) for text in asked}
         assert all(f"<conversation {key}>\nSay hello.\n</conversation {key}>" in text for text in asked)
         assert any(f"<response {key}>\nGo away {{prompt}}.\n</response {key}>" in text for text in asked)
         assert {body["model"] for _, body in server.requests} == {"the-judge"}
-        assert reward.tokens_scored == 22
+        assert reward.tokens_scored - before[1] == 22
 
 
 def test_without_logprobs_the_written_grade_counts() -> None:

@@ -13,19 +13,17 @@ from specrej_eval.config import RunConfig
 from specrej_eval.core import GenerationResult, RowView
 from specrej_eval.engines.transformers.engine import TransformersEngine
 from specrej_eval.generator import Generator
+from specrej_eval.rewards.base import RewardModel
 from support.tiny_models import tiny_tokenizer
 
 PROMPTS = ["a", "Tell me about rivers.", "x" * 70, "One, two, three: " * 3]
 SMALL = {"n": 8, "max_gen_toks": 24, "first_look": 6}
 
 
-class HashReward:
+class HashReward(RewardModel):
     """Scores that look random and depend on the text alone."""
 
     name = "hash"
-    needs_logprobs = False
-    tokens_scored = 0
-    num_calls = 0
 
     def score(self, conversation: Any, rows: Sequence[RowView], response_prefix: str = "") -> list[float]:
         del conversation, response_prefix

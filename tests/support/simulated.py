@@ -30,6 +30,7 @@ from specrej_eval.core import (
 from specrej_eval.engines.base import Engine, EngineSession
 from specrej_eval.errors import KVBudgetExceededError
 from specrej_eval.generator import Generator, Request
+from specrej_eval.rewards.base import RewardModel
 from specrej_eval.strategies.base import make_strategy
 
 EOS = 0
@@ -318,16 +319,15 @@ class SimulatedEngine(Engine):
         return {"device": "none"}
 
 
-class SimulatedReward:
-    """Speaks ``rewards.base.RewardModel``; reads every token of every row at every look, as without a prefix cache."""
+class SimulatedReward(RewardModel):
+    """Reads every token of every row at every look, as without a prefix cache."""
 
     name = "simulated"
-    needs_logprobs = False
+    tokens_scored = 0
+    num_calls = 0
 
     def __init__(self, process_of: Callable[[str], Process]) -> None:
         self.process_of = process_of
-        self.tokens_scored = 0
-        self.num_calls = 0
 
     def score(self, conversation: Sequence[Message], rows: Sequence[RowView], response_prefix: str = "") -> list[float]:
         process = self.process_of(conversation[-1]["content"])

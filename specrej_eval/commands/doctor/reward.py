@@ -59,8 +59,7 @@ def run(args: argparse.Namespace) -> int:
     """
     config = reward_config(args)
     reward = load_reward(config, args.token)
-    stats: tuple[str, ...] = getattr(reward, "needs_token_stats", ())
-    if reward.needs_logprobs or stats:
+    if not reward.reads_text:
         raise ConfigError(f"reward_model={reward.name!r} reads no text, so there is nothing to look at.")
     return examine(reward, demo_probes() if _is_demo(config) else PROBES)
 
@@ -88,13 +87,12 @@ def examine(reward: RewardModel, probes: Probes = PROBES) -> int:
 
 def check_input(patient: Patient) -> Iterator[Finding]:
     """The tokens of one conversation, and BOS, EOS and padding in them; of each part of an ensemble."""
-    members = getattr(patient.reward, "members", None)
-    if members is not None:
-        for member in members:
-            yield Finding("ok", "part", member.name)
-            yield from check_input(patient._replace(reward=member))
+    for member in patient.reward.members:
+        yield Finding("ok", "part", member.name)
+        yield from check_input(patient._replace(reward=member))
+    if patient.reward.members:
         return
-    renderer = _renderer(patient.reward)
+    renderer = patient.reward.renderer
     if renderer is None:
         yield Finding("note", "tokens", f"{patient.reward.name} gets text; what it reads cannot be seen from here")
         return
@@ -152,14 +150,13 @@ def check_stability(patient: Patient) -> Iterator[Finding]:
     prompt, answers = patient.probes.answers[0]
     rows = [_row(text, number) for number, text in enumerate(answers)]
     together = _scores(reward, prompt, rows)
-    if getattr(reward, "by_rank", False):
+    if reward.by_rank:
         yield Finding(
             "note", "single == batch", "ranks hold among the rows of one call, so there is nothing to compare"
         )
         return
     single = [_scores(reward, prompt, [row])[0] for row in rows]
-    exact = str(getattr(getattr(reward, "body", None), "dtype", "")) == "torch.float32"
-    bound = FLOAT32_BOUND if exact else COARSE_BOUND
+    bound = FLOAT32_BOUND if _is_exact(reward) else COARSE_BOUND
     yield _compared("single == batch", single, together, bound)
     distinct = len(set(together))
     # a saturated sigmoid leaves one or two; whole grades of a judge leave a few
@@ -185,15 +182,29 @@ def _compared(subject: str, one: Sequence[float], other: Sequence[float], bound:
     )
 
 
-def _left_padded(reward: Any, prompt: str, rows: Sequence[RowView]) -> list[float] | None:
+def _is_exact(reward: RewardModel) -> bool:
+    """Whether it computes in float32 on our side."""
+    import torch
+
+    from specrej_eval.rewards.checkpoints.reward import CheckpointReward
+
+    return isinstance(reward, CheckpointReward) and reward.body.dtype == torch.float32
+
+
+def _left_padded(reward: RewardModel, prompt: str, rows: Sequence[RowView]) -> list[float] | None:
     """Scores of one batch padded on the left, with positions counted from the first real token; None if it cannot be
     done: a server, a function, an encoder, or a body that takes no positions."""
     import inspect
 
-    body, head = getattr(reward, "body", None), getattr(reward, "head", None)
-    if body is None or head is None or "position_ids" not in inspect.signature(body.forward).parameters:
-        return None
     import torch
+
+    from specrej_eval.rewards.checkpoints.reward import CheckpointReward
+
+    if not isinstance(reward, CheckpointReward) or reward.head is None:
+        return None
+    body = reward.body
+    if "position_ids" not in inspect.signature(body.forward).parameters:
+        return None
 
     inputs = reward.renderer.inputs(_asked(prompt), rows)
     longest = max(len(entry.ids) for entry in inputs)
@@ -263,7 +274,7 @@ def check_partial(patient: Patient) -> Iterator[Finding]:
 
 def rank_correlation(one: Sequence[float], other: Sequence[float]) -> float:
     """Spearman's, ties by mean ranks; 0 if either is constant."""
-    from specrej_eval.rewards.ensemble import ranks
+    from specrej_eval.rewards.kinds.ensemble import ranks
 
     a, b = ranks(one), ranks(other)
     mean_a, mean_b = fmean(a), fmean(b)
@@ -301,11 +312,6 @@ def _asked(prompt: str) -> Conversation:
 
 def _row(text: str, row: int = 0) -> RowView:
     return RowView(row, text, (), "eos")
-
-
-def _renderer(reward: Any) -> Any:
-    """What makes token ids of a conversation, where that is done on our side."""
-    return getattr(reward, "renderer", None)
 
 
 def _listed(values: Sequence[float]) -> str:

@@ -27,7 +27,7 @@ from specrej_eval.harness.alpaca_eval.prompts import RenderedPrompt
 from specrej_eval.harness.patching import patch, takes
 from specrej_eval.paths import expanded, is_folder
 from specrej_eval.records import fingerprint
-from specrej_eval.rewards.base import RewardModel
+from specrej_eval.rewards.base import RewardModel, RewardPlan
 
 NAME = "specrej_reward_judge"
 ARGUMENTS = (
@@ -76,12 +76,13 @@ def identity(arguments: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         ConfigError: as the judge itself.
     """
-    from specrej_eval.rewards import function as callable_reward
+    from specrej_eval.config import reward_names
+    from specrej_eval.rewards.kinds.function import import_callable
 
     config, _ = _checked(arguments)
     name = config.reward_model
-    if name is not None and callable_reward.is_callable_name(name):
-        callable_reward.import_callable(name)  # finds it in the working directory, too; its file is looked at next
+    if name is not None and reward_names.is_callable(name):
+        import_callable(name)  # finds it in the working directory, too; its file is looked at next
     models = fingerprint.of_models(config, {})
     embedded = name is None or _same_folder(name, checkpoint.DEMO_REWARD)
     return {"reward_model": fingerprint.EMBEDDED if embedded else name, "reward_files": models["reward_files"]}
@@ -197,9 +198,9 @@ class _Scorer:
     """A loaded reward model, and the scores it has given: a reference's answers are judged against many models."""
 
     def __init__(self, config: RunConfig) -> None:
-        from specrej_eval.rewards.base import check_reward
+        from specrej_eval.rewards.choose import resolve_reward
 
-        check_reward(config)
+        plan = resolve_reward(config)
         if config.device is not None:
             checkpoint.check_device("device", config.device)
             device = config.device
@@ -207,25 +208,24 @@ class _Scorer:
             import torch
 
             device = "cuda" if torch.cuda.is_available() else "cpu"
-        self._reward = self._loaded(config, device)
+        self._reward = self._loaded(plan, device)
         self._scores: dict[tuple[str, str], float] = {}
 
     @staticmethod
-    def _loaded(config: RunConfig, device: str) -> RewardModel:
+    def _loaded(plan: RewardPlan, device: str) -> RewardModel:
         """On a small GPU the models that wrote the answers, loaded still, may leave no room for the judge."""
         import torch
 
         from specrej_eval.harness.alpaca_eval.decoder import release_models
-        from specrej_eval.rewards.base import make_reward
 
         try:
-            return make_reward(config, device=device)
+            return plan.load(device)
         except torch.OutOfMemoryError:
             if not release_models():
                 raise
         # outside the except block: the traceback would keep what was loaded alive
         _logger.warning("The judge did not fit beside the models that answered; those are let go.")
-        return make_reward(config, device=device)
+        return plan.load(device)
 
     def score(self, instruction: str, outputs: Sequence[str]) -> list[float]:
         new = [text for text in dict.fromkeys(outputs) if (instruction, text) not in self._scores]

@@ -477,19 +477,19 @@ class BestOfNLM(SpecRejLM):
 def _checked_checkpoints(config: RunConfig, host: Mapping[str, Any], *, language_model: bool) -> dict[str, str]:
     """Say what can be said of the two checkpoints without loading weights; how HFLM is to load the first."""
     from specrej_eval.engines.transformers.loading import check_checkpoint, policy_device, policy_dtype, policy_name
-    from specrej_eval.rewards.base import check_reward
+    from specrej_eval.rewards.choose import resolve_reward
 
     if language_model:
         check_checkpoint(config, host)
-    check_reward(config, token=host.get("token"))
+    resolve_reward(config, token=host.get("token"))
     return {"pretrained": policy_name(config), "device": policy_device(config), "dtype": policy_dtype(config)}
 
 
 def _generator(lm: SpecRejLM) -> Generator:
     from specrej_eval.engines.transformers.engine import TransformersEngine
-    from specrej_eval.rewards.base import make_reward
+    from specrej_eval.rewards.choose import resolve_reward
 
-    reward = make_reward(lm.run_config, device=str(lm.device), token=lm.host_arguments.get("token"))
+    reward = resolve_reward(lm.run_config, token=lm.host_arguments.get("token")).load(str(lm.device))
     engine = TransformersEngine(lm.model, lm.tokenizer, max_length=lm.max_length, think_end_token=lm.think_end_token)
     models = None if lm.run_config.journal is None else lm._of_models()
     return Generator(engine=engine, reward=reward, config=lm.run_config, identity=lm.host_arguments, fingerprint=models)

@@ -1,15 +1,16 @@
-"""What ArmoRM and QRM share: the position in the prompt at which their gating networks look."""
+"""What ArmoRM and QRM share: ratings at the last token, weighed by a network that reads the prompt."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from specrej_eval.config import RunConfig
 from specrej_eval.errors import ConfigError, RewardError
-from specrej_eval.rewards.checkpoints.native import assemble, fill, load_body, read_tensors
+from specrej_eval.rewards.checkpoints.family import RewardCheckpoint
+from specrej_eval.rewards.checkpoints.native import assemble, load_body, load_head
 from specrej_eval.rewards.checkpoints.reward import CheckpointReward
 
 ASSISTANT_TURN = {
@@ -55,22 +56,59 @@ class GatingPositions:
         )
 
 
-def load_gated(
-    name: str,
-    config: RunConfig,
-    head_class: Callable[[Any], nn.Module],
-    *,
-    dtype: str,
-    device: str,
-    token: str | bool | None,
-) -> CheckpointReward:
-    """A body, and above it ``head_class(body.config)`` under its original key names.
+class GatedHead(nn.Module):
+    """Everything above the body, under its original names.
+
+    Args:
+        config: the body's, with the checkpoint's further keys.
+        layers_of: makes the gating network's layers: (input size, hidden size, hidden layers, outputs) -> layers.
+        num_quantiles: numbers that a rating is the mean of.
+    """
+
+    def __init__(
+        self, config: Any, layers_of: Callable[[int, int, int, int], nn.Module], *, num_quantiles: int = 1
+    ) -> None:
+        super().__init__()
+        ratings = getattr(config, "num_objectives", 19)
+        self.num_quantiles = num_quantiles
+        self.regression_layer = nn.Linear(config.hidden_size, ratings * num_quantiles, bias=False)
+        self.reward_transform_matrix = nn.Parameter(torch.eye(ratings))
+        hidden_size, num_hidden = getattr(config, "gating_hidden_dim", 1024), getattr(config, "gating_n_hidden", 3)
+        layers = layers_of(config.hidden_size, hidden_size, num_hidden, ratings)
+        self.gating = Gating(layers, getattr(config, "gating_temperature", 10))
+
+    def forward(self, hidden: Tensor, mask: Tensor) -> Tensor:
+        """(rows, 2 positions: prompt's end and last token, hidden size) -> (rows,)"""
+        del mask  # two positions in every row
+        weights = self.gating(hidden[:, 0])  # (rows, ratings)
+        quantiles = self.regression_layer(hidden[:, 1]).unflatten(-1, (-1, self.num_quantiles))
+        ratings = quantiles.mean(dim=-1) @ self.reward_transform_matrix
+        scores: Tensor = (weights * ratings).sum(dim=-1)
+        return scores
+
+
+class Gating(nn.Module):
+    """Layers with a tempered softmax: how much each rating counts for this prompt."""
+
+    def __init__(self, layers: nn.Module, temperature: float) -> None:
+        super().__init__()
+        self.layers = layers
+        self.temperature = temperature
+        self.logit_scale = nn.Parameter(torch.ones(1))
+
+    def forward(self, prompt: Tensor) -> Tensor:
+        """(rows, hidden size) -> (rows, outputs)"""
+        weights: Tensor = torch.softmax(self.layers(prompt) / self.temperature, dim=-1) * self.logit_scale
+        return weights
+
+
+def load_gated(source: RewardCheckpoint, head_of: Callable[[Any], GatedHead]) -> CheckpointReward:
+    """A body, and above it ``head_of(body.config)`` under its original key names.
 
     Raises:
         CheckpointError: files that cannot be loaded, weights that are missing or of another shape.
     """
-    body, tokenizer = load_body(name, config, dtype=dtype, device=device, token=token)
-    tensors = read_tensors(name, lambda key: not key.startswith("model."), token=token)
-    head = fill(name, head_class(body.config), tensors)
-    positions_of = GatingPositions(name, tokenizer, body.config.model_type)
-    return assemble(name, config, body, tokenizer, head, positions_of=positions_of)
+    body, tokenizer = load_body(source)
+    head = load_head(source, head_of(body.config))
+    positions_of = GatingPositions(source.name, tokenizer, body.config.model_type)
+    return assemble(source, body, tokenizer, head, positions_of=positions_of)

@@ -2,33 +2,24 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from transformers import AutoTokenizer
 
-from specrej_eval.config import RunConfig
 from specrej_eval.errors import CheckpointError
+from specrej_eval.rewards.checkpoints.family import RewardCheckpoint
 
 
 def load_checkpoint(
-    name: str,
-    config: RunConfig,
-    model_class: Any,
-    *,
-    dtype: str,
-    device: str,
-    token: str | bool | None,
-    tokenizer_from: str | None = None,
-    **more: Any,
+    source: RewardCheckpoint, model_class: Any, *, tokenizer_from: str | None = None
 ) -> tuple[Any, Any]:
     """Load from a folder or hub repository.
 
     Args:
         model_class: anything with transformers' ``from_pretrained``; its weights must all be in the checkpoint.
         tokenizer_from: another checkpoint whose tokenizer this one was trained with.
-        more: further arguments of ``from_pretrained``.
 
     Returns:
         The model in eval mode on its device, and the tokenizer.
@@ -36,38 +27,26 @@ def load_checkpoint(
     Raises:
         CheckpointError: the files cannot be loaded, or lack weights (transformers would make them up).
     """
+    access = {"trust_remote_code": source.config.trust_remote_code, "token": source.token}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            tokenizer_from or name, trust_remote_code=config.trust_remote_code, token=token
-        )
-        model, info = model_class.from_pretrained(
-            name,
-            dtype=dtype,
-            trust_remote_code=config.trust_remote_code,
-            token=token,
-            output_loading_info=True,
-            **more,
-        )
+        tokenizer = AutoTokenizer.from_pretrained(tokenizer_from or source.name, **access)
+        model, info = model_class.from_pretrained(source.name, dtype=source.dtype, output_loading_info=True, **access)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # files, formats and remote code fail in many ways
         raise CheckpointError(
-            f"reward_model={name!r} cannot be loaded: {type(error).__name__}: {error}",
-            hint=None if config.trust_remote_code else "remote code runs only with trust_remote_code=True.",
+            f"reward_model={source.name!r} cannot be loaded: {type(error).__name__}: {error}",
+            hint=None if source.config.trust_remote_code else "remote code runs only with trust_remote_code=True.",
         ) from error
     if missing := sorted(info["missing_keys"]):
-        raise CheckpointError(
-            f"reward_model={name!r} has no weights for {', '.join(missing[:4])}{' ...' if len(missing) > 4 else ''}; "
-            "they would be random.",
-            hint="is this the reward model, or the language model it was made from?",
-        )
-    return model.to(device).eval(), tokenizer
+        raise no_weights(source.name, missing)
+    return model.to(source.device).eval(), tokenizer
 
 
-def named(known: tuple[str, ...], name: str) -> bool:
-    """Whether a hub name or folder is one of the ``known`` checkpoints, whoever's copy it is.
-
-    For checkpoints whose ``config.json`` does not tell them from a plain language model.
-    """
-    own = Path(name).name.lower()
-    return any(own == entry.rpartition("/")[2].lower() for entry in known)
+def no_weights(name: str, missing: Sequence[str]) -> CheckpointError:
+    """The error of a checkpoint that lacks weights."""
+    return CheckpointError(
+        f"reward_model={name!r} has no weights for {', '.join(missing[:4])}{' ...' if len(missing) > 4 else ''}; "
+        "they would be random.",
+        hint="is this the reward model, or the language model it was made from?",
+    )

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
-import psutil
 import torch
 
 from specrej_eval.config import MAX, RunConfig
 from specrej_eval.kv.cache import Prefix, bytes_per_token
-from specrej_eval.kv.memory import is_out_of_memory, release_memory, twice
+from specrej_eval.kv.memory import free_bytes, or_else, twice
 
 Item = TypeVar("Item")
 Value = TypeVar("Value")
@@ -47,11 +46,7 @@ class Allowance:
         """Find the limit, unless there is one, from a prefilled prompt and the memory that is free."""
         if self.limit is not None:
             return
-        if device.type == "cuda":
-            free, _ = torch.cuda.mem_get_info(device)
-        else:
-            free = psutil.virtual_memory().available
-        self.limit = int(free * self._share) // bytes_per_token(prefix)
+        self.limit = int(free_bytes(device) * self._share) // bytes_per_token(prefix)
 
 
 def in_batches(items: Sequence[Item], length: Callable[[Item], int], most: int) -> Iterator[list[Item]]:
@@ -76,14 +71,11 @@ def in_halves(
     Raises:
         Exception: ``too_big(item)``, if not even one item fits.
     """
-    try:
-        return twice(lambda: forward(batch))
-    except RuntimeError as error:
-        if not is_out_of_memory(error):
-            raise
+
+    def halves() -> list[Value]:
         if len(batch) == 1:
-            raise too_big(batch[0]) from error
-    # outside the except block: the traceback would keep the failed pass's tensors alive
-    release_memory()
-    middle = len(batch) // 2
-    return in_halves(batch[:middle], forward, too_big) + in_halves(batch[middle:], forward, too_big)
+            raise too_big(batch[0])
+        middle = len(batch) // 2
+        return in_halves(batch[:middle], forward, too_big) + in_halves(batch[middle:], forward, too_big)
+
+    return or_else(lambda: twice(lambda: forward(batch)), halves)

@@ -8,23 +8,24 @@ head's tensors are read by their original names, straight into float32.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_MAPPING
 from transformers.utils import logging as transformers_logging
 
-from specrej_eval import checkpoint
-from specrej_eval.config import RunConfig
 from specrej_eval.errors import CheckpointError, ConfigError
 from specrej_eval.paths import expanded
-from specrej_eval.rewards.checkpoints.loading import load_checkpoint
-from specrej_eval.rewards.checkpoints.renderer import Renderer, max_length_of, renderer_options
-from specrej_eval.rewards.checkpoints.reward import CheckpointReward, Head, PositionsOf, last_position
+from specrej_eval.rewards.checkpoints.family import RewardCheckpoint
+from specrej_eval.rewards.checkpoints.forward import Head, PositionsOf
+from specrej_eval.rewards.checkpoints.loading import load_checkpoint, no_weights
+from specrej_eval.rewards.checkpoints.memory import Allowance
+from specrej_eval.rewards.checkpoints.renderer import Renderer, TextRenderer, max_length_of, renderer_options
+from specrej_eval.rewards.checkpoints.reward import CheckpointReward
 
 _SAFETENSORS = "*.safetensors"
 _PICKLED = "pytorch_model*.bin"
@@ -46,12 +47,8 @@ def body_config(name: str, raw: Mapping[str, Any], *, model_type: str | None = N
 
 
 def load_body(
-    name: str,
-    config: RunConfig,
+    source: RewardCheckpoint,
     *,
-    dtype: str,
-    device: str,
-    token: str | bool | None,
     model_config: Any = None,
     state: Mapping[str, Tensor] | None = None,
     tokenizer_from: str | None = None,
@@ -69,7 +66,7 @@ def load_body(
         CheckpointError: as ``load_checkpoint``.
     """
     if model_config is None:
-        model_config = body_config(name, checkpoint.read_config("reward_model", name, token=token))
+        model_config = body_config(source.name, source.raw)
     more: dict[str, Any] = {"config": model_config}
     if key_mapping is not None:
         more["key_mapping"] = key_mapping
@@ -77,9 +74,7 @@ def load_body(
         more["state_dict"] = dict(state)
     loader = _BodyLoader(MODEL_MAPPING[type(model_config)], more)
     with _quiet():  # transformers would report the head's weights as unexpected
-        return load_checkpoint(
-            name, config, loader, dtype=dtype, device=device, token=token, tokenizer_from=tokenizer_from
-        )
+        return load_checkpoint(source, loader, tokenizer_from=tokenizer_from)
 
 
 class _BodyLoader:
@@ -106,7 +101,7 @@ def _quiet() -> Iterator[None]:
 
 
 def read_tensors(
-    name: str, wanted: Callable[[str], bool], *, token: str | bool | None, pattern: str | None = None
+    source: RewardCheckpoint, wanted: Callable[[str], bool], *, pattern: str | None = None
 ) -> dict[str, Tensor]:
     """Tensors of a checkpoint by their original names, on the CPU, in the dtype they are stored in.
 
@@ -119,24 +114,28 @@ def read_tensors(
         CheckpointError: there are no weight files, or one cannot be read.
     """
     try:
-        files = _files(name, pattern, token) if pattern else _files(name, _SAFETENSORS, token)
-        files = files or _files(name, _PICKLED, token)
+        files = _files(source, pattern or _SAFETENSORS) or _files(source, _PICKLED)
         found = {key: tensor for path in files for key, tensor in _tensors(path, wanted)}
     except Exception as error:  # the hub's client and the file formats fail in many ways
-        raise CheckpointError(f"reward_model={name!r} cannot be read: {type(error).__name__}: {error}") from error
+        raise CheckpointError(
+            f"reward_model={source.name!r} cannot be read: {type(error).__name__}: {error}"
+        ) from error
     if not files:
         raise CheckpointError(
-            f"reward_model={name!r} has no weight file.", hint=f"looked for {pattern or _SAFETENSORS}, {_PICKLED}."
+            f"reward_model={source.name!r} has no weight file.",
+            hint=f"looked for {pattern or _SAFETENSORS}, {_PICKLED}.",
         )
     return found
 
 
-def _files(name: str, pattern: str, token: str | bool | None) -> list[Path]:
-    folder = expanded(name)
+def _files(source: RewardCheckpoint, pattern: str) -> list[Path]:
+    folder = expanded(source.name)
     if not folder.is_dir():
         from huggingface_hub import snapshot_download
 
-        folder = Path(snapshot_download(name, allow_patterns=[pattern], ignore_patterns=["*/*"], token=token))
+        folder = Path(
+            snapshot_download(source.name, allow_patterns=[pattern], ignore_patterns=["*/*"], token=source.token)
+        )
     return sorted(folder.glob(pattern))
 
 
@@ -154,8 +153,37 @@ def _tensors(path: Path, wanted: Callable[[str], bool]) -> Iterator[tuple[str, T
             yield key, tensor
 
 
-def fill(name: str, head: torch.nn.Module, tensors: Mapping[str, Tensor], *, prefix: str = "") -> torch.nn.Module:
-    """The head with its weights from the checkpoint, in float32 and eval mode.
+def load_head(
+    source: RewardCheckpoint, head: nn.Module, prefix: str = "", *, rows: Sequence[int] | None = None
+) -> nn.Module:
+    """The head with its weights from the checkpoint, as ``fill``; no other tensor is read.
+
+    Args:
+        rows: of the tensors, that the head has (of a language-model head, those of a few tokens).
+
+    Raises:
+        CheckpointError: as ``read_tensors`` and ``fill``.
+    """
+    names = {prefix + key for key in head.state_dict()}
+    tensors = read_tensors(source, names.__contains__)
+    if rows is not None:
+        tensors = {key: tensor[list(rows)] for key, tensor in tensors.items()}
+    return fill(source, head, tensors, prefix)
+
+
+def lm_head(source: RewardCheckpoint, body: Any, tokens: Sequence[int]) -> nn.Module:
+    """The rows of the language-model head that give the logits of these tokens: hidden size -> (tokens).
+
+    Raises:
+        CheckpointError: as ``load_head``.
+    """
+    # tied embeddings are stored once
+    prefix = "model.embed_tokens." if body.config.tie_word_embeddings else "lm_head."
+    return load_head(source, nn.Linear(body.config.hidden_size, len(tokens), bias=False), prefix, rows=tokens)
+
+
+def fill(source: RewardCheckpoint, head: nn.Module, tensors: Mapping[str, Tensor], prefix: str = "") -> nn.Module:
+    """The head with its weights, in float32 and eval mode.
 
     Args:
         prefix: what the original names have in front of the head's own.
@@ -168,17 +196,12 @@ def fill(name: str, head: torch.nn.Module, tensors: Mapping[str, Tensor], *, pre
     # a BatchNorm's counter of training batches means nothing here, and not every file holds it
     missing = [key for key in expected if key not in state and not key.endswith("num_batches_tracked")]
     if missing:
-        listed = ", ".join(prefix + key for key in missing[:4])
-        raise CheckpointError(
-            f"reward_model={name!r} has no weights for {listed}{' ...' if len(missing) > 4 else ''}; "
-            "they would be random.",
-            hint="is this the reward model, or the language model it was made from?",
-        )
+        raise no_weights(source.name, [prefix + key for key in missing])
     for key, tensor in state.items():
         if tensor.shape != expected[key].shape:
             raise CheckpointError(
-                f"reward_model={name!r}: {prefix + key} has shape {tuple(tensor.shape)}, but its config.json calls for "
-                f"{tuple(expected[key].shape)}.",
+                f"reward_model={source.name!r}: {prefix + key} has shape {tuple(tensor.shape)}, but its config.json "
+                f"calls for {tuple(expected[key].shape)}.",
                 hint="config.json and weights do not belong together, or the file was cut.",
             )
     head.load_state_dict(state, strict=False)
@@ -186,8 +209,7 @@ def fill(name: str, head: torch.nn.Module, tensors: Mapping[str, Tensor], *, pre
 
 
 def assemble(
-    name: str,
-    config: RunConfig,
+    source: RewardCheckpoint,
     body: Any,
     tokenizer: Any,
     head: Head,
@@ -200,55 +222,35 @@ def assemble(
     """The reward model, its parts put together as every family here does.
 
     Args:
-        head: see ``_scoring.Head``; a module is moved to the body's device.
-        positions_of: None = the renderer's, if it has a rule of its own, else the last token.
+        head: see ``forward.Head``; a module is moved to the body's device.
+        positions_of: None = the renderer's.
         template: the family's own chat template; the user's ``reward_template`` wins.
         renderer: further arguments of the renderer.
     """
-    if isinstance(head, torch.nn.Module):
+    if isinstance(head, nn.Module):
         head.to(next(body.parameters()).device)
     inputs = renderer_class(
         tokenizer,
-        name=name,
+        name=source.name,
         vocab_size=int(body.get_input_embeddings().weight.shape[0]),
         max_length=max_length_of(body.config, tokenizer),
-        **{"template": template, **renderer_options(config)},
+        **{"template": template, **renderer_options(source.config)},
         **renderer,
     )
-    if positions_of is None:
-        positions_of = inputs.positions_of if isinstance(inputs, FindsPositions) else last_position
-    return CheckpointReward(body, head, inputs, positions_of=positions_of)
+    return CheckpointReward(
+        body,
+        head,
+        inputs,
+        positions_of=positions_of or inputs.positions_of,
+        cache=source.config.reward_cache,
+        allowance=Allowance.of(source.config),
+    )
 
 
-class TextRenderer(Renderer):
-    """For models that were trained on text with the tokenizer's own BOS in front, not on a chat template's.
-
-    One BOS that the template writes is taken for the tokenizer's. Llama tokenizers put a space before the first word of
-    a text, but not always behind a BOS that is part of it, so the two ways of writing BOS are not the same.
-    """
-
-    def encode(self, messages: list[dict[str, str]], response: str, *, open_turn: bool) -> Any:
-        just_opened = open_turn and not response.strip()
-        text = self.tokeniser.render(
-            messages if just_opened else [*messages, {"role": "assistant", "content": response}],
-            chat_template=self.template,
-            add_generation_prompt=just_opened,
-            continue_final_message=open_turn and not just_opened,
-        )
-        return self.tokeniser.encode(text.without_leading(self.tokenizer.bos_token))
-
-
-@runtime_checkable
-class FindsPositions(Protocol):
-    """A renderer that knows where in its inputs the head reads."""
-
-    def positions_of(self, ids: tuple[int, ...]) -> tuple[int, ...]: ...
-
-
-class LastToken(torch.nn.Module):
+class LastToken(nn.Module):
     """A head that reads one position: ``layers`` on it, the first output is the score."""
 
-    def __init__(self, layers: torch.nn.Module) -> None:
+    def __init__(self, layers: nn.Module) -> None:
         super().__init__()
         self.layers = layers
 
@@ -257,6 +259,12 @@ class LastToken(torch.nn.Module):
         del mask  # one position in every row
         scores: Tensor = self.layers(hidden[:, 0])[:, 0]
         return scores
+
+
+def num_labels(raw: Mapping[str, Any]) -> int:
+    """As transformers counts: ``id2label`` wins, ``num_labels`` next, 2 by default."""
+    labels = raw.get("id2label")
+    return len(labels) if labels is not None else int(raw.get("num_labels", 2))
 
 
 def required(name: str, raw: Mapping[str, Any], *keys: str) -> None:
@@ -270,16 +278,18 @@ def required(name: str, raw: Mapping[str, Any], *keys: str) -> None:
         )
 
 
-def load_regression_head(
-    name: str, config: RunConfig, template: str, *, dtype: str, device: str, token: str | bool | None
+def load_linear(
+    source: RewardCheckpoint, prefix: str, template: str, *, bias: bool = False, **body: Any
 ) -> CheckpointReward:
-    """A linear ``regression_head`` at the last token of text in a template of the family's own (openbmb's models).
+    """A linear head at the last token of text in a template of the family's own.
+
+    Args:
+        prefix: of the head's weights.
+        body: further arguments of ``load_body``.
 
     Raises:
         CheckpointError: files that cannot be loaded, weights that are missing or of another shape.
     """
-    body, tokenizer = load_body(name, config, dtype=dtype, device=device, token=token)
-    tensors = read_tensors(name, lambda key: key.startswith("regression_head."), token=token)
-    layer = torch.nn.Linear(body.config.hidden_size, 1, bias=False)
-    head = LastToken(fill(name, layer, tensors, prefix="regression_head."))
-    return assemble(name, config, body, tokenizer, head, renderer_class=TextRenderer, template=template)
+    model, tokenizer = load_body(source, **body)
+    head = load_head(source, nn.Linear(model.config.hidden_size, 1, bias=bias), prefix)
+    return assemble(source, model, tokenizer, LastToken(head), renderer_class=TextRenderer, template=template)

@@ -9,14 +9,15 @@ long is cut on the left, so that the response stays.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 from specrej_eval.config import RunConfig
 from specrej_eval.core import Message, RowView
 from specrej_eval.errors import ConfigError, RewardError
 from specrej_eval.paths import expanded
-from specrej_eval.special_tokens import ENCODE_AS_TEXT, SpecialTokenError, Tokeniser
+from specrej_eval.rewards.base import readable
+from specrej_eval.special_tokens import DEFUSED, ENCODE_AS_TEXT, Marked, SpecialTokenError, Tokeniser
 
 _NO_LIMIT = 1_000_000
 """Tokenizers without a maximum length report about 1e30."""
@@ -101,9 +102,7 @@ class Renderer:
         inputs = []
         dropped = []
         for row in rows:
-            # an unfinished row may end within a character; the bytes so far decode to U+FFFD
-            text = row.text if row.finished else row.text.rstrip("\ufffd")
-            key = (response_prefix + text, self._open_partials and not row.finished)
+            key = (readable(row, response_prefix), self._open_partials and not row.finished)
             if key not in known:
                 known[key] = self._input(conversation, *key, row=row.row)
             entry, num_dropped = known[key]
@@ -134,14 +133,44 @@ class Renderer:
         """
         if not self.has_template:
             return self._encode_plain(messages, response)
-        if open_turn and not response.strip():  # nothing to continue: the turn has only been opened
-            return self.tokeniser.chat(messages, chat_template=self.template, add_generation_prompt=True)
-        return self.tokeniser.chat(
-            [*messages, {"role": "assistant", "content": response}],
-            chat_template=self.template,
-            add_generation_prompt=False,
-            continue_final_message=open_turn,
-        )
+        turns, options = self._turns(messages, response, open_turn)
+        return self.tokeniser.chat(turns, **options)
+
+    def write(self, messages: list[dict[str, str]], response: str, *, open_turn: bool) -> Marked:
+        """The same as text, as the chat template gives it."""
+        turns, options = self._turns(messages, response, open_turn)
+        return self.tokeniser.render(turns, **options)
+
+    def text(
+        self, conversation: Sequence[Message], response: str, open_turn: bool, *, row: int, with_bos: bool = True
+    ) -> str:
+        """What the chat template makes of a conversation and a response, for those who tokenise it themselves.
+
+        Args:
+            with_bos: False leaves out the BOS that their tokenizer will add.
+
+        Raises:
+            RewardError: the template refuses the conversation.
+        """
+        written: Marked = self._merging(self.write, conversation, response, open_turn, row=row)
+        if written.marks:
+            self.warn("special tokens", DEFUSED)
+        return (written if with_bos else written.without_leading(self.tokenizer.bos_token)).defused
+
+    def _turns(
+        self, messages: list[dict[str, str]], response: str, open_turn: bool
+    ) -> tuple[list[dict[str, str]], dict[str, Any]]:
+        just_opened = open_turn and not response.strip()  # nothing to continue
+        turns = messages if just_opened else [*messages, {"role": "assistant", "content": response}]
+        return turns, {
+            "chat_template": self.template,
+            "add_generation_prompt": just_opened,
+            "continue_final_message": open_turn and not just_opened,
+        }
+
+    def positions_of(self, ids: tuple[int, ...]) -> tuple[int, ...]:
+        """Where in an input the head reads: at the last token, unless a family says otherwise."""
+        return (len(ids) - 1,)
 
     def warn(self, key: str, text: str) -> None:
         """Log a warning about this reward model, once per key."""
@@ -164,7 +193,7 @@ class Renderer:
 
     def _input(self, conversation: Sequence[Message], response: str, open_turn: bool, *, row: int) -> tuple[Input, int]:
         """One input and the number of tokens cut from it."""
-        encoded = self._encode_or_merge(conversation, response, open_turn, row=row)
+        encoded = self._merging(self.encode, conversation, response, open_turn, row=row)
         ids = [*encoded["input_ids"], *self.trailing_ids]
         if not ids:  # an empty prompt and response, and a tokenizer without BOS: as the harness does, a prefix token
             ids = [self.filler]
@@ -192,19 +221,22 @@ class Renderer:
             order = [i for side in (0, 1) for i in order if sides[i] == side]
         return set(order[:excess])
 
-    def _encode_or_merge(self, conversation: Sequence[Message], response: str, open_turn: bool, *, row: int) -> Any:
+    def _merging(
+        self, encode: Callable[..., Any], conversation: Sequence[Message], response: str, open_turn: bool, *, row: int
+    ) -> Any:
+        """``encode``, with the system message put elsewhere if the template refuses it."""
         messages = [dict(message) for message in conversation]
         has_system = any(message["role"] == "system" for message in messages)
         try:
             ready = _merged(messages) if self._merge_system and has_system else messages
-            return self.encode(ready, response, open_turn=open_turn)
+            return encode(ready, response, open_turn=open_turn)
         except SpecialTokenError as error:
             raise self._special_token_error(error, row, response) from error
         except Exception as error:  # templates refuse with jinja's errors, and fail with any other
             if self._merge_system or not has_system or not self.has_template:
                 raise self._template_error(error, row, response, open_turn) from error
             try:
-                encoded = self.encode(_merged(messages), response, open_turn=open_turn)
+                encoded = encode(_merged(messages), response, open_turn=open_turn)
             except SpecialTokenError as refusal:
                 raise self._special_token_error(refusal, row, response) from refusal
             except Exception:
@@ -227,6 +259,18 @@ class Renderer:
             hint="it must render a conversation that ends with an assistant message"
             + (" and leave that message's text as it is (else partial_turn=closed)." if open_turn else "."),
         )
+
+
+class TextRenderer(Renderer):
+    """For models that were trained on text with the tokenizer's own BOS in front, not on a chat template's.
+
+    One BOS that the template writes is taken for the tokenizer's. Llama tokenizers put a space before the first word of
+    a text, but not always behind a BOS that is part of it, so the two ways of writing BOS are not the same.
+    """
+
+    def encode(self, messages: list[dict[str, str]], response: str, *, open_turn: bool) -> Any:
+        text = self.write(messages, response, open_turn=open_turn)
+        return self.tokeniser.encode(text.without_leading(self.tokenizer.bos_token))
 
 
 def renderer_options(config: RunConfig) -> dict[str, Any]:

@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -21,11 +20,11 @@ from specrej_eval.errors import OutOfMemoryError
 from specrej_eval.kv.cache import Prefix
 from specrej_eval.kv.memory import is_out_of_memory, twice
 from specrej_eval.kv.ragged import RaggedPool
+from specrej_eval.rewards.base import RewardSession
+from specrej_eval.rewards.checkpoints.forward import Forward
 from specrej_eval.rewards.checkpoints.memory import in_batches, in_halves
 from specrej_eval.rewards.checkpoints.renderer import Input
-
-if TYPE_CHECKING:
-    from specrej_eval.rewards.checkpoints.reward import CheckpointReward
+from specrej_eval.rewards.checkpoints.shared_body import SharedBody
 
 _SEAM = 4
 """The prompt's last tokens may be others before some responses (blank lines); rows share at least all but these."""
@@ -75,11 +74,14 @@ class _Prompt:
     """(tokens, hidden size)"""
 
 
-class CachedSession:
-    """See ``rewards.base.RewardSession``."""
+class CachedSession(RewardSession):
+    """One prompt whose KV, and that of its rows, is kept."""
 
-    def __init__(self, reward: CheckpointReward, conversation: Sequence[Message], response_prefix: str) -> None:
+    def __init__(
+        self, reward: Forward, body: SharedBody, conversation: Sequence[Message], response_prefix: str
+    ) -> None:
         self._reward = reward
+        self._body = body
         self._conversation = conversation
         self._response_prefix = response_prefix
         self._prompt: _Prompt | None = None
@@ -89,7 +91,7 @@ class CachedSession:
 
     @torch.inference_mode()
     def score(self, rows: Sequence[RowView]) -> list[float]:
-        """As ``CheckpointReward.score``, to rounding."""
+        """As the reward's own ``score``, to rounding."""
         if not rows:
             return []
         inputs = self._reward.renderer.inputs(self._conversation, rows, self._response_prefix)
@@ -139,12 +141,10 @@ class CachedSession:
     # what can be cached
 
     def _score(self, inputs: Sequence[Input], row_ids: Sequence[int], *, keep_rows: bool) -> dict[Input, float]:
-        body = self._reward.shared_body
-        assert body is not None
         scores: dict[Input, float] = {}
         unique = dict.fromkeys(inputs)
         with ExitStack() as stack:
-            twice(lambda: stack.enter_context(body.active()))
+            twice(lambda: stack.enter_context(self._body.active()))
             prompt = self._shared_prompt([entry.ids for entry in unique])
             behind = [] if prompt is None else [entry for entry in unique if self._continues(prompt, entry.ids)]
             if prompt is not None and behind:
@@ -175,8 +175,6 @@ class CachedSession:
             same = common(ids, entry)
             if same >= len(ids) - _SEAM:  # else this row was cut on the left, or the template writes it in another way
                 ids = ids[:same]
-        body = self._reward.shared_body
-        assert body is not None
         if not ids:
             return None
         if not self._reward.allowance.grows_by(len(ids)):
@@ -186,7 +184,7 @@ class CachedSession:
                 "have; every look is read in full (said once). reward_kv_budget_tokens= allows more.",
             )
             return None
-        prefix, hidden = twice(lambda: body.prefill(ids))
+        prefix, hidden = twice(lambda: self._body.prefill(ids))
         self._reward.count(len(ids))
         self._prompt = _Prompt(ids, prefix, hidden)
         self._reward.allowance.measure(prefix, self._reward.device)
@@ -194,8 +192,7 @@ class CachedSession:
         return self._prompt
 
     def _continues(self, prompt: _Prompt, ids: tuple[int, ...]) -> bool:
-        assert self._reward.shared_body is not None
-        limit = self._reward.shared_body.limit
+        limit = self._body.limit
         return len(ids) > len(prompt.ids) and ids[: len(prompt.ids)] == prompt.ids and (not limit or len(ids) <= limit)
 
     def _job(self, prompt: _Prompt, ids: tuple[int, ...], own: Sequence[_Entry] | None) -> _Job:
@@ -244,10 +241,11 @@ class CachedSession:
 
     def _arranged(self, prompt: _Prompt, jobs: Sequence[_Job]) -> RaggedPool | None:
         """The pool with one row for every job, in their order; None if that is more than the allowance."""
-        body, shared = self._reward.shared_body, prompt.prefix.length
-        assert body is not None
+        shared = prompt.prefix.length
         capacity = max(len(job.ids) for job in jobs) - shared
-        rounded = max(-(-capacity // body.align) * body.align, self._pool.capacity if self._pool is not None else 0)
+        rounded = max(
+            -(-capacity // self._body.align) * self._body.align, self._pool.capacity if self._pool is not None else 0
+        )
         if not self._reward.allowance.grows_by(shared + len(jobs) * rounded - self._held):
             self._reward.renderer.warn(
                 "allowance",
@@ -256,7 +254,7 @@ class CachedSession:
             )
             return None
         if self._pool is None:
-            self._pool = RaggedPool(len(jobs), align=body.align)
+            self._pool = RaggedPool(len(jobs), align=self._body.align)
             self._pool.reserve(capacity)
             for job in jobs:
                 job.start = shared
@@ -270,11 +268,10 @@ class CachedSession:
         return self._pool
 
     def _extend(self, prompt: _Prompt, pool: RaggedPool | None, batch: list[_Job]) -> list[None]:
-        body, shared = self._reward.shared_body, prompt.prefix.length
-        assert body is not None
+        shared = prompt.prefix.length
         new = [job.ids[job.start :] for job in batch]
         starts = [job.start - shared for job in batch]
-        fed = body.extend(prompt.prefix, starts, new, pool=pool, first=batch[0].place if pool is not None else 0)
+        fed = self._body.extend(prompt.prefix, starts, new, pool=pool, first=batch[0].place if pool is not None else 0)
         for job, hidden in zip(batch, fed, strict=True):
             # cloned: a view would keep the hidden states of the whole batch alive
             job.hidden = {p: hidden[p - job.start].clone() for p in job.wanted if p >= job.start}

@@ -16,6 +16,8 @@ from torch import Tensor, nn
 
 from specrej_eval.rewards.checkpoints.renderer import Renderer
 
+PLUS_AND_MINUS = ("+", "-")
+"""What a language model says of a step that is good, and of one that is bad."""
 MAX_SPELLED = 4096
 """Inputs a renderer remembers in which the answer writes the mark."""
 MAX_PROMPTS = 8
@@ -52,37 +54,22 @@ class StepHead(nn.Module):
     """Probability that a step is good, at each position, and one number of them.
 
     Args:
-        logits: hidden states (..., hidden size) -> how much likelier good is than bad (...), as a difference of logits.
+        layer: hidden states (..., hidden size) -> (..., outputs). One output: the logit of a good step.
         how: see ``reduce_steps``.
+        good: of two outputs, the one for a good step; softmax over both is the sigmoid of their difference.
     """
 
-    def __init__(self, logits: nn.Module, how: str) -> None:
+    def __init__(self, layer: nn.Module, how: str, *, good: int | None = None) -> None:
         super().__init__()
-        self.logits = logits
+        self.layer = layer
         self.how = how
+        self.good = good
 
     def forward(self, hidden: Tensor, mask: Tensor) -> Tensor:
         """(rows, steps, hidden size) -> (rows,)"""
-        return reduce_steps(torch.sigmoid(self.logits(hidden)), mask, self.how)
-
-
-class GoodAgainstBad(nn.Module):
-    """softmax over two outputs, written as the logit of the good one: its row of weights minus the other's.
-
-    Args:
-        layer: a linear layer with two outputs, the good one at ``good``.
-    """
-
-    def __init__(self, layer: nn.Module, *, good: int) -> None:
-        super().__init__()
-        self.layer = layer
-        self.good = good
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        """(..., hidden size) -> (...)"""
-        both = self.layer(hidden)
-        difference: Tensor = both[..., self.good] - both[..., 1 - self.good]
-        return difference
+        values = self.layer(hidden)
+        logits = values[..., 0] if self.good is None else values[..., self.good] - values[..., 1 - self.good]
+        return reduce_steps(torch.sigmoid(logits), mask, self.how)
 
 
 def rendered(renderer: Renderer, messages: list[dict[str, str]], *, add_generation_prompt: bool) -> list[int]:

@@ -17,25 +17,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
 from specrej_eval import checkpoint
-from specrej_eval.config import RunConfig
 from specrej_eval.paths import expanded, is_folder
-from specrej_eval.rewards.checkpoints.native import (
-    LastToken,
-    TextRenderer,
-    assemble,
-    body_config,
-    fill,
-    load_body,
-    read_tensors,
-)
+from specrej_eval.rewards.checkpoints.family import RewardCheckpoint, RewardFamily
+from specrej_eval.rewards.checkpoints.native import body_config, load_linear
 from specrej_eval.rewards.checkpoints.reward import CheckpointReward
-
-READS = "a linear head at the last token of Alpaca's prompt and the answer"
-EXAMPLES = ("hmomin/reward-model-human", "hmomin/reward-model-sim")
-NEEDS = "hmomin/sft10k (config and tokenizer of its body), or the folder that its config.json names"
 
 BACKBONE = "hmomin/sft10k"
 TEMPLATE = (
@@ -49,41 +35,30 @@ TEMPLATE = (
 )
 
 
-def matches(name: str, checkpoint_config: Mapping[str, Any]) -> bool:
-    del name
-    return checkpoint_config.get("model_type") == "reward_model" and "backbone_model_name_or_path" in checkpoint_config
+class Family(RewardFamily):
+    READS = "a linear head at the last token of Alpaca's prompt and the answer"
+    EXAMPLES = ("hmomin/reward-model-human", "hmomin/reward-model-sim")
+    NEEDS = "hmomin/sft10k (config and tokenizer of its body), or the folder that its config.json names"
 
+    def matches(self, name: str, raw: Mapping[str, Any]) -> bool:
+        return raw.get("model_type") == "reward_model" and "backbone_model_name_or_path" in raw
 
-def check(name: str, checkpoint_config: Mapping[str, Any]) -> None:
-    """Nothing: what counts is the backbone's config."""
+    def check_files(self, folder: Path) -> None:
+        """The tokenizer is the backbone's."""
+        checkpoint.check_weights("reward_model", folder)
 
-
-def check_files(folder: Path) -> None:
-    """Raises:
-    CheckpointError: weight files that are missing or broken. (The tokenizer is the backbone's.)
-    """
-    checkpoint.check_weights("reward_model", folder)
-
-
-def load(name: str, config: RunConfig, *, dtype: str, device: str, token: str | bool | None) -> CheckpointReward:
-    """Raises:
-    CheckpointError: files that cannot be loaded, weights that are missing or of another shape.
-    """
-    raw = checkpoint.read_config("reward_model", name, token=token)
-    backbone = str(raw.get("backbone_model_name_or_path"))
-    if not is_folder(backbone):
-        backbone = BACKBONE
-    own_tokenizer = any((expanded(name) / file).is_file() for file in checkpoint.TOKENIZER_FILES)
-    body, tokenizer = load_body(
-        name,
-        config,
-        dtype=dtype,
-        device=device,
-        token=token,
-        model_config=body_config(name, checkpoint.read_config("reward_model", backbone, token=token)),
-        tokenizer_from=None if own_tokenizer else backbone,
-        key_mapping={r"^backbone_model\.model\.": ""},
-    )
-    tensors = read_tensors(name, lambda key: key.startswith("reward_head."), token=token)
-    head = fill(name, nn.Linear(body.config.hidden_size, 1), tensors, prefix="reward_head.")
-    return assemble(name, config, body, tokenizer, LastToken(head), renderer_class=TextRenderer, template=TEMPLATE)
+    def load(self, source: RewardCheckpoint) -> CheckpointReward:
+        backbone = str(source.raw.get("backbone_model_name_or_path"))
+        if not is_folder(backbone):
+            backbone = BACKBONE
+        own_tokenizer = any((expanded(source.name) / file).is_file() for file in checkpoint.TOKENIZER_FILES)
+        raw = checkpoint.read_config("reward_model", backbone, token=source.token)
+        return load_linear(
+            source,
+            "reward_head.",
+            TEMPLATE,
+            bias=True,
+            model_config=body_config(source.name, raw),
+            tokenizer_from=None if own_tokenizer else backbone,
+            key_mapping={r"^backbone_model\.model\.": ""},
+        )

@@ -11,17 +11,9 @@ of a conversation end with the end token, as in Mistral-Instruct; the card says 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
-from specrej_eval import checkpoint
-from specrej_eval.config import RunConfig
-from specrej_eval.rewards.checkpoints.native import load_regression_head
+from specrej_eval.rewards.checkpoints.family import RewardCheckpoint, RewardFamily
+from specrej_eval.rewards.checkpoints.native import load_linear
 from specrej_eval.rewards.checkpoints.reward import CheckpointReward
-
-READS = "a linear head at the last token of '[INST] q [/INST] a'"
-EXAMPLES = ("openbmb/Eurus-RM-7b",)
-NEEDS = ""
 
 TEMPLATE = (
     "{%- for message in messages -%}"
@@ -32,17 +24,10 @@ TEMPLATE = (
 )
 
 
-def matches(name: str, checkpoint_config: Mapping[str, Any]) -> bool:
-    del name
-    return "EurusRewardModel" in checkpoint.architectures(checkpoint_config)
+class Family(RewardFamily):
+    READS = "a linear head at the last token of '[INST] q [/INST] a'"
+    EXAMPLES = ("openbmb/Eurus-RM-7b",)
+    ARCHITECTURES = ("EurusRewardModel",)
 
-
-def check(name: str, checkpoint_config: Mapping[str, Any]) -> None:
-    """Nothing: all that counts are the body's keys."""
-
-
-def load(name: str, config: RunConfig, *, dtype: str, device: str, token: str | bool | None) -> CheckpointReward:
-    """Raises:
-    CheckpointError: files that cannot be loaded, weights that are missing or of another shape.
-    """
-    return load_regression_head(name, config, TEMPLATE, dtype=dtype, device=device, token=token)
+    def load(self, source: RewardCheckpoint) -> CheckpointReward:
+        return load_linear(source, "regression_head.", TEMPLATE)

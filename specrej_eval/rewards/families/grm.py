@@ -17,46 +17,39 @@ from typing import Any
 from torch import nn
 
 from specrej_eval import checkpoint
-from specrej_eval.config import RunConfig
 from specrej_eval.errors import ConfigError
-from specrej_eval.rewards.checkpoints.native import LastToken, assemble, fill, load_body, read_tensors
+from specrej_eval.rewards.checkpoints.family import RewardCheckpoint, RewardFamily
+from specrej_eval.rewards.checkpoints.native import LastToken, assemble, load_body, load_head
 from specrej_eval.rewards.checkpoints.reward import CheckpointReward
 
-READS = "a value head (MLP or linear) at the last token of a language model"
-EXAMPLES = (
-    "Ray2333/GRM-Gemma2-2B-sftreg",
-    "Ray2333/GRM-llama3.2-3B-sftreg",
-    "Ray2333/GRM-llama3-8B-sftreg",
-    "Ray2333/GRM-Gemma-2B-sftreg",
-    "Ray2333/GRM-llama3-8B-distill",
-)
-NEEDS = ""
 
+class Family(RewardFamily):
+    READS = "a value head (MLP or linear) at the last token of a language model"
+    EXAMPLES = (
+        "Ray2333/GRM-Gemma2-2B-sftreg",
+        "Ray2333/GRM-llama3.2-3B-sftreg",
+        "Ray2333/GRM-llama3-8B-sftreg",
+        "Ray2333/GRM-Gemma-2B-sftreg",
+        "Ray2333/GRM-llama3-8B-distill",
+    )
 
-def matches(name: str, checkpoint_config: Mapping[str, Any]) -> bool:
-    """A language model whose config describes a value head."""
-    del name
-    classes = checkpoint.architectures(checkpoint_config)
-    return "vhead_layer_type" in checkpoint_config and any(entry.endswith("ForCausalLM") for entry in classes)
+    def matches(self, name: str, raw: Mapping[str, Any]) -> bool:
+        """A language model whose config describes a value head."""
+        classes = checkpoint.architectures(raw)
+        return "vhead_layer_type" in raw and any(entry.endswith("ForCausalLM") for entry in classes)
 
+    def check(self, name: str, raw: Mapping[str, Any]) -> None:
+        """Raises:
+        ConfigError: a kind of value head that is not known.
+        """
+        kind = raw.get("vhead_layer_type", "mlp")
+        if kind not in ("mlp", "linear"):
+            raise ConfigError(f"reward_model={name!r}: vhead_layer_type must be mlp or linear, got {kind!r}.")
 
-def check(name: str, checkpoint_config: Mapping[str, Any]) -> None:
-    """Raises:
-    ConfigError: a kind of value head that is not known.
-    """
-    kind = checkpoint_config.get("vhead_layer_type", "mlp")
-    if kind not in ("mlp", "linear"):
-        raise ConfigError(f"reward_model={name!r}: vhead_layer_type must be mlp or linear, got {kind!r}.")
-
-
-def load(name: str, config: RunConfig, *, dtype: str, device: str, token: str | bool | None) -> CheckpointReward:
-    """Raises:
-    CheckpointError: files that cannot be loaded, weights that are missing or of another shape.
-    """
-    body, tokenizer = load_body(name, config, dtype=dtype, device=device, token=token)
-    tensors = read_tensors(name, lambda key: key.startswith("v_head."), token=token)
-    head = fill(name, value_head(body.config), tensors, prefix="v_head.summary.")
-    return assemble(name, config, body, tokenizer, LastToken(head))
+    def load(self, source: RewardCheckpoint) -> CheckpointReward:
+        body, tokenizer = load_body(source)
+        head = load_head(source, value_head(body.config), "v_head.summary.")
+        return assemble(source, body, tokenizer, LastToken(head))
 
 
 def value_head(config: Any) -> nn.Module:

@@ -14,9 +14,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from specrej_eval import checkpoint
-from specrej_eval.config import RunConfig
 from specrej_eval.errors import CheckpointError
+from specrej_eval.rewards.checkpoints.family import RewardCheckpoint, RewardFamily
 from specrej_eval.rewards.checkpoints.native import (
     LastToken,
     assemble,
@@ -27,10 +26,6 @@ from specrej_eval.rewards.checkpoints.native import (
     required,
 )
 from specrej_eval.rewards.checkpoints.reward import CheckpointReward
-
-READS = "a linear head at the reward token put behind the conversation"
-EXAMPLES = ("internlm/internlm2-1_8b-reward", "internlm/internlm2-7b-reward", "internlm/internlm2-20b-reward")
-NEEDS = "trust_remote_code=True for its tokenizer, unless the folder holds a tokenizer.json"
 
 _RENAMED = {
     "attention.wo": "self_attn.o_proj",
@@ -44,29 +39,29 @@ _RENAMED = {
 """InternLM2's names and Llama's."""
 
 
-def matches(name: str, checkpoint_config: Mapping[str, Any]) -> bool:
-    del name
-    return "InternLM2ForRewardModel" in checkpoint.architectures(checkpoint_config)
+class Family(RewardFamily):
+    READS = "a linear head at the reward token put behind the conversation"
+    EXAMPLES = ("internlm/internlm2-1_8b-reward", "internlm/internlm2-7b-reward", "internlm/internlm2-20b-reward")
+    NEEDS = "trust_remote_code=True for its tokenizer, unless the folder holds a tokenizer.json"
+    ARCHITECTURES = ("InternLM2ForRewardModel",)
 
+    def check(self, name: str, raw: Mapping[str, Any]) -> None:
+        """Raises:
+        ConfigError: config.json does not name the reward token.
+        """
+        required(name, raw, "reward_token_id")
 
-def check(name: str, checkpoint_config: Mapping[str, Any]) -> None:
-    """Raises:
-    ConfigError: config.json does not name the reward token.
-    """
-    required(name, checkpoint_config, "reward_token_id")
-
-
-def load(name: str, config: RunConfig, *, dtype: str, device: str, token: str | bool | None) -> CheckpointReward:
-    """Raises:
-    CheckpointError: files that cannot be loaded, weights that are missing or of another shape.
-    """
-    raw = checkpoint.read_config("reward_model", name, token=token)
-    llama = body_config(name, {**raw, "attention_bias": raw.get("bias", False)}, model_type="llama")
-    tensors = read_tensors(name, lambda key: True, token=token)
-    state = llama_state(name, {key: tensor for key, tensor in tensors.items() if key.startswith("model.")}, llama)
-    body, tokenizer = load_body(name, config, dtype=dtype, device=device, token=token, model_config=llama, state=state)
-    head = fill(name, nn.Linear(llama.hidden_size, 1, bias=False), tensors, prefix="v_head.")
-    return assemble(name, config, body, tokenizer, LastToken(head), trailing_ids=(int(raw["reward_token_id"]),))
+    def load(self, source: RewardCheckpoint) -> CheckpointReward:
+        raw = source.raw
+        bias = raw.get("bias", False)
+        llama = body_config(source.name, {**raw, "attention_bias": bias}, model_type="llama")
+        tensors = read_tensors(source, lambda key: True)
+        state = llama_state(
+            source.name, {key: tensor for key, tensor in tensors.items() if key.startswith("model.")}, llama
+        )
+        body, tokenizer = load_body(source, model_config=llama, state=state)
+        head = fill(source, nn.Linear(llama.hidden_size, 1, bias=False), tensors, "v_head.")
+        return assemble(source, body, tokenizer, LastToken(head), trailing_ids=(int(raw["reward_token_id"]),))
 
 
 def llama_state(name: str, tensors: Mapping[str, Tensor], llama: Any) -> dict[str, Tensor]:

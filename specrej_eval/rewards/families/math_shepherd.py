@@ -13,38 +13,36 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from specrej_eval.config import RunConfig
-from specrej_eval.rewards.checkpoints.loading import named
-from specrej_eval.rewards.checkpoints.native import assemble, load_body
+from specrej_eval.rewards.checkpoints.family import RewardCheckpoint, RewardFamily
+from specrej_eval.rewards.checkpoints.native import assemble, lm_head, load_body
 from specrej_eval.rewards.checkpoints.reward import CheckpointReward
-from specrej_eval.rewards.checkpoints.steps import StepHead, StepRenderer, lines, question, token_id
-from specrej_eval.rewards.families.rlhflow_prm import plus_and_minus
+from specrej_eval.rewards.checkpoints.steps import (
+    PLUS_AND_MINUS,
+    StepHead,
+    StepRenderer,
+    lines,
+    question,
+    token_id,
+)
 from specrej_eval.special_tokens import ContentText
-
-READS = "process: + against - at the mark behind each line; prm_reduce= makes one number"
-EXAMPLES = ("peiyi9979/math-shepherd-mistral-7b-prm",)
-NEEDS = "reward_family=math_shepherd for a copy under another name"
 
 MARK = "ки"
 
 
-def matches(name: str, checkpoint_config: Mapping[str, Any]) -> bool:
-    """By name: its config is a plain language model's."""
-    del checkpoint_config
-    return named(EXAMPLES, name)
+class Family(RewardFamily):
+    READS = "process: + against - at the mark behind each line; prm_reduce= makes one number"
+    EXAMPLES = ("peiyi9979/math-shepherd-mistral-7b-prm",)
+    NEEDS = "reward_family=math_shepherd for a copy under another name"
 
+    def matches(self, name: str, raw: Mapping[str, Any]) -> bool:
+        """By name: its config is a plain language model's, and any of those answers with + or -."""
+        return self.is_example(name)
 
-def check(name: str, checkpoint_config: Mapping[str, Any]) -> None:
-    """Nothing: any language model answers with + or -; that it is a reward only its name tells."""
-
-
-def load(name: str, config: RunConfig, *, dtype: str, device: str, token: str | bool | None) -> CheckpointReward:
-    """Raises:
-    CheckpointError: files that cannot be loaded, or hold no language-model head.
-    """
-    body, tokenizer = load_body(name, config, dtype=dtype, device=device, token=token)
-    head = StepHead(plus_and_minus(name, body, tokenizer, token), config.prm_reduce)
-    return assemble(name, config, body, tokenizer, head, renderer_class=MarkedLines, without_template="text")
+    def load(self, source: RewardCheckpoint) -> CheckpointReward:
+        body, tokenizer = load_body(source)
+        layer = lm_head(source, body, [token_id(tokenizer, sign) for sign in PLUS_AND_MINUS])
+        head = StepHead(layer, source.config.prm_reduce, good=0)
+        return assemble(source, body, tokenizer, head, renderer_class=MarkedLines, without_template="text")
 
 
 class MarkedLines(StepRenderer):

@@ -13,55 +13,32 @@ underflows: positions are looked for here. Empty steps are left out.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
 
-from specrej_eval import checkpoint
-from specrej_eval.config import RunConfig
 from specrej_eval.errors import ConfigError
-from specrej_eval.rewards.checkpoints.native import assemble, fill, load_body, read_tensors
+from specrej_eval.rewards.checkpoints.family import RewardCheckpoint, RewardFamily
+from specrej_eval.rewards.checkpoints.native import assemble, load_body, load_head
 from specrej_eval.rewards.checkpoints.reward import CheckpointReward
-from specrej_eval.rewards.checkpoints.steps import (
-    GoodAgainstBad,
-    StepHead,
-    StepRenderer,
-    paragraphs,
-    rendered,
-    token_id,
-)
+from specrej_eval.rewards.checkpoints.steps import StepHead, StepRenderer, paragraphs, rendered, token_id
 from specrej_eval.special_tokens import ContentText
-
-READS = "process: a two-layer head at <extra_0> behind each paragraph; prm_reduce= makes one number"
-EXAMPLES = ("Qwen/Qwen2.5-Math-PRM-7B", "Qwen/Qwen2.5-Math-PRM-72B", "Qwen/Qwen2.5-Math-7B-PRM800K")
-NEEDS = ""
 
 MARK = "<extra_0>"
 SYSTEM = "Please reason step by step, and put your final answer within \\boxed{}."
-_RIGHT = 1
 
 
-def matches(name: str, checkpoint_config: Mapping[str, Any]) -> bool:
-    del name
-    return "Qwen2ForProcessRewardModel" in checkpoint.architectures(checkpoint_config)
+class Family(RewardFamily):
+    READS = "process: a two-layer head at <extra_0> behind each paragraph; prm_reduce= makes one number"
+    EXAMPLES = ("Qwen/Qwen2.5-Math-PRM-7B", "Qwen/Qwen2.5-Math-PRM-72B", "Qwen/Qwen2.5-Math-7B-PRM800K")
+    ARCHITECTURES = ("Qwen2ForProcessRewardModel",)
 
-
-def check(name: str, checkpoint_config: Mapping[str, Any]) -> None:
-    """Nothing: the head has two outputs whatever the config says of labels."""
-
-
-def load(name: str, config: RunConfig, *, dtype: str, device: str, token: str | bool | None) -> CheckpointReward:
-    """Raises:
-    CheckpointError: files that cannot be loaded, weights that are missing or of another shape.
-    ConfigError: the tokenizer has no token for the mark.
-    """
-    body, tokenizer = load_body(name, config, dtype=dtype, device=device, token=token)
-    size = body.config.hidden_size
-    layers = nn.Sequential(nn.Linear(size, size), nn.ReLU(), nn.Linear(size, 2))
-    tensors = read_tensors(name, lambda key: key.startswith("score."), token=token)
-    head = StepHead(GoodAgainstBad(fill(name, layers, tensors, prefix="score."), good=_RIGHT), config.prm_reduce)
-    return assemble(name, config, body, tokenizer, head, renderer_class=QwenSteps)
+    def load(self, source: RewardCheckpoint) -> CheckpointReward:
+        body, tokenizer = load_body(source)
+        size = body.config.hidden_size
+        layers = nn.Sequential(nn.Linear(size, size), nn.ReLU(), nn.Linear(size, 2))  # wrong, right
+        head = StepHead(load_head(source, layers, "score."), source.config.prm_reduce, good=1)
+        return assemble(source, body, tokenizer, head, renderer_class=QwenSteps)
 
 
 class QwenSteps(StepRenderer):

@@ -16,15 +16,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
-from specrej_eval.config import RunConfig
-from specrej_eval.rewards.checkpoints.loading import named
-from specrej_eval.rewards.checkpoints.native import assemble, fill, load_body, read_tensors
+from specrej_eval.rewards.checkpoints.family import RewardCheckpoint, RewardFamily
+from specrej_eval.rewards.checkpoints.native import assemble, lm_head, load_body
 from specrej_eval.rewards.checkpoints.renderer import Renderer
 from specrej_eval.rewards.checkpoints.reward import CheckpointReward
 from specrej_eval.rewards.checkpoints.steps import (
-    GoodAgainstBad,
+    PLUS_AND_MINUS,
     StepHead,
     lines,
     paragraphs,
@@ -33,40 +30,23 @@ from specrej_eval.rewards.checkpoints.steps import (
     token_id,
 )
 
-READS = "process: + against - after each paragraph as a user's turn; prm_reduce= makes one number"
-EXAMPLES = ("RLHFlow/Llama3.1-8B-PRM-Deepseek-Data", "RLHFlow/Llama3.1-8B-PRM-Mistral-Data")
-NEEDS = "reward_family=rlhflow_prm for a copy under another name"
-
-GOOD, BAD = "+", "-"
+GOOD = PLUS_AND_MINUS[0]
 
 
-def matches(name: str, checkpoint_config: Mapping[str, Any]) -> bool:
-    """By name: its config is a plain language model's."""
-    del checkpoint_config
-    return named(EXAMPLES, name)
+class Family(RewardFamily):
+    READS = "process: + against - after each paragraph as a user's turn; prm_reduce= makes one number"
+    EXAMPLES = ("RLHFlow/Llama3.1-8B-PRM-Deepseek-Data", "RLHFlow/Llama3.1-8B-PRM-Mistral-Data")
+    NEEDS = "reward_family=rlhflow_prm for a copy under another name"
 
+    def matches(self, name: str, raw: Mapping[str, Any]) -> bool:
+        """By name: its config is a plain language model's, and any of those answers with + or -."""
+        return self.is_example(name)
 
-def check(name: str, checkpoint_config: Mapping[str, Any]) -> None:
-    """Nothing: any language model answers with + or -; that it is a reward only its name tells."""
-
-
-def load(name: str, config: RunConfig, *, dtype: str, device: str, token: str | bool | None) -> CheckpointReward:
-    """Raises:
-    CheckpointError: files that cannot be loaded, or hold no language-model head.
-    """
-    body, tokenizer = load_body(name, config, dtype=dtype, device=device, token=token)
-    head = StepHead(plus_and_minus(name, body, tokenizer, token), config.prm_reduce)
-    return assemble(name, config, body, tokenizer, head, renderer_class=TurnRenderer)
-
-
-def plus_and_minus(name: str, body: Any, tokenizer: Any, token: str | bool | None) -> GoodAgainstBad:
-    """The two rows of the language-model head that count."""
-    # tied embeddings are stored once
-    key = "model.embed_tokens.weight" if body.config.tie_word_embeddings else "lm_head.weight"
-    rows = [token_id(tokenizer, GOOD), token_id(tokenizer, BAD)]
-    tensors = {found: tensor[rows] for found, tensor in read_tensors(name, key.__eq__, token=token).items()}
-    layer = nn.Linear(body.config.hidden_size, 2, bias=False)
-    return GoodAgainstBad(fill(name, layer, tensors, prefix=key.removesuffix("weight")), good=0)
+    def load(self, source: RewardCheckpoint) -> CheckpointReward:
+        body, tokenizer = load_body(source)
+        layer = lm_head(source, body, [token_id(tokenizer, sign) for sign in PLUS_AND_MINUS])
+        head = StepHead(layer, source.config.prm_reduce, good=0)
+        return assemble(source, body, tokenizer, head, renderer_class=TurnRenderer)
 
 
 class TurnRenderer(Renderer):

@@ -18,71 +18,62 @@ import torch
 from transformers import AutoModelForSequenceClassification
 
 from specrej_eval import checkpoint
-from specrej_eval.config import RunConfig
 from specrej_eval.errors import ConfigError
-from specrej_eval.rewards.checkpoints.loading import load_checkpoint, named
+from specrej_eval.rewards.checkpoints.family import RewardCheckpoint, RewardFamily
+from specrej_eval.rewards.checkpoints.forward import float32
+from specrej_eval.rewards.checkpoints.loading import load_checkpoint
+from specrej_eval.rewards.checkpoints.memory import Allowance
+from specrej_eval.rewards.checkpoints.native import LastToken, num_labels
 from specrej_eval.rewards.checkpoints.renderer import Renderer, max_length_of, renderer_options
-from specrej_eval.rewards.checkpoints.reward import CheckpointReward, linear_head
+from specrej_eval.rewards.checkpoints.reward import CheckpointReward
 from specrej_eval.special_tokens import ENCODE_AS_TEXT
 
-READS = "a linear head with one label, at the last token; encoders as they pool (text pair)"
-EXAMPLES = (
-    "Skywork/Skywork-Reward-V2-Qwen3-8B",
-    "Skywork/Skywork-Reward-V2-Llama-3.1-8B",
-    "Skywork/Skywork-Reward-Llama-3.1-8B-v0.2",
-    "Skywork/Skywork-Reward-Gemma-2-27B-v0.2",
-    "sfairXC/FsfairX-LLaMA3-RM-v0.1",
-    "weqweasdas/RM-Mistral-7B",
-    "weqweasdas/RM-Gemma-7B",
-    "Ray2333/GRM-Llama3.2-3B-rewardmodel-ft",
-    "NCSOFT/Llama-3-OffsetBias-RM-8B",
-    "OpenAssistant/reward-model-deberta-v3-large-v2",
-)
-NEEDS = ""
 
-_OTHER_CLASSES = ("INFORMForSequenceClassification",)
-"""Classes with this ending that transformers does not have; families of their own read them."""
-_OTHER_CHECKPOINTS = ("Nexusflow/Starling-RM-34B",)
-"""Calls itself a LlamaForSequenceClassification, but has another head under other names."""
+class Family(RewardFamily):
+    READS = "a linear head with one label, at the last token; encoders as they pool (text pair)"
+    EXAMPLES = (
+        "Skywork/Skywork-Reward-V2-Qwen3-8B",
+        "Skywork/Skywork-Reward-V2-Llama-3.1-8B",
+        "Skywork/Skywork-Reward-Llama-3.1-8B-v0.2",
+        "Skywork/Skywork-Reward-Gemma-2-27B-v0.2",
+        "sfairXC/FsfairX-LLaMA3-RM-v0.1",
+        "weqweasdas/RM-Mistral-7B",
+        "weqweasdas/RM-Gemma-7B",
+        "Ray2333/GRM-Llama3.2-3B-rewardmodel-ft",
+        "NCSOFT/Llama-3-OffsetBias-RM-8B",
+        "OpenAssistant/reward-model-deberta-v3-large-v2",
+    )
+    GENERAL = True
 
+    def matches(self, name: str, raw: Mapping[str, Any]) -> bool:
+        """``*ForSequenceClassification`` exactly: names that go on (``...WithNormal_Weights``) are other families'."""
+        return any(entry.endswith("ForSequenceClassification") for entry in checkpoint.architectures(raw))
 
-def matches(name: str, checkpoint_config: Mapping[str, Any]) -> bool:
-    """``*ForSequenceClassification`` exactly: names that go on (``...WithNormal_Weights``) are other families."""
-    if named(_OTHER_CHECKPOINTS, name):
-        return False
-    classes = checkpoint.architectures(checkpoint_config)
-    return any(entry.endswith("ForSequenceClassification") and entry not in _OTHER_CLASSES for entry in classes)
+    def check(self, name: str, raw: Mapping[str, Any]) -> None:
+        """Raises:
+        ConfigError: the checkpoint has several labels.
+        """
+        labels = num_labels(raw)
+        if labels != 1:
+            raise ConfigError(
+                f"reward_model={name!r} has several labels ({labels}) and no rule that makes one reward of them.",
+                hint="num_labels must be 1; wrap other models in a function and give pkg.module:function.",
+            )
 
-
-def check(name: str, checkpoint_config: Mapping[str, Any]) -> None:
-    """Raises:
-    ConfigError: the checkpoint has several labels.
-    """
-    labels = _num_labels(checkpoint_config)
-    if labels != 1:
-        raise ConfigError(
-            f"reward_model={name!r} has several labels ({labels}) and no rule that makes one reward of them.",
-            hint="num_labels must be 1; wrap other models in a function and give pkg.module:function.",
-        )
-
-
-def _num_labels(checkpoint_config: Mapping[str, Any]) -> int:
-    """As transformers counts: ``id2label`` wins, ``num_labels`` next, 2 by default."""
-    labels = checkpoint_config.get("id2label")
-    return len(labels) if labels is not None else int(checkpoint_config.get("num_labels", 2))
-
-
-def load(name: str, config: RunConfig, *, dtype: str, device: str, token: str | bool | None) -> SequenceClassifier:
-    """Load tokenizer and weights from a folder or hub repository.
-
-    Raises:
+    def load(self, source: RewardCheckpoint) -> SequenceClassifier:
+        """Raises:
         CheckpointError: the files cannot be loaded, or hold no weights for the head (transformers would make it up).
         ConfigError: a decoder without a chat template, and no ``reward_template``.
-    """
-    model, tokenizer = load_checkpoint(
-        name, config, AutoModelForSequenceClassification, dtype=dtype, device=device, token=token
-    )
-    return SequenceClassifier(model, tokenizer, name=name, **renderer_options(config))
+        """
+        model, tokenizer = load_checkpoint(source, AutoModelForSequenceClassification)
+        return SequenceClassifier(
+            model,
+            tokenizer,
+            name=source.name,
+            cache=source.config.reward_cache,
+            allowance=Allowance.of(source.config),
+            **renderer_options(source.config),
+        )
 
 
 class SequenceClassifier(CheckpointReward):
@@ -91,8 +82,8 @@ class SequenceClassifier(CheckpointReward):
     Args:
         model: a transformers sequence classifier with one label, on its device.
         tokenizer: its tokenizer, with its chat template if it has one.
-        partial_turn, template, special_tokens_in_content: see ``_rendering.Renderer``.
-        options: of ``CheckpointReward``.
+        partial_turn, template, special_tokens_in_content: see ``renderer.Renderer``.
+        options: of ``forward.Forward``.
     """
 
     def __init__(
@@ -119,7 +110,7 @@ class SequenceClassifier(CheckpointReward):
             special_tokens_in_content=special_tokens_in_content,
             without_template="pair" if base is None else "ask",
         )
-        head = None if base is None else linear_head(model.score)
+        head = None if base is None else LastToken(float32(model.score))
         super().__init__(model if base is None else base, head, renderer, **options)
 
 

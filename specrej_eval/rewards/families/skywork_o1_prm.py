@@ -12,50 +12,30 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
-from specrej_eval import checkpoint
-from specrej_eval.config import RunConfig
-from specrej_eval.rewards.checkpoints.loading import named
-from specrej_eval.rewards.checkpoints.native import assemble, fill, load_body, read_tensors
+from specrej_eval.rewards.checkpoints.family import RewardCheckpoint, RewardFamily
+from specrej_eval.rewards.checkpoints.native import assemble, load_body, load_head
 from specrej_eval.rewards.checkpoints.reward import CheckpointReward
 from specrej_eval.rewards.checkpoints.steps import StepHead, StepRenderer, question, token_id
 from specrej_eval.special_tokens import ContentText
 
-READS = "process: a value head at the line break behind each line; prm_reduce= makes one number"
-EXAMPLES = ("Skywork/Skywork-o1-Open-PRM-Qwen-2.5-7B", "Skywork/Skywork-o1-Open-PRM-Qwen-2.5-1.5B")
-NEEDS = "reward_family=skywork_o1_prm for some copies under another name"
 
+class Family(RewardFamily):
+    READS = "process: a value head at the line break behind each line; prm_reduce= makes one number"
+    EXAMPLES = ("Skywork/Skywork-o1-Open-PRM-Qwen-2.5-7B", "Skywork/Skywork-o1-Open-PRM-Qwen-2.5-1.5B")
+    NEEDS = "reward_family=skywork_o1_prm for some copies under another name"
+    ARCHITECTURES = ("Qwen2ForPrmModel",)
 
-def matches(name: str, checkpoint_config: Mapping[str, Any]) -> bool:
-    """By class or name: some copies' configs are a plain language model's."""
-    return "Qwen2ForPrmModel" in checkpoint.architectures(checkpoint_config) or named(EXAMPLES, name)
+    def matches(self, name: str, raw: Mapping[str, Any]) -> bool:
+        """By class or name: some copies' configs are a plain language model's."""
+        return super().matches(name, raw) or self.is_example(name)
 
-
-def check(name: str, checkpoint_config: Mapping[str, Any]) -> None:
-    """Nothing: all that counts are the body's keys."""
-
-
-def load(name: str, config: RunConfig, *, dtype: str, device: str, token: str | bool | None) -> CheckpointReward:
-    """Raises:
-    CheckpointError: files that cannot be loaded, weights that are missing or of another shape.
-    """
-    body, tokenizer = load_body(name, config, dtype=dtype, device=device, token=token)
-    tensors = read_tensors(name, lambda key: key.startswith("v_head."), token=token)
-    value = Value(fill(name, nn.Linear(body.config.hidden_size, 1), tensors, prefix="v_head.summary."))
-    head = StepHead(value, config.prm_reduce)
-    return assemble(name, config, body, tokenizer, head, renderer_class=Lines, without_template="text")
-
-
-class Value(nn.Module):
-    def __init__(self, layer: nn.Module) -> None:
-        super().__init__()
-        self.layer = layer
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        """(..., hidden size) -> (...)"""
-        values: Tensor = self.layer(hidden)[..., 0]
-        return values
+    def load(self, source: RewardCheckpoint) -> CheckpointReward:
+        body, tokenizer = load_body(source)
+        layer = load_head(source, nn.Linear(body.config.hidden_size, 1), "v_head.summary.")
+        head = StepHead(layer, source.config.prm_reduce)
+        return assemble(source, body, tokenizer, head, renderer_class=Lines, without_template="text")
 
 
 class Lines(StepRenderer):

@@ -20,27 +20,12 @@ from typing import Any
 from torch import Tensor, nn
 
 from specrej_eval import checkpoint
-from specrej_eval.config import RunConfig
 from specrej_eval.errors import CheckpointError
 from specrej_eval.paths import expanded
-from specrej_eval.rewards.base import read_checkpoint_config
-from specrej_eval.rewards.checkpoints.loading import named
-from specrej_eval.rewards.checkpoints.native import (
-    LastToken,
-    TextRenderer,
-    assemble,
-    body_config,
-    fill,
-    load_body,
-    read_tensors,
-)
+from specrej_eval.rewards.checkpoints.family import RewardCheckpoint, RewardFamily
+from specrej_eval.rewards.checkpoints.native import LastToken, assemble, body_config, fill, load_body, read_tensors
+from specrej_eval.rewards.checkpoints.renderer import TextRenderer
 from specrej_eval.rewards.checkpoints.reward import CheckpointReward
-
-READS = "a linear head at the last token; from a raw .pt file (7B) or under other names (34B)"
-EXAMPLES = ("berkeley-nest/Starling-RM-7B-alpha", "Nexusflow/Starling-RM-34B")
-NEEDS = (
-    "for the 7B model, access to meta-llama/Llama-2-7b-chat-hf (gated: config, tokenizer), or a folder that holds them"
-)
 
 LLAMA_TEMPLATE = (
     "{{ bos_token }}"  # the tokenizer's; the text has its own
@@ -58,10 +43,9 @@ CHATML_TEMPLATE = (
     "{%- endfor -%}"
     "{%- if add_generation_prompt -%}{{ '\n<|im_start|>assistant\n' }}{%- endif -%}"
 )
-TOKENIZERS = {
-    "Starling-RM-7B-alpha": "meta-llama/Llama-2-7b-chat-hf",
-    "Starling-RM-34B": "01-ai/Yi-34B-Chat",
-}
+CONFIGS = {"Starling-RM-7B-alpha": "meta-llama/Llama-2-7b-chat-hf"}
+"""Checkpoints published as bare weights (by the last part of their name), and where their body's config lies."""
+TOKENIZERS = {**CONFIGS, "Starling-RM-34B": "01-ai/Yi-34B-Chat"}
 """Neither checkpoint brings one along."""
 
 _RAW_WEIGHTS = "*.pt"
@@ -69,48 +53,43 @@ _YI_VOCAB_SIZE = 64_000
 """Llama-2's vocabulary is half as large: this tells the two bodies, and so their templates, apart."""
 
 
-def matches(name: str, checkpoint_config: Mapping[str, Any]) -> bool:
-    """By name: the 7B checkpoint has no config, the 34B one's is a sequence classifier's."""
-    del checkpoint_config
-    return named(EXAMPLES, name)
-
-
-def check(name: str, checkpoint_config: Mapping[str, Any]) -> None:
-    """Nothing: all that counts are the body's keys."""
-
-
-def check_files(folder: Path) -> None:
-    """Raises:
-    CheckpointError: neither a raw .pt file nor transformers' weight files.
-    """
-    if not any(folder.glob(_RAW_WEIGHTS)):
-        checkpoint.check_weights("reward_model", folder)
-    if folder.name not in TOKENIZERS:
-        checkpoint.check_tokenizer_files("reward_model", folder)
-
-
-def load(name: str, config: RunConfig, *, dtype: str, device: str, token: str | bool | None) -> CheckpointReward:
-    """Raises:
-    CheckpointError: files that cannot be loaded, weights that are missing or of another shape.
-    """
-    model_config = body_config(name, read_checkpoint_config(name, token=token))
-    folder = expanded(name)
-    raw = any(folder.glob(_RAW_WEIGHTS)) if folder.is_dir() else folder.name == "Starling-RM-7B-alpha"
-    tensors = read_tensors(name, _belongs, token=token, pattern=_RAW_WEIGHTS if raw else None)
-    options: dict[str, Any] = {"dtype": dtype, "device": device, "token": token, "model_config": model_config}
-    body, tokenizer = load_body(
-        name, config, **options, state=_body_state(name, tensors), tokenizer_from=_tokenizer_from(name)
+class Family(RewardFamily):
+    READS = "a linear head at the last token; from a raw .pt file (7B) or under other names (34B)"
+    EXAMPLES = ("berkeley-nest/Starling-RM-7B-alpha", "Nexusflow/Starling-RM-34B")
+    NEEDS = (
+        "for the 7B model, access to meta-llama/Llama-2-7b-chat-hf (gated: config, tokenizer), or a folder that holds "
+        "them"
     )
-    head = fill(name, nn.Linear(model_config.hidden_size, 1, bias=False), tensors, prefix="v_head.")
-    return assemble(
-        name,
-        config,
-        body,
-        tokenizer,
-        LastToken(head),
-        renderer_class=TextRenderer,
-        template=CHATML_TEMPLATE if model_config.vocab_size >= _YI_VOCAB_SIZE else LLAMA_TEMPLATE,
-    )
+
+    def matches(self, name: str, raw: Mapping[str, Any]) -> bool:
+        """By name: the 7B checkpoint has no config, the 34B one's is a sequence classifier's."""
+        return self.is_example(name)
+
+    def config_from(self, name: str) -> str | None:
+        return CONFIGS.get(Path(name).name)
+
+    def check_files(self, folder: Path) -> None:
+        """A raw .pt file will do, and the tokenizer may be another checkpoint's."""
+        if not any(folder.glob(_RAW_WEIGHTS)):
+            checkpoint.check_weights("reward_model", folder)
+        if folder.name not in TOKENIZERS:
+            checkpoint.check_tokenizer_files("reward_model", folder)
+
+    def load(self, source: RewardCheckpoint) -> CheckpointReward:
+        model_config = body_config(source.name, source.raw)
+        folder = expanded(source.name)
+        bare = any(folder.glob(_RAW_WEIGHTS)) if folder.is_dir() else folder.name in CONFIGS
+        tensors = read_tensors(source, _belongs, pattern=_RAW_WEIGHTS if bare else None)
+        own_tokenizer = any((folder / file).is_file() for file in checkpoint.TOKENIZER_FILES)
+        body, tokenizer = load_body(
+            source,
+            model_config=model_config,
+            state=_body_state(source.name, tensors),
+            tokenizer_from=None if own_tokenizer else TOKENIZERS.get(folder.name),
+        )
+        head = fill(source, nn.Linear(model_config.hidden_size, 1, bias=False), tensors, "v_head.")
+        template = CHATML_TEMPLATE if model_config.vocab_size >= _YI_VOCAB_SIZE else LLAMA_TEMPLATE
+        return assemble(source, body, tokenizer, LastToken(head), renderer_class=TextRenderer, template=template)
 
 
 def _belongs(key: str) -> bool:
@@ -126,11 +105,3 @@ def _body_state(name: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         )
     # older versions of transformers stored what is computed from the config
     return {key: tensor for key, tensor in state.items() if not key.endswith("rotary_emb.inv_freq")}
-
-
-def _tokenizer_from(name: str) -> str | None:
-    """None: the checkpoint's own folder."""
-    folder = expanded(name)
-    if any((folder / file).is_file() for file in checkpoint.TOKENIZER_FILES):
-        return None
-    return TOKENIZERS.get(folder.name)

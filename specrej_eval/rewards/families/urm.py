@@ -19,14 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from specrej_eval import checkpoint
-from specrej_eval.config import RunConfig
 from specrej_eval.errors import ConfigError
-from specrej_eval.rewards.checkpoints.native import assemble, fill, load_body, read_tensors
+from specrej_eval.rewards.checkpoints.family import RewardCheckpoint, RewardFamily
+from specrej_eval.rewards.checkpoints.native import assemble, load_body, load_head, num_labels
 from specrej_eval.rewards.checkpoints.reward import CheckpointReward
-
-READS = "means of five attributes at the last token, weighed by a network (3.1) or by fixed weights (3)"
-EXAMPLES = ("LxzGordon/URM-LLaMa-3.1-8B", "LxzGordon/URM-LLaMa-3-8B")
-NEEDS = ""
 
 _GATED = "LlamaForSequenceClassificationWithNormal_Weights"
 _FIXED = "LlamaForSequenceClassificationWithNormal"
@@ -34,38 +30,30 @@ WEIGHTS = (0.3, 0.74, 0.46, 0.47, -0.33)
 """Of the attributes in URM-LLaMa-3-8B."""
 
 
-def matches(name: str, checkpoint_config: Mapping[str, Any]) -> bool:
-    del name
-    return bool({_GATED, _FIXED} & set(checkpoint.architectures(checkpoint_config)))
+class Family(RewardFamily):
+    READS = "means of five attributes at the last token, weighed by a network (3.1) or by fixed weights (3)"
+    EXAMPLES = ("LxzGordon/URM-LLaMa-3.1-8B", "LxzGordon/URM-LLaMa-3-8B")
+    ARCHITECTURES = (_GATED, _FIXED)
+
+    def check(self, name: str, raw: Mapping[str, Any]) -> None:
+        """Raises:
+        ConfigError: the labels do not come in pairs of mean and spread, or there are not as many as fixed weights.
+        """
+        labels, gated = num_labels(raw), _is_gated(raw)
+        if labels % 2 or (not gated and labels != 2 * len(WEIGHTS)):
+            rule = "an even number of them" if gated else str(2 * len(WEIGHTS))
+            raise ConfigError(
+                f"reward_model={name!r} has {labels} labels; URM reads a mean and a spread for each attribute: {rule}."
+            )
+
+    def load(self, source: RewardCheckpoint) -> CheckpointReward:
+        body, tokenizer = load_body(source)
+        head = URMHead(body.config.hidden_size, num_labels(source.raw), gated=_is_gated(source.raw))
+        return assemble(source, body, tokenizer, load_head(source, head))
 
 
-def check(name: str, checkpoint_config: Mapping[str, Any]) -> None:
-    """Raises:
-    ConfigError: the labels do not come in pairs of mean and spread, or there are not as many as fixed weights.
-    """
-    labels = _num_labels(checkpoint_config)
-    gated = _GATED in checkpoint.architectures(checkpoint_config)
-    if labels % 2 or (not gated and labels != 2 * len(WEIGHTS)):
-        rule = "an even number of them" if gated else str(2 * len(WEIGHTS))
-        raise ConfigError(
-            f"reward_model={name!r} has {labels} labels; URM reads a mean and a spread for each attribute: {rule}."
-        )
-
-
-def _num_labels(checkpoint_config: Mapping[str, Any]) -> int:
-    labels = checkpoint_config.get("id2label")
-    return len(labels) if labels is not None else int(checkpoint_config.get("num_labels", 2))
-
-
-def load(name: str, config: RunConfig, *, dtype: str, device: str, token: str | bool | None) -> CheckpointReward:
-    """Raises:
-    CheckpointError: files that cannot be loaded, weights that are missing or of another shape.
-    """
-    raw = checkpoint.read_config("reward_model", name, token=token)
-    body, tokenizer = load_body(name, config, dtype=dtype, device=device, token=token)
-    tensors = read_tensors(name, lambda key: not key.startswith("model."), token=token)
-    head = URMHead(body.config.hidden_size, _num_labels(raw), gated=_GATED in checkpoint.architectures(raw))
-    return assemble(name, config, body, tokenizer, fill(name, head, tensors))
+def _is_gated(raw: Mapping[str, Any]) -> bool:
+    return _GATED in checkpoint.architectures(raw)
 
 
 class URMHead(nn.Module):

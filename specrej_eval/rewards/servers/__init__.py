@@ -1,1 +1,1 @@
-"""Rewards behind HTTP: reward servers, judges, and the protocols they speak."""
+"""Kinds of reward servers: one file each, and nothing else. The listing is the registry; see ``base``."""

@@ -439,17 +439,23 @@ def test_a_judge_that_does_not_fit_beside_the_models_gets_their_room(
 ) -> None:
     from specrej_eval.harness.alpaca_eval import decoder as alpaca_eval_decoder
     from specrej_eval.harness.alpaca_eval import judge as alpaca_eval_judge
-    from specrej_eval.rewards import base
+    from specrej_eval.rewards import choose
+    from specrej_eval.rewards.base import RewardPlan
 
-    original = base.make_reward
+    original = choose.resolve_reward
 
-    def make_reward(*args: Any, **kwargs: Any) -> Any:
-        judging = sys._getframe(1).f_code.co_filename == alpaca_eval_judge.__file__
-        if judging and alpaca_eval_decoder._loaded:
-            raise torch.OutOfMemoryError("no room")
-        return original(*args, **kwargs)
+    def resolve_reward(*args: Any, **kwargs: Any) -> RewardPlan:
+        plan = original(*args, **kwargs)
 
-    monkeypatch.setattr(base, "make_reward", make_reward)
+        def load(device: str) -> Any:
+            judging = sys._getframe(1).f_code.co_filename == alpaca_eval_judge.__file__
+            if judging and alpaca_eval_decoder._loaded:
+                raise torch.OutOfMemoryError("no room")
+            return plan.load(device)
+
+        return RewardPlan(plan.name, load)
+
+    monkeypatch.setattr(choose, "resolve_reward", resolve_reward)
     alpaca_eval_judge._scorer.cache_clear()
     dataset(tmp_path, INSTRUCTIONS[:2])
     evaluate(config(tmp_path))
@@ -457,12 +463,12 @@ def test_a_judge_that_does_not_fit_beside_the_models_gets_their_room(
     monkeypatch.undo()
     alpaca_eval_decoder.release_models()
     alpaca_eval_judge._scorer.cache_clear()
-    monkeypatch.setattr(base, "make_reward", lambda *_, **__: _no_memory())
+    monkeypatch.setattr(choose, "resolve_reward", lambda _: RewardPlan("too large", lambda device: _no_memory()))
     with pytest.raises(torch.OutOfMemoryError):
         alpaca_eval_judge._scorer(RunConfig())
 
 
-def _no_memory() -> None:
+def _no_memory() -> Any:
     raise torch.OutOfMemoryError("no room")
 
 

@@ -81,11 +81,11 @@ def test_it_scores_the_bare_fields_however_odd(calls: list[Any]) -> None:
 
 
 def test_an_answer_is_scored_once_and_the_model_loaded_once(calls: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    from specrej_eval.rewards import base
+    from specrej_eval.rewards import choose
 
     made = []
-    real = base.make_reward
-    monkeypatch.setattr(base, "make_reward", lambda *args, **kwargs: made.append(1) or real(*args, **kwargs))
+    real = choose.resolve_reward
+    monkeypatch.setattr(choose, "resolve_reward", lambda *args, **kwargs: made.append(1) or real(*args, **kwargs))
     for other in ("bb", "ccc"):
         specrej_reward_judge(prompts(("i", "a", other), ("i", other, "a")), reward_model=LENGTHS)
     assert calls == [("i", ["a", "bb"]), ("i", ["ccc"])] and len(made) == 1

@@ -502,7 +502,7 @@ def test_batch_size(
         ({"n": 2, "first_look": 3, "max_gen_toks": 64}, "max_gen_toks=64"),
         ({"backend": "seq2seq"}, "encoder-decoder"),
         ({"device_map": "auto"}, "parallelize=True"),
-        ({"reward_model": None}, "reward_model must be given"),
+        ({"reward_model": None}, "a reward model is needed to rank the candidates"),
         ({"reward_model": f"{__name__}:vowel"}, "vowels"),
         ({"pretrained": "/no/such/folder"}, "/no/such/folder"),
     ],

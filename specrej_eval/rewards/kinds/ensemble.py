@@ -11,21 +11,13 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from specrej_eval.config import RunConfig, as_float, reward_names
 from specrej_eval.core import Message, RowView, TokenStat, finite_or_none
 from specrej_eval.errors import ConfigError
-from specrej_eval.rewards.base import (
-    Pair,
-    RewardModel,
-    RewardSession,
-    by_conversation,
-    check_reward,
-    make_reward,
-    open_session,
-    score_pairs,
-)
+from specrej_eval.rewards.base import Pair, RewardModel, RewardPlan, RewardSession, by_conversation
+from specrej_eval.rewards.kinds.base import Asked, RewardKind
 
 _FORM = 'a+0.5*b, or a list such as ["a", "0.5*b", {"reward_model": "http://host:8000", "weight": 2}]'
 _OWN = {"reward_family", "reward_template", "reward_tokenizer", "reward_device", "reward_dtype", "reward_batch_size"}
@@ -40,11 +32,6 @@ class Part(NamedTuple):
     @property
     def name(self) -> str:
         return str(self.config.reward_model)
-
-
-def claims(name: str) -> bool:
-    """Whether a ``reward_model`` names several rewards, or one with a weight. A folder of that very name wins."""
-    return reward_names.is_ensemble(name)
 
 
 def parse(name: str, config: RunConfig) -> list[Part]:
@@ -64,23 +51,6 @@ def parse(name: str, config: RunConfig) -> list[Part]:
     return [_part(entry, name, config) for entry in entries]
 
 
-def check(name: str, config: RunConfig, token: str | bool | None = None) -> None:
-    """Check every part, and that together they make sense. Raises as ``parse`` and ``base.check_reward``."""
-    for part in parse(name, config):
-        check_reward(part.config, token=token)
-
-
-def make(name: str, config: RunConfig, device: str, token: str | bool | None = None) -> Ensemble:
-    """Load every part. Raises as ``check``."""
-    parts = parse(name, config)
-    return Ensemble(
-        [make_reward(part.config, device=device, token=token) for part in parts],
-        [part.weight for part in parts],
-        name=name,
-        by_rank=config.reward_ensemble == "rank",
-    )
-
-
 def _part(entry: Any, whole: str, config: RunConfig) -> Part:
     given: dict[str, Any] = dict(entry) if isinstance(entry, Mapping) else {"reward_model": entry}
     name, weight = given.pop("reward_model", None), given.pop("weight", None)
@@ -95,7 +65,7 @@ def _part(entry: Any, whole: str, config: RunConfig) -> Part:
     if weight is None and match is not None and match["weight"] is not None:
         name, weight = match["name"], match["weight"]
     value = as_float(f"the weight of {name!r}", 1 if weight is None else weight)
-    if value == 0 or not name.strip() or claims(name):
+    if value == 0 or not name.strip() or reward_names.is_ensemble(name):
         raise ConfigError(
             f"reward_model={whole!r}: {entry!r} is no part of an ensemble.",
             hint=f"a weight other than 0 and one reward's name each: {_FORM}. A plus sign in an address is %2B.",
@@ -103,7 +73,29 @@ def _part(entry: Any, whole: str, config: RunConfig) -> Part:
     return Part(value, config.replace(reward_model=name.strip(), **given))
 
 
-class Ensemble:
+class Kind(RewardKind):
+    ORDER = 0  # before what its parts may be
+    FORMS: ClassVar[Mapping[str, str]] = {"a+0.5*b": "several of these: a weighted sum, or reward_ensemble=rank"}
+
+    def claims(self, name: str) -> bool:
+        """A folder of that very name wins."""
+        return reward_names.is_ensemble(name)
+
+    def resolve(self, asked: Asked) -> RewardPlan:
+        """Raises:
+        ConfigError, CheckpointError, RewardError: as ``parse``, and as the parts.
+        """
+        parts = parse(asked.name, asked.config)
+        plans = [asked.resolve(part.config) for part in parts]
+        weights, by_rank = [part.weight for part in parts], asked.config.reward_ensemble == "rank"
+
+        def load(device: str) -> Ensemble:
+            return Ensemble([plan.load(device) for plan in plans], weights, name=asked.name, by_rank=by_rank)
+
+        return RewardPlan(asked.name, load)
+
+
+class Ensemble(RewardModel):
     """Weighted sum, or weighted mean rank, of several rewards. See the module's text.
 
     Args:
@@ -120,10 +112,8 @@ class Ensemble:
         self.weights = list(weights)
         self.by_rank = by_rank
         self.needs_logprobs = any(member.needs_logprobs for member in members)
-        wanted: dict[TokenStat, None] = {}
-        for member in members:
-            wanted.update(dict.fromkeys(getattr(member, "needs_token_stats", ())))
-        self.needs_token_stats: tuple[TokenStat, ...] = tuple(wanted)
+        wanted: dict[TokenStat, None] = dict.fromkeys(stat for member in members for stat in member.needs_token_stats)
+        self.needs_token_stats = tuple(wanted)
 
     @property
     def tokens_scored(self) -> int:
@@ -135,18 +125,15 @@ class Ensemble:
 
     @property
     def scores_floored(self) -> int:
-        return sum(getattr(member, "scores_floored", 0) for member in self.members)
+        return sum(member.scores_floored for member in self.members)
 
     @property
     def grades_unreadable(self) -> int:
-        return sum(getattr(member, "grades_unreadable", 0) for member in self.members)
+        return sum(member.grades_unreadable for member in self.members)
 
     @property
     def nan_reasons(self) -> dict[int, str]:
-        found: dict[int, str] = {}
-        for member in self.members:
-            found |= getattr(member, "nan_reasons", {})
-        return found
+        return {place: reason for member in self.members for place, reason in member.nan_reasons.items()}
 
     def score(self, conversation: Sequence[Message], rows: Sequence[RowView], response_prefix: str = "") -> list[float]:
         """One number per row; ranks are among the rows given.
@@ -158,7 +145,7 @@ class Ensemble:
 
     def score_pairs(self, pairs: Sequence[Pair]) -> list[float]:
         """Finished answers of any conversations; ranks are among the answers to one of them. Raises as ``score``."""
-        scores = [score_pairs(member, pairs) for member in self.members]
+        scores = [member.score_pairs(pairs) for member in self.members]
         if not self.by_rank:
             return self.join(scores)
         joined = [0.0] * len(pairs)
@@ -170,7 +157,7 @@ class Ensemble:
 
     def open(self, conversation: Sequence[Message], response_prefix: str = "") -> EnsembleSession:
         """Opens a session of every member."""
-        return EnsembleSession(self, [open_session(member, conversation, response_prefix) for member in self.members])
+        return EnsembleSession(self, [member.open(conversation, response_prefix) for member in self.members])
 
     def join(self, scores: Sequence[Sequence[float]]) -> list[float]:
         """Members' scores (members, rows) -> (rows,).
@@ -190,8 +177,8 @@ class Ensemble:
         return joined
 
 
-class EnsembleSession:
-    """See ``RewardSession``."""
+class EnsembleSession(RewardSession):
+    """Sessions of all members, and what each last said of a row."""
 
     def __init__(self, ensemble: Ensemble, members: Sequence[RewardSession]) -> None:
         self._ensemble = ensemble

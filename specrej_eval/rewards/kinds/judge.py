@@ -23,17 +23,18 @@ import logging
 import math
 import re
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import accumulate, count
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 from urllib.parse import urlsplit
 
 from specrej_eval.config import RunConfig
 from specrej_eval.core import Message, RowView
 from specrej_eval.errors import ConfigError, RewardError
 from specrej_eval.paths import expanded
-from specrej_eval.rewards.base import Pair, RewardSession, Stateless
-from specrej_eval.rewards.servers.http import BadAnswerError, JsonServer, ServerError
+from specrej_eval.rewards.base import FullScoring, Pair, RewardModel, RewardPlan, RewardSession, readable
+from specrej_eval.rewards.http import BadAnswerError, JsonServer, ServerError
+from specrej_eval.rewards.kinds.base import Asked, RewardKind
 from specrej_eval.special_tokens import ENCODE_AS_TEXT, ContentGuard
 
 KEY_VARIABLES = ("SPECREJ_REWARD_API_KEY", "OPENAI_API_KEY")
@@ -69,22 +70,25 @@ _TOP = 20
 _logger = logging.getLogger(__name__)
 
 
-def claims(name: str) -> bool:
-    """Whether a ``reward_model`` is a judge, well written or not."""
-    return name.startswith("judge:")
+class Kind(RewardKind):
+    FORMS: ClassVar[Mapping[str, str]] = {
+        "judge:MODEL@http://host:port/v1": "a language model behind an OpenAI-compatible server, asked for a grade"
+    }
+
+    def claims(self, name: str) -> bool:
+        return name.startswith("judge:")
+
+    def resolve(self, asked: Asked) -> RewardPlan:
+        """Raises:
+        ConfigError: not of the form ``judge:MODEL@URL``, or a prompt without its two places.
+        RewardError: the server is not there, or does not grade.
+        """
+        judge = _judge(asked.name, asked.config)
+        judge.check()
+        return RewardPlan(asked.name, lambda device: judge)
 
 
-def check(name: str, config: RunConfig, token: str | bool | None = None) -> None:
-    """Raises:
-    ConfigError: not of the form ``judge:MODEL@URL``, or a prompt without its two places.
-    RewardError: the server is not there, or does not grade.
-    """
-    make(name, config, "", token).check()
-
-
-def make(name: str, config: RunConfig, device: str, token: str | bool | None = None) -> Judge:
-    """The judge a name stands for; asks nothing yet. Raises ConfigError as ``check``."""
-    del device, token  # the server's own
+def _judge(name: str, config: RunConfig) -> Judge:
     match = _NAME.fullmatch(name)
     if match is None or not urlsplit(match["url"]).hostname:
         raise ConfigError(
@@ -138,7 +142,7 @@ class Grade(NamedTuple):
     """Why there is none."""
 
 
-class Asked(NamedTuple):
+class Question(NamedTuple):
     text: str
     key: str
 
@@ -147,10 +151,11 @@ class UnreadableGradeError(BadAnswerError):
     """The server answered, but the judge wrote no grade."""
 
 
-class Judge(Stateless):
+class Judge(RewardModel):
     """Grades rows one by one, several requests at a time; see the module's text."""
 
-    needs_logprobs = False
+    tokens_scored = 0
+    grades_unreadable = 0
 
     def __init__(
         self,
@@ -166,11 +171,7 @@ class Judge(Stateless):
         self.name = f"judge:{model}@{server.shown_url}"
         self._guard = ContentGuard(self.name, special_tokens_in_content)
         self.model = model
-        self.tokens_scored = 0
-        self.grades_unreadable = 0
-        """Scores that became NaN because the judge wrote no grade."""
-        self.nan_reasons: dict[int, str] = {}
-        """Why scores of the last call are NaN, by their places."""
+        self._nan_reasons: dict[int, str] = {}
         self._unread = 0
         self._server = server
         self._prompt = prompt
@@ -187,6 +188,10 @@ class Judge(Stateless):
     def num_calls(self) -> int:
         """Requests answered with a grade, and texts that got none."""
         return self._server.num_requests + self._unread
+
+    @property
+    def nan_reasons(self) -> Mapping[int, str]:
+        return self._nan_reasons
 
     def check(self) -> None:
         """Let it grade one answer. Raises RewardError if it does not."""
@@ -218,12 +223,12 @@ class Judge(Stateless):
         asked = [self._asked(pair.conversation, pair.row) for pair in pairs]
         return self._scores(asked, range(len(pairs)), self._on_nan)
 
-    def _scores(self, asked: Sequence[Asked], rows: Sequence[int], on_nan: str) -> list[float]:
+    def _scores(self, asked: Sequence[Question], rows: Sequence[int], on_nan: str) -> list[float]:
         unique = list(dict.fromkeys(asked))
         grades = dict(zip(unique, self._server.each(self._grade, unique), strict=True))
         self.tokens_scored += sum(grade.tokens for grade in grades.values())
         self._unread += sum(math.isnan(grade.score) for grade in grades.values())
-        self.nan_reasons = {}
+        self._nan_reasons = {}
         for place, (row, entry) in enumerate(zip(rows, asked, strict=True)):
             if not math.isnan(grades[entry].score):
                 continue
@@ -234,13 +239,12 @@ class Judge(Stateless):
                     "last and counts them.",
                 )
             self.grades_unreadable += 1
-            self.nan_reasons[place] = grades[entry].complaint
+            self._nan_reasons[place] = grades[entry].complaint
         return [grades[entry].score for entry in asked]
 
-    def _asked(self, conversation: Sequence[Message], row: RowView, response_prefix: str = "") -> Asked:
-        # an unfinished row may end within a character; the bytes so far decode to U+FFFD
-        text = response_prefix + (row.text if row.finished else row.text.rstrip("\ufffd"))
-        response = self._guard.text(text, row.row)  # what looks like a control token is text to the judge
+    def _asked(self, conversation: Sequence[Message], row: RowView, response_prefix: str = "") -> Question:
+        # what looks like a control token is text to the judge
+        response = self._guard.text(readable(row, response_prefix), row.row)
         turns = [(turn["role"].capitalize(), self._guard.text(turn["content"], row.row)) for turn in conversation]
         key = _key([self._prompt, response, *(part for turn in turns for part in turn)], turns)
         if len(turns) == 1:
@@ -255,9 +259,9 @@ class Judge(Stateless):
         places = {"{prompt}": conversed, "{response}": response, "{key}": key}
         # not str.format: answers are full of braces
         parts = re.split(r"(\{prompt\}|\{response\}|\{key\})", self._prompt)
-        return Asked("".join(places.get(part, part) for part in parts) + MARK.replace("{key}", key), key)
+        return Question("".join(places.get(part, part) for part in parts) + MARK.replace("{key}", key), key)
 
-    def _grade(self, asked: Asked) -> Grade:
+    def _grade(self, asked: Question) -> Grade:
         while True:
             options = dict(self._options)
             body = {"model": self.model, "messages": [{"role": "user", "content": asked.text}], **options}
@@ -284,20 +288,15 @@ class Judge(Stateless):
         return False
 
 
-class _Looks:
-    """See ``RewardSession``."""
+class _Looks(FullScoring):
+    """Of one judge, whose unreadable grades are NaN."""
 
     def __init__(self, judge: Judge, conversation: Sequence[Message], response_prefix: str) -> None:
+        super().__init__(judge, conversation, response_prefix)
         self._judge = judge
-        self._conversation = conversation
-        self._response_prefix = response_prefix
 
     def score(self, rows: Sequence[RowView]) -> list[float]:
         return self._judge.look(self._conversation, rows, self._response_prefix)
-
-    def keep(self, row_ids: Sequence[int]) -> None: ...
-
-    def close(self) -> None: ...
 
 
 def _key(texts: Sequence[str], hashed: Any) -> str:

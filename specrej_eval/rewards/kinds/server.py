@@ -1,4 +1,4 @@
-"""``reward_model=http://host:port``: a reward model behind a server (vLLM, SGLang, TEI, OpenRLHF).
+"""``reward_model=http://host:port``: a reward model behind a server (``rewards.servers``: vLLM, SGLang, TEI, OpenRLHF).
 
 Which kind it is, the server is asked once; ``reward_family=`` names it by hand, and so does an address that ends with
 one of its paths (``/pooling``, ``/classify``, ``/predict``, ``/rerank``, ``/get_reward``). ``reward_tokenizer`` names
@@ -8,18 +8,19 @@ the checkpoint whose tokenizer and chat template render the rows; vLLM can do wi
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 from urllib.parse import urlsplit, urlunsplit
 
 from specrej_eval.config import RunConfig
 from specrej_eval.core import Message, RowView
 from specrej_eval.errors import CheckpointError, ConfigError, suggest
-from specrej_eval.rewards.base import AUTO, Pair, Stateless
+from specrej_eval.rewards.base import Pair, RewardModel, RewardPlan, readable
 from specrej_eval.rewards.checkpoints.renderer import Renderer, renderer_options
-from specrej_eval.rewards.servers.http import JsonServer, without_password
-from specrej_eval.rewards.servers.protocols import ENDPOINTS, PROTOCOLS, Item, ServerProtocol, find_protocol
-from specrej_eval.special_tokens import DEFUSED, ENCODE_AS_TEXT, ContentGuard, Marked
+from specrej_eval.rewards.http import JsonServer, without_password
+from specrej_eval.rewards.kinds.base import AUTO, Asked, RewardKind
+from specrej_eval.rewards.servers.base import Item, ServerProtocol, find_protocol, protocols
+from specrej_eval.special_tokens import ENCODE_AS_TEXT, ContentGuard
 
 KEY_VARIABLES = ("SPECREJ_REWARD_API_KEY",)
 SATURATED = 4
@@ -32,45 +33,47 @@ _SAMPLE = (
 _logger = logging.getLogger(__name__)
 
 
-def claims(name: str) -> bool:
-    """Whether a ``reward_model`` is the address of a server."""
-    return name.startswith(("http://", "https://"))
+class Kind(RewardKind):
+    FORMS: ClassVar[Mapping[str, str]] = {"http://host:port": "a reward server: vLLM, SGLang, TEI or OpenRLHF"}
+
+    def claims(self, name: str) -> bool:
+        return name.startswith(("http://", "https://"))
+
+    def resolve(self, asked: Asked) -> RewardPlan:
+        """Find the server and score two texts.
+
+        Raises:
+            ConfigError: a bad address or protocol name, a tokenizer that is needed, only squashed scores to be had.
+            CheckpointError: the tokenizer cannot be loaded.
+            RewardError: the server does not answer as it should.
+        """
+        reward = _connected(asked.name, asked.config, asked.token)
+        reward.check()
+        return RewardPlan(asked.name, lambda device: reward)
 
 
-def check(name: str, config: RunConfig, token: str | bool | None = None) -> None:
-    """Find the server and score two texts, before any weights load.
-
-    Raises:
-        ConfigError: a bad address or protocol name, a tokenizer that is needed, only squashed scores to be had.
-        CheckpointError: the tokenizer cannot be loaded.
-        RewardError: the server does not answer as it should.
-    """
-    make(name, config, "", token)
-
-
-def make(name: str, config: RunConfig, device: str, token: str | bool | None = None) -> HttpReward:
-    """The server at an address, asked which kind it is. Raises as ``check``."""
-    del device  # the server's own
-    url, endpoint = split_endpoint(name)
+def _connected(name: str, config: RunConfig, token: str | bool | None) -> HttpReward:
+    """The server at an address, asked which kind it is."""
+    known = protocols()
+    url, endpoint = split_endpoint(name, [path for protocol in known.values() for path in protocol.ENDPOINTS])
     family = config.reward_family
-    if family not in (AUTO, *PROTOCOLS):
-        raise ConfigError(f"unknown reward_family {family!r} of a server.", hint=suggest(family, (AUTO, *PROTOCOLS)))
+    if family not in (AUTO, *known):
+        raise ConfigError(f"unknown reward_family {family!r} of a server.", hint=suggest(family, (AUTO, *known)))
     server = JsonServer(url, key_variables=KEY_VARIABLES, timeout=config.reward_timeout, retries=config.reward_retries)
+    owners = [owner for owner, protocol in known.items() if endpoint in protocol.ENDPOINTS]
     if family == AUTO:
-        family = (endpoint and ENDPOINTS[endpoint]) or find_protocol(server)
-    if endpoint is not None and ENDPOINTS[endpoint] not in (None, family):
+        family = owners[0] if len(owners) == 1 else find_protocol(server)
+    if endpoint is not None and family not in owners:
         raise ConfigError(
-            f"reward_model={server.shown_url}{endpoint} is a path of {ENDPOINTS[endpoint]}, but reward_family={family}."
+            f"reward_model={server.shown_url}{endpoint} is a path of {' and '.join(owners)}, but "
+            f"reward_family={family}."
         )
-    protocol: ServerProtocol = PROTOCOLS[family](server, endpoint)
     tokenizer = None if config.reward_tokenizer is None else load_tokenizer(config, token)
-    reward = HttpReward(server, protocol, tokenizer, config=config, family=family)
-    reward.check()
-    return reward
+    return HttpReward(server, known[family](server, endpoint), tokenizer, config=config, family=family)
 
 
-def split_endpoint(name: str) -> tuple[str, str | None]:
-    """The address without one of the known paths, and that path.
+def split_endpoint(name: str, endpoints: Sequence[str]) -> tuple[str, str | None]:
+    """The address without one of the paths of protocols, and that path.
 
     Raises:
         ConfigError: no host, or a port that is no number.
@@ -85,7 +88,7 @@ def split_endpoint(name: str) -> tuple[str, str | None]:
             f"reward_model={without_password(name)!r} is no address of a server.", hint="http://host:port"
         )
     path = parts.path.rstrip("/")
-    endpoint = next((known for known in ENDPOINTS if path.endswith(known)), None)
+    endpoint = next((known for known in endpoints if path.endswith(known)), None)
     if endpoint is not None:
         path = path.removesuffix(endpoint)
     # /classify and /pooling lie beside /v1, where people look for them
@@ -108,36 +111,39 @@ def load_tokenizer(config: RunConfig, token: str | bool | None) -> Any:
         ) from error
 
 
-class HttpReward(Stateless):
+class HttpReward(RewardModel):
     """Scores with a server; see the module's text.
 
     Rows that read the same are sent once, so equal answers are exact ties.
     """
 
-    needs_logprobs = False
+    tokens_scored = 0
+    """As the server counts them; stays 0 where it does not say."""
 
     def __init__(
         self, server: JsonServer, protocol: ServerProtocol, tokenizer: Any, *, config: RunConfig, family: str
     ) -> None:
         self.name = f"{server.shown_url} ({family})"
         self.family = family
-        self.tokens_scored = 0
-        """As the server counts them; stays 0 where it does not say."""
         self._server = server
         self._protocol = protocol
         self._open_partials = config.partial_turn == "open"
-        self._renderer = None if tokenizer is None else self._make_renderer(tokenizer, config)
-        has_template = self._renderer is not None and self._renderer.has_template
-        self._form = protocol.form(self._renderer is not None, has_template)
+        self.renderer: Renderer | None = None
+        if tokenizer is not None:
+            self.renderer = Renderer(
+                tokenizer,
+                name=self.name,
+                vocab_size=len(tokenizer),
+                max_length=protocol.max_length,
+                without_template=protocol.without_template,
+                **renderer_options(config),
+            )
+        has_template = self.renderer is not None and self.renderer.has_template
+        self._form = protocol.form(self.renderer is not None, has_template)
         self._batch_size = min(config.reward_batch_size, protocol.most_items or config.reward_batch_size)
         self._warned = False
-        known = None if self._renderer is None else self._renderer.tokeniser
+        known = None if self.renderer is None else self.renderer.tokeniser
         self._guard = ContentGuard(self.name, config.special_tokens_in_content or ENCODE_AS_TEXT, known)
-
-    @property
-    def renderer(self) -> Renderer | None:
-        """What makes the token ids, or the text, of a row; None where the server does."""
-        return self._renderer
 
     @property
     def num_calls(self) -> int:
@@ -174,17 +180,19 @@ class HttpReward(Stateless):
 
     def _items(self, conversation: Sequence[Message], rows: Sequence[RowView], response_prefix: str) -> list[Item]:
         if self._form == "ids":
-            assert self._renderer is not None
-            return [Item(ids=entry.ids) for entry in self._renderer.inputs(conversation, rows, response_prefix)]
+            assert self.renderer is not None
+            return [Item(ids=entry.ids) for entry in self.renderer.inputs(conversation, rows, response_prefix)]
         items = []
         for row in rows:
-            # an unfinished row may end within a character; the bytes so far decode to U+FFFD
-            response = response_prefix + (row.text if row.finished else row.text.rstrip("\ufffd"))
+            response = readable(row, response_prefix)
             open_turn = self._open_partials and not row.finished
             if self._form == "text":
-                assert isinstance(self._renderer, _TextRenderer)
-                text = self._renderer.text(conversation, response, open_turn, row=row.row)
-                items.append(Item(text=text, prompt=self._renderer.text(conversation, "", True, row=row.row)))
+                assert self.renderer is not None
+                text, prompt = (
+                    self.renderer.text(conversation, *part, row=row.row, with_bos=not self._protocol.adds_bos)
+                    for part in ((response, open_turn), ("", True))
+                )
+                items.append(Item(text=text, prompt=prompt))
             elif self._form == "pair":
                 prompt = self._guard.text("\n".join(message["content"] for message in conversation), row.row)
                 response = self._guard.text(response, row.row)
@@ -194,17 +202,6 @@ class HttpReward(Stateless):
                 response = self._guard.text(response, row.row)
                 items.append(Item(messages=(*turns, ("assistant", response)), open_turn=open_turn and bool(response)))
         return items
-
-    def _make_renderer(self, tokenizer: Any, config: RunConfig) -> Renderer:
-        return _TextRenderer(
-            tokenizer,
-            name=self.name,
-            vocab_size=len(tokenizer),
-            max_length=self._protocol.max_length,
-            without_template="pair" if self.family == "tei" else "ask",
-            adds_bos=self.family == "tei",
-            **renderer_options(config),
-        )
 
     def _notice_saturation(self, scores: dict[Item, float]) -> None:
         values = list(scores.values())
@@ -217,40 +214,4 @@ class HttpReward(Stateless):
             self.name,
             len(values),
             values[0],
-        )
-
-
-class _TextRenderer(Renderer):
-    """A renderer that stops at the text, for servers that tokenise it themselves."""
-
-    def __init__(self, tokenizer: Any, *, adds_bos: bool, **options: Any) -> None:
-        super().__init__(tokenizer, **options)
-        self._adds_bos = adds_bos
-        self._as_text = False
-
-    def text(self, conversation: Sequence[Message], response: str, open_turn: bool, *, row: int) -> str:
-        """What the chat template makes of it; without the BOS that the server's tokenizer will add.
-
-        Raises:
-            RewardError: the template refuses the conversation.
-        """
-        self._as_text = True
-        try:
-            rendered: Marked = self._encode_or_merge(conversation, response, open_turn, row=row)
-        finally:
-            self._as_text = False
-        bos = self.tokenizer.bos_token
-        if rendered.marks:
-            self.warn("special tokens", DEFUSED)
-        return (rendered.without_leading(bos) if self._adds_bos else rendered).defused
-
-    def encode(self, messages: list[dict[str, str]], response: str, *, open_turn: bool) -> Any:
-        if not self._as_text:
-            return super().encode(messages, response, open_turn=open_turn)
-        turn = [] if open_turn and not response.strip() else [{"role": "assistant", "content": response}]
-        return self.tokeniser.render(
-            [*messages, *turn],
-            chat_template=self.template,
-            add_generation_prompt=not turn,
-            continue_final_message=bool(turn) and open_turn,
         )

@@ -1,4 +1,4 @@
-"""``reward_model=pkg.module:function``: any Python function as the reward.
+"""``reward_model=pkg.module:function``: any Python function as the reward; in Python, ``CallableReward(function)``.
 
 Contract: ``function(conversation, responses) -> one number per response``, higher is better. ``conversation`` is a
 list of ``{"role", "content"}`` dicts, ``responses`` a list of str (the prompt's response prefix included).
@@ -10,22 +10,18 @@ import importlib
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, ClassVar
 
 from specrej_eval.config import reward_names
 from specrej_eval.core import Message, RowView
 from specrej_eval.errors import ConfigError, RewardError, nearest
-from specrej_eval.rewards.base import Stateless
+from specrej_eval.rewards.base import RewardModel, RewardPlan
+from specrej_eval.rewards.kinds.base import Asked, RewardKind
 
 RULE = "a reward callable must return one number per response"
 
 _logger = logging.getLogger(__name__)
-
-
-def is_callable_name(name: str) -> bool:
-    """Whether ``name`` has the form ``pkg.module:function``."""
-    return reward_names.is_callable(name)
 
 
 def import_callable(name: str) -> Callable[..., Any]:
@@ -89,19 +85,23 @@ def _origin(module: Any) -> str:
     return str(getattr(module, "__file__", None) or "memory")
 
 
-class CallableReward(Stateless):
-    """Calls the user's function once per look with all rows of one prompt."""
+class CallableReward(RewardModel):
+    """Calls the user's function once per look with all rows of one prompt. What it reads, only the function knows.
 
-    needs_logprobs = False
+    Args:
+        function: the function, or where it is: ``pkg.module:function``.
 
-    def __init__(self, name: str) -> None:
-        """Raises:
+    Raises:
         ConfigError: as ``import_callable``.
-        """
-        self.name = name
-        self.function = import_callable(name)
-        self.tokens_scored = 0  # stays 0: what it reads, only the function knows
-        self.num_calls = 0
+    """
+
+    num_calls = 0
+
+    def __init__(self, function: str | Callable[..., Any]) -> None:
+        if isinstance(function, str):
+            self.name, self.function = function, import_callable(function)
+        else:
+            self.name, self.function = f"{function.__module__}:{function.__qualname__}", function
 
     def score(self, conversation: Sequence[Message], rows: Sequence[RowView], response_prefix: str = "") -> list[float]:
         """One float per row; numpy and torch numbers are accepted, NaN is passed on.
@@ -162,6 +162,23 @@ class CallableReward(Stateless):
             f"reward_model={self.name!r} returned {_named(value)} in place of a number for {_shown(row)}",
             hint=f"{RULE}; return NaN for a response that cannot be scored and set on_nan=drop.",
         )
+
+
+class Kind(RewardKind):
+    ORDER = 2  # judge:MODEL has this form as well
+    FORMS: ClassVar[Mapping[str, str]] = {
+        "pkg.module:function": "function(conversation, responses) -> one number per response"
+    }
+
+    def claims(self, name: str) -> bool:
+        return reward_names.is_callable(name)
+
+    def resolve(self, asked: Asked) -> RewardPlan:
+        """Raises:
+        ConfigError: as ``import_callable``.
+        """
+        reward = CallableReward(asked.name)
+        return RewardPlan(asked.name, lambda device: reward)
 
 
 def _named(value: Any) -> str:

@@ -1,0 +1,44 @@
+"""SGLang's native server (``--is-embedding``).
+
+Its own ``/classify`` gives raw values in ``embedding``; its ``/v1/classify`` gives probabilities only. (From its
+request and response types, late 2026.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from specrej_eval.rewards.http import numbers
+from specrej_eval.rewards.servers.base import (
+    Form,
+    Item,
+    Scored,
+    ServerProtocol,
+    entries,
+    needs_tokenizer,
+    token_count,
+)
+
+
+class Protocol(ServerProtocol):
+    """See the module's text."""
+
+    ENDPOINTS = ("/classify",)
+    PATHS = ("/get_model_info", "/model_info")
+
+    def form(self, has_tokenizer: bool, has_template: bool) -> Form:
+        del has_template
+        if has_tokenizer:
+            return "ids"
+        told = self._server.get("/get_model_info") or self._server.get("/model_info")
+        path = told.get("tokenizer_path") or told.get("model_path") if isinstance(told, dict) else None
+        raise needs_tokenizer("sglang", self._server, path)
+
+    def score(self, items: Sequence[Item]) -> Scored:
+        def parse(answer: Any) -> Scored:
+            told = entries(answer, None)
+            tokens = sum(token_count(entry.get("meta_info"), "prompt_tokens") for entry in told)
+            return Scored(numbers([entry.get("embedding") for entry in told], len(items)), tokens)
+
+        return self._server.post("/classify", {"input_ids": [list(item.ids) for item in items]}, parse)

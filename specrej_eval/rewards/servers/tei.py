@@ -1,0 +1,74 @@
+"""Hugging Face's text-embeddings-inference with a sequence classifier (one with one label is a reranker to it).
+
+``/predict`` scores both kinds, raw with ``raw_scores``; ``/rerank``, which answers best first, is asked only where the
+address names it. (From its request and response types, late 2026.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from specrej_eval.errors import ConfigError
+from specrej_eval.rewards.http import BadAnswerError, JsonServer, number, numbers
+from specrej_eval.rewards.servers.base import Form, Item, Scored, ServerProtocol, entries
+
+
+class Protocol(ServerProtocol):
+    """See the module's text."""
+
+    ENDPOINTS = ("/predict", "/rerank")
+    PATHS = ("/predict",)
+
+    adds_bos = True
+    without_template = "pair"
+
+    def __init__(self, server: JsonServer, endpoint: str | None) -> None:
+        super().__init__(server, endpoint)
+        told = server.get("/info")
+        told = told if isinstance(told, dict) else {}
+        most = told.get("max_client_batch_size")
+        self.most_items = most if isinstance(most, int) and most > 0 else 32
+        kind = told.get("model_type")
+        if isinstance(kind, dict) and "embedding" in kind:
+            raise ConfigError(
+                f"reward_model={server.shown_url}: this TEI server holds an embedding model, which scores nothing.",
+                hint="it must serve a sequence classifier.",
+            )
+
+    @classmethod
+    def is_told_by(cls, info: Mapping[str, Any]) -> bool:
+        return "model_type" in info and "max_client_batch_size" in info
+
+    def form(self, has_tokenizer: bool, has_template: bool) -> Form:
+        return "text" if has_tokenizer and has_template and self._endpoint != "/rerank" else "pair"
+
+    def score(self, items: Sequence[Item]) -> Scored:
+        if self._endpoint == "/rerank":
+            places: dict[str, list[int]] = {}  # a request takes one query
+            for place, item in enumerate(items):
+                places.setdefault(item.prompt, []).append(place)
+            scores = [0.0] * len(items)
+            for prompt, mine in places.items():
+                found = self._rerank(prompt, [items[place].response for place in mine])
+                for place, score in zip(mine, found, strict=True):
+                    scores[place] = score
+            return Scored(scores, 0)
+        inputs = [[item.prompt, item.response] if item.response else [item.text] for item in items]
+
+        def parse(answer: Any) -> list[float]:
+            if not isinstance(answer, list) or not all(isinstance(entry, list) for entry in answer):
+                raise BadAnswerError("a list of predictions for each text was expected")
+            return numbers([[label.get("score") for label in entry] for entry in answer], len(items))
+
+        return Scored(self._server.post("/predict", {"inputs": inputs, "raw_scores": True}, parse), 0)
+
+    def _rerank(self, query: str, texts: list[str]) -> list[float]:
+        def parse(answer: Any) -> list[float]:
+            told = entries(answer, None)
+            found = {entry.get("index"): number(entry.get("score")) for entry in told}
+            if sorted(found, key=str) != sorted(range(len(texts)), key=str):
+                raise BadAnswerError(f"{len(told)} ranks came for {len(texts)} texts")
+            return [found[index] for index in range(len(texts))]  # they come best first
+
+        return self._server.post("/rerank", {"query": query, "texts": texts, "raw_scores": True}, parse)
