@@ -40,7 +40,7 @@ logger = logging.getLogger(__name__)
 Path = Literal["shared_prefix", "replicated", "recompute"]
 PATHS: tuple[Path, ...] = ("shared_prefix", "replicated", "recompute")
 _PROBE_TOKENS = 12
-_MOST_THREADS = 2
+MOST_THREADS = 2
 _MANY_ROWS = 33
 """Rows that the probe of promises decodes together, and some of them alone: 48 after padding, and 16."""
 _FEW_ROWS = ([0], [_MANY_ROWS - 1, 5, 17, 9, 26, 12, 3, 30, 21])
@@ -133,7 +133,7 @@ class ModelRunner:
         On more than two threads torch cuts elementwise loops at places that depend on the number of rows, and computes
         the few elements at a cut with scalar functions of other bits: too rare for a probe to see, so not promised.
         """
-        if self.device.type != "cpu" or self.dtype != torch.float32 or torch.get_num_threads() > _MOST_THREADS:
+        if self.device.type != "cpu" or self.dtype != torch.float32 or torch.get_num_threads() > MOST_THREADS:
             return "uniforms"
         passes = self.forward_passes
         differ = tried(self._rows_differ)
