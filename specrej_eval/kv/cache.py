@@ -96,8 +96,8 @@ class SuffixPool:
         """Tokens stored per row."""
         self.capacity = 0
         self._align = align
-        self._keys: dict[int, Tensor] = {}  # per layer: (rows allocated, kv_heads, capacity, head_dim)
-        self._values: dict[int, Tensor] = {}
+        self._stores: tuple[dict[int, Tensor], ...] = ({}, {})
+        """Keys and values per layer, (rows allocated, kv_heads, capacity, head_dim)."""
 
     def reserve(self, tokens: int) -> None:
         """Make room for ``tokens`` tokens per row, in all."""
@@ -105,7 +105,7 @@ class SuffixPool:
         if tokens <= self.capacity:
             return
         self.capacity = tokens
-        for store in (self._keys, self._values):
+        for store in self._stores:
             for layer, old in store.items():
                 new = self._allocate(old, self.rows, old.shape[1], tokens, old.shape[3])
                 new[:, :, : self.length] = old[: self.rows, :, : self.length]
@@ -117,15 +117,15 @@ class SuffixPool:
         Args:
             key, value: (rows, kv_heads, 1, head_dim).
         """
-        for store, new in ((self._keys, key), (self._values, value)):
+        for store, new in zip(self._stores, (key, value), strict=True):
             if layer not in store:
                 store[layer] = self._allocate(new, self.rows, new.shape[1], self.capacity, new.shape[3])
             store[layer][: self.rows, :, self.length] = new[:, :, 0]
 
     def layer(self, layer: int) -> tuple[Tensor, Tensor]:
         """Keys and values with the position just appended, (rows, kv_heads, length + 1, head_dim) views."""
-        end = self.length + 1
-        return self._keys[layer][: self.rows, :, :end], self._values[layer][: self.rows, :, :end]
+        keys, values = (store[layer][: self.rows, :, : self.length + 1] for store in self._stores)
+        return keys, values
 
     def advance(self) -> None:
         self.length += 1
@@ -134,7 +134,7 @@ class SuffixPool:
         """Gather rows (duplicates fork) into pools with room for ``capacity`` tokens; layer by layer."""
         rows = index.shape[0]
         self.capacity = max(self.capacity, -(-capacity // self._align) * self._align)
-        for store in (self._keys, self._values):
+        for store in self._stores:
             for layer, old in store.items():
                 store[layer] = self._selected(old, index)
         self.rows = rows
@@ -155,7 +155,7 @@ class SuffixPool:
         """Copy rows ``sources`` over ``holes``: O(rows moved), no gather. Doing it again is harmless as long as no row
         is a source and a hole; lowering ``rows`` then forgets the sources."""
         if sources.numel():
-            for store in (self._keys, self._values):
+            for store in self._stores:
                 for tensor in store.values():
                     tensor[holes, :, : self.length] = tensor[sources, :, : self.length]
 
@@ -163,21 +163,19 @@ class SuffixPool:
         """Keep rows [0, at); return a pool of the rest. Both are views of the same memory, and never overlap."""
         rest = SuffixPool(self.rows - at, align=self._align)
         rest.length, rest.capacity = self.length, self.capacity
-        rest._keys = {layer: tensor[at : self.rows] for layer, tensor in self._keys.items()}
-        rest._values = {layer: tensor[at : self.rows] for layer, tensor in self._values.items()}
-        keys = {layer: tensor[:at] for layer, tensor in self._keys.items()}
-        values = {layer: tensor[:at] for layer, tensor in self._values.items()}
-        self._keys, self._values, self.rows = keys, values, at
+        rest._stores = tuple({layer: buffer[at : self.rows] for layer, buffer in each.items()} for each in self._stores)
+        mine = tuple({layer: buffer[:at] for layer, buffer in each.items()} for each in self._stores)
+        self._stores, self.rows = mine, at
         return rest
 
     def to(self, device: torch.device | str) -> None:
         """Park the pool on the host, or bring it back."""
-        for store in (self._keys, self._values):
+        for store in self._stores:
             for layer, tensor in store.items():
                 store[layer] = tensor[: self.rows].to(device)
 
     def num_bytes(self) -> int:
-        return sum(tensor.nbytes for store in (self._keys, self._values) for tensor in store.values())
+        return sum(tensor.nbytes for store in self._stores for tensor in store.values())
 
 
 def bytes_per_token(prefix: Prefix) -> int:

@@ -41,11 +41,12 @@ class RaggedPool(SuffixPool):
         Returns:
             Keys and values of all rows, (rows, kv_heads, capacity, head_dim) views.
         """
-        for store, new in ((self._keys, key), (self._values, value)):
+        for store, new in zip(self._stores, (key, value), strict=True):
             if layer not in store:
                 store[layer] = new.new_zeros(self.rows, new.shape[1], self.capacity, new.shape[2])
             store[layer][rows, :, slots] = new
-        return self._keys[layer][: self.rows], self._values[layer][: self.rows]
+        keys, values = (store[layer][: self.rows] for store in self._stores)
+        return keys, values
 
     def gather(self, places: Sequence[int], length: int, capacity: int, device: torch.device) -> None:
         """Keep the rows at ``places`` (duplicates fork), their first ``length`` positions; room for ``capacity``."""
