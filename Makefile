@@ -30,10 +30,10 @@ demo: $(READY)
 	specrej-eval report results/demo
 
 test: lint
-	pytest -n $(TEST_PROCESSES) --dist loadfile -m "not full"
+	pytest -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder -m "not full"
 
 test-slow: lint
-	SPECREJ_TEST_FULL=1 pytest -n $(TEST_PROCESSES) --dist loadfile
+	SPECREJ_TEST_FULL=1 pytest -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
 
 lint: $(READY)
 	ruff check .

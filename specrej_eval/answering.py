@@ -62,12 +62,13 @@ def encode(engine: Engine, question: Question, *, apply_chat_template: bool | st
         raise PromptError(f"{question.name} is empty.", hint="remove it from the file of prompts.")
     bare = text == question.instruction
     use_template = engine.has_chat_template and bare if apply_chat_template == AUTO else apply_chat_template
-    if question.messages is not None:
-        prompt = engine.encode(question.messages)
-    elif use_template:
-        prompt = engine.encode([{"role": "user", "content": text}])
-    else:
-        prompt = engine.encode(ContentText.around(text, question.instruction))  # the template around it is the user's
+    read: str | Sequence[Message] = question.messages or [{"role": "user", "content": text}]
+    if question.messages is None and not use_template:
+        read = ContentText.around(text, question.instruction)  # the template around it is the user's
+    try:
+        prompt = engine.encode(read)
+    except PromptError as error:
+        raise PromptError(f"{question.name}: {error.args[0]}", hint=error.hint) from error
     return replace(prompt, conversation=({"role": "user", "content": question.instruction},))
 
 

@@ -62,15 +62,24 @@ def load_models(
     Raises:
         ConfigError, CheckpointError, MissingDependencyError: as ``load``.
     """
+    from specrej_eval.rewards.choose import resolve_reward
+
+    engine = load_engine(config, host, content_rule=content_rule)
+    return engine, resolve_reward(config, token=host.get("token")).load(str(engine.device))
+
+
+def load_engine(
+    config: RunConfig, host: Mapping[str, Any], *, content_rule: str = ENCODE_AS_TEXT
+) -> TransformersEngine:
+    """The language model alone. Arguments and errors as ``load_models``."""
     from specrej_eval.engines.transformers.engine import TransformersEngine
     from specrej_eval.engines.transformers.loading import load_model_and_tokenizer
-    from specrej_eval.rewards.choose import resolve_reward
 
     model, tokenizer = load_model_and_tokenizer(config, host)
     template_args = as_dict("chat_template_args", host.get("chat_template_args") or {})
     if host.get("enable_thinking") is not None:
         template_args["enable_thinking"] = host["enable_thinking"]
-    engine = TransformersEngine(
+    return TransformersEngine(
         model,
         tokenizer,
         max_length=host.get("max_length"),
@@ -79,8 +88,6 @@ def load_models(
         chat_template_args=template_args,
         special_tokens_in_content=config.special_tokens_in_content or content_rule,
     )
-    reward = resolve_reward(config, token=host.get("token")).load(str(engine.device))
-    return engine, reward
 
 
 def identity_of(host: Mapping[str, Any]) -> dict[str, Any]:

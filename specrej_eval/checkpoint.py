@@ -105,7 +105,7 @@ def _hub_config(
         config, _ = PretrainedConfig.get_config_dict(name, revision=revision, subfolder=subfolder, token=token)
     except Exception as error:  # the hub's client has many kinds of failure; all of them mean the same here
         raise CheckpointError(
-            f"{argument}: {name!r} is not a folder, and its config.json could not be had from the hub: "
+            f"{argument}: {name!r} is not a folder; could not download its config.json from the hub: "
             f"{_first_line(error)}",
             hint=f"check name, network (HF_HUB_OFFLINE?) and access. If a folder was meant: {folder_hint(name)}",
         ) from error
@@ -201,11 +201,16 @@ def stamp(name: str | None) -> str | None:
     return digest.hexdigest()
 
 
+def has_tokenizer(folder: Path) -> bool:
+    """Whether there is a tokenizer file in a folder."""
+    return any((folder / name).is_file() for name in TOKENIZER_FILES)
+
+
 def check_tokenizer_files(argument: str, folder: Path) -> None:
     """Raises:
     CheckpointError: no tokenizer file in the folder.
     """
-    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+    if not has_tokenizer(folder):
         raise CheckpointError(
             f"{argument}: there is no tokenizer in {str(folder)!r}.",
             hint=f"looked for {', '.join(TOKENIZER_FILES)}.",

@@ -97,8 +97,12 @@ COMMANDS = {
     ),
     "doctor": Command(
         "specrej_eval.commands.doctor",
-        "check the installation (versions, startup hook, devices, demo weights), or with --reward a reward model",
-        ("specrej-eval doctor", "specrej-eval doctor --reward Skywork/Skywork-Reward-V2-Qwen3-0.6B"),
+        "check the installation (versions, startup hook, devices, demo weights), a reward model or a language model",
+        (
+            "specrej-eval doctor",
+            "specrej-eval doctor --reward Skywork/Skywork-Reward-V2-Qwen3-0.6B",
+            "specrej-eval doctor --pretrained Qwen/Qwen3-1.7B --dtype bfloat16",
+        ),
     ),
     "path": Command(
         "specrej_eval.commands.path",

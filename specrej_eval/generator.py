@@ -71,8 +71,8 @@ class _Running:
     session: EngineSession
     scoring: RewardSession
     state: State
-    look_at: int
-    """Tokens per live row at which the look is due."""
+    look_in: int
+    """Tokens each live row takes before the next look, counted from the last."""
     rewards: dict[int, float] = field(default_factory=dict)
     survived: Counter[int] = field(default_factory=Counter)
     rounds: list[Round] = field(default_factory=list)
@@ -81,7 +81,7 @@ class _Running:
 
     @property
     def remaining_tokens(self) -> int:
-        return 0 if not self.session.num_live else self.look_at - self.session.num_tokens
+        return 0 if not self.session.num_live else self.look_in - self.session.tokens_since_look
 
 
 class Generator:
@@ -268,7 +268,7 @@ class Generator:
             session=session,
             scoring=scoring,
             state=state,
-            look_at=plan.num_tokens,
+            look_in=plan.num_tokens,
         )
 
     def _token_stats(self, config: RunConfig) -> set[TokenStat]:
@@ -300,10 +300,9 @@ class Generator:
         lost = [place for place, score in enumerate(scores) if not math.isfinite(score)]
         if lost and work.request.config.on_nan == "error":
             row, score = pool[lost[0]], scores[lost[0]]
-            reason = self.reward.nan_reasons.get(lost[0])
             raise RewardError(
-                f"{self.reward.name} scored row {row.row} of a prompt with {score}{f' ({reason})' if reason else ''}; "
-                f"its text begins {row.text[:80]!r}.",
+                f"{self.reward.name} scored row {row.row} of a prompt with {score}{self.reward.why_nan(lost[0])}; its "
+                f"text begins {row.text[:80]!r}.",
                 hint="on_nan=drop ranks such rows last and counts them.",
             )
         work.nan_rewards += len(lost)
@@ -324,7 +323,7 @@ class Generator:
     def _follow(self, work: _Running, plan: Plan) -> None:
         self.engine.follow(work.session, plan)
         work.scoring.keep(plan.keep)
-        work.look_at = work.session.num_tokens + plan.num_tokens
+        work.look_in = plan.num_tokens
 
     @staticmethod
     def _learn(work: _Running, pool: Sequence[RowView], scores: Sequence[float], plan: Plan, round_: Round) -> None:

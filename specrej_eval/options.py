@@ -24,10 +24,13 @@ NAMES = (
     "reward_retries",
     "judge_prompt",
     "judge_max_toks",
+    "special_tokens_in_content",
     "trust_remote_code",
 )
 _HELP = {
     "reward_dtype": "auto = float32 for the embedded one, else the checkpoint's.",
+    "special_tokens_in_content": "Special tokens such as <|im_end|> that a prompt or an answer spells: encode_as_text "
+    "(also where it is not given), allow (control tokens) or error.",
     "reward_device": "None = cuda if there is one, else cpu.",
     "trust_remote_code": "Run code from the checkpoint.",
 }

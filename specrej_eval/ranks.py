@@ -7,6 +7,7 @@ id, on others by a heartbeat in the store that the launcher has set up. It impor
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import json
 import os
@@ -78,8 +79,19 @@ class Watch:
         """Who is lost. It stays so, and the store is asked no more: its holder may be the next to stop."""
         self._inside = 0
         self._since = 0.0
+        self._over = threading.Event()
         store.set(f"{_PREFIX}{rank}", json.dumps([self.me.rank, self.me.host, self.me.pid, self.me.started]))
-        threading.Thread(target=self._run, name="specrej-ranks", daemon=True).start()
+        self._thread = threading.Thread(target=self._run, name="specrej-ranks", daemon=True)
+        self._thread.start()
+        # A thread that is in the store's C++ code when the interpreter goes makes it abort: a run that went well would
+        # end with SIGABRT, and its launcher would call it failed.
+        atexit.register(self.close)
+
+    def close(self) -> None:
+        """Watch no more; at the latest when the process ends. It waits for a call of the store that is under way."""
+        self._over.set()
+        if self._thread is not threading.current_thread():
+            self._thread.join(timeout=GRACE)
 
     @contextlib.contextmanager
     def guard(self) -> Iterator[None]:
@@ -141,7 +153,8 @@ class Watch:
         missing = 0.0
         for count in range(sys.maxsize):
             self._find_peers()  # outside a guard too: to know a peer before it is gone
-            time.sleep(POLL if None not in self.peers.values() else POLL / 10)
+            if self._over.wait(POLL if None not in self.peers.values() else POLL / 10):
+                return
             lost = self.lost()
             if lost is None:
                 self._set(f"{_PREFIX}{self.rank}/beat", str(count))

@@ -15,6 +15,7 @@ which Gemma and GPT-NeoX have for plain text.
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import re
@@ -93,6 +94,12 @@ class Tokeniser:
         self._tails = {text[size:] for text in texts for size in range(1, len(text))}
         self._longest = max(map(len, texts), default=0)
         self._twins: dict[int, _Twin] = {}
+        self._python_twin: _PythonTwin | None = None
+
+    @property
+    def special_ids(self) -> dict[int, str]:
+        """Id -> text of every special token."""
+        return {int(self.tokenizer.convert_tokens_to_ids(text)): text for text in self._added}
 
     def found_in(self, text: str) -> str | None:
         """The first special token that a text holds, or None."""
@@ -270,7 +277,7 @@ class Tokeniser:
         """``tokenizer(text, **options)`` with the marked special tokens read as text.
 
         Raises:
-            SpecialTokenError: the tokenizer is written in Python alone, and has no twin.
+            SpecialTokenError: this tokenizer, a class of Python code, cannot be made to do so.
         """
         if not marked.marks:
             return self.tokenizer(marked.text, **options)
@@ -299,7 +306,10 @@ class Tokeniser:
             last = place = end
         return [*parts, _Part(marked.text[last:], True)]
 
-    def _twin_for(self, text: str) -> _Twin:
+    def _twin_for(self, text: str) -> _Twin | _PythonTwin:
+        if getattr(self.tokenizer, "backend_tokenizer", None) is None:
+            self._python_twin = self._python_twin or _PythonTwin(self)
+            return self._python_twin
         size = len(self._added)
         for base in _BASES:
             if not any(base <= ord(letter) < base + size for letter in text):
@@ -337,16 +347,11 @@ class _Twin:
     """The same tokenizer, its special tokens renamed to placeholders; ids are the original's."""
 
     def __init__(self, tokenizer: Any, tokens: Sequence[str], base: int) -> None:
-        backend = getattr(tokenizer, "backend_tokenizer", None)
-        if backend is None:
-            raise SpecialTokenError(
-                "it holds special tokens, and this tokenizer (written in Python alone) cannot read them as text"
-            )
         from tokenizers import Tokenizer
 
         self._tokenizer = tokenizer
         self._placeholders = {token: chr(base + place) for place, token in enumerate(tokens)}
-        state = json.loads(backend.to_str())
+        state = json.loads(tokenizer.backend_tokenizer.to_str())
         state["truncation"] = state["padding"] = None
         renamed = self._placeholders
         for entry in state["added_tokens"]:
@@ -372,7 +377,6 @@ class _Twin:
             if number is None:
                 raise SpecialTokenError(f"the tokenizer has no twin without {token!r}")
             self._ids[number] = int(tokenizer.convert_tokens_to_ids(token))
-        self._unknown = tokenizer.unk_token_id
 
     def encode(
         self,
@@ -389,7 +393,7 @@ class _Twin:
             texts[0], texts[1] if pair is not None else None, add_special_tokens=add_special_tokens
         )
         ids = [self._ids.get(number, number) for number in encoding.ids]
-        self._check(sides, ids, add_special_tokens=add_special_tokens)
+        _check(self._tokenizer, set(self._ids.values()), sides, ids, add_special_tokens=add_special_tokens)
         found: dict[str, Any] = {"input_ids": ids, "attention_mask": [1] * len(ids)}
         if "token_type_ids" in self._tokenizer.model_input_names:
             found["token_type_ids"] = list(encoding.type_ids)
@@ -400,15 +404,95 @@ class _Twin:
     def _written(self, part: _Part) -> str:
         return part.text if part.is_content else self._placeholders[part.text]
 
-    def _check(self, sides: Sequence[Sequence[_Part]], ids: Sequence[int], *, add_special_tokens: bool) -> None:
-        """Every special id comes from a placeholder, or is one that the tokenizer puts around any text."""
-        own = set(self._ids.values()) - {self._unknown}
-        count = sum(not part.is_content for side in sides for part in side if part.text)
-        wanted = [part.text for side in sides for part in side if not part.is_content]
-        added = self._tokenizer.num_special_tokens_to_add(pair=len(sides) > 1) if add_special_tokens else 0
-        unknown = sum(self._tokenizer.convert_tokens_to_ids(token) == self._unknown for token in wanted)
-        if sum(number in own for number in ids) != count - unknown + added:
-            raise SpecialTokenError("special tokens in the text cannot be told from the template's by this tokenizer")
+
+class _PythonTwin:
+    """For tokenizers written in Python alone: their own split of plain text, between the template's tokens.
+
+    Nobody can say what such a class does with a text, so it is trusted with one only if this gives the ids of its own
+    call where all special tokens of that very text count as the template's.
+    """
+
+    def __init__(self, tokeniser: Tokeniser) -> None:
+        self._tokeniser = tokeniser
+        self._tokenizer = tokeniser.tokenizer
+
+    def encode(
+        self,
+        parts: Sequence[_Part],
+        pair: Sequence[_Part] | None = None,
+        *,
+        add_special_tokens: bool = True,
+        return_offsets_mapping: bool = False,
+    ) -> dict[str, Any]:
+        """As the tokenizer's own call."""
+        sides = [parts] if pair is None else [parts, pair]
+        if return_offsets_mapping or not all(map(self._is_understood, sides)):
+            raise SpecialTokenError(
+                "it holds special tokens, and this tokenizer (written in Python alone) cannot be made to read them as "
+                "text"
+            )
+        split = [self._ids(side) for side in sides]
+        ids = list(itertools.chain(*split))
+        if add_special_tokens:
+            ids = list(self._tokenizer.build_inputs_with_special_tokens(*split))
+        special = set(self._tokeniser.special_ids)
+        _check(self._tokenizer, special, sides, ids, add_special_tokens=add_special_tokens)
+        types = [0] * len(ids)
+        if "token_type_ids" in self._tokenizer.model_input_names and add_special_tokens:
+            types = self._tokenizer.create_token_type_ids_from_sequences(*split)
+        found: dict[str, Any] = {"input_ids": list(ids), "attention_mask": [1] * len(ids)}
+        if "token_type_ids" in self._tokenizer.model_input_names:
+            found["token_type_ids"] = list(types)
+        return Encoded(found, self._sides(split, ids))
+
+    def _sides(self, split: Sequence[list[int]], ids: Sequence[int]) -> tuple[int | None, ...]:
+        """Which text an id is of; None for those that the tokenizer puts around them."""
+        around = [0] * len(ids)
+        if len(ids) > sum(map(len, split)):
+            around = list(self._tokenizer.get_special_tokens_mask(*split))
+        sides = iter([side for side, mine in enumerate(split) for _ in mine])
+        return tuple(None if is_added else next(sides, None) for is_added in around)
+
+    def _is_understood(self, parts: Sequence[_Part]) -> bool:
+        text = "".join(part.text for part in parts)
+        wanted = self._tokenizer(text, add_special_tokens=False)["input_ids"]
+        try:
+            return bool(self._ids(self._tokeniser._parts(Marked(text, ()))) == list(wanted))
+        except (AttributeError, NotImplementedError, TypeError):  # a class that splits text in another way
+            return False
+
+    def _ids(self, parts: Sequence[_Part]) -> list[int]:
+        known, tokenizer = self._tokeniser._added, self._tokenizer
+        shown = [part for part in parts if part.text]
+        found: list[int] = []
+        for place, (text, is_content) in enumerate(shown):
+            if not is_content:
+                found.append(int(tokenizer.convert_tokens_to_ids(text)))
+                continue
+            before, after = shown[place - 1] if place else None, shown[place + 1] if place + 1 < len(shown) else None
+            if before is not None and not before.is_content and known[before.text].rstrip:
+                text = text.lstrip()
+            if after is not None and not after.is_content and known[after.text].lstrip:
+                text = text.rstrip()
+            if text:
+                found += tokenizer.convert_tokens_to_ids(tokenizer._tokenize(text))
+        return found
+
+
+def _check(
+    tokenizer: Any, special: set[int], sides: Sequence[Sequence[_Part]], ids: Sequence[int], *, add_special_tokens: bool
+) -> None:
+    """Every special id comes from the template, or is one that the tokenizer puts around any text.
+
+    Raises:
+        SpecialTokenError: there are more, or fewer.
+    """
+    own = special - {tokenizer.unk_token_id}
+    wanted = [part.text for side in sides for part in side if not part.is_content and part.text]
+    added = tokenizer.num_special_tokens_to_add(pair=len(sides) > 1) if add_special_tokens else 0
+    unknown = sum(tokenizer.convert_tokens_to_ids(token) == tokenizer.unk_token_id for token in wanted)
+    if sum(number in own for number in ids) != len(wanted) - unknown + added:
+        raise SpecialTokenError("special tokens in the text cannot be told from the template's by this tokenizer")
 
 
 class Encoded(dict[str, Any]):

@@ -25,6 +25,7 @@ STOPPED = "What is finished is recorded; run the same command again to go on."
 PATIENCE = 4.0
 """Seconds that the way out may take."""
 NAMES = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}
+_DEFAULTS = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
 _SECRETS = re.compile(r"(?i)\b([\w-]*(?:token|api_?key|password|secret))([=:])(?!_id)[^,\s\"'}]+")
 _PASSWORD = re.compile(r"(https?://)[^/@\s]*@")
 _SECRET_NAME = re.compile(r"(?i)^--?[\w-]*(?:token|api[_-]?key|password|secret)$")
@@ -50,6 +51,8 @@ class Kept:
     where: str | None
     """The file or folder that holds them; None = nowhere."""
     answers: int = 0
+    what: str = "answers"
+    """What is counted, in the plural."""
     active: bool = True
 
     def add(self) -> None:
@@ -88,18 +91,20 @@ def is_command() -> bool:
 def signals() -> Iterator[None]:
     """Within a ``command``, in the main thread: Ctrl-C and SIGTERM raise ``Stopped``.
 
-    A second Ctrl-C ends the process at once. A handler that somebody else has set stays.
+    A second Ctrl-C ends the process at once. A signal that is ignored stays so (a shell's background jobs and ``nohup``
+    ignore Ctrl-C; SIGTERM is told all the same), and where somebody else has set a handler nothing changes.
     """
     ours = is_command() and not _state.handling and threading.current_thread() is threading.main_thread()
-    before = {number: signal.getsignal(number) for number in NAMES} if ours else {}
-    if not ours or before != {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}:
+    found = {number: signal.getsignal(number) for number in NAMES} if ours else {}
+    before = {number: handler for number, handler in found.items() if handler == _DEFAULTS[number]}
+    if not before or any(found[number] != signal.SIG_IGN for number in found.keys() - before.keys()):
         yield
         return
     reader, writer = socket.socketpair()
     writer.setblocking(False)
     previous = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
     threading.Thread(target=_end_in_time, args=(reader,), name="specrej-stopping", daemon=True).start()
-    for number in NAMES:
+    for number in before:
         signal.signal(number, _on_signal)
     _state.handling = True
     try:
@@ -127,9 +132,11 @@ def held() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def keeping(total: int, where: str | os.PathLike[str] | None, answers: int = 0) -> Iterator[Kept]:
+def keeping(
+    total: int, where: str | os.PathLike[str] | None, answers: int = 0, *, what: str = "answers"
+) -> Iterator[Kept]:
     """Count the answers kept, for the message. Inside another ``keeping`` nothing is counted: the outer one does."""
-    kept = Kept(total, None if where is None else os.fspath(where), answers)
+    kept = Kept(total, None if where is None else os.fspath(where), answers, what)
     if _state.kept is not None and _state.kept.active:
         yield kept
         return
@@ -159,7 +166,7 @@ def what_is_kept() -> str:
             f"of {kept.total} answers none is kept{whose}, for no file was named. journal=FILE in --model_args keeps "
             "each one as it is finished, and the same command goes on from there."
         )
-    return f"{kept.answers} of {kept.total} answers{whose} are kept in {kept.where}; {again}"
+    return f"{kept.answers} of {kept.total} {kept.what}{whose} are kept in {kept.where}; {again}"
 
 
 def command_line() -> str:

@@ -3,7 +3,9 @@
 ``SPECREJ_TEST_FULL=1`` asks for ten times as many examples and draws (minutes instead of seconds).
 """
 
+import gc
 import os
+import statistics
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -25,6 +27,21 @@ _ALWAYS = {"derandomize": True, "database": None, "deadline": None, "suppress_he
 settings.register_profile("fast", max_examples=100, **_ALWAYS)
 settings.register_profile("full", max_examples=1000, **_ALWAYS)
 settings.load_profile("full" if FULL else "fast")
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m takes tests away
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with slow tests first, so that with several processes no long one is left for the end (needs
+    ``--no-loadscope-reorder``: xdist would begin with the files of the most tests, which are short ones)."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        slow = {item.path for item in items if any(map(item.get_closest_marker, ("slow", "full")))}
+        items.sort(key=lambda item: item.path not in slow)
+
+
+def pytest_collection_finish() -> None:
+    """What is imported by now stays: each ``gc.collect()``, as after memory ran out, need not go through it again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="module")
@@ -54,16 +71,35 @@ def counted(request: pytest.FixtureRequest) -> Callable[[str, int], None]:
     return add
 
 
+@pytest.fixture
+def measured(request: pytest.FixtureRequest) -> Callable[[str, float], None]:
+    """``measured("seconds from SIGTERM to the end", 0.4)``: printed at the end, and never asserted."""
+
+    def add(what: str, value: float) -> None:
+        request.node.user_properties.append(("measured", (what, value)))
+
+    return add
+
+
 def pytest_terminal_summary(terminalreporter: Any) -> None:
-    """The counts of ``counted``; they come from the reports, so tests may run in several processes."""
+    """What ``counted`` and ``measured`` were told; it comes from the reports, so tests may run in several processes."""
     counts: Counter[str] = Counter()
+    values: dict[str, list[float]] = {}
     for reports in terminalreporter.stats.values():
         for report in reports:
             if getattr(report, "when", None) == "call":
                 for name, value in report.user_properties:
                     if name == "counted":
                         counts[value[0]] += value[1]
+                    if name == "measured":
+                        values.setdefault(value[0], []).append(value[1])
     if counts:
         terminalreporter.section("counted")
         for what, number in sorted(counts.items()):
             terminalreporter.write_line(f"{number:>8,}  {what}")
+    if values:
+        terminalreporter.section("measured")
+        for what, found in sorted(values.items()):
+            terminalreporter.write_line(
+                f"{len(found):>8,}  {what}: median {statistics.median(found):.2f}, most {max(found):.2f}"
+            )

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from support import FULL
 from support.tiny_models import save, tiny_causal_lm, tiny_tokenizer
 
 import specrej_eval
@@ -278,7 +279,7 @@ def test_a_journal_cut_short_by_a_kill_is_continued(tmp_path: Path) -> None:
     path = tmp_path / "journal.jsonl"
     whole = load(n=4, journal=str(path)).generate(PROMPTS)
     content = path.read_bytes()
-    for kept in range(1, len(content), max(1, len(content) // 12)):
+    for kept in range(1, len(content), max(1, len(content) // (12 if FULL else 5))):
         path.write_bytes(content[:kept])
         resumed = load(n=4, journal=str(path)).generate(PROMPTS)
         assert [result.trajectories for result in resumed] == [result.trajectories for result in whole]

@@ -22,7 +22,7 @@ HARNESSES = {"alpaca_eval", "lm_eval"}
 LAYERS = (
     {"errors", "checked"},
     {"paths", "registry", "core", "stopping"},
-    {"checkpoint", "config", "special_tokens", "ranks"},
+    {"checkpoint", "companions", "config", "special_tokens", "ranks"},
     {"budget"},
     {"kv", "strategies", "records", "demo"},
     {"engines", "rewards"},  # never each other
@@ -34,7 +34,12 @@ LAYERS = (
     {"cli"},
     {"__init__", "__main__"},
 )
-SIDE_BY_SIDE = {("config", "checkpoint"), ("special_tokens", "config"), ("harness", "commands")}
+SIDE_BY_SIDE = {
+    ("companions", "checkpoint"),
+    ("config", "checkpoint"),
+    ("special_tokens", "config"),
+    ("harness", "commands"),
+}
 # What is below the loop is known above it by its protocols only; putting the parts together is done inside functions.
 PROTOCOLS = {"specrej_eval.engines.base", "specrej_eval.rewards.base", "specrej_eval.strategies.base"}
 ABOVE_THE_LOOP = {"scheduler", "progress", "generator", "answering", "harness", "commands"}

@@ -15,7 +15,7 @@ from support.reward_checkpoints import CASES, build
 from support.rewards import make_reward
 from support.tiny_models import tiny_tokenizer
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast
+from transformers import ByT5Tokenizer, PreTrainedTokenizer, PreTrainedTokenizerFast
 
 from specrej_eval.config import RunConfig
 from specrej_eval.core import RowView
@@ -304,3 +304,95 @@ def test_a_text_pair_holds_only_the_special_tokens_the_tokenizer_puts_around_it(
     )
     assert specials_of(renderer, spelled.ids) == specials_of(renderer, plain.ids)
     assert set(spelled.types) == set(plain.types) == {0, 1}
+
+
+# Tokenizers written in Python alone
+
+
+class Letters(PreTrainedTokenizer):
+    """One token for each letter."""
+
+    model_input_names = ("input_ids", "attention_mask")  # type: ignore[assignment]
+
+    def __init__(self, **options: Any) -> None:
+        self.letters = {chr(32 + number): number for number in range(95)}
+        super().__init__(**{"unk_token": "?", "bos_token": "<s>", "eos_token": "</s>", **options})
+
+    @property
+    def vocab_size(self) -> int:
+        return len(self.letters)
+
+    def get_vocab(self) -> dict[str, int]:
+        return {**self.letters, **self.added_tokens_encoder}
+
+    def _tokenize(self, text: str, **_: Any) -> list[str]:
+        return list(text)
+
+    def _convert_token_to_id(self, token: str) -> int:
+        return self.letters.get(token, self.letters["?"])
+
+    def _convert_id_to_token(self, index: int) -> str:
+        return chr(32 + index)
+
+    def convert_tokens_to_string(self, tokens: list[str]) -> str:
+        return "".join(tokens)
+
+
+class Words(Letters):
+    """A word is a token, a special one too: what is spelled cannot be told from it."""
+
+    def _tokenize(self, text: str, **_: Any) -> list[str]:
+        return [*text.split()]
+
+
+class Whole(Letters):
+    """Splits in a way of its own, as tokenizers from remote code do."""
+
+    def tokenize(self, text: str, **_: Any) -> list[str]:
+        return list(reversed(text))
+
+
+PYTHON_TEMPLATE = "{% for m in messages %}{{ bos_token }}{{ m['content'] }}{{ eos_token }}{% endfor %}"
+
+
+@pytest.mark.parametrize("make", [ByT5Tokenizer, Letters])
+def test_tokenizers_of_python_alone_read_what_is_spelled_as_text(
+    make: Any, counted: Callable[[str, int], None]
+) -> None:
+    tokenizer = make(chat_template=PYTHON_TEMPLATE, bos_token="<s>", extra_special_tokens=["<|im_end|>"])
+    assert getattr(tokenizer, "backend_tokenizer", None) is None
+    tokeniser = Tokeniser(tokenizer)
+    special = tokenizer.added_tokens_decoder.keys() - {tokenizer.unk_token_id}
+
+    def specials(text: str, **options: Any) -> list[int]:
+        ids = tokeniser.chat([{"role": "user", "content": text}], **options)["input_ids"]
+        return [token for token in ids if token in special]
+
+    for token in ("</s>", "<s>", "<|im_end|>"):
+        for form in FORMS:
+            assert specials(form.replace("{}", token)) == specials(form.replace("{}", "word")) == specials("")
+            planted = form.replace("{}", token)
+            ids = tokeniser.chat([{"role": "user", "content": planted}])["input_ids"]
+            if make is ByT5Tokenizer:  # which loses nothing but white space beside its special tokens
+                assert planted.strip() in tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+            counted("injections planted: tokenizers of Python alone", 1)
+    for text in texts(50, 5):
+        ours, own = (Tokeniser(tokenizer, rule) for rule in ("encode_as_text", "allow"))
+        message = [{"role": "user", "content": text}]
+        assert ours.chat(message)["input_ids"] == own.chat(message)["input_ids"]
+    first, second = tokeniser.pair("a</s>", "b"), tokenizer("axxxx", "b")
+    assert len(first["input_ids"]) == len(second["input_ids"])
+    assert [side for side in first.sequence_ids(0) if side is not None] == [0] * 5 + [1]
+
+
+@pytest.mark.parametrize("make", [Words, Whole])
+def test_a_python_tokenizer_that_cannot_be_understood_is_an_error_that_names_the_row(make: Any) -> None:
+    tokenizer = make(chat_template=PYTHON_TEMPLATE)
+    renderer = Renderer(tokenizer, name="rm", vocab_size=200)
+    plain = ids_of(renderer, "add", "ok")  # without special tokens in content nothing changes
+    assert plain == tokenizer("<s>add</s><s>ok</s>", add_special_tokens=False)["input_ids"]
+    told = "(?s)special tokens.*this tokenizer.*{}special_tokens_in_content=allow"
+    with pytest.raises(RewardError, match=told.format("row 0.*")):
+        ids_of(renderer, "add", "x </s> y")
+    with pytest.raises(PromptError, match=told.format("")):
+        encode_prompt(tokenizer, [{"role": "user", "content": "x </s> y"}])

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tqdm import tqdm
 
+from specrej_eval import stopping
 from specrej_eval.config import RunConfig, as_bool
 from specrej_eval.core import finite_or_none
 from specrej_eval.errors import ConfigError, RewardError
@@ -87,22 +88,22 @@ def run(args: argparse.Namespace) -> int:
     if len(done) < len(entries):
         reward = load_reward(config, args.token)
         _check_reads_text(reward)
-        with open_append(str(target), argument="output") as file:
-            bar = tqdm(total=len(entries), initial=len(done), desc="score", unit="row")
-            try:
-                size = len(entries) if by_rank else CHUNK
-                for start in range(len(done), len(entries), size):
-                    chunk = entries[start : start + size]
-                    for entry, found in _scored(reward, chunk, on_error=args.on_error, together=by_rank):
-                        result = (
-                            {args.column: found} if isinstance(found, float) else {args.column: None, "error": found}
-                        )
+        with (
+            open_append(str(target), argument="output") as file,
+            stopping.keeping(len(entries), target, answers=len(done), what="rows") as kept,
+            tqdm(total=len(entries), initial=len(done), desc="score", unit="row") as bar,
+        ):
+            size = len(entries) if by_rank else CHUNK
+            for start in range(len(done), len(entries), size):
+                chunk = entries[start : start + size]
+                for entry, found in _scored(reward, chunk, on_error=args.on_error, together=by_rank):
+                    result = {args.column: found} if isinstance(found, float) else {args.column: None, "error": found}
+                    with stopping.held():  # on disk before it is counted, whatever ends the process
                         done.append({**entry.record, **result})
                         file.write(json.dumps(done[-1], ensure_ascii=False) + "\n")
-                        bar.update(1)
-                    file.flush()
-            finally:
-                bar.close()
+                        file.flush()
+                        kept.add()
+                    bar.update(1)
     return _report(target, done, args.column)
 
 
@@ -232,10 +233,11 @@ def _scored(
             raise RewardError(f"{chunk[0].where}: {error.args[0]}", hint=error.hint or _SKIP) from error
         yield chunk[0], str(error.args[0])
         return
-    for entry, score in zip(chunk, scores, strict=True):
+    for place, (entry, score) in enumerate(zip(chunk, scores, strict=True)):
+        why = reward.why_nan(place)
         if math.isnan(score) and on_error == "stop":
-            raise RewardError(f"{entry.where}: {reward.name} scored it with NaN.", hint=_SKIP)
-        yield entry, "NaN" if finite_or_none(score) is None else float(score)
+            raise RewardError(f"{entry.where}: {reward.name} scored it with NaN{why}.", hint=_SKIP)
+        yield entry, f"NaN{why}" if finite_or_none(score) is None else float(score)
 
 
 def _of_the_server(error: RewardError) -> bool:

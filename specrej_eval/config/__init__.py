@@ -182,7 +182,7 @@ class RunConfig:
     logprobs: bool = False
     """True: every trajectory carries the log-prob of each of its tokens."""
     batch_size: int = 4
-    """Prompts in flight. Never changes results."""
+    """Prompts in flight. Changes results in their last bits at most (see ``promises`` there)."""
     trace_path: str | None = None
     """JSONL file: one event per round, one record per request."""
     journal: str | None = None

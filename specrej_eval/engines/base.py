@@ -44,8 +44,9 @@ class EngineSession(ABC):
 
     @property
     @abstractmethod
-    def num_tokens(self) -> int:
-        """Tokens each live row has decoded."""
+    def tokens_since_look(self) -> int:
+        """Tokens each live row has decoded since the last ``follow``. Rows that started late are shorter than others,
+        so it is this that they have in common."""
 
     @property
     @abstractmethod

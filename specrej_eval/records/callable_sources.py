@@ -2,13 +2,16 @@
 
 From its module on, imports are followed (those inside functions too) as long as they lead to code of the same
 distribution, or to code of no distribution at all: files beside it, the working directory, ``PYTHONPATH``. Other
-distributions are told by their versions; the standard library by Python's. What a module imports by a name made at run
-time, files that it opens and what it reads from a network cannot be followed: they are named instead.
+distributions are told by their versions; the standard library by Python's. Where the code reads files, those of the
+function's own package that are no Python belong to it too, unless they are too many or the code writes files as well (a
+log or a cache would be another reward after every call). What a module imports by a name made at run time, other files
+that it opens and what it reads from a network cannot be followed: they are named instead.
 """
 
 from __future__ import annotations
 
 import ast
+import fnmatch
 import functools
 import importlib.machinery
 import importlib.util
@@ -35,7 +38,33 @@ _READS = {
     "__import__",
 }
 """Calls that take in what is no source: files, checkpoints, modules by a name made at run time."""
+_LOADS = {
+    *("fromfile", "genfromtxt", "get_data", "load", "load_file", "load_model", "loadtxt", "memmap", "safe_open"),
+    *("read_csv", "read_excel", "read_json", "read_parquet", "read_pickle", "read_table"),
+    *("__file__", "__path__", "resources"),
+}
+"""Beside ``_READS``: words of code that takes in files of its package."""
+_WRITES = {
+    *("FileHandler", "RotatingFileHandler", "connect", "dump", "mkdir", "save", "save_file", "save_pretrained"),
+    *("savetxt", "savez", "savez_compressed", "to_csv", "to_json", "to_parquet", "to_pickle", "tofile"),
+    *("write_bytes", "write_text"),
+}
+"""Calls of code that leaves files behind."""
 _OURS = "specrej_eval"
+
+DATA_BYTES = 64 << 20
+"""Most bytes of a package's data files, all together, that are held to account."""
+DATA_FILES = 2_000
+"""Most of them."""
+_NO_DATA_IN = (
+    *("__pycache__", ".*", "*cache*", "site-packages", "node_modules", "checkpoint-*", "global_step*"),
+    *("logs", "outputs", "results", "runs", "wandb", "mlruns"),
+)
+_NO_DATA = (
+    *(".*", "*.py", "*.py[cod]", "*.log", "*.lock", "*.tmp", "*.bak", "*~"),
+    *("*cache*", "events.out.*", "model_outputs.json", "results_*", "samples_*", "specrej_*"),
+)
+"""Folders and files that caches, editors and runs leave behind."""
 
 
 @dataclass(slots=True)
@@ -44,10 +73,16 @@ class Sources:
 
     files: dict[str, Path] = field(default_factory=dict)
     """``pkg/module.py``, as it is imported -> where it lies."""
+    data: dict[str, Path] = field(default_factory=dict)
+    """``pkg/words.txt`` -> where it lies: files of its own package that are no Python, if the code reads any."""
     distributions: set[str] = field(default_factory=set)
     """Those whose code it imports."""
     uncovered: list[str] = field(default_factory=list)
     """What may change its answers and is not seen here."""
+    reads: bool = False
+    """Whether the code reads files that may lie in its package."""
+    writes: bool = False
+    """Whether the code writes files."""
 
 
 def of_callable(name: str) -> Sources:
@@ -86,8 +121,59 @@ def of_callable(name: str) -> Sources:
         if path.suffix == ".py":
             pending += _follow(path, current if is_package else package, found)
     found.files = dict(sorted(found.files.items()))
+    if found.reads and top not in sys.stdlib_module_names and top != _OURS:
+        _add_data(module, found)
     found.uncovered = sorted(set(found.uncovered))
     return found
+
+
+def _add_data(module: str, found: Sources) -> None:
+    """The data files of the outermost package, or of the outermost within it that does not hold too much."""
+    outermost = None
+    for depth in range(1, module.count(".") + 2):
+        package = ".".join(module.split(".")[:depth])
+        spec = _find(package)
+        if spec is None or not spec.submodule_search_locations:
+            continue  # a module, which has no files of its own
+        outermost = outermost or package
+        data = _data_files(package, [Path(folder) for folder in spec.submodule_search_locations])
+        if data is None:
+            continue
+        if package != outermost:
+            found.uncovered.append(f"the files of {outermost} outside {package} that are no code: they are too many")
+        if data and found.writes:
+            found.uncovered.append(f"the files of {package} that are no code, since its code writes files too")
+        else:
+            found.data = data
+        return
+    if outermost is not None:
+        found.uncovered.append(f"the files of {outermost} that are no code: they are too many")
+
+
+def _data_files(package: str, folders: list[Path]) -> dict[str, Path] | None:
+    """Files that are neither Python nor left behind by caches and runs, by their names below the package, sorted; None
+    if there are more than DATA_FILES of them, or more than DATA_BYTES in them."""
+    data: dict[str, Path] = {}
+    size = 0
+    for root in folders:
+        for place, inner, files in os.walk(root):
+            if "specrej_run.json" in files:  # a run's folder
+                inner.clear()
+                continue
+            inner[:] = sorted(name for name in inner if not _is_like(name, _NO_DATA_IN))
+            for name in sorted(files):
+                path = Path(place) / name
+                if _is_like(name, _NO_DATA) or not path.is_file():
+                    continue
+                size += path.stat().st_size
+                if size > DATA_BYTES or len(data) >= DATA_FILES:
+                    return None
+                data[f"{package.replace('.', '/')}/{path.relative_to(root).as_posix()}"] = path
+    return dict(sorted(data.items()))
+
+
+def _is_like(name: str, patterns: tuple[str, ...]) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
 
 def _follow(path: Path, package: str, found: Sources) -> Iterator[str]:
@@ -109,8 +195,14 @@ def _follow(path: Path, package: str, found: Sources) -> Iterator[str]:
             word = (
                 called.id if isinstance(called, ast.Name) else called.attr if isinstance(called, ast.Attribute) else ""
             )
-            if word in _READS:
+            if word == "open" and _writes(node):
+                found.writes = True
+            elif word in _READS:
                 found.uncovered.append(f"what {path.name} reads with {word}()")
+            found.reads |= word in _READS or word in _LOADS
+            found.writes |= word in _WRITES
+        elif isinstance(node, (ast.Name, ast.Attribute)):
+            found.reads |= (node.id if isinstance(node, ast.Name) else node.attr) in _LOADS
         for name in names:
             network = name.partition(".")[0] in _NETWORK
             if network and not any(f"{name}.".startswith(f"{harmless}.") for harmless in _NOT_NETWORK):
@@ -118,6 +210,14 @@ def _follow(path: Path, package: str, found: Sources) -> Iterator[str]:
                 if name != root or not isinstance(node, ast.ImportFrom):
                     found.uncovered.append(f"what {path.name} reads from the network (it imports {root})")
             yield name
+
+
+def _writes(call: ast.Call) -> bool:
+    """Whether an ``open`` has a mode that writes, as far as its text says: ``open(path, "w")``, ``path.open("w")``."""
+    first = 0 if isinstance(call.func, ast.Attribute) and len(call.args) == 1 else 1
+    given = [*call.args[first : first + 1], *(keyword.value for keyword in call.keywords if keyword.arg == "mode")]
+    modes = [value.value for value in given if isinstance(value, ast.Constant) and isinstance(value.value, str)]
+    return any(set(mode) <= set("rwaxbt+") and set(mode) & set("wax+") for mode in modes)
 
 
 def _find(module: str) -> importlib.machinery.ModuleSpec | None:

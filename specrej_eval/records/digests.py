@@ -166,6 +166,20 @@ def hub_commit(name: str, revision: str | None = None, token: str | bool | None 
     return _known[key]
 
 
+def hub_file(name: str, file: str, commit: str, token: str | bool | None = None) -> Path | None:
+    """One small file of a hub repository's commit: from the cache, else fetched. None if it cannot be had."""
+    from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
+
+    cache = str(constants.HF_HUB_CACHE)
+    try:
+        found = try_to_load_from_cache(name, file, cache_dir=cache, revision=commit)
+        if found is None and not constants.HF_HUB_OFFLINE:
+            found = hf_hub_download(name, file, cache_dir=cache, revision=commit, token=token)
+    except Exception:  # the hub's client has many kinds of failure; most often there is no such file
+        return None
+    return Path(found) if isinstance(found, str) else None
+
+
 def _matters(name: str, *, code: bool) -> bool:
     return not name.startswith(".") and not _matches(name, IRRELEVANT) and (code or not name.endswith(".py"))
 

@@ -23,6 +23,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from specrej_eval import companions
 from specrej_eval.budget import DEFAULT_N
 from specrej_eval.checkpoint import DEMO_POLICY, DEMO_REWARD, is_hub_name, stamp
 from specrej_eval.config import HOST_ARGUMENTS, RunConfig, reward_names, without_passwords
@@ -101,6 +102,8 @@ _HOST_DEFAULTS = {
 """Left out or written out, it is the same run."""
 
 _BESIDE = ("environment", "uncovered")
+_SINCE = ("companion_files", "reward_data_files")
+"""What records of this ``NUMBERS_VERSION`` may lack, since earlier ones did not look there."""
 _LOCAL = ("pretrained", "tokenizer", "peft", "delta", "reward_tokenizer", "reward_model")
 """Arguments that may name a folder; where the folder lies decides nothing."""
 _VERSIONS = ("specrej_eval", "torch", "transformers", "tokenizers")
@@ -144,6 +147,8 @@ def of_models(config: RunConfig, host: Mapping[str, Any], *, loaded: Sequence[st
         "reward_model": without_passwords(reward),
         "reward_files": reward_files,
         **{f"{name}_files": files for name, files in about.files.items() if files is not None},
+        **({"reward_data_files": about.data} if about.data is not None else {}),
+        **({"companion_files": dict(sorted(about.companions.items()))} if about.companions else {}),
         **({"hub_commits": dict(sorted(about.commits.items()))} if about.commits else {}),
         **models,
         **_of_host(host),
@@ -225,6 +230,10 @@ def compare(then: Mapping[str, Any], now: Mapping[str, Any], *, sides: tuple[str
         then = _as_now(then, now, found)
     for name in sorted(then.keys() | now.keys()):
         if name in _BESIDE or (old and name not in then and _unknown_then(name, then, found)):
+            continue
+        if name in _SINCE and name not in then:
+            if now[name]:
+                found.lacking.append(name)
             continue
         before, after = _value(then, name), _value(now, name)
         if before == after or (name in _LOCAL and _same_place(name, then, now)):
@@ -328,27 +337,78 @@ class _About:
         self.code = config.trust_remote_code
         self.host = host
         self.files: dict[str, dict[str, str] | None] = {}
+        self.companions: dict[str, str] = {}
+        """Files of folders that a checkpoint is read together with (see ``companions``)."""
+        self.data: dict[str, str] | None = None
+        """Files beside the modules of a reward function; None where there is no function."""
         self.commits: dict[str, str] = {}
         self.distributions: set[str] = set()
         self.uncovered: list[str] = []
+        self._companions_seen: set[companions.Companion] = set()
+        self._family = config.reward_family
+        self._records = {expanded(name).absolute() for name in (config.journal, config.trace_path) if name is not None}
+        """Files that the run itself writes, wherever they lie."""
 
     def checkpoint(
-        self, name: str, *, revision: Any = None, policy: bool = False, weights: bool = True
+        self, name: str, *, revision: Any = None, policy: bool = False, weights: bool = True, role: str = ""
     ) -> dict[str, str] | None:
-        """Digests of a folder's files; the commit of a hub repository is kept in ``commits``."""
+        """Digests of a folder's files; the commit of a hub repository is kept in ``commits``.
+
+        Args:
+            role: what another checkpoint reads here, for messages.
+        """
+        subfolder = str(self.host.get("subfolder") or "") if policy else ""
         if is_folder(name):
             own: dict[str, Any] = {"code": self.code, "weights": weights}
             if policy:
-                own |= {"subfolder": self.host.get("subfolder") or "", "gguf_file": self.host.get("gguf_file") or ""}
-            return digests.of_folder(name, **own)
+                own |= {"subfolder": subfolder, "gguf_file": self.host.get("gguf_file") or ""}
+            found = digests.of_folder(name, **own)
+            self._code_elsewhere(name, subfolder)
+            return found
         if is_hub_name(name) and not is_there(name):
             wanted = str(revision) if revision else None
             commit = digests.hub_commit(name, wanted, self.host.get("token"))
             if commit is None:
-                self.uncovered.append(f"the commit of {name}, which is not known before it is fetched")
+                what = f" ({role})" if role else ""
+                self.uncovered.append(f"the commit of {name}{what}, which is not known before it is fetched")
             else:
                 self.commits[name if wanted in (None, "main") else f"{name}@{wanted}"] = commit
+                self._code_elsewhere(name, subfolder, commit)
         return None
+
+    def _code_elsewhere(self, name: str, subfolder: str = "", commit: str | None = None) -> None:
+        """Remote code that a checkpoint takes from other repositories, where remote code may run."""
+        if not self.code:
+            return
+        for folder in dict.fromkeys(("", subfolder)):
+            for file in companions.CODE_FILES:
+                told = self._json(name, f"{folder}/{file}" if folder else file, commit)
+                for companion in companions.of_code(name, told):
+                    self._companion(companion, of=name)
+
+    def _companion(self, companion: companions.Companion, *, of: str) -> None:
+        if companion in self._companions_seen:
+            return
+        self._companions_seen.add(companion)
+        name, role = companion
+        if role == "code" and is_folder(name):
+            files = digests.of_folder(name, code=True, weights=False) or {}
+            files = {file: digest for file, digest in files.items() if file.endswith(".py")}
+        else:
+            files = self.checkpoint(name, weights=False, role=f"{role} of {of}") or {}
+        self.companions.update({f"{role} of {Path(of).name}: {file}": digest for file, digest in files.items()})
+
+    def _json(self, name: str, file: str, commit: str | None) -> dict[str, Any]:
+        """A JSON file of a checkpoint; empty where there is none, or none that can be read (loading will say so)."""
+        if commit is None:
+            path: Path | None = expanded(name) / file
+        else:
+            path = digests.hub_file(name, file, commit, self.host.get("token"))
+        try:
+            told = {} if path is None else json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return {}
+        return told if isinstance(told, dict) else {}
 
     def reward(self, config: RunConfig, name: str) -> dict[str, str] | None:
         """Digests of everything behind a reward's name; the files of an ensemble's parts carry the part's name."""
@@ -377,13 +437,23 @@ class _About:
             self.uncovered.append(f"reward_model: what the server behind {without_passwords(name)} computes")
             return None
         if is_folder(name):
-            return self.checkpoint(name)
+            return self._reward_checkpoint(name)
         if reward_names.is_callable(name):
             sources = callable_sources.of_callable(name)
             self.distributions |= sources.distributions
             self.uncovered += [f"reward_model={name}: {text}" for text in sources.uncovered]
+            data = {file: path for file, path in sources.data.items() if path.absolute() not in self._records}
+            self.data = {**(self.data or {}), **digests.of_files(data, what=name)}
             return digests.of_files(sources.files, what=name) or None
-        return self.checkpoint(name)
+        return self._reward_checkpoint(name)
+
+    def _reward_checkpoint(self, name: str) -> dict[str, str] | None:
+        files = self.checkpoint(name)
+        commit = None if is_folder(name) else self.commits.get(name)
+        raw = self._json(name, "config.json", commit) if is_folder(name) or commit is not None else {}
+        for companion in companions.of_reward(name, raw, family=self._family):
+            self._companion(companion, of=name)
+        return files
 
     def loaded_object(self, name: str, value: Any) -> None:
         """A tokenizer given as an object says everything of itself; anything else only what it is called."""
@@ -483,7 +553,8 @@ def _changed_commits(then: Mapping[str, str], now: Mapping[str, str]) -> list[st
 
 
 def _changed_files(name: str, then: Any, now: Any) -> list[str]:
-    label = "reward_model" if name == "reward_files" else name.removesuffix("_files")
+    label = "reward_model" if name.startswith("reward_") and name != "reward_tokenizer_files" else name
+    label = label.removesuffix("_files")
     if not isinstance(then, dict) or not isinstance(now, dict):
         return [f"{label}: other files"]
     told = [f"{file} changed" for file in sorted(then.keys() & now.keys()) if then[file] != now[file]]

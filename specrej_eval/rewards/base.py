@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from specrej_eval.core import Message, RowView, TokenStat
+from specrej_eval.special_tokens import ContentGuard
 
 
 class RewardSession(ABC):
@@ -70,6 +71,16 @@ class RewardModel(ABC):
     """What makes token ids of a conversation, where that is done on our side (``checkpoints.renderer``)."""
 
     @property
+    def guard(self) -> ContentGuard | None:
+        """What holds the texts it is given to ``special_tokens_in_content``, where that is done without a renderer."""
+        return None
+
+    def text_sent(self, conversation: Sequence[Message], response: str) -> str | None:
+        """The rendered text of a finished answer, where that is what a server gets."""
+        del conversation, response
+        return None
+
+    @property
     def reads_text(self) -> bool:
         """Whether it can score a text of a file, with nothing that an engine recorded."""
         return not self.needs_logprobs and not self.needs_token_stats
@@ -101,6 +112,10 @@ class RewardModel(ABC):
         """Why scores of the last call are NaN, by their places; empty where that is not known."""
         return {}
 
+    def why_nan(self, place: int) -> str:
+        """Why the score at that place of the last call is NaN, as a message may go on; empty where not known."""
+        return f" ({self.nan_reasons[place]})" if place in self.nan_reasons else ""
+
     @abstractmethod
     def score(self, conversation: Sequence[Message], rows: Sequence[RowView], response_prefix: str = "") -> list[float]:
         """One float per row, in order.
@@ -121,13 +136,12 @@ class RewardModel(ABC):
         Raises:
             RewardError: as ``score``.
         """
-        scores = [0.0] * len(pairs)
-        for places in by_conversation(pairs):
+
+        def together(places: Sequence[int]) -> list[float]:
             rows = [RowView(number, pairs[place].response, (), "eos") for number, place in enumerate(places)]
-            mine = self.score(pairs[places[0]].conversation, rows)
-            for place, score in zip(places, mine, strict=True):
-                scores[place] = score
-        return scores
+            return self.score(pairs[places[0]].conversation, rows)
+
+        return in_groups([pair.key for pair in pairs], together)
 
     def open(self, conversation: Sequence[Message], response_prefix: str = "") -> RewardSession:
         """A session for one prompt: what the loop scores with. Reads no token yet; several may be open at a time.
@@ -166,17 +180,25 @@ class Pair(NamedTuple):
     response: str
 
     @property
+    def key(self) -> str:
+        """The same for pairs of one conversation."""
+        return json.dumps([dict(message) for message in self.conversation])
+
+    @property
     def row(self) -> RowView:
         """The answer as a row of its own."""
         return RowView(0, self.response, (), "eos")
 
 
-def by_conversation(pairs: Sequence[Pair]) -> list[list[int]]:
-    """Places of the pairs, those of one conversation together."""
-    places: dict[str, list[int]] = {}
-    for place, pair in enumerate(pairs):
-        places.setdefault(json.dumps([dict(message) for message in pair.conversation]), []).append(place)
-    return list(places.values())
+def in_groups(keys: Sequence[str], score: Callable[[Sequence[int]], Sequence[float]]) -> list[float]:
+    """``score(places)`` of all places that share a key, for every key; in the order of the keys given."""
+    groups: dict[str, list[int]] = {}
+    for place, key in enumerate(keys):
+        groups.setdefault(key, []).append(place)
+    found: dict[int, float] = {}
+    for places in groups.values():
+        found.update(zip(places, score(places), strict=True))
+    return [found[place] for place in range(len(keys))]
 
 
 def readable(row: RowView, response_prefix: str = "") -> str:

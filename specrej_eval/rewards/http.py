@@ -67,7 +67,7 @@ class JsonServer:
         self.retries = retries
         self.num_requests = 0
         """Requests that were answered as asked."""
-        self._local = threading.local()
+        self._local = _Local()
         self._random = random.Random()
         self._lock = threading.Lock()
 
@@ -121,7 +121,7 @@ class JsonServer:
     def _try(self, method: str, path: str, body: Any, parse: Callable[[Any], Answer]) -> Answer:
         where = f"{method} {self.shown_url}{path}"
         try:
-            reply = self._session().request(
+            reply = self._local.session.request(
                 method,
                 f"{self.url}{path}",
                 json=body,
@@ -175,12 +175,12 @@ class JsonServer:
                 return {"Authorization": f"Bearer {key}"}
         return {}
 
-    def _session(self) -> requests.Session:
-        # a session is not safe to share among threads
-        if not hasattr(self._local, "session"):
-            self._local.session = requests.Session()
-        session: requests.Session = self._local.session
-        return session
+
+class _Local(threading.local):
+    """A session is not safe to share among threads."""
+
+    def __init__(self) -> None:
+        self.session = requests.Session()
 
 
 def without_password(url: str) -> str:

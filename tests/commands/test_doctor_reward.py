@@ -21,7 +21,14 @@ from specrej_eval.checkpoint import DEMO_REWARD
 from specrej_eval.cli import main
 from specrej_eval.commands.doctor import reward as reward_doctor
 from specrej_eval.commands.doctor.probes import PROBES, demo_probes
-from specrej_eval.commands.doctor.reward import Patient, check_input, check_pairs, check_partial, check_stability
+from specrej_eval.commands.doctor.reward import (
+    Patient,
+    check_content,
+    check_input,
+    check_pairs,
+    check_partial,
+    check_stability,
+)
 from specrej_eval.config import RunConfig
 from specrej_eval.core import RowView
 from specrej_eval.errors import RewardError
@@ -263,11 +270,111 @@ def test_partial_scores_must_say_something(name: str, status: str) -> None:
     assert mean.status == status
 
 
+LENGTHS_TEMPLATE = "{% for m in messages %}{{ m['content'] | length }}<|end|>{{ m['content'] }}{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    ("rule", "template", "status", "told"),
+    [
+        (None, CHAT_TEMPLATE, "ok", "read as text"),
+        ("encode_as_text", CHAT_TEMPLATE, "ok", "read as text"),
+        ("allow", CHAT_TEMPLATE, "note", "read as control tokens, so that a text can begin and end turns"),
+        ("error", CHAT_TEMPLATE, "ok", "is refused"),
+        (None, LENGTHS_TEMPLATE, "broken", "stops a run"),  # what is planted changes what the template itself writes
+    ],
+)
+def test_doctor_plants_special_tokens_and_says_what_becomes_of_them(
+    rule: str | None, template: str, status: str, told: str, tmp_path: Path
+) -> None:
+    save(tiny_reward_model(), tiny_tokenizer(chat_template=template), tmp_path / "rm")
+    reward = make_reward(RunConfig(reward_model=str(tmp_path / "rm"), special_tokens_in_content=rule), device="cpu")
+    findings = list(check_content(Patient(reward, PROBES)))
+    assert [finding.status for finding in findings] == [status, status]
+    assert all(told in finding.detail and "<|end|>" in finding.detail for finding in findings)
+    assert "in an answer" in findings[0].detail and "in a prompt" in findings[1].detail
+
+
+def test_doctor_notices_a_reader_that_lets_content_become_control_tokens(tmp_path: Path) -> None:
+    reward = checkpoint(tmp_path)
+    reward.renderer.tokeniser.check = lambda contents: False  # the planted defect: nobody looks at content
+    assert of(check_content, reward) == {"special tokens": "broken"}
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "told"),
+    [
+        ("sglang", {"reward_tokenizer": True}, "is read as text"),
+        ("openrlhf", {"reward_tokenizer": True}, "is read as text"),
+        ("tei", {}, "what looks like a control token"),
+        ("vllm", {}, "zero-width space"),
+        ("judge", {}, "zero-width space"),
+    ],
+)
+@pytest.mark.parametrize("rule", ["encode_as_text", "allow", "error"])
+def test_doctor_says_what_a_server_gets(kind: str, options: Any, told: str, rule: str, tmp_path: Path) -> None:
+    folder = str(save(None, tiny_tokenizer(), tmp_path / "t"))
+    given = {"reward_tokenizer": folder} if options else {}
+
+    def score(read: Any) -> float:
+        return float(len(str(read)))
+
+    serve = servers.chat(lambda text: {"5": 1.0}) if kind == "judge" else getattr(servers, kind)(score)
+    with serve as server:
+        name = f"judge:m@{server.url}/v1" if kind == "judge" else server.url
+        reward = make_reward(RunConfig(reward_model=name, special_tokens_in_content=rule, **given), device="cpu")
+        findings = list(check_content(Patient(reward, PROBES)))
+    assert {finding.status for finding in findings} == {"note" if rule == "allow" else "ok"}
+    wanted = {"encode_as_text": told, "allow": "special_tokens_in_content=allow", "error": "is refused"}[rule]
+    assert all(wanted in finding.detail for finding in findings)
+
+
+def test_doctor_takes_the_rule_as_an_option(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    folder = str(save(tiny_reward_model(), tiny_tokenizer(), tmp_path / "rm"))
+    main(["doctor", "--reward", folder, "--special_tokens_in_content", "allow"])
+    assert "so that a text can begin and end turns" in capsys.readouterr().out
+    assert main(["doctor", "--reward", folder, "--special_tokens_in_content", "alow"]) == 1
+    assert "Did you mean 'allow'" in capsys.readouterr().err
+
+
+def test_doctor_says_what_a_language_model_promises(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from support.tiny_models import tiny_causal_lm
+
+    from specrej_eval.engines.transformers import model as engine_model
+
+    folder = str(save(tiny_causal_lm(), tiny_tokenizer(), tmp_path / "policy"))
+    assert main(["doctor", "--pretrained", folder, "--device", "cpu"]) == 0
+    said = capsys.readouterr().out
+    assert "shared_prefix" in said and "bits: a row's logits are the same bits" in said
+    assert "'<bos>' in a message is read as text" in said
+    assert main(["doctor", "--pretrained", folder, "--dtype", "bfloat16", "--device", "cpu"]) == 0
+    assert "uniforms: " in (said := capsys.readouterr().out) and "always so in bfloat16" in said
+    monkeypatch.setattr(engine_model, "ROW_ALIGN", 1)  # then rows do differ: what was measured is what is said
+    assert main(["doctor", "--pretrained", folder, "--device", "cpu", "--special_tokens_in_content", "allow"]) == 0
+    said = capsys.readouterr().out
+    assert "measured when the model was loaded" in said and "is read as a control token" in said
+    both = main(["doctor", "--pretrained", folder, "--reward", f"{__name__}:saturated"])
+    said = capsys.readouterr().out
+    assert both == 1 and "How it is decoded" in said and "What it reads" in said
+    assert main(["doctor", "--pretrained", str(tmp_path / "polcy")]) == 1
+    assert "did you mean" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("threads", "status"), [(1, "ok"), (2, "ok"), (3, "note")])
+def test_plain_doctor_says_where_the_promise_of_bits_is_told(threads: int, status: str) -> None:
+    from specrej_eval.commands.doctor import _same_bits
+
+    found = _same_bits(threads)
+    assert found.status == status and "doctor --pretrained M" in found.detail and "results say it" in found.detail
+
+
 def test_an_ensemble_is_looked_at_part_by_part(tmp_path: Path) -> None:
     folder = str(save(tiny_reward_model(), tiny_tokenizer(), tmp_path / "rm"))
     name = f"{folder}+{__name__}:knowing"
     reward = make_reward(RunConfig(reward_model=name), device="cpu")
     subjects = [finding.subject for finding in check_input(Patient(reward, PROBES))]
+    assert [f.status for f in check_content(Patient(reward, PROBES))] == ["ok", "ok", "ok", "ok", "note"]
     assert subjects.count("part") == 2
     assert subjects.count("BOS") == 1
     ranked = make_reward(RunConfig(reward_model=name, reward_ensemble="rank"), device="cpu")

@@ -9,10 +9,12 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from support.rank_runs import numbers, records
 
 from specrej_eval import cli
 from specrej_eval.commands.run import parse, split
@@ -216,18 +218,25 @@ def specrej_eval(*words: str, launcher: tuple[str, ...] = ()) -> subprocess.Comp
 
 
 @pytest.mark.slow
-def test_two_processes_write_the_archive_of_one(prompts: str, tmp_path: Path) -> None:
+def test_two_processes_write_the_archive_of_one(
+    prompts: str, tmp_path: Path, counted: Callable[[str, int], None]
+) -> None:
+    """Under accelerate's own launcher, bit by bit; what one process had answered before stays its."""
     one, two = str(tmp_path / "one"), str(tmp_path / "two")
-    assert run("--prompts", prompts, "--output", one, *COMMON) == 0
+    words = [*COMMON, "--logprobs", "true"]
+    assert run("--prompts", prompts, "--output", one, *words) == 0
+    assert run("--prompts", prompts, "--output", two, *words, "--limit", "2") == 0
     accelerate = str(Path(sys.executable).with_name("accelerate"))
     # with --cpu, accelerate starts one process whatever num_processes says; --multi_gpu starts them without a GPU too
     launcher = (accelerate, "launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0")
-    done = specrej_eval("--prompts", prompts, "--output", two, *COMMON, launcher=launcher)
+    done = specrej_eval("--prompts", prompts, "--output", two, *words, launcher=launcher)
     assert done.returncode == 0, done.stderr
     assert without_costs(open_run(two)[1]) == without_costs(open_run(one)[1])
     assert not list(Path(two).glob("specrej_outputs_rank*"))
     rows = [len(path.read_text().splitlines()) - 1 for path in sorted(Path(two).glob("specrej_trajectories_rank*"))]
-    assert rows == [3, 3]
+    assert rows == [2, 2]
+    assert records(Path(two)) == records(Path(one))
+    counted("numbers of several processes compared bitwise with one's", numbers(records(Path(two))))
 
 
 @pytest.mark.slow

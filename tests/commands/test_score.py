@@ -13,11 +13,12 @@ from support import reward_servers as servers
 from support.rewards import make_reward
 from support.tiny_models import NO_SYSTEM_TEMPLATE, save, tiny_reward_model, tiny_tokenizer
 
+from specrej_eval import stopping
 from specrej_eval.cli import main
 from specrej_eval.commands import score
 from specrej_eval.core import RowView
 from specrej_eval.rewards import http as _http
-from specrej_eval.rewards.base import Pair, by_conversation
+from specrej_eval.rewards.base import Pair, in_groups
 from specrej_eval.rewards.kinds.ensemble import ranks
 
 ROWS: list[dict[str, Any]] = [
@@ -286,10 +287,35 @@ def test_a_judge_and_a_server_score_pairs_of_many_conversations(tmp_path: Path) 
 def test_conversations_are_told_apart_by_all_they_hold() -> None:
     one = ({"role": "user", "content": "a"},)
     two = ({"role": "system", "content": "a"},)
-    assert by_conversation([Pair(one, "x"), Pair(two, "x"), Pair(one, "y")]) == [[0, 2], [1]]
+    keys = [pair.key for pair in (Pair(one, "x"), Pair(two, "x"), Pair(one, "y"))]
+    assert in_groups(keys, lambda places: [sum(places) + place / 10 for place in places]) == [2.0, 1.1, 2.2]
 
 
 def _file(folder: Path) -> Path:
     file = folder / "rows.json"
     file.write_text(json.dumps(ROWS), encoding="utf-8")
     return file
+
+
+def test_a_stopped_command_says_how_many_rows_are_on_disk(
+    pairs: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """At each row, what is counted is what another program could read by then."""
+    target = pairs.with_suffix(".scored.jsonl")
+    monkeypatch.setattr(stopping._state, "kept", None)
+    monkeypatch.setattr(score, "CHUNK", 2)
+    count = stopping.Kept.add
+
+    def add(kept: stopping.Kept) -> None:
+        count(kept)
+        assert len(output(target)) == kept.answers
+        if kept.answers in (3, 4):
+            raise stopping.Stopped
+
+    monkeypatch.setattr(stopping.Kept, "add", add)
+    for rows in (3, 4):  # the second start counts what the first one wrote
+        monkeypatch.setattr(stopping._state, "told", False)
+        assert run(pairs) == 130
+        assert f"{rows} of 5 rows are kept in {target}" in capsys.readouterr().err
+    assert run(pairs) == 0
+    assert [row["reward"] for row in output(target)] == WANT

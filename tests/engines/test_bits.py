@@ -83,6 +83,7 @@ def same_bits(one: Recorder, other: Recorder, *, subset: bool = False) -> None:
 EACH = pytest.mark.parametrize("shape", SHAPES)
 
 
+@pytest.mark.timeout(1800)
 @pytest.mark.skipif(THREADS != 1, reason="runs the others")
 def test_two_threads() -> None:
     """Tests of one shape and of experts again, in a process whose threads sleep while they wait (cores may be busy)."""
@@ -96,7 +97,7 @@ def test_two_threads() -> None:
         check=False,
     )
     assert done.returncode == 0, done.stdout[-3000:]
-    assert "9 passed" in done.stdout
+    assert f"{10 if FULL else 9} passed" in done.stdout
 
 
 # ---- every architecture and path -----------------------------------------------------------------------------------
@@ -140,6 +141,10 @@ def test_rows_of_every_architecture_and_path_are_bits(arch: Architecture, counte
     paths = {arch.path, "replicated", "recompute"} if FULL else {arch.path, "recompute"}
     for path in sorted(paths):
         runner = ModelRunner(shared_model(arch.name), path=path)  # type: ignore[arg-type]
+        if THREADS == 2 and path != "shared_prefix" and runner.promises == "uniforms":
+            # the model's own attention: on some CPUs torch's gives a row other bits on its second thread
+            counted("architectures and paths that promise no bits on two threads")
+            continue
         assert runner.promises == "bits"
         together = forced_logits(runner, list(range(70)))
         for rows in COMPANY:
@@ -196,6 +201,7 @@ def run_model(name: str) -> Any:
     return build(name, vocab_size=261)
 
 
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("name", ["llama", "mixtral", "qwen2_moe"] if FULL else ["mixtral"])
 def test_requests_do_not_depend_on_how_they_are_run(name: str, tmp_path: Path, counted: Counted) -> None:
     """batch_size 1, 4, 16; shuffled; the shares of 2 and 4 ranks; resumed after an interruption."""
@@ -290,7 +296,7 @@ def test_without_padding_the_bits_do_differ(monkeypatch: pytest.MonkeyPatch) -> 
         same_bits(whole, few, subset=True)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_smollm2(smollm2_folder: Path) -> None:  # noqa: F811
     """A real model: Speculative Rejection's rows are those of Best-of-N, in company or alone, bit for bit."""
     model = AutoModelForCausalLM.from_pretrained(smollm2_folder, dtype=torch.float32).eval()

@@ -96,7 +96,7 @@ class Scripted:
         session = self.engine.open(encoded, config, budgets.resolve(config, encoded.num_tokens), until=tuple(until))
         self.engine.follow(session, Plan(keep=(), fresh=n, num_tokens=max_gen_toks))
         while session.num_live:
-            self.engine.decode([session], max_gen_toks - session.num_tokens)
+            self.engine.decode([session], max_gen_toks - session.tokens_since_look)
         return self.engine.rows(session)
 
 

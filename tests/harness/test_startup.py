@@ -6,6 +6,7 @@ running one through a folder of links, in which our own install is left out: wha
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import shutil
@@ -42,6 +43,14 @@ class Environment:
             call = f"import sys\nfrom {script.module} import {script.attr}\nsys.exit({script.attr}())\n"
             file.write_text(f"#!{self.bin / 'python'}\n{call}")
             file.chmod(0o755)
+
+    def copy(self, folder: Path) -> Environment:
+        """The same elsewhere, files and all, without another run of pip."""
+        shutil.copytree(self.folder, folder, symlinks=True)
+        other = copy.copy(self)
+        other.folder, other.bin = folder, folder / "bin"
+        other.site = folder / self.site.relative_to(self.folder)
+        return other
 
     def pip(self, *arguments: object) -> None:
         command = [sys.executable, "-m", "pip", "--python", str(self.bin / "python"), *map(str, arguments)]
@@ -103,11 +112,9 @@ def installed(tmp_path_factory: pytest.TempPathFactory, dependencies: Path, whee
 
 
 @pytest.fixture
-def own_copy(tmp_path: Path, dependencies: Path, wheel: Path) -> Environment:
+def own_copy(tmp_path: Path, installed: Environment) -> Environment:
     """An environment to break."""
-    environment = Environment(tmp_path / "venv", dependencies)
-    environment.pip("install", "--no-deps", "--no-index", wheel)
-    return environment
+    return installed.copy(tmp_path / "venv")
 
 
 @pytest.fixture(scope="session")
@@ -289,7 +296,7 @@ def test_an_lm_eval_that_reads_entry_points_is_left_alone(installed: Environment
     assert "specrej" not in json.loads(installed.output("-c", fake + REGISTRY + SHOW))
 
 
-@pytest.mark.parametrize("value", ["0", "false", "off"])
+@pytest.mark.parametrize("value", ["0", *(pytest.param(value, marks=pytest.mark.full) for value in ("false", "off"))])
 def test_the_off_switch_stops_the_hook_but_not_an_explicit_call(installed: Environment, value: str) -> None:
     off = {"SPECREJ_EVAL_AUTOLOAD": value}
     assert "specrej" not in json.loads(installed.output("-c", REGISTRY + SHOW, env=off))
@@ -329,7 +336,11 @@ def test_an_editable_install_has_the_hook_and_reads_the_checkout(tmp_path: Path,
 # --- real runs ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("command", [["lm-eval", "run"], ["python", "-m", "lm_eval"]], ids=" ".join)
+@pytest.mark.parametrize(
+    "command",
+    [["lm-eval", "run"], pytest.param(["python", "-m", "lm_eval"], marks=pytest.mark.full)],
+    ids=" ".join,
+)
 def test_other_models_run_as_before(
     installed: Environment, tiny_task: Path, tmp_path: Path, command: list[str]
 ) -> None:
@@ -368,7 +379,7 @@ LAUNCHERS = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("launcher", LAUNCHERS)
+@pytest.mark.parametrize("launcher", ["torchrun", pytest.param("accelerate launch", marks=pytest.mark.full)])
 def test_launchers_know_our_models(installed: Environment, tmp_path: Path, launcher: str) -> None:
     tasks = installed.output("-m", "specrej_eval", "path", "tasks").strip()
     # fmt: off

@@ -86,7 +86,7 @@ def test_names_of_ensembles(name: Any, want: list[tuple[float, str]]) -> None:
     config = config_of(reward_model=name)
     assert config.reward_model is not None
     assert reward_names.is_ensemble(config.reward_model)
-    assert [(part.weight, part.name) for part in ensemble.parse(config.reward_model, config)] == want
+    assert [(part.weight, part.config.reward_model) for part in ensemble.parse(config.reward_model, config)] == want
     check_reward(config)
 
 

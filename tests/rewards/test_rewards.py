@@ -566,6 +566,16 @@ def test_a_method_of_an_object_is_a_callable(user_module: str) -> None:
     assert CallableReward(f"{user_module}:scorer.score").score(HELLO, rows("a")) == [1.0]
 
 
+def test_a_function_at_hand_needs_no_name() -> None:
+    class Shorter:
+        def __call__(self, conversation: Any, responses: Sequence[str]) -> list[float]:
+            return [-float(len(response)) for response in responses]
+
+    reward = CallableReward(Shorter())
+    assert (reward.name, reward.score(HELLO, rows("a", "bcd"))) == ("Shorter", [-1, -3])
+    assert CallableReward(len).name == "len"
+
+
 def test_a_callables_nan_is_passed_on(user_module: str) -> None:
     assert np.isnan(CallableReward(f"{user_module}:nan").score(HELLO, rows("a", "b"))).all()
 

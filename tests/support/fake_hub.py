@@ -17,12 +17,20 @@ def add_dataset_files(cache: Path, files: Mapping[str, Any], repo: str = ALPACA_
     Returns:
         What a process needs in its environment to see them and nothing else.
     """
-    folder = cache / f"datasets--{repo.replace('/', '--')}"
-    commit = hashlib.sha1(repo.encode()).hexdigest()
+    _add(cache / f"datasets--{repo.replace('/', '--')}", files, hashlib.sha1(repo.encode()).hexdigest())
+    return {"HF_HUB_CACHE": str(cache), "HF_HUB_OFFLINE": "1"}
+
+
+def add_model_files(cache: Path, repo: str, files: Mapping[str, Any], *, commit: str = "a" * 40) -> None:
+    """The same for a model repository, whose ``main`` is then this commit."""
+    _add(cache / f"models--{repo.replace('/', '--')}", files, commit)
+
+
+def _add(folder: Path, files: Mapping[str, Any], commit: str) -> None:
     snapshot = folder / "snapshots" / commit
     snapshot.mkdir(parents=True, exist_ok=True)
     (folder / "refs").mkdir(exist_ok=True)
     (folder / "refs" / "main").write_text(commit)
     for name, content in files.items():
+        (snapshot / name).parent.mkdir(parents=True, exist_ok=True)
         (snapshot / name).write_text(content if isinstance(content, str) else json.dumps(content))
-    return {"HF_HUB_CACHE": str(cache), "HF_HUB_OFFLINE": "1"}

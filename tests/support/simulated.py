@@ -206,6 +206,7 @@ def run_directly(config: RunConfig, process: Process, *, prompt_tokens: int = 7)
 class _Row:
     row: int
     tokens: int = 0
+    at_look: int = 0
     finish_reason: FinishReason | None = None
 
 
@@ -226,8 +227,8 @@ class Session(EngineSession):
         return len(self.live)
 
     @property
-    def num_tokens(self) -> int:
-        return max((row.tokens for row in self.live), default=0)
+    def tokens_since_look(self) -> int:
+        return max((row.tokens - row.at_look for row in self.live), default=0)
 
 
 class SimulatedEngine(Engine):
@@ -270,6 +271,8 @@ class SimulatedEngine(Engine):
         session.rows += fresh
         session.live = [row for row in session.live if row.row in plan.keep] + fresh
         session.in_pool = list(session.live)
+        for row in session.live:
+            row.at_look = row.tokens
         session.kv_tokens_peak = session.prompt_tokens + sum(row.tokens for row in session.live)
 
     def decode(self, sessions: Sequence[Session], num_tokens: int) -> None:

@@ -20,7 +20,7 @@ import lm_eval.evaluator
 import pytest
 import yaml
 from lm_eval.tasks import TaskManager
-from support import FULL, forked
+from support import FULL, ROOT, forked
 
 from specrej_eval import cli
 from specrej_eval.core import GenerationResult

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 from support import GOLDEN, ROOT
+from support.fake_hub import add_model_files
 from support.other_values import OTHER
 
 from specrej_eval import paths
@@ -24,7 +25,7 @@ from specrej_eval.core import Prompt
 from specrej_eval.errors import ConfigError
 from specrej_eval.generator import Request
 from specrej_eval.harness.lm_eval.model import SpecRejLM
-from specrej_eval.records import digests, fingerprint
+from specrej_eval.records import callable_sources, digests, fingerprint
 from specrej_eval.records.journal import Journal
 from specrej_eval.records.outputs import OutputsFolder, RunRecord
 
@@ -230,6 +231,33 @@ def _listed(place: Place) -> tuple[dict[str, Any], dict[str, Any]]:
     return {"reward_model": json.dumps([part, place.folder("reward")])}, {}
 
 
+READS = "from pathlib import Path\nWORDS = (Path(__file__).parent / 'words.txt').read_text()\n"
+
+
+def _data(place: Place) -> tuple[dict[str, Any], dict[str, Any]]:
+    ours, host = _function(place)
+    place.write("noticed_pkg/deeper/more.py", READS)
+    place.write("noticed_pkg/words.txt", "good better best")
+    place.write("noticed_pkg/deeper/weights.npz", "numbers")
+    return ours, host
+
+
+def _alpaca_farm(place: Place) -> tuple[dict[str, Any], dict[str, Any]]:
+    backbone = {"model_type": "reward_model", "backbone_model_name_or_path": place.folder("backbone")}
+    place.write("farm/config.json", json.dumps(backbone))
+    place.write("farm/model.safetensors", "head")
+    for name in ("config.json", "tokenizer.json"):
+        place.write(f"backbone/{name}", "{}")
+    return {"reward_model": place.folder("farm")}, {}
+
+
+def _code_beside(place: Place) -> tuple[dict[str, Any], dict[str, Any]]:
+    code = {"auto_map": {"AutoModelForCausalLM": f"{place.folder('code')}--modeling.Model"}}
+    place.write("own/config.json", json.dumps(code))
+    place.write("code/modeling.py", "x = 1\n")
+    return {"pretrained": place.folder("own"), "reward_model": "likelihood", "trust_remote_code": True}, {}
+
+
 FILES: list[tuple[Names, str]] = [
     *(
         (_policy, f"policy/{name}")
@@ -252,6 +280,9 @@ FILES: list[tuple[Names, str]] = [
         )
     ),
     (_ensemble, "reward/model.safetensors"),
+    *((_data, f"noticed_pkg/{name}") for name in ("words.txt", "deeper/weights.npz")),
+    *((_alpaca_farm, name) for name in ("farm/config.json", "backbone/config.json", "backbone/tokenizer.json")),
+    (_code_beside, "code/modeling.py"),
     *((_listed, name) for name in ("reward/model.safetensors", "ofreward/tokenizer.json", "template.jinja")),
 ]
 
@@ -341,6 +372,199 @@ def test_a_hub_model_is_known_by_its_commit(tmp_path: Path, monkeypatch: pytest.
         found.append(fingerprint.of_models(config, {"tokenizer": "own/reward"}))
     told = fingerprint.differences(*found)
     assert "own/policy: commit aaaaaaaaaaaa then, bbbbbbbbbbbb now" in told and "own/reward: commit" in told
+
+
+LLAMA, YI, SFT = "meta-llama/Llama-2-7b-chat-hf", "01-ai/Yi-34B-Chat", "hmomin/sft10k"
+CODE = {"auto_map": {"AutoModel": "own/code--modeling.Model", "AutoConfig": "configuration.Config"}}
+SLOW_AND_FAST = {"auto_map": {"AutoTokenizer": ["own/code--tokenization.Slow", None]}}
+FARM = {"model_type": "reward_model", "backbone_model_name_or_path": "/data/nobody/sft10k"}
+# (arguments, the host's, files of hub repositories, the other repository that decides)
+COMPANIONS: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, dict[str, Any]], str]] = {
+    "Starling's config and tokenizer": (
+        {"reward_model": "berkeley-nest/Starling-RM-7B-alpha"},
+        {},
+        {"berkeley-nest/Starling-RM-7B-alpha": {}},
+        LLAMA,
+    ),
+    "a copy of Starling": ({"reward_model": "someone/Starling-RM-34B"}, {}, {"someone/Starling-RM-34B": {}}, YI),
+    "AlpacaFarm's backbone": ({"reward_model": "own/farm"}, {}, {"own/farm": {"config.json": FARM}}, SFT),
+    "one part of several": ({"reward_model": "likelihood+own/farm"}, {}, {"own/farm": {"config.json": FARM}}, SFT),
+    "the policy's code": (
+        {"pretrained": "own/policy", "reward_model": "likelihood", "trust_remote_code": True},
+        {},
+        {"own/policy": {"config.json": CODE}},
+        "own/code",
+    ),
+    "the code of a revision": (
+        {"pretrained": "own/policy", "reward_model": "likelihood", "trust_remote_code": True},
+        {"revision": "main"},
+        {"own/policy": {"config.json": CODE}},
+        "own/code",
+    ),
+    "code in a subfolder": (
+        {"pretrained": "own/policy", "reward_model": "likelihood", "trust_remote_code": True},
+        {"subfolder": "inner"},
+        {"own/policy": {"inner/config.json": CODE}},
+        "own/code",
+    ),
+    "the code of its tokenizer": (
+        {"pretrained": "own/policy", "reward_model": "likelihood", "trust_remote_code": True},
+        {},
+        {"own/policy": {"tokenizer_config.json": SLOW_AND_FAST}},
+        "own/code",
+    ),
+    "the code of tokenizer=": (
+        {"trust_remote_code": True},
+        {"tokenizer": "own/tokens"},
+        {"own/tokens": {"tokenizer_config.json": SLOW_AND_FAST}},
+        "own/code",
+    ),
+    "the reward's code": (
+        {"reward_model": "own/reward", "trust_remote_code": True},
+        {},
+        {"own/reward": {"config.json": CODE}},
+        "own/code",
+    ),
+    "the code of the backbone": (
+        {"reward_model": "own/farm", "trust_remote_code": True},
+        {},
+        {"own/farm": {"config.json": FARM}, SFT: {"tokenizer_config.json": SLOW_AND_FAST}},
+        "own/code",
+    ),
+}
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache of the hub, and no network."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    return tmp_path / "hub"
+
+
+@pytest.mark.parametrize("store", STORES)
+@pytest.mark.parametrize("case", COMPANIONS)
+def test_another_repository_that_a_checkpoint_is_read_with_is_known_by_its_commit(
+    case: str, store: str, hub: Path, tmp_path: Path, counted: Counted
+) -> None:
+    ours, host, repositories, other = COMPANIONS[case]
+    for name, files in repositories.items():
+        add_model_files(hub, name, files)
+    config = RunConfig(n=16, **ours)
+    told = fingerprint.uncovered(fingerprint.of_models(config, host))
+    assert told.count(f"the commit of {other} (") == 1, "named where nobody knows it"
+    add_model_files(hub, other, {}, commit="b" * 40)
+    assert other not in fingerprint.uncovered(fingerprint.of_models(config, host))
+    enter = getattr(Stores(tmp_path), store)
+    enter(config, host)
+    enter(config, host)
+    add_model_files(hub, other, {}, commit="c" * 40)
+    with pytest.raises(ConfigError, match=f"{other}: commit bbbbbbbbbbbb then, cccccccccccc now"):
+        enter(config, host)
+    counted(f"other repositories changed, noticed by {store}")
+
+
+def test_code_of_another_repository_counts_only_where_it_may_run(hub: Path, tmp_path: Path) -> None:
+    add_model_files(hub, "own/policy", {"config.json": CODE})
+    config = RunConfig(pretrained="own/policy", reward_model="likelihood")
+    assert "own/code" not in str(fingerprint.of_models(config, {}))
+    (tmp_path / "policy").mkdir()
+    (tmp_path / "policy/config.json").write_text(json.dumps(CODE))
+    local = RunConfig(pretrained=str(tmp_path / "policy"), reward_model="likelihood", trust_remote_code=True)
+    assert "the commit of own/code (code of" in fingerprint.uncovered(fingerprint.of_models(local, {}))
+    for broken in ("{", "[]", '{"auto_map": 1}', '{"auto_map": {"AutoModel": 2}}'):
+        (tmp_path / "policy/config.json").write_text(broken)
+        fingerprint.of_models(local, {})  # loading will say so
+
+
+@pytest.mark.parametrize(
+    ("code", "outcome"),
+    [
+        (READS, "noticed"),
+        ("import json\ndef load(): return json.load(open('words.txt'))\n", "noticed"),
+        ("from importlib import resources\nWORDS = resources.files(__name__)\n", "noticed"),
+        ("import re\n", "no change"),  # reads nothing
+        (f"{READS}def log(text): open('log.txt', 'a').write(text)\n", "named"),
+        (f"{READS}def log(text): Path('log.txt').open(mode='w').write(text)\n", "named"),
+        (f"{READS}def keep(found): Path('kept.json').write_text(found)\n", "named"),
+    ],
+)
+def test_data_beside_a_reward_function_count_if_its_code_only_reads(
+    code: str, outcome: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, counted: Counted
+) -> None:
+    monkeypatch.syspath_prepend(str(tmp_path))
+    place = Place(tmp_path)
+    ours, _ = _data(place)
+    place.write("noticed_pkg/helper.py", code)
+    place.write("noticed_pkg/deeper/more.py", "")
+    config = RunConfig(**ours)
+    before = fingerprint.of_models(config, {})
+    edit_the_middle(tmp_path / "noticed_pkg/words.txt")
+    now = fingerprint.of_models(config, {})
+    told = fingerprint.differences(before, now)
+    assert told == ("reward_model: noticed_pkg/words.txt changed" if outcome == "noticed" else "")
+    assert ("no code, since its code writes" in fingerprint.uncovered(now)) == (outcome == "named")
+    counted("kinds of code beside data files")
+
+
+def test_what_caches_and_runs_leave_in_a_package_is_no_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(tmp_path))
+    place = Place(tmp_path)
+    ours, _ = _data(place)
+    journal, trace = place.folder("noticed_pkg/run.jsonl"), place.folder("noticed_pkg/trace.jsonl")
+    config = RunConfig(**ours, journal=journal, trace_path=trace)
+    before = fingerprint.of_models(config, {})
+    for name in (
+        *(
+            "run.jsonl",
+            "trace.jsonl",
+            "a.log",
+            ".hidden",
+            "__pycache__/a.pyc",
+            "my_cache/x.json",
+            "out/specrej_run.json",
+        ),
+        *("out/more.json", "results/x.json", ".git/index", "plugin.py"),
+    ):
+        place.write(f"noticed_pkg/{name}", "new")
+    assert fingerprint.same(before, fingerprint.of_models(config, {}))
+    place.write("noticed_pkg/more.txt", "new")
+    assert "noticed_pkg/more.txt is new" in fingerprint.differences(before, fingerprint.of_models(config, {}))
+
+
+def test_too_much_data_is_named_and_what_is_small_within_it_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(tmp_path))
+    place = Place(tmp_path)
+    _data(place)
+    place.write("noticed_pkg/deeper/score.py", f"{READS}def score(conversation, responses): return [0.0]\n")
+    config = RunConfig(reward_model="noticed_pkg.deeper.score:score")
+    monkeypatch.setattr(callable_sources, "DATA_BYTES", 10)
+    found = fingerprint.of_models(config, {})
+    assert list(found["reward_data_files"]) == ["noticed_pkg/deeper/weights.npz"]
+    assert "noticed_pkg outside noticed_pkg.deeper that are no code" in fingerprint.uncovered(found)
+    monkeypatch.setattr(callable_sources, "DATA_FILES", 0)
+    found = fingerprint.of_models(config, {})
+    assert found["reward_data_files"] == {}
+    assert "the files of noticed_pkg that are no code: they are too many" in fingerprint.uncovered(found)
+
+
+@pytest.mark.parametrize(("made", "name"), [(_data, "reward_data_files"), (_alpaca_farm, "companion_files")])
+def test_records_from_before_these_files_counted_stay_readable(
+    made: Names, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.syspath_prepend(str(tmp_path))
+    ours, host = made(Place(tmp_path))
+    now = fingerprint.of_models(RunConfig(**ours), host)
+    then = {key: value for key, value in now.items() if key != name}
+    for _ in range(2):
+        fingerprint.check_same(then, now, what=f"out without {name}", remedy="-")
+    told = [r.getMessage() for r in caplog.records if f"does not record {name}" in r.getMessage()]
+    assert len(told) == 1
+    assert fingerprint.same(now, then) is False, "but what is known now may not be forgotten"
 
 
 def test_other_versions_and_another_device_are_warned_about(caplog: pytest.LogCaptureFixture) -> None:

@@ -161,6 +161,7 @@ def check_devices() -> Iterator[Finding]:
         yield Finding("broken", "torch", f"cannot be imported: {error!r}")
         return
     yield Finding("ok", "cpu", f"{cpu}, torch uses {torch.get_num_threads()} threads")
+    yield _same_bits(torch.get_num_threads())
     if not torch.cuda.is_available():
         build = "is built for CPU only" if torch.version.cuda is None else f"is built for CUDA {torch.version.cuda}"
         yield Finding("note", "cuda", f"no device; torch {torch.__version__} {build}")
@@ -170,6 +171,17 @@ def check_devices() -> Iterator[Finding]:
         capability = f"compute capability {properties.major}.{properties.minor}"
         detail = f"{properties.name}, {capability}, {in_gib(total)} memory, {in_gib(free)} free"
         yield Finding("ok", f"cuda:{index}", detail)
+
+
+def _same_bits(threads: int) -> Finding:
+    """What results will call ``promises``; only a loaded model can tell which it is."""
+    from specrej_eval.engines.transformers.model import MOST_THREADS
+
+    ask = "`specrej-eval doctor --pretrained M` measures it for a model, results say it"
+    if threads <= MOST_THREADS:
+        return Finding("ok", "promises", f"bits are possible here in float32 on the CPU, else uniforms; {ask}")
+    remedy = f"OMP_NUM_THREADS={MOST_THREADS} may give bits in float32 on the CPU"
+    return Finding("note", "promises", f"uniforms: torch uses {threads} threads; {remedy}; {ask}")
 
 
 def check_attention() -> Iterator[Finding]:
@@ -223,16 +235,20 @@ SECTIONS: tuple[tuple[str, Callable[[], Iterator[Finding]]], ...] = (
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (parser.description or "") + " The exit code is 1 if something needed is broken."
+    from specrej_eval.commands.doctor import policy as policy_doctor
     from specrej_eval.options import add_reward_options
 
     add_reward_options(parser, reward_model="--reward")
+    policy_doctor.add_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
-    if args.reward_model is not None:
+    if args.pretrained is not None or args.reward_model is not None:
+        from specrej_eval.commands.doctor import policy as policy_doctor
         from specrej_eval.commands.doctor import reward as reward_doctor
 
-        return reward_doctor.run(args)
+        code = 0 if args.pretrained is None else policy_doctor.run(args)
+        return code if args.reward_model is None else max(code, reward_doctor.run(args))
     broken = 0
     for title, check in SECTIONS:
         print(title)

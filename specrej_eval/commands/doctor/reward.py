@@ -18,9 +18,11 @@ from specrej_eval.config import RunConfig
 from specrej_eval.core import RowView
 from specrej_eval.errors import ConfigError, RewardError, SpecRejError
 from specrej_eval.options import load_reward, reward_config
+from specrej_eval.special_tokens import ALLOW, ERROR
 
 if TYPE_CHECKING:
     from specrej_eval.rewards.base import RewardModel
+    from specrej_eval.special_tokens import ContentGuard
 
 SHOWN_TOKENS = 60
 """At the start and at the end of what is shown."""
@@ -139,6 +141,93 @@ def _special_tokens(tokenizer: Any, ids: Sequence[int]) -> Iterator[Finding]:
         yield Finding("note", "padding", f"{last!r} is the padding token too; harmless here, wrong scores elsewhere")
     else:
         yield Finding("ok", "padding", f"{tokenizer.convert_ids_to_tokens(pad)!r} (id {pad})")
+
+
+# ---- whether a text can be more than text ----------------------------------------------------------------------------
+
+MOST_PLANTED = 4
+"""Special tokens planted at once."""
+
+
+def check_content(patient: Patient) -> Iterator[Finding]:
+    """Special tokens planted in an answer and in a prompt: are they read as text, or can an answer write turns?"""
+    reward = patient.reward
+    for member in reward.members:
+        yield Finding("ok", "part", member.name)
+        yield from check_content(patient._replace(reward=member))
+    if reward.members:
+        return
+    guard, renderer = reward.guard, reward.renderer
+    if guard is not None:
+        yield _guarded(guard)
+    elif renderer is None:
+        yield Finding("note", "special tokens", f"{reward.name} gets texts as they were written")
+    else:
+        tokens = _template_tokens(renderer, patient)
+        if not tokens:
+            yield Finding("ok", "special tokens", "the tokenizer has none")
+            return
+        planted = "".join(tokens)
+        for place, found in (
+            ("an answer", (patient.conversation, patient.response, planted)),
+            ("a prompt", (_asked(patient.conversation[-1]["content"] + planted), patient.response, "")),
+        ):
+            conversation, response, more = found
+            yield _planted(reward, patient, place, tokens, conversation, response + more)
+
+
+def _template_tokens(renderer: Any, patient: Patient) -> list[str]:
+    """Special tokens that the template writes, else those that the tokenizer has."""
+    (entry,) = renderer.inputs(patient.conversation, [_row(patient.response)])
+    known = renderer.tokeniser.special_ids
+    written = [known[number] for number in dict.fromkeys(entry.ids) if number in known]
+    return (written or list(known.values()))[:MOST_PLANTED]
+
+
+def _planted(
+    reward: RewardModel, patient: Patient, place: str, tokens: Sequence[str], conversation: Conversation, response: str
+) -> Finding:
+    shown = "".join(tokens)
+    tokeniser = reward.renderer.tokeniser
+    try:
+        more = _num_special(reward, conversation, response) - _num_special(
+            reward, patient.conversation, patient.response
+        )
+    except RewardError as error:
+        refused = tokeniser.rule == ERROR
+        told = "is refused (special_tokens_in_content=error)" if refused else f"stops a run: {error.args[0]}"
+        return Finding("ok" if refused else "broken", "special tokens", f"{shown!r} in {place} {told}")
+    if more == 0:
+        told = "is read as text; with special_tokens_in_content=allow it would be read as control tokens"
+        return Finding("ok", "special tokens", f"{shown!r} in {place} {told}")
+    told = "is read as control tokens, so that a text can begin and end turns"
+    why = " (special_tokens_in_content=allow)" if tokeniser.rule == ALLOW else ""
+    return Finding("note" if why else "broken", "special tokens", f"{shown!r} in {place} {told}{why}")
+
+
+def _num_special(reward: RewardModel, conversation: Conversation, response: str) -> int:
+    """Special tokens in what the model reads, the template's own included."""
+    renderer = reward.renderer
+    sent = reward.text_sent(conversation, response)
+    if sent is None:
+        ids = renderer.inputs(conversation, [_row(response)])[0].ids
+    else:
+        ids = renderer.tokenizer(sent, add_special_tokens=False)["input_ids"]
+    return sum(number in renderer.tokeniser.special_ids for number in ids)
+
+
+def _guarded(guard: ContentGuard) -> Finding:
+    """Texts that a server tokenises itself."""
+    example = next(iter(guard.tokeniser.special_ids.values()), "<|im_end|>") if guard.tokeniser else "<|im_end|>"
+    if guard.rule == ALLOW:
+        told = "is sent as it is (special_tokens_in_content=allow): its server may read a control token"
+        return Finding("note", "special tokens", f"{example!r} in a text {told}")
+    if guard.rule == ERROR:
+        return Finding("ok", "special tokens", f"{example!r} in a text is refused (special_tokens_in_content=error)")
+    told = "is sent with a zero-width space behind its first character, so that its server reads text"
+    unknown = "; its tokenizer is not known here: what looks like a control token counts as one"
+    known = "" if guard.tokeniser else unknown
+    return Finding("ok", "special tokens", f"{example!r} in a text {told}{known}")
 
 
 # ---- whether scores depend on the answer alone -----------------------------------------------------------------------
@@ -300,6 +389,7 @@ def _scores(reward: RewardModel, prompt: str, rows: Sequence[RowView]) -> list[f
 
 CHECKS: tuple[tuple[str, Callable[[Patient], Iterator[Finding]]], ...] = (
     ("What it reads", check_input),
+    ("Special tokens in content", check_content),
     ("Scores depend on the answer alone", check_stability),
     ("Better above worse", check_pairs),
     ("Partial answers", check_partial),

@@ -132,6 +132,8 @@ class ModelRunner:
 
         On more than two threads torch cuts elementwise loops at places that depend on the number of rows, and computes
         the few elements at a cut with scalar functions of other bits: too rare for a probe to see, so not promised.
+        On two, some CPUs compute torch's own attention with other bits on the second thread: the plain paths then show
+        it here, and only the shared-prefix path keeps the promise.
         """
         if self.device.type != "cpu" or self.dtype != torch.float32 or torch.get_num_threads() > MOST_THREADS:
             return "uniforms"

@@ -68,8 +68,8 @@ class Session(EngineSession):
         return sum(group.num_rows for group in self.groups)
 
     @property
-    def num_tokens(self) -> int:
-        return max((group.num_sampled for group in self.groups), default=0)
+    def tokens_since_look(self) -> int:
+        return max((group.num_sampled - group.sampled_at_look for group in self.groups), default=0)
 
     @property
     def kv_tokens_peak(self) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import json
 import logging
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Self
@@ -38,6 +39,7 @@ STRATEGIES = {"specrej_completions": "speculative_rejection", "specrej_best_of_n
 """Our completion functions and the strategy each presets."""
 
 _PER_RUN = {"batch_size", "force_sampling_args", "journal", "on_greedy", "trace_path"}
+_MARKUP = re.compile(r"<\|im_(?:start|end)\|>")
 _KEPT = 2  # a model and a reference model are asked in turn, 64 instructions each
 _loaded: dict[str, dict[str, Generator]] = {}
 """models -> configuration -> generator; the generators of one inner dict share engine and reward model."""
@@ -90,6 +92,8 @@ class Generation:
     record: RunRecord | None = None
     places: dict[str, int] = field(default_factory=dict)
     """Instructions of the whole run and where each stands; when all are answered the run is complete."""
+    instructions: tuple[str, ...] = ()
+    """Those of the whole run, in order; empty where only a chunk of them is known."""
     warned: bool = False
     """Whether special tokens in instructions were told of."""
     answered: dict[str, Answer] = field(default_factory=dict)
@@ -144,7 +148,7 @@ class Generation:
         if not self.is_chatml_prompt:
             return Question(instruction=instruction, text=str(prompt), index=index, fields=others)
         try:
-            messages = tuple(utils.prompt_to_chatml(str(prompt)))
+            messages = self._chatml(str(prompt), instruction if row else "")
         except (AssertionError, IndexError):
             raise ConfigError(
                 "is_chatml_prompt=true, but the prompt template is not ChatML: it must begin with <|im_start|> and end "
@@ -152,6 +156,15 @@ class Generation:
                 hint='leave is_chatml_prompt out: prompt_template "{instruction}" goes through the chat template.',
             ) from None
         return Question(instruction=instruction, messages=messages, index=index, fields=others)
+
+    def _chatml(self, prompt: str, instruction: str) -> tuple[dict[str, str], ...]:
+        """alpaca_eval's reading of ChatML, to which an instruction can spell further turns; where special tokens in
+        content are no control tokens, it cannot."""
+        if self.config.special_tokens_in_content in (None, ALLOW) or not _MARKUP.search(instruction):
+            return tuple(utils.prompt_to_chatml(prompt))
+        mark = next(mark for mark in map(chr, range(0xF0000, 0xFFFFE)) if mark not in prompt)
+        messages = utils.prompt_to_chatml(prompt.replace(instruction, mark))
+        return tuple({**turn, "content": turn["content"].replace(mark, instruction).strip()} for turn in messages)
 
     def generator(self) -> Generator:
         """The models, loaded once for all chunks and for all configurations that name the same ones."""
@@ -229,11 +242,11 @@ def _completions(prompts: Sequence[str], generation: Generation) -> dict[str, li
         max_tokens=generation.max_tokens,
         truncate=True,
     )
-
-    told = concerned(getattr(generator.engine, "tokeniser", None), [question.instruction for question in questions])
-    if told is not None and generation.config.special_tokens_in_content is None and not generation.warned:
-        generation.warned = True
-        logger.warning("%s", told)
+    if generation.config.special_tokens_in_content is None and not generation.warned:
+        generation.warned = True  # of all chunks, with the first
+        asked = generation.instructions or [question.instruction for question in questions]
+        if told := concerned(getattr(generator.engine, "tokeniser", None), asked):
+            logger.warning("%s", told)
 
     def keep_capacity(_: Answer) -> None:
         if record is not None and store is not None and record.capacity_tokens != generator.capacity_tokens:

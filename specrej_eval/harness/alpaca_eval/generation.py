@@ -105,6 +105,7 @@ def _begin(
     template = utils.read_or_return(entry["prompt_template"], relative_to=base_dir)
     alpaca_eval_slips.check_entry(name, entry, template)
     generation = decoder.Generation.of(function, entry.get("completions_kwargs") or {})
+    generation.instructions = tuple(instructions)
     for place, instruction in enumerate(instructions):
         generation.places.setdefault(instruction, place)
     fingerprint = generation.fingerprint(

@@ -232,11 +232,12 @@ class _Scorer:
         if new:
             rows = [RowView(row=row, text=text, token_ids=(), finish_reason="eos") for row, text in enumerate(new)]
             scores = self._reward.score(({"role": "user", "content": instruction},), rows)
-            for text, score in zip(new, scores, strict=True):
+            for place, (text, score) in enumerate(zip(new, scores, strict=True)):
                 if not math.isfinite(score):
                     raise RewardError(
-                        f"{self._reward.name} gave a reward that is not finite ({score}) to an answer of "
-                        f"{_shortened(text)!r} to the instruction {_shortened(instruction)!r}."
+                        f"{self._reward.name} gave a reward that is not finite ({score}"
+                        f"{self._reward.why_nan(place)}) to an answer of {_shortened(text)!r} to the instruction "
+                        f"{_shortened(instruction)!r}."
                     )
                 self._scores[instruction, text] = float(score)
         return [self._scores[instruction, text] for text in outputs]

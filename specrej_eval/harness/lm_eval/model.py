@@ -40,6 +40,7 @@ from specrej_eval.harness.lm_eval.requests import (
 from specrej_eval.harness.lm_eval.tally import Tally, strict_json
 from specrej_eval.records import fingerprint
 from specrej_eval.records.trace import rank_path
+from specrej_eval.rewards.base import RewardPlan
 from specrej_eval.special_tokens import ALLOW, Marked, SpecialTokenError, Tokeniser, concerned
 
 logger = logging.getLogger("lm_eval.models.specrej")  # below lm-eval's own logger: its format and --verbosity hold
@@ -68,6 +69,7 @@ class SpecRejLM(HFLM):
     """
 
     default_strategy: ClassVar[str] = "speculative_rejection"
+    _watch: ranks.Watch | None = None
 
     def __init__(
         self,
@@ -90,7 +92,7 @@ class SpecRejLM(HFLM):
             lm_eval_run.checked_against(host_run, translate, config)
         check_host_arguments(host)
         self.embedded_demo_pair = config.pretrained is None
-        policy = _checked_checkpoints(config, host, language_model=loaded is None)
+        policy, reward = _resolved(config, host, language_model=loaded is None)
 
         if self.embedded_demo_pair:
             logger.info("No pretrained given: using the embedded demo pair (a tiny arithmetic model, float32).")
@@ -119,7 +121,7 @@ class SpecRejLM(HFLM):
         self.tally = Tally()
         self._uses_chat_template = False
         self._ranks: list[Tally] = []
-        self.generator = _generator(self)
+        self.generator = _generator(self, reward)
         for note in notes:
             self._warn(note)
         if host_run is not None and self.rank == 0:
@@ -319,8 +321,15 @@ class SpecRejLM(HFLM):
             by_task.setdefault(draw.instance.task_name or "", {})[context] = contents
         for task, prompts in by_task.items():
             told = concerned(self.tokeniser, ["\n".join(contents) for contents in prompts.values()])
-            if told is not None:
+            if told is None:
+                continue
+            if self.world_size == 1:
                 self._warn(f"Task {task!r}: {told}", key=("special tokens", task))
+                continue
+            told = f"Task {task!r}, rank {self.rank}: {told}"  # each rank knows its own prompts only
+            self._warn(told, key=("special tokens", task, self.rank))
+            if self.rank > 0:
+                logger.warning(told)
 
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         self._warn_of_loglikelihood()
@@ -402,7 +411,8 @@ class SpecRejLM(HFLM):
         )
 
     def _from_first_rank(self, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        return fingerprint.from_first_rank(compute, rank=self.rank, world_size=self.world_size)
+        with self._needs_all_ranks():
+            return fingerprint.from_first_rank(compute, rank=self.rank, world_size=self.world_size)
 
     def _refuse_cached_repeats(self, requests: Sequence[Any]) -> None:
         if self.cache_hook.dbdict is None:
@@ -474,22 +484,21 @@ class BestOfNLM(SpecRejLM):
     default_strategy: ClassVar[str] = "best_of_n"
 
 
-def _checked_checkpoints(config: RunConfig, host: Mapping[str, Any], *, language_model: bool) -> dict[str, str]:
-    """Say what can be said of the two checkpoints without loading weights; how HFLM is to load the first."""
+def _resolved(config: RunConfig, host: Mapping[str, Any], *, language_model: bool) -> tuple[dict[str, str], RewardPlan]:
+    """Say what can be said of the two models without loading weights: how HFLM is to load the first, and the second."""
     from specrej_eval.engines.transformers.loading import check_checkpoint, policy_device, policy_dtype, policy_name
     from specrej_eval.rewards.choose import resolve_reward
 
     if language_model:
         check_checkpoint(config, host)
-    resolve_reward(config, token=host.get("token"))
-    return {"pretrained": policy_name(config), "device": policy_device(config), "dtype": policy_dtype(config)}
+    plan = resolve_reward(config, token=host.get("token"))
+    return {"pretrained": policy_name(config), "device": policy_device(config), "dtype": policy_dtype(config)}, plan
 
 
-def _generator(lm: SpecRejLM) -> Generator:
+def _generator(lm: SpecRejLM, plan: RewardPlan) -> Generator:
     from specrej_eval.engines.transformers.engine import TransformersEngine
-    from specrej_eval.rewards.choose import resolve_reward
 
-    reward = resolve_reward(lm.run_config, token=lm.host_arguments.get("token")).load(str(lm.device))
+    reward = plan.load(str(lm.device))
     engine = TransformersEngine(lm.model, lm.tokenizer, max_length=lm.max_length, think_end_token=lm.think_end_token)
     models = None if lm.run_config.journal is None else lm._of_models()
     return Generator(engine=engine, reward=reward, config=lm.run_config, identity=lm.host_arguments, fingerprint=models)

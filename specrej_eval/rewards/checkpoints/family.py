@@ -43,6 +43,8 @@ class RewardFamily(ABC):
     """What a user must bring besides the checkpoint's name; empty if nothing."""
     ARCHITECTURES: ClassVar[tuple[str, ...]] = ()
     """Classes in ``config.json`` that are this family's."""
+    BY_NAME: ClassVar[bool] = False
+    """Whether copies of EXAMPLES under their own name are this family's, whatever ``config.json`` names."""
     GENERAL: ClassVar[bool] = False
     """Whether a family that is more particular wins where both match."""
 
@@ -50,15 +52,10 @@ class RewardFamily(ABC):
         """Whether this family reads the checkpoint (``reward_family=auto``).
 
         By the classes that ``config.json`` names; where those say nothing (a reward model saved as a plain language
-        model), families look at its other keys or at the checkpoint's name (``is_example``).
+        model), by the checkpoint's name, or by other keys in families that say so.
         """
-        del name
-        return bool(set(self.ARCHITECTURES) & set(checkpoint.architectures(raw)))
-
-    def is_example(self, name: str) -> bool:
-        """Whether a hub name or folder is one of EXAMPLES, whoever's copy it is."""
-        own = Path(name).name.lower()
-        return any(own == entry.rpartition("/")[2].lower() for entry in self.EXAMPLES)
+        known = {entry.rpartition("/")[2].lower() for entry in self.EXAMPLES if self.BY_NAME}
+        return Path(name).name.lower() in known or not set(self.ARCHITECTURES).isdisjoint(checkpoint.architectures(raw))
 
     def config_from(self, name: str) -> str | None:
         """Another checkpoint whose ``config.json`` stands for this one, if it is published without."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -13,12 +13,12 @@ from specrej_eval.rewards.checkpoints.family import RewardCheckpoint
 
 
 def load_checkpoint(
-    source: RewardCheckpoint, model_class: Any, *, tokenizer_from: str | None = None
+    source: RewardCheckpoint, load: Callable[..., Any], *, tokenizer_from: str | None = None
 ) -> tuple[Any, Any]:
     """Load from a folder or hub repository.
 
     Args:
-        model_class: anything with transformers' ``from_pretrained``; its weights must all be in the checkpoint.
+        load: transformers' ``from_pretrained`` of a class whose weights must all be in the checkpoint.
         tokenizer_from: another checkpoint whose tokenizer this one was trained with.
 
     Returns:
@@ -30,7 +30,7 @@ def load_checkpoint(
     access = {"trust_remote_code": source.config.trust_remote_code, "token": source.token}
     try:
         tokenizer = AutoTokenizer.from_pretrained(tokenizer_from or source.name, **access)
-        model, info = model_class.from_pretrained(source.name, dtype=source.dtype, output_loading_info=True, **access)
+        model, info = load(source.name, dtype=source.dtype, output_loading_info=True, **access)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # files, formats and remote code fail in many ways

@@ -33,9 +33,9 @@ class Allowance:
         self._share = share
 
     @classmethod
-    def of(cls, config: RunConfig) -> Allowance:
-        on_cpu = "cpu" in (config.reward_device, config.device) or not torch.cuda.is_available()
-        share = MEMORY_SHARE_BESIDE_MAX if config.n == MAX and not on_cpu else MEMORY_SHARE
+    def of(cls, config: RunConfig, device: str) -> Allowance:
+        """What the arguments say, for a reward model on that device."""
+        share = MEMORY_SHARE_BESIDE_MAX if config.n == MAX and device.startswith("cuda") else MEMORY_SHARE
         return cls(config.reward_kv_budget_tokens, share=share)
 
     def grows_by(self, tokens: int) -> bool:

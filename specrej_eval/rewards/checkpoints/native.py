@@ -72,22 +72,14 @@ def load_body(
         more["key_mapping"] = key_mapping
     if state is not None:
         more["state_dict"] = dict(state)
-    loader = _BodyLoader(MODEL_MAPPING[type(model_config)], more)
-    with _quiet():  # transformers would report the head's weights as unexpected
-        return load_checkpoint(source, loader, tokenizer_from=tokenizer_from)
+    body_class: Any = MODEL_MAPPING[type(model_config)]
 
-
-class _BodyLoader:
-    """A ``from_pretrained`` for ``load_checkpoint`` that has its own idea of config and weights."""
-
-    def __init__(self, body_class: Any, more: Mapping[str, Any]) -> None:
-        self._body_class = body_class
-        self._more = more
-
-    def from_pretrained(self, name: str, *, trust_remote_code: bool, **options: Any) -> Any:
+    def load(name: str, *, trust_remote_code: bool, **options: Any) -> Any:
         del trust_remote_code  # a body of transformers' own has none
-        source = None if "state_dict" in self._more else name
-        return self._body_class.from_pretrained(source, **options, **self._more)
+        return body_class.from_pretrained(name if state is None else None, **options, **more)
+
+    with _quiet():  # transformers would report the head's weights as unexpected
+        return load_checkpoint(source, load, tokenizer_from=tokenizer_from)
 
 
 @contextlib.contextmanager
@@ -243,7 +235,7 @@ def assemble(
         inputs,
         positions_of=positions_of or inputs.positions_of,
         cache=source.config.reward_cache,
-        allowance=Allowance.of(source.config),
+        allowance=Allowance.of(source.config, source.device),
     )
 
 

@@ -226,24 +226,26 @@ class Renderer:
     ) -> Any:
         """``encode``, with the system message put elsewhere if the template refuses it."""
         messages = [dict(message) for message in conversation]
-        has_system = any(message["role"] == "system" for message in messages)
-        try:
-            ready = _merged(messages) if self._merge_system and has_system else messages
-            return encode(ready, response, open_turn=open_turn)
-        except SpecialTokenError as error:
-            raise self._special_token_error(error, row, response) from error
-        except Exception as error:  # templates refuse with jinja's errors, and fail with any other
-            if self._merge_system or not has_system or not self.has_template:
-                raise self._template_error(error, row, response, open_turn) from error
+        ways = [messages]
+        if any(message["role"] == "system" for message in messages) and self.has_template:
+            ways = [_merged(messages)] if self._merge_system else [messages, _merged(messages)]
+        refusal: Exception | None = None
+        for turns in ways:
             try:
-                encoded = encode(_merged(messages), response, open_turn=open_turn)
-            except SpecialTokenError as refusal:
-                raise self._special_token_error(refusal, row, response) from refusal
-            except Exception:
-                raise self._template_error(error, row, response, open_turn) from error
-        self._merge_system = True
-        self.warn("system", "its chat template takes no system message; it is put before the first user message.")
-        return encoded
+                encoded = encode(turns, response, open_turn=open_turn)
+            except SpecialTokenError as error:
+                raise self._special_token_error(error, row, response) from error
+            except Exception as error:  # templates refuse with jinja's errors, and fail with any other
+                refusal = refusal or error
+                continue
+            if refusal is not None:
+                self._merge_system = True
+                self.warn(
+                    "system", "its chat template takes no system message; it is put before the first user message."
+                )
+            return encoded
+        assert refusal is not None
+        raise self._template_error(refusal, row, response, open_turn) from refusal
 
     def _special_token_error(self, error: SpecialTokenError, row: int, response: str) -> RewardError:
         return RewardError(

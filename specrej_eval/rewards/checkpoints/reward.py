@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -22,23 +23,24 @@ class CheckpointReward(Forward, RewardModel):
     def __init__(self, body: Any, head: Head | None, renderer: Renderer, **options: Any) -> None:
         super().__init__(body, head, renderer, **options)
         self.name = renderer.name
-        self.shared_body: SharedBody | None = None
-        """Reads new tokens only; None until the first session is opened, and for bodies that cannot."""
-        self._probed = False
+
+    @cached_property
+    def shared_body(self) -> SharedBody | None:
+        """Reads new tokens only; None for bodies that cannot (encoders never do), and where nothing is to be cached.
+
+        Tried out when the first session is opened.
+        """
+        if self.cache == "off" or self.head is None:
+            return None
+        shared = SharedBody(self.body)
+        with clear_error(f"reward_model={self.name!r} was tried out", SMALLER):
+            reason = twice(shared.probe)
+        if reason is not None:
+            self.renderer.warn("cache", f"every look is read in full, which is slower ({reason}).")
+        return shared if reason is None else None
 
     def open(self, conversation: Sequence[Message], response_prefix: str = "") -> RewardSession:
-        """A session that reads only what is new at each look, where the body allows it (encoders never do)."""
-        if self.cache == "off" or self.head is None:
-            return super().open(conversation, response_prefix)
-        if not self._probed:
-            shared = SharedBody(self.body)
-            with clear_error(f"reward_model={self.name!r} was tried out", SMALLER):
-                reason = twice(shared.probe)
-            self._probed = True
-            if reason is None:
-                self.shared_body = shared
-            else:
-                self.renderer.warn("cache", f"every look is read in full, which is slower ({reason}).")
+        """A session that reads only what is new at each look, where the body allows it."""
         if self.shared_body is None:
             return super().open(conversation, response_prefix)
         return CachedSession(self, self.shared_body, conversation, response_prefix)

@@ -105,7 +105,9 @@ class CachedSession(RewardSession):
                     raise
             # outside the except block: the traceback would keep the failed pass's tensors alive
             self._forget()
-            self._reward.renderer.warn("memory", "memory is short: it keeps less and reads more again (said once).")
+            self._reward.renderer.warn(
+                "memory", "memory is short: it caches less and reads more tokens again (said once)."
+            )
         scores = self._reward.score_inputs(inputs)
         return [scores[entry] for entry in inputs]
 
@@ -180,8 +182,8 @@ class CachedSession(RewardSession):
         if not self._reward.allowance.grows_by(len(ids)):
             self._reward.renderer.warn(
                 "allowance of prompts",
-                f"its caches may hold {self._reward.allowance.limit} tokens, which is less than the prompts in flight "
-                "have; every look is read in full (said once). reward_kv_budget_tokens= allows more.",
+                f"its caches may hold {self._reward.allowance.limit} tokens, fewer than the prompts in flight have, so "
+                "every look is read in full (said once). Raise reward_kv_budget_tokens to cache more.",
             )
             return None
         prefix, hidden = twice(lambda: self._body.prefill(ids))
@@ -249,8 +251,8 @@ class CachedSession(RewardSession):
         if not self._reward.allowance.grows_by(shared + len(jobs) * rounded - self._held):
             self._reward.renderer.warn(
                 "allowance",
-                f"its caches may hold {self._reward.allowance.limit} tokens, which is not enough to keep every row's; "
-                "only the prompt's is kept (said once). reward_kv_budget_tokens= allows more.",
+                f"its caches may hold {self._reward.allowance.limit} tokens, too few for every row, so only the prompt "
+                "is kept (said once). Raise reward_kv_budget_tokens to cache more.",
             )
             return None
         if self._pool is None:

@@ -14,10 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from specrej_eval.rewards.checkpoints.family import RewardCheckpoint
+from specrej_eval.rewards.checkpoints.native import lm_head
 from specrej_eval.rewards.checkpoints.renderer import Renderer
 
 PLUS_AND_MINUS = ("+", "-")
-"""What a language model says of a step that is good, and of one that is bad."""
+"""Good and bad, as ``sign_head`` reads them."""
 MAX_SPELLED = 4096
 """Inputs a renderer remembers in which the answer writes the mark."""
 MAX_PROMPTS = 8
@@ -70,6 +72,12 @@ class StepHead(nn.Module):
         values = self.layer(hidden)
         logits = values[..., 0] if self.good is None else values[..., self.good] - values[..., 1 - self.good]
         return reduce_steps(torch.sigmoid(logits), mask, self.how)
+
+
+def sign_head(source: RewardCheckpoint, body: Any, tokenizer: Any) -> StepHead:
+    """Of a language model that answers with + for a step that is good, - for one that is bad."""
+    layer = lm_head(source, body, [token_id(tokenizer, sign) for sign in PLUS_AND_MINUS])
+    return StepHead(layer, source.config.prm_reduce, good=0)
 
 
 def rendered(renderer: Renderer, messages: list[dict[str, str]], *, add_generation_prompt: bool) -> list[int]:

@@ -17,13 +17,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from specrej_eval import checkpoint
-from specrej_eval.paths import expanded, is_folder
+from specrej_eval import checkpoint, companions
+from specrej_eval.paths import expanded
 from specrej_eval.rewards.checkpoints.family import RewardCheckpoint, RewardFamily
 from specrej_eval.rewards.checkpoints.native import body_config, load_linear
 from specrej_eval.rewards.checkpoints.reward import CheckpointReward
 
-BACKBONE = "hmomin/sft10k"
 TEMPLATE = (
     "Below is an instruction that describes a task. Write a response that appropriately completes the request."
     "{%- for message in messages -%}"
@@ -41,17 +40,14 @@ class Family(RewardFamily):
     NEEDS = "hmomin/sft10k (config and tokenizer of its body), or the folder that its config.json names"
 
     def matches(self, name: str, raw: Mapping[str, Any]) -> bool:
-        return raw.get("model_type") == "reward_model" and "backbone_model_name_or_path" in raw
+        return companions.is_alpaca_farm(raw)
 
     def check_files(self, folder: Path) -> None:
         """The tokenizer is the backbone's."""
         checkpoint.check_weights("reward_model", folder)
 
     def load(self, source: RewardCheckpoint) -> CheckpointReward:
-        backbone = str(source.raw.get("backbone_model_name_or_path"))
-        if not is_folder(backbone):
-            backbone = BACKBONE
-        own_tokenizer = any((expanded(source.name) / file).is_file() for file in checkpoint.TOKENIZER_FILES)
+        backbone = companions.alpaca_farm_backbone(source.raw)
         raw = checkpoint.read_config("reward_model", backbone, token=source.token)
         return load_linear(
             source,
@@ -59,6 +55,6 @@ class Family(RewardFamily):
             TEMPLATE,
             bias=True,
             model_config=body_config(source.name, raw),
-            tokenizer_from=None if own_tokenizer else backbone,
+            tokenizer_from=None if checkpoint.has_tokenizer(expanded(source.name)) else backbone,
             key_mapping={r"^backbone_model\.model\.": ""},
         )

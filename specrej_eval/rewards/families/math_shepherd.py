@@ -10,18 +10,16 @@ Steps are lines here, as in its training data; search-and-learn takes paragraphs
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 from specrej_eval.rewards.checkpoints.family import RewardCheckpoint, RewardFamily
-from specrej_eval.rewards.checkpoints.native import assemble, lm_head, load_body
+from specrej_eval.rewards.checkpoints.native import assemble, load_body
 from specrej_eval.rewards.checkpoints.reward import CheckpointReward
 from specrej_eval.rewards.checkpoints.steps import (
-    PLUS_AND_MINUS,
-    StepHead,
     StepRenderer,
     lines,
     question,
+    sign_head,
     token_id,
 )
 from specrej_eval.special_tokens import ContentText
@@ -33,15 +31,11 @@ class Family(RewardFamily):
     READS = "process: + against - at the mark behind each line; prm_reduce= makes one number"
     EXAMPLES = ("peiyi9979/math-shepherd-mistral-7b-prm",)
     NEEDS = "reward_family=math_shepherd for a copy under another name"
-
-    def matches(self, name: str, raw: Mapping[str, Any]) -> bool:
-        """By name: its config is a plain language model's, and any of those answers with + or -."""
-        return self.is_example(name)
+    BY_NAME = True  # its config is a plain language model's, and any of those answers with + or -
 
     def load(self, source: RewardCheckpoint) -> CheckpointReward:
         body, tokenizer = load_body(source)
-        layer = lm_head(source, body, [token_id(tokenizer, sign) for sign in PLUS_AND_MINUS])
-        head = StepHead(layer, source.config.prm_reduce, good=0)
+        head = sign_head(source, body, tokenizer)
         return assemble(source, body, tokenizer, head, renderer_class=MarkedLines, without_template="text")
 
 

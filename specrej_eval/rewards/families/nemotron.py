@@ -8,9 +8,6 @@ head is read here. The card's -3.28125 is that ``scores`` value; if the checkpoi
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 from specrej_eval.rewards.checkpoints.family import RewardCheckpoint, RewardFamily
 from specrej_eval.rewards.checkpoints.native import LastToken, assemble, lm_head, load_body
 from specrej_eval.rewards.checkpoints.reward import CheckpointReward
@@ -20,10 +17,7 @@ class Family(RewardFamily):
     READS = "the logit of vocabulary id 0 behind the last token of a language model"
     EXAMPLES = ("nvidia/Llama-3.1-Nemotron-70B-Reward-HF",)
     NEEDS = "about 140 GB of memory in bfloat16; reward_family=nemotron for a copy under another name"
-
-    def matches(self, name: str, raw: Mapping[str, Any]) -> bool:
-        """By name: its config is a plain language model's, and any of those has a logit 0."""
-        return self.is_example(name)
+    BY_NAME = True  # its config is a plain language model's, and any of those has a logit 0
 
     def load(self, source: RewardCheckpoint) -> CheckpointReward:
         body, tokenizer = load_body(source)

@@ -12,21 +12,20 @@ The checkpoint with "Mistral" in its name was trained on steps of one line each,
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from specrej_eval.rewards.checkpoints.family import RewardCheckpoint, RewardFamily
-from specrej_eval.rewards.checkpoints.native import assemble, lm_head, load_body
+from specrej_eval.rewards.checkpoints.native import assemble, load_body
 from specrej_eval.rewards.checkpoints.renderer import Renderer
 from specrej_eval.rewards.checkpoints.reward import CheckpointReward
 from specrej_eval.rewards.checkpoints.steps import (
     PLUS_AND_MINUS,
-    StepHead,
     lines,
     paragraphs,
     question,
     rendered,
+    sign_head,
     token_id,
 )
 
@@ -37,15 +36,11 @@ class Family(RewardFamily):
     READS = "process: + against - after each paragraph as a user's turn; prm_reduce= makes one number"
     EXAMPLES = ("RLHFlow/Llama3.1-8B-PRM-Deepseek-Data", "RLHFlow/Llama3.1-8B-PRM-Mistral-Data")
     NEEDS = "reward_family=rlhflow_prm for a copy under another name"
-
-    def matches(self, name: str, raw: Mapping[str, Any]) -> bool:
-        """By name: its config is a plain language model's, and any of those answers with + or -."""
-        return self.is_example(name)
+    BY_NAME = True  # its config is a plain language model's, and any of those answers with + or -
 
     def load(self, source: RewardCheckpoint) -> CheckpointReward:
         body, tokenizer = load_body(source)
-        layer = lm_head(source, body, [token_id(tokenizer, sign) for sign in PLUS_AND_MINUS])
-        head = StepHead(layer, source.config.prm_reduce, good=0)
+        head = sign_head(source, body, tokenizer)
         return assemble(source, body, tokenizer, head, renderer_class=TurnRenderer)
 
 

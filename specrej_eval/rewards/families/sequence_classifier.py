@@ -65,13 +65,13 @@ class Family(RewardFamily):
         CheckpointError: the files cannot be loaded, or hold no weights for the head (transformers would make it up).
         ConfigError: a decoder without a chat template, and no ``reward_template``.
         """
-        model, tokenizer = load_checkpoint(source, AutoModelForSequenceClassification)
+        model, tokenizer = load_checkpoint(source, AutoModelForSequenceClassification.from_pretrained)
         return SequenceClassifier(
             model,
             tokenizer,
             name=source.name,
             cache=source.config.reward_cache,
-            allowance=Allowance.of(source.config),
+            allowance=Allowance.of(source.config, source.device),
             **renderer_options(source.config),
         )
 

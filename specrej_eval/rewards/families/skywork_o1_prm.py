@@ -9,7 +9,6 @@ of their own, as there; line breaks at the very end are left out, where the orig
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
@@ -26,10 +25,7 @@ class Family(RewardFamily):
     EXAMPLES = ("Skywork/Skywork-o1-Open-PRM-Qwen-2.5-7B", "Skywork/Skywork-o1-Open-PRM-Qwen-2.5-1.5B")
     NEEDS = "reward_family=skywork_o1_prm for some copies under another name"
     ARCHITECTURES = ("Qwen2ForPrmModel",)
-
-    def matches(self, name: str, raw: Mapping[str, Any]) -> bool:
-        """By class or name: some copies' configs are a plain language model's."""
-        return super().matches(name, raw) or self.is_example(name)
+    BY_NAME = True  # some copies' configs are a plain language model's
 
     def load(self, source: RewardCheckpoint) -> CheckpointReward:
         body, tokenizer = load_body(source)

@@ -15,11 +15,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor, nn
 
 from specrej_eval import checkpoint
+from specrej_eval.companions import CONFIG_ELSEWHERE as CONFIGS
+from specrej_eval.companions import STARLING_TOKENIZERS as TOKENIZERS
 from specrej_eval.errors import CheckpointError
 from specrej_eval.paths import expanded
 from specrej_eval.rewards.checkpoints.family import RewardCheckpoint, RewardFamily
@@ -43,11 +44,6 @@ CHATML_TEMPLATE = (
     "{%- endfor -%}"
     "{%- if add_generation_prompt -%}{{ '\n<|im_start|>assistant\n' }}{%- endif -%}"
 )
-CONFIGS = {"Starling-RM-7B-alpha": "meta-llama/Llama-2-7b-chat-hf"}
-"""Checkpoints published as bare weights (by the last part of their name), and where their body's config lies."""
-TOKENIZERS = {**CONFIGS, "Starling-RM-34B": "01-ai/Yi-34B-Chat"}
-"""Neither checkpoint brings one along."""
-
 _RAW_WEIGHTS = "*.pt"
 _YI_VOCAB_SIZE = 64_000
 """Llama-2's vocabulary is half as large: this tells the two bodies, and so their templates, apart."""
@@ -60,10 +56,7 @@ class Family(RewardFamily):
         "for the 7B model, access to meta-llama/Llama-2-7b-chat-hf (gated: config, tokenizer), or a folder that holds "
         "them"
     )
-
-    def matches(self, name: str, raw: Mapping[str, Any]) -> bool:
-        """By name: the 7B checkpoint has no config, the 34B one's is a sequence classifier's."""
-        return self.is_example(name)
+    BY_NAME = True  # the 7B checkpoint has no config, the 34B one's is a sequence classifier's
 
     def config_from(self, name: str) -> str | None:
         return CONFIGS.get(Path(name).name)
@@ -80,12 +73,11 @@ class Family(RewardFamily):
         folder = expanded(source.name)
         bare = any(folder.glob(_RAW_WEIGHTS)) if folder.is_dir() else folder.name in CONFIGS
         tensors = read_tensors(source, _belongs, pattern=_RAW_WEIGHTS if bare else None)
-        own_tokenizer = any((folder / file).is_file() for file in checkpoint.TOKENIZER_FILES)
         body, tokenizer = load_body(
             source,
             model_config=model_config,
             state=_body_state(source.name, tensors),
-            tokenizer_from=None if own_tokenizer else TOKENIZERS.get(folder.name),
+            tokenizer_from=None if checkpoint.has_tokenizer(folder) else TOKENIZERS.get(folder.name),
         )
         head = fill(source, nn.Linear(model_config.hidden_size, 1, bias=False), tensors, "v_head.")
         template = CHATML_TEMPLATE if model_config.vocab_size >= _YI_VOCAB_SIZE else LLAMA_TEMPLATE

@@ -58,12 +58,11 @@ def _check_is_checkpoint(name: str) -> None:
     if is_folder(name) or "/" in name:
         return
     best = nearest(name, SELF_SCORES)
-    forms = (
-        f"a checkpoint folder, a hub name owner/name, {', '.join(SELF_SCORES)}, pkg.module:function, "
-        "http://host:port, judge:MODEL@http://host:port/v1, or several: a+0.5*b"
+    raise ConfigError(
+        f"unknown reward_model {name!r}: there is no such folder.",
+        hint=(f"did you mean {best!r}? " if best else "") + "It can be a checkpoint folder, a hub name owner/name, "
+        "likelihood, pkg.module:function, or another of the forms that `specrej-eval rewards` lists.",
     )
-    hint = f"did you mean {best!r}? " if best else ""
-    raise ConfigError(f"unknown reward_model {name!r}: there is no such folder.", hint=f"{hint}It can be {forms}.")
 
 
 def read_config(

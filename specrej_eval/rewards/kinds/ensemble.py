@@ -16,7 +16,7 @@ from typing import Any, ClassVar, NamedTuple
 from specrej_eval.config import RunConfig, as_float, reward_names
 from specrej_eval.core import Message, RowView, TokenStat, finite_or_none
 from specrej_eval.errors import ConfigError
-from specrej_eval.rewards.base import Pair, RewardModel, RewardPlan, RewardSession, by_conversation
+from specrej_eval.rewards.base import Pair, RewardModel, RewardPlan, RewardSession, in_groups
 from specrej_eval.rewards.kinds.base import Asked, RewardKind
 
 _FORM = 'a+0.5*b, or a list such as ["a", "0.5*b", {"reward_model": "http://host:8000", "weight": 2}]'
@@ -28,10 +28,6 @@ class Part(NamedTuple):
     weight: float
     config: RunConfig
     """The run's, with ``reward_model`` and what else the part has for itself."""
-
-    @property
-    def name(self) -> str:
-        return str(self.config.reward_model)
 
 
 def parse(name: str, config: RunConfig) -> list[Part]:
@@ -148,12 +144,10 @@ class Ensemble(RewardModel):
         scores = [member.score_pairs(pairs) for member in self.members]
         if not self.by_rank:
             return self.join(scores)
-        joined = [0.0] * len(pairs)
-        for places in by_conversation(pairs):
-            mine = self.join([[member[place] for place in places] for member in scores])
-            for place, score in zip(places, mine, strict=True):
-                joined[place] = score
-        return joined
+        return in_groups(
+            [pair.key for pair in pairs],
+            lambda places: self.join([[member[place] for place in places] for member in scores]),
+        )
 
     def open(self, conversation: Sequence[Message], response_prefix: str = "") -> EnsembleSession:
         """Opens a session of every member."""

@@ -89,7 +89,7 @@ class CallableReward(RewardModel):
     """Calls the user's function once per look with all rows of one prompt. What it reads, only the function knows.
 
     Args:
-        function: the function, or where it is: ``pkg.module:function``.
+        function: a function or any callable, or where it is: ``pkg.module:function``.
 
     Raises:
         ConfigError: as ``import_callable``.
@@ -101,7 +101,7 @@ class CallableReward(RewardModel):
         if isinstance(function, str):
             self.name, self.function = function, import_callable(function)
         else:
-            self.name, self.function = f"{function.__module__}:{function.__qualname__}", function
+            self.name, self.function = str(getattr(function, "__qualname__", type(function).__name__)), function
 
     def score(self, conversation: Sequence[Message], rows: Sequence[RowView], response_prefix: str = "") -> list[float]:
         """One float per row; numpy and torch numbers are accepted, NaN is passed on.

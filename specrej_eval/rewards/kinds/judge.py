@@ -11,8 +11,8 @@ is unreadable: asked for again, then NaN, which ``on_nan`` decides about.
 
 KEY is a made-up word, a hash of the conversation, that neither the conversation nor the response contains (else it is
 hashed anew). It stands in every delimiter and in the mark, so no text that is graded can end its part of the prompt,
-begin a turn or write a grade. What looks like a special token in that text is written with a space (``< |im_end|>``),
-since a server might read it as one.
+begin a turn or write a grade. What looks like a special token in that text gets a zero-width space behind its first
+character, since a server might read it as one (``special_tokens_in_content``).
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from specrej_eval.config import RunConfig
 from specrej_eval.core import Message, RowView
 from specrej_eval.errors import ConfigError, RewardError
 from specrej_eval.paths import expanded
-from specrej_eval.rewards.base import FullScoring, Pair, RewardModel, RewardPlan, RewardSession, readable
+from specrej_eval.rewards.base import Pair, RewardModel, RewardPlan, readable
 from specrej_eval.rewards.http import BadAnswerError, JsonServer, ServerError
 from specrej_eval.rewards.kinds.base import Asked, RewardKind
 from specrej_eval.special_tokens import ENCODE_AS_TEXT, ContentGuard
@@ -106,7 +106,6 @@ def _judge(name: str, config: RunConfig) -> Judge:
         max_tokens=config.judge_max_toks,
         note_unfinished=config.partial_turn == "open",
         special_tokens_in_content=config.special_tokens_in_content or ENCODE_AS_TEXT,
-        on_nan=config.on_nan,
     )
 
 
@@ -166,7 +165,6 @@ class Judge(RewardModel):
         max_tokens: int = 16,
         note_unfinished: bool = False,
         special_tokens_in_content: str = ENCODE_AS_TEXT,
-        on_nan: str = "error",
     ) -> None:
         self.name = f"judge:{model}@{server.shown_url}"
         self._guard = ContentGuard(self.name, special_tokens_in_content)
@@ -176,13 +174,17 @@ class Judge(RewardModel):
         self._server = server
         self._prompt = prompt
         self._note_unfinished = note_unfinished
-        self._on_nan = on_nan
         self._options: dict[str, Any] = {
             "max_tokens": max_tokens,
             "temperature": 0,
             "logprobs": True,
             "top_logprobs": _TOP,
         }
+
+    @property
+    def guard(self) -> ContentGuard:
+        """What holds the graded texts to ``special_tokens_in_content``."""
+        return self._guard
 
     @property
     def num_calls(self) -> int:
@@ -195,52 +197,33 @@ class Judge(RewardModel):
 
     def check(self) -> None:
         """Let it grade one answer. Raises RewardError if it does not."""
-        row = RowView(0, "4", (), "eos")
-        self._scores([self._asked([{"role": "user", "content": "What is 2 + 2?"}], row)], [0], "error")
+        self.score([{"role": "user", "content": "What is 2 + 2?"}], [RowView(0, "4", (), "eos")])
+        for reason in self._nan_reasons.values():
+            raise RewardError(f"{self.name} gave no grade: {reason}")
 
     def score(self, conversation: Sequence[Message], rows: Sequence[RowView], response_prefix: str = "") -> list[float]:
         """A grade between 0 and 9 for each row; rows that read the same are graded once.
 
-        NaN for one whose grade cannot be read, after its retries, with ``on_nan=drop``.
+        NaN for one whose grade cannot be read, after its retries; ``nan_reasons`` says what was written.
 
         Raises:
-            RewardError: the server failed; or wrote no grade, with ``on_nan=error``.
+            RewardError: the server failed.
         """
-        asked = [self._asked(conversation, row, response_prefix) for row in rows]
-        return self._scores(asked, [row.row for row in rows], self._on_nan)
-
-    def open(self, conversation: Sequence[Message], response_prefix: str = "") -> RewardSession:
-        """A session that remembers nothing. Unreadable grades are NaN there: the generator applies ``on_nan``."""
-        return _Looks(self, conversation, response_prefix)
-
-    def look(self, conversation: Sequence[Message], rows: Sequence[RowView], response_prefix: str = "") -> list[float]:
-        """As ``score`` with ``on_nan=drop``."""
-        asked = [self._asked(conversation, row, response_prefix) for row in rows]
-        return self._scores(asked, [row.row for row in rows], "drop")
+        return self._grades([self._asked(conversation, row, response_prefix) for row in rows])
 
     def score_pairs(self, pairs: Sequence[Pair]) -> list[float]:
         """Finished answers of any conversations. Raises as ``score``."""
-        asked = [self._asked(pair.conversation, pair.row) for pair in pairs]
-        return self._scores(asked, range(len(pairs)), self._on_nan)
+        return self._grades([self._asked(pair.conversation, pair.row) for pair in pairs])
 
-    def _scores(self, asked: Sequence[Question], rows: Sequence[int], on_nan: str) -> list[float]:
+    def _grades(self, asked: Sequence[Question]) -> list[float]:
         unique = list(dict.fromkeys(asked))
         grades = dict(zip(unique, self._server.each(self._grade, unique), strict=True))
         self.tokens_scored += sum(grade.tokens for grade in grades.values())
         self._unread += sum(math.isnan(grade.score) for grade in grades.values())
-        self._nan_reasons = {}
-        for place, (row, entry) in enumerate(zip(rows, asked, strict=True)):
-            if not math.isnan(grades[entry].score):
-                continue
-            if on_nan == "error":
-                raise RewardError(
-                    f"{self.name} gave row {row} no grade: {grades[entry].complaint}",
-                    hint="a judge that thinks or explains first needs more judge_max_toks; on_nan=drop ranks such rows "
-                    "last and counts them.",
-                )
-            self.grades_unreadable += 1
-            self._nan_reasons[place] = grades[entry].complaint
-        return [grades[entry].score for entry in asked]
+        found = [grades[entry] for entry in asked]
+        self._nan_reasons = {place: grade.complaint for place, grade in enumerate(found) if math.isnan(grade.score)}
+        self.grades_unreadable += len(self._nan_reasons)
+        return [grade.score for grade in found]
 
     def _asked(self, conversation: Sequence[Message], row: RowView, response_prefix: str = "") -> Question:
         # what looks like a control token is text to the judge
@@ -288,17 +271,6 @@ class Judge(RewardModel):
         return False
 
 
-class _Looks(FullScoring):
-    """Of one judge, whose unreadable grades are NaN."""
-
-    def __init__(self, judge: Judge, conversation: Sequence[Message], response_prefix: str) -> None:
-        super().__init__(judge, conversation, response_prefix)
-        self._judge = judge
-
-    def score(self, rows: Sequence[RowView]) -> list[float]:
-        return self._judge.look(self._conversation, rows, self._response_prefix)
-
-
 def _key(texts: Sequence[str], hashed: Any) -> str:
     """A word that can be spoken, so that models copy it well, and that none of the texts contains.
 
@@ -334,7 +306,10 @@ def _parse(answer: Any, key: str) -> Grade:
     tokens = usage.get("prompt_tokens") if isinstance(usage, dict) else None
     found = written_grade(content, key)
     if found is None:
-        raise UnreadableGradeError(f"the judge wrote no grade from 0 to 9, but {content[:80]!r}")
+        raise UnreadableGradeError(
+            f"the judge wrote no grade from 0 to 9, but {content[:80]!r} (one that thinks or explains first needs more "
+            "judge_max_toks)"
+        )
     score, place = found
     if place is not None:
         expected = _expected_grade(choice.get("logprobs"), content, place)

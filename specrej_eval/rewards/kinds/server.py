@@ -146,6 +146,17 @@ class HttpReward(RewardModel):
         self._guard = ContentGuard(self.name, config.special_tokens_in_content or ENCODE_AS_TEXT, known)
 
     @property
+    def guard(self) -> ContentGuard | None:
+        """None where ids, or a text rendered here, are sent."""
+        return self._guard if self._form in ("pair", "messages") else None
+
+    def text_sent(self, conversation: Sequence[Message], response: str) -> str | None:
+        if self._form != "text":
+            return None
+        assert self.renderer is not None
+        return self.renderer.text(conversation, response, False, row=0)
+
+    @property
     def num_calls(self) -> int:
         """Requests answered."""
         return self._server.num_requests

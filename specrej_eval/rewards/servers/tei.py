@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from specrej_eval.errors import ConfigError
+from specrej_eval.rewards.base import in_groups
 from specrej_eval.rewards.http import BadAnswerError, JsonServer, number, numbers
 from specrej_eval.rewards.servers.base import Form, Item, Scored, ServerProtocol, entries
 
@@ -45,15 +46,11 @@ class Protocol(ServerProtocol):
 
     def score(self, items: Sequence[Item]) -> Scored:
         if self._endpoint == "/rerank":
-            places: dict[str, list[int]] = {}  # a request takes one query
-            for place, item in enumerate(items):
-                places.setdefault(item.prompt, []).append(place)
-            scores = [0.0] * len(items)
-            for prompt, mine in places.items():
-                found = self._rerank(prompt, [items[place].response for place in mine])
-                for place, score in zip(mine, found, strict=True):
-                    scores[place] = score
-            return Scored(scores, 0)
+            prompts = [item.prompt for item in items]  # a request takes one query
+            found = in_groups(
+                prompts, lambda places: self._rerank(prompts[places[0]], [items[place].response for place in places])
+            )
+            return Scored(found, 0)
         inputs = [[item.prompt, item.response] if item.response else [item.text] for item in items]
 
         def parse(answer: Any) -> list[float]:

@@ -319,7 +319,7 @@ def test_the_reward_model_reads_the_bare_instruction_whatever_the_template(
     monkeypatch.setattr("specrej_eval.harness.alpaca_eval.decoder._loaded", {})
     odd = "What does {output} mean, {instruction}? 1e-3"
     dataset(tmp_path, [odd, INSTRUCTIONS[0]])
-    kwargs = {"reward_model": "test_alpaca_generation:remember", "is_chatml_prompt": chatml, "max_gen_toks": 8}
+    kwargs = {"reward_model": f"{__name__}:remember", "is_chatml_prompt": chatml, "max_gen_toks": 8}
     evaluate(config(tmp_path, prompt_template=template, completions_kwargs=kwargs))
     asked = {conversation[-1]["content"] for conversation in SEEN}
     assert asked == {odd, INSTRUCTIONS[0]}
@@ -504,7 +504,7 @@ def test_the_bare_literal_command_with_alpaca_evals_own_data_and_judge(tmp_path:
     assert package_digest() == before, "alpaca_eval's installed files were written to"
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_the_literal_command_in_a_users_folder(tmp_path: Path) -> None:
     """With today's setuptools, from a folder that holds our model_configs: a file, a folder, an absolute path, -m."""
     done = subprocess.run([sys.executable, "-m", "specrej_eval", "init"], cwd=tmp_path, capture_output=True, text=True)
@@ -536,18 +536,19 @@ def test_the_literal_command_in_a_users_folder(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_kill_in_the_middle_and_rerun_give_the_same_bytes(tmp_path: Path) -> None:
-    instructions = [question(operands) for operands in distinct_problems("test", 24, seed=5)]
+    instructions = [question(operands) for operands in distinct_problems("test", 24 if FULL else 14, seed=5)]
     data = dataset(tmp_path, instructions)
     path = config(tmp_path, completions_kwargs={"n": 16, "batch_size": 1})
     words = ["evaluate_from_model", path, "--evaluation_dataset", data, "--annotators_config", JUDGE]
-    words += ["--chunksize", "10"]
+    chunk = 10 if FULL else 6
+    words += ["--chunksize", str(chunk)]
     whole = alpaca_eval(*words, "--output_path", "undisturbed", cwd=tmp_path)
     assert whole.returncode == 0, whole.stderr
 
     script = Path(sys.executable).with_name("alpaca_eval")
     sidecar = tmp_path / "killed" / "specrej_outputs.jsonl"
     killed_at = []
-    for wanted in (4, 15):  # in the first chunk, and in the second
+    for wanted in (4, 15) if FULL else (7,):  # in the first chunk, and in the second
         process = subprocess.Popen(
             [str(script), *words, "--output_path", "killed"],
             cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
@@ -560,10 +561,10 @@ def test_kill_in_the_middle_and_rerun_give_the_same_bytes(tmp_path: Path) -> Non
             time.sleep(0.005)
         assert process.wait() == -signal.SIGKILL, "it was over before it could be killed"
         killed_at.append(sidecar.read_bytes().count(b"\n"))
-    assert 4 <= killed_at[0] < killed_at[1] < len(instructions)
+    assert killed_at == sorted(set(killed_at)) and killed_at[0] >= 4 and killed_at[-1] < len(instructions)
     done = alpaca_eval(*words, "--output_path", "killed", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert f"{killed_at[1] - 10} of 10 answers were recorded already" in done.stderr
+    assert f"{killed_at[-1] - chunk} of {chunk} answers were recorded already" in done.stderr
     assert open_run(tmp_path / "killed")[0].complete
     assert (tmp_path / "killed/model_outputs.json").read_bytes() == (
         tmp_path / "undisturbed/model_outputs.json"

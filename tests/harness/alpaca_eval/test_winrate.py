@@ -192,7 +192,7 @@ def test_the_literal_command_with_the_default_judge(tmp_path: Path) -> None:
     assert "these are 12. It cannot be compared" in out
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_the_literal_command_on_the_canonical_prompts(tmp_path: Path, hub_files: dict[str, str]) -> None:
     """Upstream's number to the last digit that is saved, and no column but upstream's."""
     board, out = literal_command_with_gpt4(tmp_path, 805, hub_files)

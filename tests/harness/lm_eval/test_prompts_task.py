@@ -242,7 +242,9 @@ def run_process(*words: str, cwd: Path) -> str:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("metadata", ['{"prompts": "prompts.csv"}', "prompts=prompts.csv"])
+@pytest.mark.parametrize(
+    "metadata", ['{"prompts": "prompts.csv"}', pytest.param("prompts=prompts.csv", marks=pytest.mark.full)]
+)
 def test_the_command_and_its_report(tmp_path: Path, capsys: pytest.CaptureFixture[str], metadata: str) -> None:
     (tmp_path / "prompts.csv").write_text("id,instruction\n" + "".join(f"{i},{text}\n" for i, text in enumerate(SUMS)))
     assert cli.main(["init", str(tmp_path)]) == 0
@@ -266,7 +268,7 @@ def test_the_command_and_its_report(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert rows["reward"]["stderr"] == scores["reward_stderr,none"]
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_two_ranks_have_the_metric_of_one(tmp_path: Path, prompts: Path) -> None:
     """Seven documents: the second rank gets a padding copy, which must not count."""
     lines = prompts.read_text()

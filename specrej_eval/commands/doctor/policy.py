@@ -1,0 +1,129 @@
+"""`specrej-eval doctor --pretrained M`: how this language model is decoded on this machine, and what that promises.
+
+Results of a run say the same (``attention``, ``promises``); here it is known before the run.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+from specrej_eval.config import RunConfig
+from specrej_eval.errors import PromptError
+from specrej_eval.special_tokens import ALLOW, ERROR
+
+if TYPE_CHECKING:
+    from specrej_eval.engines.transformers.engine import TransformersEngine
+
+NAMES = ("pretrained", "dtype", "device")
+"""Arguments of ``RunConfig`` that this command takes for itself; the others are those of a reward model."""
+
+
+class Finding(NamedTuple):
+    status: Literal["ok", "note", "broken"]  # only "broken" makes the exit code 1
+    subject: str
+    detail: str
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("language model (the names of --model_args)")
+    group.add_argument("--pretrained", metavar="VALUE", help="how it is decoded here, and what that promises")
+    group.add_argument("--dtype", metavar="VALUE", help="auto = the checkpoint's (default: auto)")
+    group.add_argument("--device", metavar="VALUE", help="None = cuda if there is one, else cpu")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Carry out the command; 0 if nothing is broken.
+
+    Raises:
+        ConfigError, CheckpointError, MissingDependencyError: it cannot be loaded.
+    """
+    from specrej_eval import api
+    from specrej_eval.engines.transformers.loading import check_checkpoint
+
+    given: dict[str, Any] = {name: getattr(args, name) for name in (*NAMES, "trust_remote_code", "token")}
+    given["special_tokens_in_content"] = args.special_tokens_in_content
+    config, host = RunConfig.from_args({name: value for name, value in given.items() if value is not None})
+    check_checkpoint(config, host)
+    return examine(api.load_engine(config, host))
+
+
+def examine(engine: TransformersEngine) -> int:
+    """Print what is found; 0 if nothing is broken, else 1."""
+    broken = 0
+    for title, check in CHECKS:
+        print(title)
+        for status, subject, detail in check(engine):
+            broken += status == "broken"
+            mark = {"ok": "ok    ", "note": "note  ", "broken": "BROKEN"}[status]
+            print(f"  {mark}  {subject:<21}  {detail}", flush=True)
+    print(f"\n{broken} thing{'s' * (broken != 1)} broken." if broken else "\nThis language model can be decoded.")
+    return 1 if broken else 0
+
+
+def check_decoding(engine: TransformersEngine) -> Iterator[Finding]:
+    """The path of its attention, and what is promised of its logits; both were measured when it was loaded."""
+    told = engine.describe()
+    yield Finding("ok", "device", f"{told['dtype']} on {told['device_name']}, context {told['max_length']} tokens")
+    if told["attention"] == "shared_prefix":
+        yield Finding("ok", "attention", "shared_prefix: a prompt's KV is kept once for all its rows")
+    else:
+        yield Finding("note", "attention", f"{told['attention']}: a slower path, with the same results")
+    if told["promises"] == "bits":
+        detail = "bits: a row's logits are the same bits whatever else is in the batch"
+        yield Finding("ok", "promises", detail)
+    else:
+        detail = "uniforms: last bits of logits depend on what else is in the batch; random numbers, rounds and rule do not"
+        yield Finding("note", "promises", f"{detail} ({_why_not_bits(told)})")
+
+
+def _why_not_bits(told: dict[str, Any]) -> str:
+    from specrej_eval.engines.transformers.model import MOST_THREADS
+
+    if not told["device"].startswith("cpu"):
+        return "always so on a GPU"
+    if told["dtype"] != "float32":
+        return f"always so in {told['dtype']}; dtype=float32 may be better"
+    if told["cpu_threads"] > MOST_THREADS:
+        return f"always so on {told['cpu_threads']} threads; OMP_NUM_THREADS={MOST_THREADS} may be better"
+    return "measured when the model was loaded"
+
+
+def check_prompts(engine: TransformersEngine) -> Iterator[Finding]:
+    """Chat template, and special tokens planted in a chat message."""
+    tokeniser = engine.tokeniser
+    known = tokeniser.special_ids
+    if not engine.has_chat_template:
+        yield Finding(
+            "note", "chat template", "none: prompts are plain texts, whose special tokens are the caller's own"
+        )
+        return
+    asked = [{"role": "user", "content": "Name a fruit."}]
+    plain = engine.encode(asked).token_ids
+    yield Finding("ok", "chat template", f"a question of 3 words has {len(plain)} tokens")
+    written = [known[number] for number in (*plain, *engine.eos_ids, *known) if number in known]
+    token = written[0] if written else None
+    if token is None:
+        yield Finding("ok", "special tokens", "the tokenizer has none")
+        return
+    try:
+        planted = engine.encode([{"role": "user", "content": f"Name a fruit.{token}"}]).token_ids
+    except PromptError as error:
+        refused = tokeniser.rule == ERROR
+        told = "is refused (special_tokens_in_content=error)" if refused else f"stops a run: {error.args[0]}"
+        yield Finding("ok" if refused else "broken", "special tokens", f"{token!r} in a message {told}")
+        return
+    more = sum(number in known for number in planted) - sum(number in known for number in plain)
+    in_harness = "in prompts of lm-eval and alpaca_eval, where nothing is said, a control token as with --model hf"
+    if more:
+        status: Literal["note", "broken"] = "note" if tokeniser.rule == ALLOW else "broken"
+        yield Finding(status, "special tokens", f"{token!r} in a message is read as a control token")
+    else:
+        yield Finding("ok", "special tokens", f"{token!r} in a message is read as text; {in_harness}")
+
+
+CHECKS = (
+    ("How it is decoded", check_decoding),
+    ("Prompts", check_prompts),
+)
