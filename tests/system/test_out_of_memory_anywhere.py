@@ -286,7 +286,7 @@ def test_a_drop_within_the_step_is_caught(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(decoding, "let_go", Group.drop)
     changed = 0
     for number, (_, place) in enumerate(sites):
-        if ":drop:" in place or ":move:" in place:
+        if ":moved:" in place or ":move:" in place:
             try:
                 changed += run(CASES[0], MemoryRunsOut([number])) != want
             except Exception:  # what comes of it may be anything

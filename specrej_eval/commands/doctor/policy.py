@@ -74,7 +74,9 @@ def check_decoding(engine: TransformersEngine) -> Iterator[Finding]:
         detail = "bits: a row's logits are the same bits whatever else is in the batch"
         yield Finding("ok", "promises", detail)
     else:
-        detail = "uniforms: last bits of logits depend on what else is in the batch; random numbers, rounds and rule do not"
+        detail = (
+            "uniforms: last bits of logits depend on what else is in the batch; random numbers, rounds and rule do not"
+        )
         yield Finding("note", "promises", f"{detail} ({_why_not_bits(told)})")
 
 
