@@ -77,39 +77,28 @@ class Prefix:
             store[layer][:, start:end] = new[0]
         return self.keys[layer][:, :end], self.values[layer][:, :end]
 
-    def num_bytes(self) -> int:
-        return sum(tensor.nbytes for store in (self.keys, self.values) for tensor in store.values())
-
 
 class SuffixPool:
     """Suffix KV of one group. Positions are counted from the first sampled token.
 
     Args:
         rows: rows held.
+        capacity: tokens there is room for in each row, before the next ``select``.
         align: capacities are multiples of this many tokens. On CPU 16 keeps every row's slab 64-byte aligned, so that
             a row's bits do not depend on where it lies in the pool.
     """
 
-    def __init__(self, rows: int, *, align: int = 1) -> None:
+    def __init__(self, rows: int, *, capacity: int, align: int = 1) -> None:
         self.rows = rows
         self.length = 0
         """Tokens stored per row."""
-        self.capacity = 0
         self._align = align
+        self.capacity = self._aligned(capacity)
         self._stores: tuple[dict[int, Tensor], ...] = ({}, {})
         """Keys and values per layer, (rows allocated, kv_heads, capacity, head_dim)."""
 
-    def reserve(self, tokens: int) -> None:
-        """Make room for ``tokens`` tokens per row, in all."""
-        tokens = -(-tokens // self._align) * self._align
-        if tokens <= self.capacity:
-            return
-        self.capacity = tokens
-        for store in self._stores:
-            for layer, old in store.items():
-                new = self._allocate(old, self.rows, old.shape[1], tokens, old.shape[3])
-                new[:, :, : self.length] = old[: self.rows, :, : self.length]
-                store[layer] = new  # one layer at a time: the peak is one layer's extra copy
+    def _aligned(self, tokens: int) -> int:
+        return -(-tokens // self._align) * self._align
 
     def append(self, layer: int, key: Tensor, value: Tensor) -> None:
         """Write the next position of a layer; ``advance`` makes it count. Writing it again is harmless.
@@ -133,7 +122,7 @@ class SuffixPool:
     def select(self, index: Tensor, capacity: int) -> None:
         """Gather rows (duplicates fork) into pools with room for ``capacity`` tokens; layer by layer."""
         rows = index.shape[0]
-        self.capacity = max(self.capacity, -(-capacity // self._align) * self._align)
+        self.capacity = max(self.capacity, self._aligned(capacity))
         for store in self._stores:
             for layer, old in store.items():
                 store[layer] = self._selected(old, index)
@@ -161,8 +150,8 @@ class SuffixPool:
 
     def split(self, at: int) -> SuffixPool:
         """Keep rows [0, at); return a pool of the rest. Both are views of the same memory, and never overlap."""
-        rest = SuffixPool(self.rows - at, align=self._align)
-        rest.length, rest.capacity = self.length, self.capacity
+        rest = SuffixPool(self.rows - at, capacity=self.capacity, align=self._align)
+        rest.length = self.length
         rest._stores = tuple({layer: buffer[at : self.rows] for layer, buffer in each.items()} for each in self._stores)
         mine = tuple({layer: buffer[:at] for layer, buffer in each.items()} for each in self._stores)
         self._stores, self.rows = mine, at
@@ -174,13 +163,11 @@ class SuffixPool:
             for layer, tensor in store.items():
                 store[layer] = tensor[: self.rows].to(device)
 
-    def num_bytes(self) -> int:
-        return sum(tensor.nbytes for store in self._stores for tensor in store.values())
-
 
 def bytes_per_token(prefix: Prefix) -> int:
     """KV bytes of one token, read off a prefilled prompt: 2 x layers x kv heads x head dim x itemsize.
 
     Read, not computed from the config, so that models with unequal layers (or latent KV) are right too.
     """
-    return prefix.num_bytes() // prefix.length
+    stored = [*prefix.keys.values(), *prefix.values.values()]
+    return sum(tensor.nbytes for tensor in stored) // prefix.length

@@ -78,8 +78,8 @@ class Group:
         self.pool: SuffixPool | None = None
         """Suffix KV on the shared-prefix path."""
         if prefix.keys:
-            self.pool = SuffixPool(len(row_ids), align=CPU_TOKEN_ALIGN if device.type == "cpu" else 1)
-            self.pool.reserve(capacity)
+            align = CPU_TOKEN_ALIGN if device.type == "cpu" else 1
+            self.pool = SuffixPool(len(row_ids), capacity=capacity, align=align)
         self.cache: Any = None
         """A transformers cache on the replicated path, with rows of padding behind the group's own. None: the next step
         makes it (again), from the prefix's."""

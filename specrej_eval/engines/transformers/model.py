@@ -72,7 +72,6 @@ class ModelRunner:
         """Sliding window each layer asked for in the last prefill."""
         self._row_align = _row_align(model) if self.device.type == "cpu" else 1
         self._expert_configs = expert_configs(model) if self.device.type == "cpu" else []
-        self.forward_passes = 0
         self.path: Path = path or self._probe()
         self.promises: Promise = self._probe_promise()
         """What holds for this model on this device, dtype and number of threads."""
@@ -137,10 +136,7 @@ class ModelRunner:
         """
         if self.device.type != "cpu" or self.dtype != torch.float32 or torch.get_num_threads() > MOST_THREADS:
             return "uniforms"
-        passes = self.forward_passes
-        differ = tried(self._rows_differ)
-        self.forward_passes = passes
-        return "bits" if differ is None else "uniforms"
+        return "bits" if tried(self._rows_differ) is None else "uniforms"
 
     def _rows_differ(self) -> str | None:
         together = self._probe_rows(range(_MANY_ROWS))
@@ -294,7 +290,6 @@ class ModelRunner:
             kwargs["position_ids"] = positions
         if self._takes_logits_to_keep:
             kwargs["logits_to_keep"] = 1
-        self.forward_passes += 1
         logits: Tensor = self.model(ids, **kwargs).logits
         return logits[:, -1]
 

@@ -137,8 +137,7 @@ class SharedBody:
         ]
         with self.active():
             prefix, _ = self.prefill(shared)
-            pool = RaggedPool(3, align=self.align)
-            pool.reserve(16)
+            pool = RaggedPool(3, capacity=16, align=self.align)
             got_first = self.extend(prefix, [0, 0, 0], first, pool=pool)
             got_second = self.extend(prefix, again, second, pool=pool)
         for index in range(3):
