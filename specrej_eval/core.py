@@ -136,13 +136,13 @@ class Trajectory:
 
     row: int
     text: str
-    token_ids: list[int]
+    token_ids: list[int] = field(repr=False)
     """Ends with the EOS, or with the token that completes the stop string."""
     reward: float | None
     """Last score; of the partial answer, for a rejected row. None if it was not finite (``on_nan=drop``)."""
     finish_reason: FinishReason
     rounds_survived: int
-    logprobs: list[float] | None = None
+    logprobs: list[float] | None = field(default=None, repr=False)
     """Log-prob of each id under the untempered, unfiltered model (``logprobs=True``)."""
     reward_parts: dict[str, float | None] | None = None
     """What each reward of an ensemble said of the row last; None where there is one reward."""
@@ -297,7 +297,7 @@ class Ledger:
         return {**asdict(self), "seconds": {phase: self.seconds.get(phase, 0.0) for phase in PHASES}}
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, repr=False)
 class GenerationResult:
     """The answer to one prompt, every candidate behind it, and what it cost."""
 
@@ -321,6 +321,15 @@ class GenerationResult:
     @property
     def text(self) -> str:
         return self.best.text
+
+    def __repr__(self) -> str:
+        text = self.text if len(self.text) <= 200 else f"{self.text[:197]}..."
+        rejected = sum(row.finish_reason == "rejected" for row in self.trajectories)
+        return (
+            f"GenerationResult(text={text!r}, reward={self.best.reward}, rows={len(self.trajectories)}, "
+            f"rejected={rejected}, rounds={len(self.rounds)}, decode_tokens={self.ledger.decode_tokens}"
+            f"{', degraded=True' if self.degraded else ''})"
+        )
 
     @classmethod
     def from_dict(cls, record: Any) -> Self:

@@ -5,6 +5,7 @@ It holds no tensor and no arithmetic on scores: engines decode, rewards score, s
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from collections import Counter
@@ -25,10 +26,11 @@ from specrej_eval.core import (
     Prompt,
     Round,
     RowView,
+    TokenStat,
     Trajectory,
     finite_or_none,
 )
-from specrej_eval.engines.base import Engine
+from specrej_eval.engines.base import Engine, EngineSession
 from specrej_eval.errors import OutOfMemoryError, RewardError
 from specrej_eval.progress import Progress
 from specrej_eval.records.fingerprint import EMBEDDED, of_models, warn_of_uncovered
@@ -53,6 +55,10 @@ class Request:
         return request_key(self.prompt, self.config.of_request, self.until)
 
 
+_STOP = Plan(keep=(), fresh=0, num_tokens=1)
+"""What a strategy that is done wants of the engine."""
+
+
 @dataclass(slots=True)
 class _Running:
     """A prompt in flight: its two sessions, its strategy's state, and what has been learned of its rows."""
@@ -61,8 +67,7 @@ class _Running:
     request: Request
     budget: Budget
     strategy: Strategy
-    session: Any
-    """The engine's."""
+    session: EngineSession
     scoring: RewardSession
     state: State
     look_in: int
@@ -71,7 +76,6 @@ class _Running:
     survived: Counter[int] = field(default_factory=Counter)
     rounds: list[Round] = field(default_factory=list)
     ledger: Ledger = field(default_factory=Ledger)
-    archived: set[int] = field(default_factory=set)
     nan_rewards: int = 0
 
     @property
@@ -115,6 +119,13 @@ class Generator:
         self._journal: Journal | None = None
         self.capacity_tokens: int | None = None
         """Tokens of KV that memory holds (``n=max``): measured by the first run that needs it, unless set before."""
+
+    def __repr__(self) -> str:
+        names = ("strategy", "n", "alpha", "max_gen_toks", "temperature", "top_k", "seed")
+        about = {"pretrained": self.config.pretrained or EMBEDDED, **self.describe()}
+        shown = ("pretrained", "reward_model", "device", "dtype", "promises")
+        parts = [f"{name}={about[name]!r}" for name in shown if name in about]
+        return f"Generator({', '.join(parts + [f'{name}={getattr(self.config, name)!r}' for name in names])})"
 
     # the public call
 
@@ -182,11 +193,13 @@ class Generator:
         work = self._checked(requests, journal)
         tracer = self._open_tracer()
         scheduler = Scheduler(self._not_in(journal, work), batch_size=self.config.batch_size)
-        bar = Progress(len(requests), shown=progress, summary=summary)
-        running: list[_Running] = []
-        keeping = stopping.keeping(len(requests), None if journal is None else journal.path)
-        kept = keeping.__enter__()
-        try:
+        with (
+            stopping.keeping(len(requests), None if journal is None else journal.path) as kept,
+            contextlib.closing(Progress(len(requests), shown=progress, summary=summary)) as bar,
+            contextlib.ExitStack() as to_close,
+        ):
+            running: list[_Running] = []
+            to_close.callback(self._close, running)
             for index, done in self._taken_from(journal, work):
                 bar.finished(done)
                 kept.add()
@@ -200,9 +213,9 @@ class Generator:
                 if num_tokens:
                     self.engine.decode([work.session for work in running], num_tokens)
                 for due in [work for work in running if not work.remaining_tokens]:
-                    result = self._look(due, tracer)
-                    if result is None:
+                    if not self._look(due, tracer):
                         continue
+                    result = self._result(due)
                     running.remove(due)
                     self.totals.add(result.ledger)
                     tracer.request(result)
@@ -213,11 +226,6 @@ class Generator:
                     bar.finished(result)
                     yield due.index, result
                 bar.step([work.session for work in running])
-        finally:
-            for work_left in running:
-                self._close(work_left)
-            bar.close()
-            keeping.__exit__(None, None, None)
 
     def _checked(self, requests: Sequence[Request], journal: Journal | None) -> list[tuple[int, Request, Budget]]:
         checked = []
@@ -247,8 +255,7 @@ class Generator:
             request.config,
             budget,
             until=request.until,
-            with_logprobs=self.reward.needs_logprobs,
-            token_stats=self.reward.needs_token_stats,
+            token_stats=self._token_stats(request.config),
         )
         scoring = self.reward.open(request.prompt.conversation, request.prompt.response_prefix)
         state, plan = strategy.init(budget)
@@ -264,72 +271,72 @@ class Generator:
             look_in=plan.num_tokens,
         )
 
-    def _look(self, work: _Running, tracer: Tracer) -> GenerationResult | None:
-        """Score the pool, ask the strategy, follow it. The result if the prompt is done, else None."""
-        looked = time.perf_counter()
-        scored = work.ledger.seconds["reward"]
-        pool = self.engine.pool(work.session)
-        scores = self._score(work, pool)
-        peak = work.session.kv_tokens_peak
-        tokens = max((row.num_tokens for row in pool), default=0)
-        for row, score in zip(pool, scores, strict=True):
-            work.rewards[row.row] = score
-            if row.finished and row.row not in work.archived:
-                work.archived.add(row.row)
-                work.survived[row.row] += 1
-        work.state, plan = work.strategy.step(work.state, pool, scores, work.budget)
-        keep = set(plan.keep) if plan is not None else set()
-        kept_scores = [score for row, score in zip(pool, scores, strict=True) if row.row in keep]
-        rejected = sum(1 for row in pool if not row.finished and row.row not in keep)
-        round_ = Round(
-            rows=len(pool),
-            tokens=tokens,
-            cut=min(kept_scores, default=None) if rejected else None,
-            kept=len(keep),
-            finished=sum(row.finished for row in pool),
-            rejected=rejected,
-            kv_tokens=peak,
-        )
-        work.survived.update(keep)
-        work.rounds.append(round_)
-        tracer.round(work.request.prompt, len(work.rounds), round_)
-        self.engine.follow(work.session, plan or Plan(keep=(), fresh=0, num_tokens=1))
-        work.scoring.keep(plan.keep if plan is not None else ())
-        scoring = work.ledger.seconds["reward"] - scored
-        work.ledger.seconds["other"] += time.perf_counter() - looked - scoring
-        if plan is None:
-            return self._result(work)
-        work.look_in = plan.num_tokens
-        return None
+    def _token_stats(self, config: RunConfig) -> set[TokenStat]:
+        """What the engine is to record of every token."""
+        wanted: set[TokenStat] = set(self.reward.needs_token_stats)
+        return wanted | {"logprob"} if self.reward.needs_logprobs or config.logprobs else wanted
+
+    def _look(self, work: _Running, tracer: Tracer) -> bool:
+        """Score the pool, ask the strategy, follow its plan. True if the prompt is done."""
+        with _clocked(work.ledger, "other"):
+            pool = self.engine.pool(work.session)
+        with _clocked(work.ledger, "reward"):
+            scores = self._score(work, pool)
+        with _clocked(work.ledger, "other"):
+            work.state, plan = work.strategy.step(work.state, pool, scores, work.budget)
+            round_ = _round_of(pool, scores, plan or _STOP, work.session.kv_tokens_peak)
+            tracer.round(work.request.prompt, len(work.rounds) + 1, round_)
+            self._follow(work, plan or _STOP)
+            self._learn(work, pool, scores, plan or _STOP, round_)
+        return plan is None
 
     def _score(self, work: _Running, pool: Sequence[RowView]) -> list[float]:
+        """One float per row; one that is not finite is an error or ranks last, as ``on_nan`` says."""
         if not pool:
             return []
-        reward = self.reward
-        started, tokens, calls = time.perf_counter(), reward.tokens_scored, reward.num_calls
-        floored, unreadable = reward.scores_floored, reward.grades_unreadable
+        before = self._reward_counts()
         scores = list(work.scoring.score(pool))
-        work.ledger.seconds["reward"] += time.perf_counter() - started
-        work.ledger.reward_tokens += reward.tokens_scored - tokens
-        work.ledger.reward_calls += reward.num_calls - calls
-        work.ledger.scores_floored += reward.scores_floored - floored
-        work.ledger.grades_unreadable += reward.grades_unreadable - unreadable
-        for place, (row, score) in enumerate(zip(pool, scores, strict=True)):
-            if math.isfinite(score):
-                continue
-            if work.request.config.on_nan == "error":
-                raise RewardError(
-                    f"{reward.name} scored row {row.row} of a prompt with {score}{reward.why_nan(place)}; its text "
-                    f"begins {row.text[:80]!r}.",
-                    hint="on_nan=drop ranks such rows last and counts them.",
-                )
-            work.nan_rewards += 1
+        work.ledger.add(Ledger(**{name: count - before[name] for name, count in self._reward_counts().items()}))
+        lost = [place for place, score in enumerate(scores) if not math.isfinite(score)]
+        if lost and work.request.config.on_nan == "error":
+            row, score = pool[lost[0]], scores[lost[0]]
+            raise RewardError(
+                f"{self.reward.name} scored row {row.row} of a prompt with {score}{self.reward.why_nan(lost[0])}; its "
+                f"text begins {row.text[:80]!r}.",
+                hint="on_nan=drop ranks such rows last and counts them.",
+            )
+        work.nan_rewards += len(lost)
+        for place in lost:
             scores[place] = -math.inf
         return scores
 
-    def _close(self, work: _Running) -> None:
-        self.engine.close(work.session)
-        work.scoring.close()
+    def _reward_counts(self) -> dict[str, Any]:
+        """What the reward model has counted so far, by the ledger's names."""
+        reward = self.reward
+        return {
+            "reward_tokens": reward.tokens_scored,
+            "reward_calls": reward.num_calls,
+            "scores_floored": reward.scores_floored,
+            "grades_unreadable": reward.grades_unreadable,
+        }
+
+    def _follow(self, work: _Running, plan: Plan) -> None:
+        self.engine.follow(work.session, plan)
+        work.scoring.keep(plan.keep)
+        work.look_in = plan.num_tokens
+
+    @staticmethod
+    def _learn(work: _Running, pool: Sequence[RowView], scores: Sequence[float], plan: Plan, round_: Round) -> None:
+        """Put down what a look has shown. A row that finished is in the pool of one look, and survives it."""
+        work.rewards.update((row.row, score) for row, score in zip(pool, scores, strict=True))
+        work.survived.update(row.row for row in pool if row.finished)
+        work.survived.update(set(plan.keep))
+        work.rounds.append(round_)
+
+    def _close(self, works: Sequence[_Running]) -> None:
+        for work in works:
+            self.engine.close(work.session)
+            work.scoring.close()
 
     @staticmethod
     def _make_comparable(work: _Running, finished: Sequence[int]) -> None:
@@ -338,31 +345,35 @@ class Generator:
         if scores is not None:
             work.rewards.update(zip(finished, scores, strict=True))
 
-    def _result(self, work: _Running) -> GenerationResult:
-        session, rows = work.session, self.engine.rows(work.session)
+    def _trajectories(self, work: _Running) -> list[Trajectory]:
+        """All rows of a prompt that is done, in row order."""
+        rows = self.engine.rows(work.session)
         self._make_comparable(work, [row.row for row in rows if row.finish_reason != "rejected"])
-        trajectories = [
+        return [
             Trajectory(
                 row=row.row,
                 text=row.text,
-                token_ids=row.token_ids,
+                token_ids=list(row.token_ids),
                 reward=finite_or_none(work.rewards.get(row.row)),
-                finish_reason=row.finish_reason,
+                finish_reason=row.finish_reason or "rejected",
                 rounds_survived=work.survived[row.row],
-                logprobs=row.logprobs,
+                logprobs=list(row.token_stats["logprob"]) if work.request.config.logprobs else None,
                 reward_parts=work.scoring.parts(row.row),
             )
             for row in rows
         ]
-        self._close(work)
+
+    def _result(self, work: _Running) -> GenerationResult:
+        session, trajectories = work.session, self._trajectories(work)
+        self._close([work])
         finished = [trajectory for trajectory in trajectories if trajectory.finish_reason != "rejected"]
         if not finished:
             raise OutOfMemoryError(
                 "out of memory: of this prompt's rows not one could be decoded to its end.",
                 hint="use a smaller model or dtype, a shorter prompt, or fewer rows (n).",
             )
-        # highest reward first, ties by row index; a reward that is not finite ranks last
-        best = min(finished, key=lambda item: (-math.inf if item.reward is None else item.reward) * -1)
+        # the first of the highest reward; one that is not finite ranks last
+        best = max(finished, key=lambda row: -math.inf if row.reward is None else row.reward)
         ledger = work.ledger
         ledger.prompt_tokens = session.prompt_tokens
         ledger.decode_tokens = session.decode_tokens
@@ -429,3 +440,27 @@ class Generator:
         for index, result in found:
             if result is not None:
                 yield index, result
+
+
+@contextlib.contextmanager
+def _clocked(ledger: Ledger, phase: str) -> Iterator[None]:
+    """What happens inside is charged to a phase of a prompt."""
+    started = time.perf_counter()
+    yield
+    ledger.seconds[phase] += time.perf_counter() - started
+
+
+def _round_of(pool: Sequence[RowView], scores: Sequence[float], plan: Plan, kv_tokens: int) -> Round:
+    """What became of the rows of a look."""
+    keep = set(plan.keep)
+    rejected = sum(not row.finished and row.row not in keep for row in pool)
+    kept_scores = [score for row, score in zip(pool, scores, strict=True) if row.row in keep]
+    return Round(
+        rows=len(pool),
+        tokens=max((row.num_tokens for row in pool), default=0),
+        cut=min(kept_scores, default=None) if rejected else None,
+        kept=len(keep),
+        finished=sum(row.finished for row in pool),
+        rejected=rejected,
+        kv_tokens=kv_tokens,
+    )

@@ -73,16 +73,17 @@ def summary_line(
             f"{answers} answers, "
             + (f"{spent.taken} of them taken from {source}, " if spent.taken else "")
             + f"{cost.rows_started} rows ({cost.rows_rejected / max(1, cost.rows_started):.0%} rejected), "
-            f"{cost.decode_tokens:,} tokens decoded, {cost.reward_tokens:,} scored in {cost.reward_calls:,} calls",
+            f"{cost.decode_tokens:,} tokens decoded, reward model read {cost.reward_tokens:,} tokens in "
+            f"{cost.reward_calls:,} calls",
             f"seconds: {seconds}",
             f"peak memory {cost.peak_bytes / 1e9:.2f} GB",
         ]
     if total is not None and spent.taken:
         parts.append(f"all answers cost {total.decode_tokens:,} tokens and {total.total_seconds:.1f} s")
     if cost.scores_floored:
-        parts.append(f"{cost.scores_floored:,} scores below the floor (repetition, or next to no tokens)")
+        parts.append(f"{cost.scores_floored:,} scores put below all others (answer repeats itself or is almost empty)")
     if cost.grades_unreadable:
-        parts.append(f"{cost.grades_unreadable:,} grades of the judge unreadable")
+        parts.append(f"{cost.grades_unreadable:,} answers of the judge had no readable grade")
     if best:
         parts.append(
             f"mean reward {sum(best) / len(best):.3f} (all rows that finished: {sum(finished) / len(finished):.3f})"

@@ -54,6 +54,21 @@ def test_without_arguments_the_demo_pair_answers_and_the_result_is_complete() ->
     assert ledger.peak_bytes > 0
 
 
+def test_a_generator_and_a_result_show_themselves_on_one_screen() -> None:
+    generator = load(n=8, alpha=0.25, logprobs=True)
+    result = generator.generate(PROMPTS[0])[0]
+    shown = repr(generator)
+    for part in ("alpha=0.25", "n=8", "strategy='speculative_rejection'", "device='cpu'", "promises=", "embedded"):
+        assert part in shown
+    assert repr(result.text) in repr(result)
+    assert f"rejected={result.ledger.rows_rejected}" in repr(result)
+    long = result.best
+    long.text = "word " * 1000
+    for text in (shown, repr(result)):
+        assert len(text) < 600 and "\n" not in text
+    assert "token_ids" not in repr(long)
+
+
 def test_to_dict_is_strict_json_and_tells_everything() -> None:
     result = load(n=4, logprobs=True).generate(PROMPTS[0])[0]
     data = json.loads(json.dumps(result.to_dict(), allow_nan=False))
@@ -131,7 +146,7 @@ def test_chat_messages_go_through_the_template_and_a_last_assistant_turn_is_cont
         ([], "no messages"),
         ([{"role": "user"}], "message 0"),
         ([{"role": "user", "content": None}], "message 0"),
-        ("x" * 600, "exceed the context"),
+        ("x" * 600, "exceeds the model's context"),
     ],
 )
 def test_a_bad_prompt_is_refused_before_anything_is_decoded(tiny: str, prompt: Any, message: str) -> None:

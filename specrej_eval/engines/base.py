@@ -1,53 +1,94 @@
-"""What an engine is to the loop: sessions that start, follow plans, decode, and show their rows."""
+"""What an engine is to the loop: sessions that start, follow plans, decode, and show their rows.
+
+An engine is a subclass of ``Engine`` with a session of its own kind. Text is not its affair: prompts are tokenised, and
+answers are cut and shown, by what the base class holds.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal
 
 from specrej_eval.budget import Budget
 from specrej_eval.config import RunConfig
-from specrej_eval.core import FinishReason, Message, Plan, Prompt, RowView, TokenStat
+from specrej_eval.core import Message, Plan, Prompt, RowView, TokenStat
+from specrej_eval.engines.prompts import encode_prompt
+from specrej_eval.engines.text import Detokenizer
+from specrej_eval.errors import OutOfMemoryError, PromptError
+from specrej_eval.special_tokens import ENCODE_AS_TEXT, Tokeniser
+
+Promise = Literal["bits", "uniforms", "distribution"]
+"""How far a row is independent of the other rows and prompts in its batch: its logits are the same bits; they are the
+same up to rounding, and its uniforms are the same (a token differs where a uniform falls in between); or its tokens are
+drawn from the same distribution, and that is all."""
 
 
-@dataclass(slots=True)
-class FinishedRow:
-    """A row's tokens once it is known what became of it."""
-
-    row: int
-    token_ids: list[int]
-    text: str
-    finish_reason: FinishReason
-    logprobs: list[float] | None
-
-
-class EngineSession(Protocol):
+@dataclass(kw_only=True, eq=False)
+class EngineSession(ABC):
     """One prompt being decoded. The engine fills it in; the loop reads it."""
 
-    num_live: int
-    """Rows still decoding."""
-    tokens_since_look: int
-    """Tokens each live row has decoded since the last ``follow``. Rows that started late are shorter than others, so
-    it is this that they have in common."""
-    prompt_tokens: int
-    decode_tokens: int
+    prompt_tokens: int = 0
+    decode_tokens: int = 0
     """Tokens sampled so far, over all rows."""
-    kv_tokens_peak: int
-    """Most tokens held since the last look."""
-    prefill_seconds: float
-    decode_seconds: float
-    degraded: bool
+    prefill_seconds: float = 0.0
+    decode_seconds: float = 0.0
+    degraded: bool = False
     """True once rows had to be given up for want of memory."""
 
+    @property
+    @abstractmethod
+    def num_live(self) -> int:
+        """Rows still decoding."""
 
-class Engine(Protocol):
-    """Decodes rows. Engines differ in how, never in which rows: (prompt, seed, sampling) decide the tokens."""
+    @property
+    @abstractmethod
+    def tokens_since_look(self) -> int:
+        """Tokens each live row has decoded since the last ``follow``. Rows that started late are shorter than others,
+        so it is this that they have in common."""
 
-    max_length: int
-    """Context length in tokens: prompt and answer together."""
-    has_chat_template: bool
-    """Whether ``encode`` takes chat messages."""
+    @property
+    @abstractmethod
+    def kv_tokens_peak(self) -> int:
+        """Most tokens held since the last look."""
+
+
+class Engine(ABC):
+    """Decodes rows. Engines differ in how, never in which rows: (prompt, seed, sampling) decide the tokens.
+
+    Args:
+        tokenizer: the model's, of transformers.
+        max_length: context length in tokens: prompt and answer together.
+        think_end_token: text or id that ends a reasoning part (see ``text.Detokenizer``).
+        add_bos_token: None = the tokenizer's own way.
+        chat_template_args: passed to the tokenizer's chat template.
+        special_tokens_in_content: what becomes of special tokens that a message spells (see ``special_tokens``).
+    """
+
+    promises: Promise = "distribution"
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        *,
+        max_length: int,
+        think_end_token: str | int | None = None,
+        add_bos_token: bool | None = None,
+        chat_template_args: Mapping[str, Any] | None = None,
+        special_tokens_in_content: str = ENCODE_AS_TEXT,
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.max_length = max_length
+        self.tokeniser = Tokeniser(tokenizer, special_tokens_in_content)
+        self.detokenizer = Detokenizer(tokenizer, think_end_token=think_end_token)
+        self._add_bos_token = add_bos_token
+        self._chat_template_args = chat_template_args
+
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether ``encode`` takes chat messages."""
+        return bool(self.tokenizer.chat_template)
 
     def encode(self, prompt: str | Sequence[Message], *, repeat: int = 0) -> Prompt:
         """Tokenise a raw context or chat messages.
@@ -55,7 +96,14 @@ class Engine(Protocol):
         Raises:
             PromptError: empty, malformed, or messages without a chat template.
         """
-        ...
+        return encode_prompt(
+            self.tokenizer,
+            prompt,
+            repeat=repeat,
+            add_bos_token=self._add_bos_token,
+            chat_template_args=self._chat_template_args,
+            tokeniser=self.tokeniser,
+        )
 
     def check(self, prompt: Prompt, config: RunConfig) -> None:
         """Whether a prompt can be decoded at all.
@@ -63,8 +111,16 @@ class Engine(Protocol):
         Raises:
             PromptError: it is empty, or leaves no room for max_gen_toks in the context.
         """
-        ...
+        if not prompt.num_tokens:
+            raise PromptError("the prompt has no tokens.", hint="give a non-empty string or at least one message.")
+        if prompt.num_tokens + config.max_gen_toks > self.max_length:
+            raise PromptError(
+                f"the prompt has {prompt.num_tokens} tokens; with max_gen_toks={config.max_gen_toks} that exceeds the "
+                f"model's context of {self.max_length} tokens.",
+                hint="shorten the prompt or lower max_gen_toks. (lm-eval's prompts are cut on the left instead.)",
+            )
 
+    @abstractmethod
     def open(
         self,
         prompt: Prompt,
@@ -72,24 +128,28 @@ class Engine(Protocol):
         budget: Budget,
         *,
         until: tuple[str, ...] = (),
-        with_logprobs: bool = False,
-        token_stats: Sequence[TokenStat] = (),
+        token_stats: Collection[TokenStat] = (),
     ) -> Any:
         """Prefill the prompt once and return its session. No row is started.
 
         Args:
-            with_logprobs: ``RowView.mean_logprob`` must be filled in.
-            token_stats: what else ``RowView.token_stats`` must hold. Costs no forward pass.
+            until: stop strings.
+            token_stats: what ``RowView.token_stats`` must hold. Costs no forward pass.
 
         Raises:
+            PromptError: as ``check``.
             OutOfMemoryError: the prompt alone does not fit.
         """
-        ...
 
+    @abstractmethod
     def follow(self, session: Any, plan: Plan) -> None:
-        """Keep the rows a plan names (live rows it does not name are dropped), and start its fresh rows."""
-        ...
+        """Keep the rows a plan names (live rows it does not name are dropped), and start its fresh rows.
 
+        Raises:
+            OutOfMemoryError: there is no room for the rows that go on.
+        """
+
+    @abstractmethod
     def decode(self, sessions: Sequence[Any], num_tokens: int) -> None:
         """Decode ``num_tokens`` tokens on every live row of all sessions in one batch.
 
@@ -99,32 +159,35 @@ class Engine(Protocol):
             KVBudgetExceededError: a session would hold more tokens than its budget.
             OutOfMemoryError: not even one row at a time could be decoded.
         """
-        ...
 
+    @abstractmethod
     def pool(self, session: Any) -> list[RowView]:
         """Rows live at the last ``follow``, those that finished since included, in row order."""
-        ...
 
-    def rows(self, session: Any) -> list[FinishedRow]:
-        """All rows ever started, in row order; rows that were dropped have finish reason ``rejected``."""
-        ...
+    @abstractmethod
+    def rows(self, session: Any) -> list[RowView]:
+        """All rows ever started, in row order, as they were when they ended or at the last ``pool``."""
 
+    @abstractmethod
     def close(self, session: Any) -> None:
         """Free what the session holds on the device."""
-        ...
 
     def capacity_tokens(self, config: RunConfig, prompt_tokens: int) -> int:
-        """Tokens of KV that free memory holds, measured after a warm-up (``n=max``)."""
-        ...
+        """Tokens of KV that free memory holds for one prompt, measured after a warm-up (``n=max``).
 
+        Raises:
+            OutOfMemoryError: this engine cannot say.
+        """
+        del config, prompt_tokens
+        raise OutOfMemoryError(
+            "n=max needs to know how much memory a token of KV takes, which this engine or model does not show.",
+            hint="give n (and kv_budget_tokens) as numbers.",
+        )
+
+    @abstractmethod
     def peak_bytes(self) -> int:
         """Peak memory so far: allocated by torch on a GPU, resident set of the process on a CPU."""
-        ...
 
+    @abstractmethod
     def describe(self) -> dict[str, Any]:
-        """Device, dtype, attention path and versions, for results.
-
-        ``batch_invariance`` says what is promised of a row's logits whatever else is in the batch: the same ``bits``,
-        or the same up to ``rounding`` (uniforms and rules stay; a token differs where a uniform falls in between).
-        """
-        ...
+        """Device, dtype, attention path, versions and ``promises``, for results."""

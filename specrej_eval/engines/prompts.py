@@ -64,7 +64,7 @@ def _encoded(
     messages = [checked_message(message, place) for place, message in enumerate(prompt)]
     if not messages:
         raise PromptError("the prompt holds no messages.", hint="give a string, or at least one user message.")
-    if not getattr(tokenizer, "chat_template", None):
+    if not tokenizer.chat_template:
         raise PromptError(
             "chat messages were given, but the tokenizer has no chat template.",
             hint="give the prompt as a string, or use an instruction-tuned model.",
@@ -93,13 +93,13 @@ def encode_text(
     if isinstance(text, ContentText) and tokeniser is not None:
         marked = tokeniser.all_content(text)
         if marked.marks:
-            bos = getattr(tokenizer, "bos_token", None)
+            bos = tokenizer.bos_token
             begun = bool(bos) and marked.without_leading(bos) != marked
             adds = False if begun else True if add_bos_token is None else add_bos_token
             found: list[int] = tokeniser.encode(marked, add_special_tokens=adds)["input_ids"]
             return found
     text = str(text)
-    bos = getattr(tokenizer, "bos_token", None)
+    bos = tokenizer.bos_token
     kwargs: dict[str, bool] = {}
     if bos and text.startswith(bos):
         kwargs["add_special_tokens"] = False

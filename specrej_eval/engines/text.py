@@ -202,13 +202,3 @@ def _special_ids(tokenizer: Any) -> frozenset[int]:
     """Ids that ``skip_special_tokens`` skips."""
     added = {token for token, entry in tokenizer.added_tokens_decoder.items() if entry.special}
     return frozenset(added | set(tokenizer.all_special_ids))
-
-
-def stop_ids(model: Any, tokenizer: Any) -> tuple[int, ...]:
-    """All ids that end an answer: the generation config's list, the model config's and the tokenizer's own."""
-    found: set[int] = set()
-    for holder in (getattr(model, "generation_config", None), model.config, tokenizer):
-        ids = getattr(holder, "eos_token_id", None)
-        if ids is not None:
-            found.update([ids] if isinstance(ids, int) else ids)
-    return tuple(sorted(found))

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from specrej_eval.errors import KVBudgetExceededError
-from specrej_eval.kv.memory import is_out_of_memory
+from specrej_eval.kv.memory import or_else
 
 
 @dataclass(slots=True)
@@ -77,39 +77,28 @@ class Prefix:
             store[layer][:, start:end] = new[0]
         return self.keys[layer][:, :end], self.values[layer][:, :end]
 
-    def num_bytes(self) -> int:
-        return sum(tensor.nbytes for store in (self.keys, self.values) for tensor in store.values())
-
 
 class SuffixPool:
     """Suffix KV of one group. Positions are counted from the first sampled token.
 
     Args:
         rows: rows held.
+        capacity: tokens there is room for in each row, before the next ``select``.
         align: capacities are multiples of this many tokens. On CPU 16 keeps every row's slab 64-byte aligned, so that
             a row's bits do not depend on where it lies in the pool.
     """
 
-    def __init__(self, rows: int, *, align: int = 1) -> None:
+    def __init__(self, rows: int, *, capacity: int, align: int = 1) -> None:
         self.rows = rows
         self.length = 0
         """Tokens stored per row."""
-        self.capacity = 0
         self._align = align
-        self._keys: dict[int, Tensor] = {}  # per layer: (rows allocated, kv_heads, capacity, head_dim)
-        self._values: dict[int, Tensor] = {}
+        self.capacity = self._aligned(capacity)
+        self._stores: tuple[dict[int, Tensor], ...] = ({}, {})
+        """Keys and values per layer, (rows allocated, kv_heads, capacity, head_dim)."""
 
-    def reserve(self, tokens: int) -> None:
-        """Make room for ``tokens`` tokens per row, in all."""
-        tokens = -(-tokens // self._align) * self._align
-        if tokens <= self.capacity:
-            return
-        self.capacity = tokens
-        for store in (self._keys, self._values):
-            for layer, old in store.items():
-                new = self._allocate(old, self.rows, old.shape[1], tokens, old.shape[3])
-                new[:, :, : self.length] = old[: self.rows, :, : self.length]
-                store[layer] = new  # one layer at a time: the peak is one layer's extra copy
+    def _aligned(self, tokens: int) -> int:
+        return -(-tokens // self._align) * self._align
 
     def append(self, layer: int, key: Tensor, value: Tensor) -> None:
         """Write the next position of a layer; ``advance`` makes it count. Writing it again is harmless.
@@ -117,15 +106,15 @@ class SuffixPool:
         Args:
             key, value: (rows, kv_heads, 1, head_dim).
         """
-        for store, new in ((self._keys, key), (self._values, value)):
+        for store, new in zip(self._stores, (key, value), strict=True):
             if layer not in store:
                 store[layer] = self._allocate(new, self.rows, new.shape[1], self.capacity, new.shape[3])
             store[layer][: self.rows, :, self.length] = new[:, :, 0]
 
     def layer(self, layer: int) -> tuple[Tensor, Tensor]:
         """Keys and values with the position just appended, (rows, kv_heads, length + 1, head_dim) views."""
-        end = self.length + 1
-        return self._keys[layer][: self.rows, :, :end], self._values[layer][: self.rows, :, :end]
+        keys, values = (store[layer][: self.rows, :, : self.length + 1] for store in self._stores)
+        return keys, values
 
     def advance(self) -> None:
         self.length += 1
@@ -133,17 +122,15 @@ class SuffixPool:
     def select(self, index: Tensor, capacity: int) -> None:
         """Gather rows (duplicates fork) into pools with room for ``capacity`` tokens; layer by layer."""
         rows = index.shape[0]
-        self.capacity = max(self.capacity, -(-capacity // self._align) * self._align)
-        for store in (self._keys, self._values):
+        self.capacity = max(self.capacity, self._aligned(capacity))
+        for store in self._stores:
             for layer, old in store.items():
-                try:
-                    store[layer] = self._gathered(old, index)
-                    continue
-                except RuntimeError as error:
-                    if not is_out_of_memory(error):
-                        raise
-                store[layer] = self._gathered(old.cpu(), index)  # this layer goes to the host; ``to`` brings it back
+                store[layer] = self._selected(old, index)
         self.rows = rows
+
+    def _selected(self, old: Tensor, index: Tensor) -> Tensor:
+        """A layer's rows at ``index``; on the host if the device has no room (``to`` brings it back)."""
+        return or_else(lambda: self._gathered(old, index), lambda: self._gathered(old.cpu(), index))
 
     def _gathered(self, old: Tensor, index: Tensor) -> Tensor:
         new = self._allocate(old, index.shape[0], old.shape[1], self.capacity, old.shape[3])
@@ -157,29 +144,24 @@ class SuffixPool:
         """Copy rows ``sources`` over ``holes``: O(rows moved), no gather. Doing it again is harmless as long as no row
         is a source and a hole; lowering ``rows`` then forgets the sources."""
         if sources.numel():
-            for store in (self._keys, self._values):
+            for store in self._stores:
                 for tensor in store.values():
                     tensor[holes, :, : self.length] = tensor[sources, :, : self.length]
 
     def split(self, at: int) -> SuffixPool:
         """Keep rows [0, at); return a pool of the rest. Both are views of the same memory, and never overlap."""
-        rest = SuffixPool(self.rows - at, align=self._align)
-        rest.length, rest.capacity = self.length, self.capacity
-        rest._keys = {layer: tensor[at : self.rows] for layer, tensor in self._keys.items()}
-        rest._values = {layer: tensor[at : self.rows] for layer, tensor in self._values.items()}
-        keys = {layer: tensor[:at] for layer, tensor in self._keys.items()}
-        values = {layer: tensor[:at] for layer, tensor in self._values.items()}
-        self._keys, self._values, self.rows = keys, values, at
+        rest = SuffixPool(self.rows - at, capacity=self.capacity, align=self._align)
+        rest.length = self.length
+        rest._stores = tuple({layer: buffer[at : self.rows] for layer, buffer in each.items()} for each in self._stores)
+        mine = tuple({layer: buffer[:at] for layer, buffer in each.items()} for each in self._stores)
+        self._stores, self.rows = mine, at
         return rest
 
     def to(self, device: torch.device | str) -> None:
         """Park the pool on the host, or bring it back."""
-        for store in (self._keys, self._values):
+        for store in self._stores:
             for layer, tensor in store.items():
                 store[layer] = tensor[: self.rows].to(device)
-
-    def num_bytes(self) -> int:
-        return sum(tensor.nbytes for store in (self._keys, self._values) for tensor in store.values())
 
 
 def bytes_per_token(prefix: Prefix) -> int:
@@ -187,4 +169,5 @@ def bytes_per_token(prefix: Prefix) -> int:
 
     Read, not computed from the config, so that models with unequal layers (or latent KV) are right too.
     """
-    return prefix.num_bytes() // prefix.length
+    stored = [*prefix.keys.values(), *prefix.values.values()]
+    return sum(tensor.nbytes for tensor in stored) // prefix.length

@@ -1,4 +1,4 @@
-"""What has to be known of a transformers model before our attention and cache may stand in for its own."""
+"""What can be read off a transformers model: the only file that asks its objects what they have."""
 
 from __future__ import annotations
 
@@ -89,3 +89,24 @@ def reset_rotary(model: Any, device: torch.device) -> None:
             original = getattr(module, f"{prefix}original_inv_freq").to(device, copy=True)
             module.register_buffer(f"{prefix}inv_freq", original, persistent=False)
             setattr(module, name, module.original_max_seq_len)
+
+
+def context_length(model: Any, tokenizer: Any) -> int:
+    """The model's context in tokens, by the names configs use for it; else the tokenizer's; else 2048."""
+    config = model.config.get_text_config(decoder=True)
+    for name in ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len"):
+        value = getattr(config, name, None)
+        if isinstance(value, int) and value > 0:
+            return value
+    limit = getattr(tokenizer, "model_max_length", None)
+    return int(limit) if isinstance(limit, int) and limit < 10**9 else 2048
+
+
+def stop_ids(model: Any, tokenizer: Any) -> tuple[int, ...]:
+    """All ids that end an answer: the generation config's list, the model config's and the tokenizer's own."""
+    found: set[int] = set()
+    for holder in (getattr(model, "generation_config", None), model.config, tokenizer):
+        ids = getattr(holder, "eos_token_id", None)
+        if ids is not None:
+            found.update([ids] if isinstance(ids, int) else ids)
+    return tuple(sorted(found))

@@ -10,10 +10,12 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
+from specrej_eval.kv.attention import sdpa
+from specrej_eval.kv.attention.base import AttentionParams
 from specrej_eval.kv.cache import Prefix, SuffixPool
 from specrej_eval.kv.memory import twice
+from specrej_eval.kv.steps import Step
 
 _SCORE_BYTES = 128 * 2**20
 """Most memory of a layer's attention scores, were they materialised (with softcap or sinks they are); rows take turns
@@ -39,11 +41,12 @@ class RaggedPool(SuffixPool):
         Returns:
             Keys and values of all rows, (rows, kv_heads, capacity, head_dim) views.
         """
-        for store, new in ((self._keys, key), (self._values, value)):
+        for store, new in zip(self._stores, (key, value), strict=True):
             if layer not in store:
                 store[layer] = new.new_zeros(self.rows, new.shape[1], self.capacity, new.shape[2])
             store[layer][rows, :, slots] = new
-        return self._keys[layer][: self.rows], self._values[layer][: self.rows]
+        keys, values = (store[layer][: self.rows] for store in self._stores)
+        return keys, values
 
     def gather(self, places: Sequence[int], length: int, capacity: int, device: torch.device) -> None:
         """Keep the rows at ``places`` (duplicates fork), their first ``length`` positions; room for ``capacity``."""
@@ -53,7 +56,7 @@ class RaggedPool(SuffixPool):
         twice(lambda: self.to(device))  # ``select`` moves a layer to the host where memory is short
 
 
-class Extension:
+class ExtendStep(Step):
     """New tokens of consecutive rows of a pool: what one forward pass reads.
 
     Args:
@@ -77,6 +80,7 @@ class Extension:
         align: int = 1,
         device: torch.device,
     ) -> None:
+        super().__init__(prefix.length)
         self.prefix = prefix
         self.pool = pool
         self.first = first
@@ -95,54 +99,33 @@ class Extension:
         self.slots = self.places + self.starts[self.rows]  # (tokens,), behind the prefix
         self.positions = self.slots + prefix.length  # (tokens,), in the whole sequence
 
-    def attend(
-        self,
-        layer: int,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        *,
-        scale: float,
-        window: int | None,
-        softcap: float | None,
-        sinks: Tensor | None,
-    ) -> Tensor:
-        """Store the new keys and values, and attend.
-
-        Args:
-            query: (heads, tokens and padding, head_dim), packed; key, value: the same with kv_heads.
-
-        Returns:
-            (tokens and padding, heads, head_dim of the values); zeros for padding.
-        """
-        heads, width = query.shape[0], query.shape[2]
-        queries = query[:, : self.num_tokens].transpose(0, 1)  # (tokens, heads, head_dim)
-        keys, values = self._store(layer, key, value)  # (rows, kv_heads, stored, head_dim)
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, params: AttentionParams) -> Tensor:
+        """See ``Step.attend``. Batch 1: the tokens of all rows are packed, padding behind them; zeros for padding."""
+        _, heads, tokens, width = query.shape
+        queries, new_key, new_value = (new[0, :, : self.num_tokens].transpose(0, 1) for new in (query, key, value))
+        keys, values = self._store(layer, new_key, new_value)  # (rows, kv_heads, stored, head_dim)
         kv_heads = keys.shape[1]
         padded = query.new_zeros(self.num_rows, self.longest, heads, width)
         padded[self.rows, self.places] = queries
         padded = padded.reshape(self.num_rows, self.longest, kv_heads, heads // kv_heads, width).permute(0, 2, 3, 1, 4)
         span = self.prefix.length + self.stored
         at_once = max(1, _SCORE_BYTES // (4 * heads * self.longest * span))
-        out = query.new_zeros(query.shape[1], heads, values.shape[3])
+        out = query.new_zeros(tokens, heads, values.shape[3])
         parts = []
         for start in range(0, self.num_rows, at_once):
             rows = slice(start, start + at_once)
-            parts.append(
-                self._attend_rows(layer, rows, padded[rows], keys[rows], values[rows], scale, window, softcap, sinks)
-            )
+            parts.append(self._attend_rows(layer, rows, padded[rows], keys[rows], values[rows], params))
         whole = parts[0] if len(parts) == 1 else torch.cat(parts)  # (rows, longest, heads, head_dim of the values)
         out[: self.num_tokens] = whole[self.rows, self.places]
-        return out
+        return out[None]
 
     def _store(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        new_key, new_value = (new[:, : self.num_tokens].transpose(0, 1) for new in (key, value))
         if self.pool is not None:
-            keys, values = self.pool.write(layer, new_key, new_value, self.rows + self.first, self.slots)
+            keys, values = self.pool.write(layer, key, value, self.rows + self.first, self.slots)
             mine = slice(self.first, self.first + self.num_rows)
             return keys[mine, :, : self.stored], values[mine, :, : self.stored]
         stores = []
-        for new in (new_key, new_value):
+        for new in (key, value):
             store = new.new_zeros(self.num_rows, new.shape[1], self.stored, new.shape[2])
             store[self.rows, :, self.slots] = new
             stores.append(store)
@@ -155,10 +138,7 @@ class Extension:
         query: Tensor,
         suffix_key: Tensor,
         suffix_value: Tensor,
-        scale: float,
-        window: int | None,
-        softcap: float | None,
-        sinks: Tensor | None,
+        params: AttentionParams,
     ) -> Tensor:
         """(rows, kv_heads, groups, longest, head_dim) -> (rows, longest, heads, head_dim of the values)."""
         count, kv_heads, groups, longest, width = query.shape
@@ -169,22 +149,10 @@ class Extension:
             self.prefix.length + self.starts[rows, None] + torch.arange(longest, device=query.device)
         )  # (rows, longest)
         seen = sources <= own[..., None]  # (rows, longest, prefix + stored)
-        if window is not None:
-            seen &= sources > own[..., None] - window
+        if params.window is not None:
+            seen &= sources > own[..., None] - params.window
         seen = seen[:, None, None].expand(-1, 1, groups, -1, -1).reshape(count, 1, groups * longest, -1)
-        packed = query.reshape(count, kv_heads, groups * longest, width)
-        if softcap is None and sinks is None:
-            out = functional.scaled_dot_product_attention(packed, keys, values, attn_mask=seen, scale=scale)
-        else:
-            scores = torch.matmul(packed, keys.transpose(2, 3)).float() * scale
-            if softcap is not None:
-                scores = torch.tanh(scores / softcap) * softcap
-            scores = scores.masked_fill(~seen, float("-inf"))
-            if sinks is not None:  # one more logit per head, which takes its share and has no value
-                extra = sinks.float().view(1, kv_heads, groups, 1, 1).expand(count, -1, -1, longest, -1)
-                scores = torch.cat([scores, extra.reshape(count, kv_heads, groups * longest, 1)], dim=-1)
-            weights = scores.softmax(-1)[..., : keys.shape[2]]
-            out = torch.matmul(weights.to(values.dtype), values)
+        out = sdpa.masked(query.reshape(count, kv_heads, groups * longest, width), keys, values, seen, params)
         return out.reshape(count, kv_heads, groups, longest, -1).permute(0, 3, 1, 2, 4).flatten(2, 3)
 
 

@@ -1,26 +1,26 @@
 """The attention function transformers calls while we run a model, and the cache object handed to the model.
 
-Registered as ``specrej_shared_prefix``. A model reaches it in every layer with rotary position already applied; which
-keys it attends to is taken from the step in progress (module-level slot), not from the arguments, because some models
-drop keyword arguments on the way (stablelm, nemotron).
+Registered as ``specrej_shared_prefix``. A model reaches it in every layer with rotary position already applied. What
+it attends to is the step in progress, which is handed over in a variable of this module: keyword arguments of a
+model's ``forward`` would be the way, but some models drop them between decoder layer and attention (stablelm,
+nemotron), and a cache is shown keys and values only.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from types import ModuleType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from transformers import AttentionInterface
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from specrej_eval.kv.attention import sdpa
-from specrej_eval.kv.cache import Prefix, SuffixPool
-from specrej_eval.kv.ragged import Extension
+from specrej_eval.kv.attention.base import AttentionParams
+from specrej_eval.kv.steps import Step
+
+AnyStep = TypeVar("AnyStep", bound=Step)
 
 NAME = "specrej_shared_prefix"
 PREFILL_CHUNK = 512
@@ -29,30 +29,11 @@ ROW_ALIGN = 16
 """On CPU a batch is padded to a multiple of this many rows, so that every thread's share of a matmul has at least 4
 rows: with fewer, MKL takes another kernel and a row's bits would depend on its company."""
 
-
-@dataclass(slots=True)
-class Step:
-    """One forward pass in progress: a chunk of a prompt, one token for every row of some groups, or new tokens of rows
-    of unequal lengths."""
-
-    backend: ModuleType = sdpa
-    prefix: Prefix | None = None
-    """Prefill: the prompt being stored."""
-    start: int = 0
-    """Prefill: position of the chunk's first token."""
-    groups: Sequence[tuple[Prefix, SuffixPool]] = field(default_factory=list)
-    """Decode: the groups in batch order. Rows beyond their sum are padding."""
-    extension: Extension | None = None
-    """Ragged: rows of one prompt, their new tokens packed into one sequence. Tokens beyond theirs are padding."""
-    windows: dict[int, int | None] = field(default_factory=dict)
-    """Out: the sliding window each layer asked for."""
-
-
 _step: Step | None = None
 
 
 @contextmanager
-def running(step: Step) -> Iterator[Step]:
+def running(step: AnyStep) -> Iterator[AnyStep]:
     """Make ``step`` the one the attention function and the cache see."""
     global _step
     previous, _step = _step, step
@@ -81,13 +62,7 @@ class _Layer(CacheLayerMixin):
         return key_states, value_states
 
     def get_seq_length(self) -> int:
-        step = _current()
-        if step.prefix is not None:
-            return step.start
-        if step.extension is not None:
-            return step.extension.prefix.length
-        prefix, pool = step.groups[0]
-        return prefix.length + pool.length
+        return _current().length
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.get_seq_length() + query_length, 0
@@ -116,12 +91,7 @@ def attention_forward(
     s_aux: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Attention of one layer.
-
-    Args:
-        query: (1, heads, chunk, head_dim) in prefill, (rows padded, heads, 1, head_dim) in decode, (1, heads, tokens
-            padded, head_dim) in an extension.
-        key, value: the same with kv_heads, the new positions; stored in the step's prefix or pools.
+    """Attention of one layer, by the step in progress (``Step.attend``).
 
     Returns:
         (batch, tokens, heads, head_dim), contiguous, and None for the weights.
@@ -129,55 +99,9 @@ def attention_forward(
     del attention_mask, dropout, kwargs  # our engine pads nothing and never trains
     step = _current()
     layer = int(module.layer_idx)  # type: ignore[arg-type]  # every attention module of transformers carries an int
-    heads, width = query.shape[1], query.shape[-1]
-    scale = width**-0.5 if scaling is None else float(scaling)
     step.windows[layer] = sliding_window
-    if step.prefix is not None:
-        prefix_key, prefix_value = step.prefix.store(layer, key, value, step.start)
-        out = step.backend.prefill(
-            query,
-            prefix_key,
-            prefix_value,
-            start=step.start,
-            scale=scale,
-            window=sliding_window,
-            softcap=softcap,
-            sinks=s_aux,
-        )
-        return out.transpose(1, 2).contiguous(), None
-    if step.extension is not None:
-        out = step.extension.attend(
-            layer, query[0], key[0], value[0], scale=scale, window=sliding_window, softcap=softcap, sinks=s_aux
-        )
-        return out[None], None
-    parts = []
-    first = 0
-    for prefix, pool in step.groups:
-        rows = slice(first, first + pool.rows)
-        pool.append(layer, key[rows], value[rows])
-        suffix_key, suffix_value = pool.layer(layer)
-        prefix_key, prefix_value = prefix.keys[layer], prefix.values[layer]
-        if sliding_window is not None:
-            oldest = max(0, prefix.length + pool.length - sliding_window + 1)
-            prefix_key, prefix_value = prefix_key[:, oldest:], prefix_value[:, oldest:]
-            gone = max(0, oldest - prefix.length)
-            suffix_key, suffix_value = suffix_key[:, :, gone:], suffix_value[:, :, gone:]
-        kv_heads = suffix_key.shape[1]
-        out = step.backend.decode(
-            query[rows, :, 0].reshape(pool.rows, kv_heads, heads // kv_heads, width),
-            prefix_key,
-            prefix_value,
-            suffix_key,
-            suffix_value,
-            scale=scale,
-            softcap=softcap,
-            sinks=s_aux,
-        )
-        parts.append(out.reshape(pool.rows, heads, -1))
-        first += pool.rows
-    if first < query.shape[0]:
-        parts.append(parts[0].new_zeros(query.shape[0] - first, heads, parts[0].shape[-1]))
-    return (parts[0] if len(parts) == 1 else torch.cat(parts))[:, None].contiguous(), None
+    scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
+    return step.attend(layer, query, key, value, AttentionParams(scale, sliding_window, softcap, s_aux)), None
 
 
 AttentionInterface.register(NAME, attention_forward)

@@ -349,7 +349,7 @@ def test_doctor_says_what_a_language_model_promises(
     assert "shared_prefix" in said and "bits: a row's logits are the same bits" in said
     assert "'<bos>' in a message is read as text" in said
     assert main(["doctor", "--pretrained", folder, "--dtype", "bfloat16", "--device", "cpu"]) == 0
-    assert "rounding: " in (said := capsys.readouterr().out) and "always so in bfloat16" in said
+    assert "uniforms: " in (said := capsys.readouterr().out) and "always so in bfloat16" in said
     monkeypatch.setattr(engine_model, "ROW_ALIGN", 1)  # then rows do differ: what was measured is what is said
     assert main(["doctor", "--pretrained", folder, "--device", "cpu", "--special_tokens_in_content", "allow"]) == 0
     said = capsys.readouterr().out

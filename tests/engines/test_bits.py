@@ -34,6 +34,7 @@ from specrej_eval.engines.transformers.engine import TransformersEngine
 from specrej_eval.engines.transformers.groups import Group
 from specrej_eval.engines.transformers.model import ModelRunner
 from specrej_eval.kv.attention import sdpa
+from specrej_eval.kv.attention.base import AttentionParams
 
 Counted = Callable[..., None]
 N = 16
@@ -120,13 +121,13 @@ def forced_logits(runner: ModelRunner, rows: list[int], steps: int = 3) -> dict[
     """Logits by (row, step): tokens that depend on row and step are fed, some rows leave and some fork on the way."""
     found = {}
     with torch.inference_mode(), runner.active():
-        group = Group.start(runner.prefill(prompt_of(21)), list(rows), capacity=steps + 2, device=runner.device)
+        group = Group(runner.prefill(prompt_of(21)), list(rows), capacity=steps + 2, device=runner.device)
         for step in range(steps):
             if step == 2 and len(rows) > 2:
                 group.drop([1])
                 group.select(list(reversed(range(group.num_rows))), group.row_ids[::-1], steps + 2)
             tokens = torch.tensor([forced_token(row, step) for row in group.row_ids])
-            group.tokens[:, step] = tokens.int()
+            group.rows.tokens[:, step] = tokens.int()
             group.num_sampled += 1
             logits = runner.step([group], tokens)
             group.advance()
@@ -140,11 +141,11 @@ def test_rows_of_every_architecture_and_path_are_bits(arch: Architecture, counte
     paths = {arch.path, "replicated", "recompute"} if FULL else {arch.path, "recompute"}
     for path in sorted(paths):
         runner = ModelRunner(shared_model(arch.name), path=path)  # type: ignore[arg-type]
-        if THREADS == 2 and path != "shared_prefix" and runner.batch_invariance == "rounding":
+        if THREADS == 2 and path != "shared_prefix" and runner.promises == "uniforms":
             # the model's own attention: on some CPUs torch's gives a row other bits on its second thread
             counted("architectures and paths that promise no bits on two threads")
             continue
-        assert runner.batch_invariance == "bits"
+        assert runner.promises == "bits"
         together = forced_logits(runner, list(range(70)))
         for rows in COMPANY:
             alone = forced_logits(runner, rows)
@@ -157,9 +158,9 @@ def test_rows_of_every_architecture_and_path_are_bits(arch: Architecture, counte
 
 def test_experts_need_their_own_padding() -> None:
     runner = ModelRunner(shared_model("mixtral"), path="shared_prefix")
-    assert runner.batch_invariance == "bits"
+    assert runner.promises == "bits"
     runner._expert_configs = []
-    assert runner._probe_batch_invariance() == "rounding"
+    assert runner._probe_promise() == "uniforms"
 
 
 def test_experts_are_the_models_own_outside() -> None:
@@ -171,15 +172,15 @@ def test_experts_are_the_models_own_outside() -> None:
 
 
 def test_what_is_promised_is_in_the_description(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert make_engine(model("head_dim 32")).describe()["batch_invariance"] == "bits"
+    assert make_engine(model("head_dim 32")).describe()["promises"] == "bits"
     half = tiny_causal_lm("llama").to(torch.bfloat16)
-    assert make_engine(half).describe()["batch_invariance"] == "rounding"
+    assert make_engine(half).promises == "uniforms"
     threads = torch.get_num_threads()
     torch.set_num_threads(3)
-    assert make_engine(model("head_dim 32")).describe()["batch_invariance"] == "rounding"
+    assert make_engine(model("head_dim 32")).promises == "uniforms"
     torch.set_num_threads(threads)
     monkeypatch.setattr(model_module, "ROW_ALIGN", 1)  # then rows do differ, and the probe must see it
-    assert make_engine(model("head_dim 32")).describe()["batch_invariance"] == "rounding"
+    assert make_engine(model("head_dim 32")).promises == "uniforms"
 
 
 # ---- whole runs ----------------------------------------------------------------------------------------------------
@@ -335,7 +336,7 @@ def test_attention_of_any_shape_does_not_depend_on_the_rows(prefix: int, heads: 
 
     def attend(places: list[int]) -> torch.Tensor:
         mine = own_key[places][:, :, :suffix], own_value[places][:, :, :suffix]
-        return sdpa.decode(query[places], key, value, *mine, scale=width**-0.5, softcap=None, sinks=None)
+        return sdpa.decode(query[places], key, value, *mine, AttentionParams(width**-0.5))
 
     whole = attend(list(range(rows)))
     for places in ([0], [3, 2], [69, 5, 17], list(range(5)), list(range(60, 2, -3)), list(range(1, 64))):

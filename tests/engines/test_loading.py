@@ -27,7 +27,7 @@ from specrej_eval import checkpoint
 from specrej_eval.config import RunConfig
 from specrej_eval.engines.transformers import loading
 from specrej_eval.engines.transformers.loading import check_checkpoint, load_model_and_tokenizer
-from specrej_eval.errors import CheckpointError, ConfigError, MissingDependencyError
+from specrej_eval.errors import CheckpointError, ConfigError, MissingDependencyError, OutOfMemoryError
 
 IDS = torch.tensor([[1, 70, 80, 90, 100]])
 
@@ -114,6 +114,18 @@ def test_subfolder_tokenizer_and_attention_reach_transformers(model: PreTrainedM
 def test_a_tokenizer_object_is_taken_as_it_is(folder: Path) -> None:
     given = tiny_tokenizer(chat_template="mine")
     assert load(folder, {"tokenizer": given})[1] is given
+
+
+@pytest.mark.parametrize("message", ["CUDA out of memory", "DefaultCPUAllocator: can't allocate memory"])
+def test_weights_that_do_not_fit_are_one_clear_error(
+    message: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def from_pretrained(*_: Any, **__: Any) -> Any:
+        raise (torch.OutOfMemoryError if "CUDA" in message else RuntimeError)(message)
+
+    monkeypatch.setattr(loading.AutoModelForCausalLM, "from_pretrained", from_pretrained)
+    with pytest.raises(OutOfMemoryError, match="loading the weights of pretrained="):
+        load(folder)
 
 
 def test_everything_transformers_understands_is_passed_on(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import logging
 import random
+import weakref
 from functools import cache
 from typing import Any
 
@@ -13,10 +14,12 @@ import torch
 from support.engine_runs import PROMPTS, generate, limit_rows, make_engine, outcome
 from support.tiny_models import tiny_causal_lm
 
-from specrej_eval.engines.transformers import engine as transformers_engine
+from specrej_eval.config import MAX, RunConfig
+from specrej_eval.engines.transformers import decoding
 from specrej_eval.engines.transformers.engine import TransformersEngine
 from specrej_eval.engines.transformers.groups import Group
 from specrej_eval.errors import OutOfMemoryError
+from specrej_eval.kv.memory import or_else
 
 UNTIL = ["e", "7", "q", "X"]
 PATHS = ["shared_prefix", "replicated", "recompute"]
@@ -85,7 +88,7 @@ def test_failures_anywhere_in_a_step(path: Any, seed: int) -> None:
 
 @pytest.mark.parametrize("seed", range(2))
 def test_failures_after_the_forward_pass(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    sample, random_, failed = transformers_engine.sample, random.Random(seed), []
+    sample, random_, failed = decoding.sample, random.Random(seed), []
 
     def failing(logits: Any, uniforms: Any, params: Any) -> Any:
         if len(uniforms) > 1 and random_.random() < 0.2:
@@ -93,7 +96,7 @@ def test_failures_after_the_forward_pass(seed: int, monkeypatch: pytest.MonkeyPa
             raise torch.OutOfMemoryError
         return sample(logits, uniforms, params)
 
-    monkeypatch.setattr(transformers_engine, "sample", failing)
+    monkeypatch.setattr(decoding, "sample", failing)
     for path in PATHS[:2]:
         assert run(make_engine(model(), path=path)) == undisturbed(path, 0.5)  # type: ignore[arg-type]
     assert len(failed) > 3
@@ -102,14 +105,14 @@ def test_failures_after_the_forward_pass(seed: int, monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize("path", PATHS)
 def test_failures_while_survivors_are_gathered(path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     want = undisturbed(path, 0.5)
-    grown, calls = Group._grown, iter(range(10**6))
+    selection, calls = Group.selection, iter(range(10**6))
 
     def failing(self: Group, *arguments: Any) -> Any:
         if next(calls) % 2 == 0:
             raise torch.OutOfMemoryError
-        return grown(self, *arguments)
+        return selection(self, *arguments)
 
-    monkeypatch.setattr(Group, "_grown", failing)
+    monkeypatch.setattr(Group, "selection", failing)
     assert run(make_engine(model(), path=path)) == want
 
 
@@ -192,3 +195,37 @@ def test_the_model_is_left_as_it_was_after_failures() -> None:
     with pytest.raises(OutOfMemoryError):
         generate(engine, PROMPTS[:1], alpha=0)
     assert model().config._attn_implementation == before
+
+
+# ---- outside the steps -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", PATHS[1:])
+def test_paths_that_show_no_kv_say_that_n_max_needs_a_number(path: Any) -> None:
+    engine = make_engine(model(), path=path)
+    with pytest.raises(OutOfMemoryError, match="n=max"):
+        engine.capacity_tokens(RunConfig(n=MAX), 12)
+
+
+@pytest.mark.parametrize("message", ["CUDA out of memory", "DefaultCPUAllocator: can't allocate memory"])
+def test_what_failed_is_let_go_before_another_way_is_tried(message: str) -> None:
+    class Held:
+        """A tensor of the failed try, as it were."""
+
+    alive: list[weakref.ref[Held]] = []
+
+    def fails() -> bool:
+        held = Held()
+        alive.append(weakref.ref(held))
+        raise (torch.OutOfMemoryError if "CUDA" in message else RuntimeError)(message)
+
+    assert or_else(fails, lambda: alive[0]() is None)
+    assert len(alive) == 1
+
+
+def test_other_errors_are_not_taken_for_memory_that_ran_out() -> None:
+    def fails() -> None:
+        raise RuntimeError("shapes do not match")
+
+    with pytest.raises(RuntimeError, match="shapes"):
+        or_else(fails, lambda: pytest.fail("another way was tried"))

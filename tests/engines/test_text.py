@@ -23,8 +23,7 @@ from transformers import PreTrainedTokenizerFast
 
 from specrej_eval import budget as budgets
 from specrej_eval.config import RunConfig
-from specrej_eval.core import FinishReason, Plan, Prompt
-from specrej_eval.engines.base import FinishedRow
+from specrej_eval.core import FinishReason, Plan, Prompt, RowView
 from specrej_eval.engines.text import REPLACEMENT, Detokenizer
 from specrej_eval.engines.transformers.engine import TransformersEngine
 
@@ -90,7 +89,7 @@ class Scripted:
         logits[torch.arange(len(tokens)), torch.tensor(tokens)] = 50.0
         return logits
 
-    def rows(self, until: Sequence[str] = (), max_gen_toks: int = 64, prompt: str = "p") -> list[FinishedRow]:
+    def rows(self, until: Sequence[str] = (), max_gen_toks: int = 64, prompt: str = "p") -> list[RowView]:
         n = len(self.scripts)
         config = RunConfig(strategy="best_of_n", n=n, max_gen_toks=max_gen_toks)
         encoded = Prompt(token_ids=tuple(ids_of(prompt)), conversation=())
@@ -101,7 +100,7 @@ class Scripted:
         return self.engine.rows(session)
 
 
-def run(text_or_ids: str | list[int], until: Sequence[str] = (), **arguments: Any) -> FinishedRow:
+def run(text_or_ids: str | list[int], until: Sequence[str] = (), **arguments: Any) -> RowView:
     """One row; the script goes on with question marks, so a missed stop shows."""
     script = ids_of(text_or_ids) if isinstance(text_or_ids, str) else text_or_ids
     engine_arguments = {key: arguments.pop(key) for key in ("think_end_token", "tokenizer") if key in arguments}

@@ -16,6 +16,7 @@ from specrej_eval.core import Plan
 from specrej_eval.engines.transformers import model as model_module
 from specrej_eval.engines.transformers.groups import CPU_TOKEN_ALIGN, Group
 from specrej_eval.engines.transformers.model import ModelRunner
+from specrej_eval.engines.transformers.sampling import row_stream
 from specrej_eval.errors import KVBudgetExceededError
 from specrej_eval.kv.cache import Prefix, SuffixPool, TokenAccount, bytes_per_token
 
@@ -44,7 +45,7 @@ class Naive:
                 torch.stack([entry(row, place, layer, kind) for row in group.row_ids])[:, :, None] for kind in (0, 1)
             )
             group.pool.append(layer, key, value)
-        group.tokens[:, place] = torch.tensor(group.row_ids, dtype=torch.int32)
+        group.rows.tokens[:, place] = torch.tensor(group.row_ids, dtype=torch.int32)
         group.num_sampled += 1
         for row in group.row_ids:
             self.rows[row].append((row, place))
@@ -55,8 +56,8 @@ class Naive:
         group = self.group
         assert group.pool is not None
         assert group.pool.rows == group.num_rows == len(self.rows)
-        assert group.ids.tolist() == group.row_ids
-        assert len(group.positions) == group.num_rows
+        assert torch.equal(group.rows.streams, row_stream(torch.tensor(0), torch.tensor(group.row_ids)))
+        assert group.positions().tolist() == [group.prefix.length + group.length] * group.num_rows
         if not group.length + extra:
             return
         if not extra:
@@ -68,7 +69,7 @@ class Naive:
         if not extra:
             group.pool.length += 1
         writers = [[row for row, _ in self.rows[mine]] for mine in group.row_ids]
-        assert group.tokens[:, : group.num_sampled].tolist() == writers
+        assert group.rows.tokens[:, : group.num_sampled].tolist() == writers
 
 
 @given(st.data())
@@ -76,7 +77,7 @@ def test_groups_equal_lists_of_rows(data: st.DataObject) -> None:
     prefix = Prefix(length=2, keys={0: torch.zeros(HEADS, 2, WIDTH)}, values={0: torch.zeros(HEADS, 2, WIDTH)})
     rows = data.draw(st.integers(1, 6))
     capacity = data.draw(st.integers(1, 5))
-    group = Group.start(prefix, list(range(rows)), capacity=capacity, device=torch.device("cpu"))
+    group = Group(prefix, list(range(rows)), capacity=capacity, device=torch.device("cpu"))
     everything = [Naive(group)]
     next_row = rows
     for action in data.draw(st.lists(st.sampled_from(["step", "step", "step", "drop", "select", "split", "park"]))):
@@ -110,24 +111,22 @@ def test_groups_equal_lists_of_rows(data: st.DataObject) -> None:
 
 
 def test_pool_capacities_are_aligned_and_never_shrink() -> None:
-    pool = SuffixPool(3, align=CPU_TOKEN_ALIGN)
-    pool.reserve(5)
+    pool = SuffixPool(3, capacity=5, align=CPU_TOKEN_ALIGN)
     assert pool.capacity == CPU_TOKEN_ALIGN
     pool.append(0, torch.ones(3, 1, 1, 2), torch.full((3, 1, 1, 2), 2.0))
     pool.advance()
-    pool.reserve(CPU_TOKEN_ALIGN + 1)
-    pool.reserve(1)
+    pool.select(torch.arange(3), CPU_TOKEN_ALIGN + 1)
+    pool.select(torch.arange(3), 1)
     assert pool.capacity == 2 * CPU_TOKEN_ALIGN
     pool.append(0, torch.full((3, 1, 1, 2), 3.0), torch.full((3, 1, 1, 2), 4.0))
     key, value = pool.layer(0)
     assert key[2, 0].tolist() == [[1, 1], [3, 3]] and value[0, 0].tolist() == [[2, 2], [4, 4]]
-    assert pool.num_bytes() == 2 * 3 * 2 * CPU_TOKEN_ALIGN * 2 * 4
 
 
 @pytest.mark.parametrize("fails_at", range(4))
 def test_select_survives_running_out_of_memory_half_way(fails_at: int, monkeypatch: pytest.MonkeyPatch) -> None:
     prefix = Prefix(length=1, keys={0: torch.zeros(HEADS, 1, WIDTH)}, values={0: torch.zeros(HEADS, 1, WIDTH)})
-    naive = Naive(Group.start(prefix, [0, 1, 2], capacity=3, device=torch.device("cpu")))
+    naive = Naive(Group(prefix, [0, 1, 2], capacity=3, device=torch.device("cpu")))
     naive.step()
     gathered, calls = SuffixPool._gathered, iter(range(99))
 

@@ -100,22 +100,21 @@ def test_numbers_travel_with_their_rows_through_forks_moves_and_drops() -> None:
     model = tiny_causal_lm()
     engine = make_engine(model)
     prefix = engine.runner.prefill([5, 6, 7], "shared_prefix")
-    group = Group.start(prefix, [0, 1, 2, 3], capacity=4, device=torch.device("cpu"), recorded=("confidence",))
+    group = Group(prefix, [0, 1, 2, 3], capacity=4, device=torch.device("cpu"), recorded=1)
 
     def step(number: int) -> None:
-        group.sampled(torch.arange(group.num_rows), {"confidence": group.ids.float() * 10 + number})
+        group.write(torch.arange(group.num_rows), torch.tensor(group.row_ids)[:, None] * 10.0 + number)
+        group.num_sampled += 1
 
     step(0)
     group.select([2, 0, 2], [2, 0, 4], capacity=6)  # row 4 forks row 2; row 1 and 3 are dropped
     step(1)
-    assert group.stats["confidence"][:, :2].tolist() == [[20, 21], [0, 1], [20, 41]]
+    assert group.rows.stats[:, :2, 0].tolist() == [[20, 21], [0, 1], [20, 41]]
     group.drop([0])  # the hole takes a row from the end
     step(2)
     rest = group.split()
     found = {
-        row: part.stats["confidence"][place, :3].tolist()
-        for part in (group, rest)
-        for place, row in enumerate(part.row_ids)
+        row: part.rows.stats[place, :3, 0].tolist() for part in (group, rest) for place, row in enumerate(part.row_ids)
     }
     assert found == {0: [0, 1, 2], 4: [20, 41, 42]}
 
@@ -175,10 +174,10 @@ def test_many_rows_and_one_shared_row() -> None:
     logits = torch.randn(600, 50, generator=torch.Generator().manual_seed(0))  # more than a chunk
     tokens = torch.arange(600) % 50
     all_at_once = token_stats.stats_of(logits, tokens, ["confidence", "self_certainty"])
-    for name, values in all_at_once.items():
+    for name, values in zip(("confidence", "self_certainty"), all_at_once.unbind(1), strict=True):
         assert values.shape == (600,)
         for place in (0, 255, 256, 599):
-            alone = token_stats.stats_of(logits[place : place + 1], tokens[:3], [name])[name]
+            alone = token_stats.stats_of(logits[place : place + 1], tokens[:3], [name])[:, 0]
             assert alone.tolist() == pytest.approx([values[place].item()] * 3, abs=1e-6)
 
 

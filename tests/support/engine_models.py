@@ -235,7 +235,7 @@ def decode_script(runner: ModelRunner, *, path: Any = None, lengths: tuple[int, 
         prefix = runner.prefill(prompt, path)
         assert prefix.logits is not None
         seen.append(Seen(prompt, prefix.logits[0]))
-        group = Group.start(prefix, ids, capacity=6, device=runner.device)
+        group = Group(prefix, ids, capacity=6, device=runner.device)
         groups.append(Rows(group, {row: list(prompt) for row in ids}))
 
     def select(rows: Rows, wanted: list[tuple[int, int]], capacity: int) -> None:
@@ -250,7 +250,7 @@ def decode_script(runner: ModelRunner, *, path: Any = None, lengths: tuple[int, 
         for rows in groups:
             group = rows.group
             mine = [forced_token(row, group.num_sampled) for row in group.row_ids]
-            group.tokens[:, group.num_sampled] = torch.tensor(mine, dtype=torch.int32)
+            group.rows.tokens[:, group.num_sampled] = torch.tensor(mine, dtype=torch.int32)
             group.num_sampled += 1
             tokens += mine
             for row, token in zip(group.row_ids, mine, strict=True):

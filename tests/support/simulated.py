@@ -9,7 +9,7 @@ on one process differ by nothing but what the strategy did.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,7 +27,7 @@ from specrej_eval.core import (
     Trajectory,
     prompt_hash,
 )
-from specrej_eval.engines.base import FinishedRow
+from specrej_eval.engines.base import Engine, EngineSession
 from specrej_eval.errors import KVBudgetExceededError
 from specrej_eval.generator import Generator, Request
 from specrej_eval.rewards.base import RewardModel
@@ -210,21 +210,16 @@ class _Row:
     finish_reason: FinishReason | None = None
 
 
-@dataclass
-class Session:
-    """See ``engine.base.EngineSession``."""
+@dataclass(eq=False)
+class Session(EngineSession):
+    """One prompt being simulated."""
 
     process: Process
     budget: Budget
     rows: list[_Row] = field(default_factory=list)
     live: list[_Row] = field(default_factory=list)
     in_pool: list[_Row] = field(default_factory=list)
-    prompt_tokens: int = 0
-    decode_tokens: int = 0
     kv_tokens_peak: int = 0
-    prefill_seconds: float = 0.0
-    decode_seconds: float = 0.0
-    degraded: bool = False
     closed: bool = False
 
     @property
@@ -236,8 +231,8 @@ class Session:
         return max((row.tokens - row.at_look for row in self.live), default=0)
 
 
-class SimulatedEngine:
-    """Speaks ``engine.base.Engine``; prompts are looked up by what their user says.
+class SimulatedEngine(Engine):
+    """Prompts are looked up by what their user says.
 
     Args:
         process_of: (what the user says, seed) -> process.
@@ -250,7 +245,6 @@ class SimulatedEngine:
         self.sessions: list[Session] = []
         self.most_in_flight = 0
         self.max_length = 10**6
-        self.has_chat_template = True
 
     def check(self, prompt: Prompt, config: RunConfig) -> None: ...
 
@@ -261,8 +255,7 @@ class SimulatedEngine:
         budget: Budget,
         *,
         until: tuple[str, ...] = (),
-        with_logprobs: bool = False,
-        token_stats: Sequence[str] = (),
+        token_stats: Collection[str] = (),
     ) -> Session:
         process = self.process_of(prompt.conversation[-1]["content"], config.seed)
         session = Session(process=process, budget=budget, prompt_tokens=prompt.num_tokens)
@@ -305,14 +298,13 @@ class SimulatedEngine:
     def pool(self, session: Session) -> list[RowView]:
         return [_view(row.row, row.tokens, session.process, session.budget) for row in session.in_pool]
 
-    def rows(self, session: Session) -> list[FinishedRow]:
+    def rows(self, session: Session) -> list[RowView]:
         return [
-            FinishedRow(
+            RowView(
                 row=row.row,
                 token_ids=[session.process.token(row.row, step) for step in range(1, row.tokens + 1)],
                 text=_view(row.row, row.tokens, session.process, session.budget).text,
                 finish_reason=row.finish_reason or "rejected",
-                logprobs=None,
             )
             for row in session.rows
         ]

@@ -26,6 +26,7 @@ from support.tiny_models import VOCAB_SIZE, tiny_causal_lm, tiny_reward_model, t
 from specrej_eval import generator as generator_module
 from specrej_eval.config import RunConfig
 from specrej_eval.core import Plan, RowView
+from specrej_eval.engines.transformers import decoding
 from specrej_eval.engines.transformers import model as model_module
 from specrej_eval.engines.transformers.engine import TransformersEngine
 from specrej_eval.engines.transformers.groups import Group
@@ -199,8 +200,8 @@ def points(case: Case) -> tuple[int, ...]:
     return tuple(sorted({number for name, number in last.items() if name not in before} | {len(sites) // 2}))
 
 
-STEPS = ["prefill", "_commit", "_records_of", "drop", "move", "selection", "_gathered", "start", "write"]
-STEPS += ["sample", "extend", "head_scores", "_try_out", "_reorder_cache", "_replicated", "_logits", "logprobs_of"]
+STEPS = ["prefill", "_commit", "records_of", "moved", "move", "selection", "_gathered", "_streams", "write"]
+STEPS += ["sample", "extend", "head_scores", "_try_out", "reordered", "_replicated", "_logits", "logprobs_of"]
 
 
 def test_the_runs_go_through_everything() -> None:
@@ -282,10 +283,10 @@ def rounded(value: Any) -> Any:
 def test_a_drop_within_the_step_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     """The defect that was: rows left as part of a step that had counted already and was then taken again."""
     want, sites = undisturbed(CASES[0])
-    monkeypatch.setattr(TransformersEngine, "_let_go", staticmethod(Group.drop))
+    monkeypatch.setattr(decoding, "let_go", Group.drop)
     changed = 0
     for number, (_, place) in enumerate(sites):
-        if ":drop:" in place or ":move:" in place:
+        if ":moved:" in place or ":move:" in place:
             try:
                 changed += run(CASES[0], MemoryRunsOut([number])) != want
             except Exception:  # what comes of it may be anything
@@ -298,11 +299,11 @@ def test_a_drop_within_the_step_is_caught(monkeypatch: pytest.MonkeyPatch) -> No
 def test_memory_that_runs_out_while_an_engine_is_made_changes_no_promise(counted: Callable[..., None]) -> None:
     policy = tiny_causal_lm("llama", num_hidden_layers=1, **TINY)
     with MemoryRunsOut() as whole:
-        want = make_engine(policy).describe()["batch_invariance"]
+        want = make_engine(policy).promises
     assert want == "bits"
     tried = range(0, whole.num_ops, 1 if FULL else whole.num_ops // 20)
     for number in tried:
         with MemoryRunsOut([number]):
             engine = make_engine(policy)
-            assert (engine.runner.path, engine.describe()["batch_invariance"]) == ("shared_prefix", want)
+            assert (engine.runner.path, engine.promises) == ("shared_prefix", want)
     counted("allocations failed while an engine is made", len(tried))

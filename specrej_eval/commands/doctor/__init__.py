@@ -180,14 +180,14 @@ def check_devices() -> Iterator[Finding]:
 
 
 def _same_bits(threads: int) -> Finding:
-    """What results will call ``batch_invariance``; only a loaded model can tell which it is."""
+    """What results will call ``promises``; only a loaded model can tell which it is."""
     from specrej_eval.engines.transformers.model import MOST_THREADS
 
     ask = "`specrej-eval doctor --pretrained M` measures it for a model, results say it"
     if threads <= MOST_THREADS:
-        return Finding("ok", "batch_invariance", f"bits are possible here in float32 on the CPU, else rounding; {ask}")
+        return Finding("ok", "promises", f"bits are possible here in float32 on the CPU, else uniforms; {ask}")
     remedy = f"OMP_NUM_THREADS={MOST_THREADS} may give bits in float32 on the CPU"
-    return Finding("note", "batch_invariance", f"rounding: torch uses {threads} threads; {remedy}; {ask}")
+    return Finding("note", "promises", f"uniforms: torch uses {threads} threads; {remedy}; {ask}")
 
 
 def check_attention() -> Iterator[Finding]:

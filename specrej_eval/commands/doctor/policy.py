@@ -1,6 +1,6 @@
 """`specrej-eval doctor --pretrained M`: how this language model is decoded on this machine, and what that promises.
 
-Results of a run say the same (``attention``, ``batch_invariance``); here it is known before the run.
+Results of a run say the same (``attention``, ``promises``); here it is known before the run.
 """
 
 from __future__ import annotations
@@ -66,15 +66,17 @@ def check_decoding(engine: TransformersEngine) -> Iterator[Finding]:
         yield Finding("ok", "attention", "shared_prefix: a prompt's KV is kept once for all its rows")
     else:
         yield Finding("note", "attention", f"{told['attention']}: a slower path, with the same results")
-    if told["batch_invariance"] == "bits":
+    if told["promises"] == "bits":
         detail = "bits: a row's logits are the same bits whatever else is in the batch"
-        yield Finding("ok", "batch_invariance", detail)
+        yield Finding("ok", "promises", detail)
     else:
-        detail = "rounding: last bits depend on what else is in the batch; uniforms, rounds and rule do not"
-        yield Finding("note", "batch_invariance", f"{detail} ({_why_rounding(told)})")
+        detail = (
+            "uniforms: last bits of logits depend on what else is in the batch; random numbers, rounds and rule do not"
+        )
+        yield Finding("note", "promises", f"{detail} ({_why_not_bits(told)})")
 
 
-def _why_rounding(told: dict[str, Any]) -> str:
+def _why_not_bits(told: dict[str, Any]) -> str:
     from specrej_eval.engines.transformers.model import MOST_THREADS
 
     if not told["device"].startswith("cpu"):

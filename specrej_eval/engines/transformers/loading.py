@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,8 @@ from transformers.models.auto.modeling_auto import (
 
 from specrej_eval import checkpoint
 from specrej_eval.config import HOST, RunConfig, as_bool, as_dict
-from specrej_eval.errors import CheckpointError, ConfigError, MissingDependencyError, OutOfMemoryError
+from specrej_eval.errors import CheckpointError, ConfigError, MissingDependencyError
+from specrej_eval.kv.memory import clear_error, is_out_of_memory
 from specrej_eval.paths import is_folder
 
 UNSUPPORTED = {name: made.not_in_python for name, made in HOST.items() if made.not_in_python}
@@ -102,7 +104,7 @@ def load_model_and_tokenizer(config: RunConfig, host: Mapping[str, Any]) -> tupl
     check_host_arguments(host)
     check_checkpoint(config, host)
     if config.pretrained is None:
-        _logger.warning("no pretrained= given: the embedded demo language model (a toy) is used.")
+        _logger.warning("pretrained= is not given, so the embedded demo language model, a toy, is used.")
     name = policy_name(config)
     shared: dict[str, Any] = {
         "revision": host.get("revision") or "main",
@@ -155,12 +157,13 @@ def _load_model(name: str, shared: Mapping[str, Any], config: RunConfig, host: M
         arguments["attn_implementation"] = "sdpa"  # else transformers looks for a GGUF attention kernel on the hub
     if host.get("quantization_config"):
         arguments["quantization_config"] = _quantization(host["quantization_config"])
-    try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(name, output_loading_info=True, **arguments)
-    except torch.OutOfMemoryError as error:
-        raise _out_of_memory(name) from error
-    except Exception as error:  # files, formats and remote code fail in many ways
-        raise _load_error("pretrained", name, error, what="model") from error
+    with _memory_for(name):
+        try:
+            loaded: Any = AutoModelForCausalLM.from_pretrained(name, output_loading_info=True, **arguments)
+        except Exception as error:  # files, formats and remote code fail in many ways
+            if is_out_of_memory(error):
+                raise
+            raise _load_error("pretrained", name, error, what="model") from error
     model, info = loaded
     if missing := sorted(info["missing_keys"]):
         raise CheckpointError(
@@ -174,10 +177,8 @@ def _load_model(name: str, shared: Mapping[str, Any], config: RunConfig, host: M
 def _placed(model: Any, device: str, name: str) -> Any:
     if getattr(model, "hf_device_map", None) or getattr(model, "is_quantized", False):
         return model  # quantised weights were put on their device while they were loaded, and may not move
-    try:
+    with _memory_for(name):
         return model.to(device)
-    except torch.OutOfMemoryError as error:
-        raise _out_of_memory(name) from error
 
 
 def _quantization(value: Any) -> Any:
@@ -282,8 +283,7 @@ def _load_error(argument: str, name: str, error: Exception, *, what: str) -> Che
     return CheckpointError(text, hint=hint)
 
 
-def _out_of_memory(name: str) -> OutOfMemoryError:
-    return OutOfMemoryError(
-        f"the weights of pretrained={name!r} do not fit on the device.",
-        hint="dtype=bfloat16, quantization_config, or device_map=auto.",
+def _memory_for(name: str) -> AbstractContextManager[None]:
+    return clear_error(
+        f"loading the weights of pretrained={name!r}", "dtype=bfloat16, quantization_config, or device_map=auto."
     )

@@ -8,7 +8,7 @@ Three paths, the best that gives right numbers is taken (a probe at start compar
 - ``recompute``: no cache at all, every step reads the whole sequence (models whose cache cannot be copied).
 
 On a CPU a row's bits depend on how many rows a matmul has, so every path pads its rows, and so do experts. Whether that
-is enough for the model at hand is measured at start: ``ModelRunner.batch_invariance``.
+is enough for the model at hand is measured at start: ``ModelRunner.promises``.
 """
 
 from __future__ import annotations
@@ -18,34 +18,32 @@ import inspect
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from specrej_eval.engines.base import Promise
 from specrej_eval.engines.transformers.groups import Group, padded
 from specrej_eval.kv import shared_prefix
 from specrej_eval.kv.cache import Prefix
 from specrej_eval.kv.experts import expert_configs, padded_experts
-from specrej_eval.kv.memory import is_out_of_memory
 from specrej_eval.kv.models import obstacle, our_attention, reset_rotary, rope_limit, windows_missing
+from specrej_eval.kv.probe import difference, probe_ids, tried
 from specrej_eval.kv.shared_prefix import PREFILL_CHUNK, ROW_ALIGN
+from specrej_eval.kv.steps import DecodeStep, PrefillStep
 
 logger = logging.getLogger(__name__)
 
 Path = Literal["shared_prefix", "replicated", "recompute"]
 PATHS: tuple[Path, ...] = ("shared_prefix", "replicated", "recompute")
-BatchInvariance = Literal["bits", "rounding"]
-"""How far a row's logits are independent of the other rows in its batch: the same bits, or the same up to rounding."""
-
 _PROBE_TOKENS = 12
 MOST_THREADS = 2
 _MANY_ROWS = 33
-"""Rows that the probe of batch invariance decodes together, and some of them alone: 48 after padding, and 16."""
+"""Rows that the probe of promises decodes together, and some of them alone: 48 after padding, and 16."""
 _FEW_ROWS = ([0], [_MANY_ROWS - 1, 5, 17, 9, 26, 12, 3, 30, 21])
-_PROBE_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 8e-2, torch.float16: 2e-2}
-"""Of the largest logit."""
 
 
 class ModelRunner:
@@ -63,6 +61,7 @@ class ModelRunner:
         text_config = model.config.get_text_config(decoder=True)
         self._text_config = text_config
         self._num_layers = int(text_config.num_hidden_layers)
+        self._vocab = int(text_config.vocab_size)
         accepted = inspect.signature(model.forward).parameters
         self._takes_positions = "position_ids" in accepted
         self._takes_logits_to_keep = "logits_to_keep" in accepted
@@ -73,9 +72,8 @@ class ModelRunner:
         """Sliding window each layer asked for in the last prefill."""
         self._row_align = _row_align(model) if self.device.type == "cpu" else 1
         self._expert_configs = expert_configs(model) if self.device.type == "cpu" else []
-        self.forward_passes = 0
         self.path: Path = path or self._probe()
-        self.batch_invariance: BatchInvariance = self._probe_batch_invariance()
+        self.promises: Promise = self._probe_promise()
         """What holds for this model on this device, dtype and number of threads."""
 
     # which path, and what it promises
@@ -84,12 +82,11 @@ class ModelRunner:
         reasons: list[str] = []
         for path in PATHS:
             reason = obstacle(self.model) if path == "shared_prefix" else None
-            if reason is None:
-                reason = self._probe_error(path)
+            reason = reason or tried(partial(self._probe_error, path))
             if reason is None:
                 if path != "shared_prefix":
                     logger.warning(
-                        "%s is decoded on the slower %s path (%s). Results are the same.",
+                        "%s is decoded on the slower %s path, with the same results (%s).",
                         type(self.model).__name__,
                         path,
                         "; ".join(reasons),
@@ -100,41 +97,36 @@ class ModelRunner:
 
     def _probe_error(self, path: Path) -> str | None:
         """Decode a few forced tokens on ``path`` with a row dropped on the way; None if the logits are the model's."""
-        vocab = int(self._text_config.vocab_size)
         rows, steps = 3, 4
-        ids = (torch.arange(_PROBE_TOKENS + rows * steps) * 7919 + 11) % vocab
-        prompt = ids[:_PROBE_TOKENS].tolist()
-        forced = ids[_PROBE_TOKENS:].reshape(rows, steps).to(self.device)
-        try:
-            with torch.inference_mode():
-                head = ids[:_PROBE_TOKENS].to(self.device).expand(rows, -1)
-                want = self.model(torch.cat([head, forced], 1), use_cache=False).logits[:, _PROBE_TOKENS - 1 :]
-                self.path = path
-                with self.active():
-                    prefix = self.prefill(prompt)
-                    assert prefix.logits is not None
-                    group = Group.start(prefix, list(range(rows)), capacity=steps, device=self.device)
-                    error = (prefix.logits - want[:1, 0]).abs().max()
-                    for step in range(steps):
-                        if step == 2:
-                            group.drop([0])
-                        live = torch.tensor(group.row_ids, device=self.device)
-                        group.tokens[:, step] = forced[live, step].to(group.tokens.dtype)
-                        logits = self.step([group], forced[live, step])
-                        group.advance()
-                        error = torch.maximum(error, (logits - want[live, step + 1]).abs().max())
-            tolerance = _PROBE_TOLERANCE.get(self.dtype, 8e-2) * float(want.abs().max().clamp_min(1e-6))
-            if not float(error) <= tolerance:
-                return f"logits differ by {float(error):.1e}"
-            if path == "shared_prefix" and windows_missing(self._text_config, self._windows):
-                return "its sliding window never reaches the attention function"
-        except (RuntimeError, TypeError, ValueError, KeyError, AttributeError, IndexError, NotImplementedError) as exc:
-            if is_out_of_memory(exc):
-                raise
-            return f"{type(exc).__name__}: {str(exc).splitlines()[0] if str(exc) else 'no message'}"
-        return None
+        ids = torch.tensor(probe_ids(_PROBE_TOKENS + rows * steps, self._vocab), device=self.device)
+        head, forced = ids[:_PROBE_TOKENS], ids[_PROBE_TOKENS:].reshape(rows, steps)
+        whole = torch.cat([head.expand(rows, -1), forced], 1)
+        want = self.model(whole, use_cache=False).logits[:, _PROBE_TOKENS - 1 :]
+        self.path = path
+        with self.active():
+            prefix = self.prefill(head.tolist())
+            assert prefix.logits is not None
+            group = Group(prefix, list(range(rows)), capacity=steps, device=self.device)
+            error = (prefix.logits - want[:1, 0]).abs().max()
+            for step in range(steps):
+                if step == 2:
+                    group.drop([0])
+                live = torch.tensor(group.row_ids, device=self.device)
+                logits = self._forced_step(group, forced[live, step])
+                error = torch.maximum(error, (logits - want[live, step + 1]).abs().max())
+        reason = difference(float(error), float(want.abs().max()), self.dtype, "logits")
+        if reason is None and path == "shared_prefix" and windows_missing(self._text_config, self._windows):
+            return "its sliding window never reaches the attention function"
+        return reason
 
-    def _probe_batch_invariance(self) -> BatchInvariance:
+    def _forced_step(self, group: Group, tokens: Tensor) -> Tensor:
+        """Feed tokens that nobody drew, (rows,); (rows, vocab) logits."""
+        group.rows.tokens[:, group.length] = tokens.to(torch.int32)
+        logits = self.step([group], tokens)
+        group.advance()
+        return logits
+
+    def _probe_promise(self) -> Promise:
         """Decode the same rows in large and in small company. Only float32 on a CPU has a chance, or is tried.
 
         On more than two threads torch cuts elementwise loops at places that depend on the number of rows, and computes
@@ -143,36 +135,27 @@ class ModelRunner:
         it here, and only the shared-prefix path keeps the promise.
         """
         if self.device.type != "cpu" or self.dtype != torch.float32 or torch.get_num_threads() > MOST_THREADS:
-            return "rounding"
-        passes = self.forward_passes
-        try:
-            together = self._probe_rows(range(_MANY_ROWS))
-            same = all(
-                torch.equal(mine, together[:, row])
-                for rows in _FEW_ROWS
-                for row, mine in zip(rows, self._probe_rows(rows).unbind(1), strict=True)
-            )
-        except (RuntimeError, TypeError, ValueError, KeyError, AttributeError, IndexError, NotImplementedError) as exc:
-            if is_out_of_memory(exc):
-                raise  # says nothing of bits: the engine tries again, or stops
-            logger.debug("batch invariance could not be probed", exc_info=True)
-            same = False
-        self.forward_passes = passes
-        return "bits" if same else "rounding"
+            return "uniforms"
+        return "bits" if tried(self._rows_differ) is None else "uniforms"
+
+    def _rows_differ(self) -> str | None:
+        together = self._probe_rows(range(_MANY_ROWS))
+        same = all(
+            torch.equal(mine, together[:, row])
+            for rows in _FEW_ROWS
+            for row, mine in zip(rows, self._probe_rows(rows).unbind(1), strict=True)
+        )
+        return None if same else "a row's bits depend on its company"
 
     def _probe_rows(self, rows: Sequence[int], steps: int = 2) -> Tensor:
         """(steps, rows, vocab) logits of forced tokens, which differ from row to row."""
-        vocab = int(self._text_config.vocab_size)
-        prompt = ((torch.arange(_PROBE_TOKENS) * 7919 + 11) % vocab).tolist()
-        forced = (torch.tensor(list(rows))[:, None] * 31 + torch.arange(steps) * 7919 + 5) % vocab  # (rows, steps)
-        logits = []
-        with torch.inference_mode(), self.active():
-            group = Group.start(self.prefill(prompt), list(rows), capacity=steps, device=self.device)
-            for step in range(steps):
-                group.tokens[:, step] = forced[:, step].to(group.tokens.dtype)
-                logits.append(self.step([group], forced[:, step]))
-                group.advance()
-        return torch.stack(logits)
+        forced = (
+            torch.tensor(list(rows))[:, None] * 31 + torch.arange(steps) * 7919 + 5
+        ) % self._vocab  # (rows, steps)
+        with self.active():
+            prefix = self.prefill(probe_ids(_PROBE_TOKENS, self._vocab))
+            group = Group(prefix, list(rows), capacity=steps, device=self.device)
+            return torch.stack([self._forced_step(group, forced[:, step]) for step in range(steps)])
 
     def path_for(self, prompt_tokens: int, max_gen_toks: int) -> Path:
         """The path for one prompt: those that may outgrow ``rope_limit`` are recomputed."""
@@ -233,7 +216,7 @@ class ModelRunner:
         else:
             cache = shared_prefix.SharedPrefixCache(self._num_layers)
             for start in range(0, prefix.length, PREFILL_CHUNK):
-                with shared_prefix.running(shared_prefix.Step(prefix=prefix, start=start)) as step:
+                with shared_prefix.running(PrefillStep(prefix, start)) as step:
                     prefix.logits = self._logits(ids[:, start : start + PREFILL_CHUNK], cache, start)
                 self._windows = step.windows
         assert prefix.logits is not None
@@ -263,11 +246,11 @@ class ModelRunner:
 
     def _step_shared(self, groups: Sequence[Group], tokens: Tensor) -> Tensor:
         rows = tokens.shape[0]
-        positions = padded(torch.cat([group.positions for group in groups]), self._row_align)
+        positions = padded(torch.cat([group.positions() for group in groups]), self._row_align)
         tokens = padded(tokens, self._row_align)
         pools = [(group.prefix, group.pool) for group in groups if group.pool is not None]
         cache = shared_prefix.SharedPrefixCache(self._num_layers)
-        with shared_prefix.running(shared_prefix.Step(groups=pools)):
+        with shared_prefix.running(DecodeStep(pools)):
             logits = self._forward(tokens[:, None], cache, positions[:, None])
         return logits[:rows]
 
@@ -276,19 +259,19 @@ class ModelRunner:
         if group.prefix.cache is not None:
             # a step that fails half way leaves a cache that holds it in some layers: nobody may find that one
             cache, group.cache = group.cache or self._replicated(group), None
-            logits = self._forward(tokens[:, None], cache, padded(group.positions, self._row_align)[:, None])
+            logits = self._forward(tokens[:, None], cache, padded(group.positions(), self._row_align)[:, None])
             group.cache = cache
             return logits[:rows]
         assert group.prefix.token_ids is not None
         head = group.prefix.token_ids.expand(tokens.shape[0], -1)
-        own = padded(group.tokens[:, : group.length], self._row_align).to(head.dtype)
+        own = padded(group.rows.tokens[:, : group.length], self._row_align).to(head.dtype)
         return self._recompute(torch.cat([head, own, tokens[:, None]], dim=1))[:rows]
 
     def _replicated(self, group: Group) -> Any:
         """The prompt's cache for every row. The rows' own tokens are fed again, should an earlier cache be lost."""
         cache = copy.deepcopy(group.prefix.cache)
-        own = padded(group.tokens[:, : group.length], self._row_align)
-        positions = padded(group.positions, self._row_align)[:, None]
+        own = padded(group.rows.tokens[:, : group.length], self._row_align)
+        positions = padded(group.positions(), self._row_align)[:, None]
         # not batch_repeat_interleave, which layers with a recurrent state lack
         cache.reorder_cache(torch.zeros(own.shape[0], dtype=torch.int64, device=self.device))
         for place in range(group.length):
@@ -307,7 +290,6 @@ class ModelRunner:
             kwargs["position_ids"] = positions
         if self._takes_logits_to_keep:
             kwargs["logits_to_keep"] = 1
-        self.forward_passes += 1
         logits: Tensor = self.model(ids, **kwargs).logits
         return logits[:, -1]
 

@@ -17,7 +17,7 @@ CONFIDENCE_TOP_K = 20
 """As in DeepConf (arXiv 2508.15260)."""
 
 
-def stats_of(logits: Tensor, tokens: Tensor, names: Sequence[TokenStat]) -> dict[TokenStat, Tensor]:
+def stats_of(logits: Tensor, tokens: Tensor, names: Sequence[TokenStat]) -> Tensor:
     """The statistics asked for, and nothing else.
 
     Args:
@@ -25,9 +25,11 @@ def stats_of(logits: Tensor, tokens: Tensor, names: Sequence[TokenStat]) -> dict
         tokens: (rows,), int64, the ids drawn.
 
     Returns:
-        Per name (rows,), float32.
+        (rows, names), float32.
     """
-    return {name: _STATS[name](logits, tokens) for name in names}
+    if not names:
+        return logits.new_empty(tokens.shape[0], 0)
+    return torch.stack([_STATS[name](logits, tokens) for name in names], dim=1)
 
 
 def self_certainty(logits: Tensor) -> Tensor:

@@ -205,7 +205,7 @@ def _completions(prompts: Sequence[str], generation: Generation) -> dict[str, li
     if generation.config.special_tokens_in_content is None and not generation.warned:
         generation.warned = True  # of all chunks, with the first
         asked = generation.instructions or [question.instruction for question in questions]
-        if told := concerned(getattr(generator.engine, "tokeniser", None), asked):
+        if told := concerned(generator.engine.tokeniser, asked):
             logger.warning("%s", told)
 
     if store is not None:

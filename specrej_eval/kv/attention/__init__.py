@@ -1,4 +1,4 @@
-"""Attention over (shared prefix, own suffix): the function transformers calls, and the backends behind it.
+"""Backends of attention over (shared prefix, own suffix): one file each.
 
-A backend is one file with two functions, ``prefill`` and ``decode`` (see ``sdpa`` for the contract).
+A backend has ``prefill`` and ``decode``; ``sdpa`` runs anywhere and says what they take and return.
 """

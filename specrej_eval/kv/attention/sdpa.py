@@ -15,55 +15,55 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-NAME = "sdpa"
+from specrej_eval.kv.attention.base import AttentionParams
 
 _QUERY_ALIGN = 16
 """On CPU, query rows of a matmul are padded to a multiple of this: with fewer than 4 rows per thread MKL takes
 another kernel, whose bits differ (measured: 1-3 rows on one thread, also 5, 6, 7 and 9 on two)."""
 
 
-def prefill(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    *,
-    start: int,
-    scale: float,
-    window: int | None,
-    softcap: float | None,
-    sinks: Tensor | None,
-) -> Tensor:
+def prefill(query: Tensor, key: Tensor, value: Tensor, *, start: int, params: AttentionParams) -> Tensor:
     """Causal attention of one chunk of the prompt.
 
     Args:
         query: (1, heads, chunk, head_dim), positions from ``start`` on.
         key, value: (kv_heads, start + chunk, head_dim).
-        window: a query sees this many positions, its own included; None = all.
-        sinks: (heads,), one extra logit per head that takes probability but has no value (gpt-oss).
 
     Returns:
         (1, heads, chunk, head_dim of the values).
     """
-    _, heads, chunk, _ = query.shape
+    _, heads, chunk, width = query.shape
     kv_heads = key.shape[0]
     groups = heads // kv_heads
     positions = torch.arange(start, start + chunk, device=query.device)[:, None]  # (chunk, 1)
     sources = torch.arange(key.shape[1], device=query.device)[None]  # (1, start + chunk)
     seen = sources <= positions
-    if window is not None:
-        seen &= sources > positions - window
-    seen = seen.repeat(groups, 1)  # (groups * chunk, start + chunk)
-    packed = query.reshape(kv_heads, groups * chunk, query.shape[-1])
-    if softcap is None and sinks is None:
-        out = functional.scaled_dot_product_attention(packed[None], key[None], value[None], attn_mask=seen, scale=scale)
-    else:
-        scores = torch.matmul(packed, key.transpose(1, 2)).float() * scale  # (kv_heads, groups * chunk, start + chunk)
-        if softcap is not None:
-            scores = torch.tanh(scores / softcap) * softcap
-        scores = scores.masked_fill(~seen, float("-inf"))
-        extra = None if sinks is None else sinks.view(kv_heads, groups, 1).expand(-1, -1, chunk).reshape(kv_heads, -1)
-        out = torch.matmul(_softmax(scores, extra).to(value.dtype), value)
-    return out.reshape(1, heads, chunk, value.shape[-1])
+    if params.window is not None:
+        seen &= sources > positions - params.window
+    packed = query.reshape(1, kv_heads, groups * chunk, width)
+    return masked(packed, key[None], value[None], seen.repeat(groups, 1), params).reshape(1, heads, chunk, -1)
+
+
+def masked(query: Tensor, key: Tensor, value: Tensor, seen: Tensor, params: AttentionParams) -> Tensor:
+    """Attention where each query sees keys of its own.
+
+    Args:
+        query: (batch, kv_heads, groups * tokens, head_dim): the query heads of each kv head one after the other.
+        key, value: (batch, kv_heads, keys, head_dim).
+        seen: bool, broadcast to (batch, kv_heads, groups * tokens, keys); the window is part of it.
+
+    Returns:
+        (batch, kv_heads, groups * tokens, head_dim of the values).
+    """
+    if params.softcap is None and params.sinks is None:
+        return functional.scaled_dot_product_attention(query, key, value, attn_mask=seen, scale=params.scale)
+    scores = _scores(torch.matmul(query, key.transpose(2, 3)), params).masked_fill(~seen, float("-inf"))
+    extra = None
+    if params.sinks is not None:
+        batch, kv_heads, queries, _ = query.shape
+        per_head = params.sinks.view(1, kv_heads, -1, 1)
+        extra = per_head.expand(batch, -1, -1, queries // per_head.shape[2]).reshape(batch, kv_heads, queries)
+    return torch.matmul(_softmax(scores, extra).to(value.dtype), value)
 
 
 def decode(
@@ -72,10 +72,8 @@ def decode(
     prefix_value: Tensor,
     suffix_key: Tensor,
     suffix_value: Tensor,
+    params: AttentionParams,
     *,
-    scale: float,
-    softcap: float | None,
-    sinks: Tensor | None,
     way: str | None = None,
 ) -> Tensor:
     """One new token per row over the shared prefix and the row's own suffix. Windows are cut by the caller (slices).
@@ -92,9 +90,8 @@ def decode(
     if way is None:
         fused = query.is_cuda and query.dtype in (torch.float16, torch.bfloat16)
         way = "flash" if fused and query.shape[-1] % 8 == 0 and query.shape[-1] <= 256 else "math"
-    if way == "math" or softcap is not None:
-        return _decode_math(query, prefix_key, prefix_value, suffix_key, suffix_value, scale, softcap, sinks)
-    return _decode_flash(query, prefix_key, prefix_value, suffix_key, suffix_value, scale, sinks)
+    attend = _decode_math if way == "math" or params.softcap is not None else _decode_flash
+    return attend(query, prefix_key, prefix_value, suffix_key, suffix_value, params)
 
 
 def _decode_math(
@@ -103,9 +100,7 @@ def _decode_math(
     prefix_value: Tensor,
     suffix_key: Tensor,
     suffix_value: Tensor,
-    scale: float,
-    softcap: float | None,
-    sinks: Tensor | None,
+    params: AttentionParams,
 ) -> Tensor:
     rows, kv_heads, groups, _ = query.shape
     prefix = prefix_key.shape[1]
@@ -117,15 +112,18 @@ def _decode_math(
         else:
             shared = torch.bmm(packed, prefix_key.transpose(1, 2))  # (kv_heads, rows * groups padded, prefix)
         scores = torch.cat([_unpack(shared, rows, groups), scores], dim=-1)
-    scores = scores.float() * scale
-    if softcap is not None:
-        scores = torch.tanh(scores / softcap) * softcap
-    extra = None if sinks is None else sinks.view(1, kv_heads, groups).expand(rows, -1, -1)
-    weights = _softmax(scores, extra).to(suffix_value.dtype)
+    extra = None if params.sinks is None else params.sinks.view(1, kv_heads, groups).expand(rows, -1, -1)
+    weights = _softmax(_scores(scores, params), extra).to(suffix_value.dtype)
     out = torch.matmul(weights[..., prefix:], suffix_value)
     if prefix:
         out = out + _unpack(torch.bmm(_pack(weights[..., :prefix]), prefix_value), rows, groups)
     return out
+
+
+def _scores(products: Tensor, params: AttentionParams) -> Tensor:
+    """Products of queries and keys, scaled and capped in float32."""
+    scores = products.float() * params.scale
+    return scores if params.softcap is None else torch.tanh(scores / params.softcap) * params.softcap
 
 
 def _pack(rowwise: Tensor) -> Tensor:
@@ -156,20 +154,21 @@ def _decode_flash(
     prefix_value: Tensor,
     suffix_key: Tensor,
     suffix_value: Tensor,
-    scale: float,
-    sinks: Tensor | None,
+    params: AttentionParams,
 ) -> Tensor:
     rows, kv_heads, groups, _ = query.shape
-    out, lse = _attend(query, suffix_key, suffix_value, scale)  # (rows, kv_heads, groups, d), (rows, kv_heads, groups)
+    out, lse = _attend(
+        query, suffix_key, suffix_value, params.scale
+    )  # (rows, kv_heads, groups, d), (rows, kv_heads, groups)
     if prefix_key.shape[1]:  # an empty part has no log-sum-exp: it is left out, not merged
         packed = query.transpose(0, 1).reshape(1, kv_heads, rows * groups, -1)
-        shared, shared_lse = _attend(packed, prefix_key[None], prefix_value[None], scale)
+        shared, shared_lse = _attend(packed, prefix_key[None], prefix_value[None], params.scale)
         shared = shared.reshape(kv_heads, rows, groups, -1).transpose(0, 1)
         shared_lse = shared_lse.reshape(kv_heads, rows, groups).transpose(0, 1)
         out, lse = merge(out, lse, shared, shared_lse)
-    if sinks is not None:
+    if params.sinks is not None:
         # a sink is one more logit without a value: it scales the output by the mass the others keep
-        out = out * torch.sigmoid(lse - sinks.view(1, kv_heads, groups).float())[..., None]
+        out = out * torch.sigmoid(lse - params.sinks.view(1, kv_heads, groups).float())[..., None]
     return out.to(suffix_value.dtype)
 
 

@@ -256,8 +256,7 @@ class CachedSession(RewardSession):
             )
             return None
         if self._pool is None:
-            self._pool = RaggedPool(len(jobs), align=self._body.align)
-            self._pool.reserve(capacity)
+            self._pool = RaggedPool(len(jobs), capacity=capacity, align=self._body.align)
             for job in jobs:
                 job.start = shared
         else:

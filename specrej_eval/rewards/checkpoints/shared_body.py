@@ -16,13 +16,11 @@ from torch import Tensor
 
 from specrej_eval.kv import shared_prefix
 from specrej_eval.kv.cache import Prefix
-from specrej_eval.kv.memory import is_out_of_memory
 from specrej_eval.kv.models import obstacle, our_attention, reset_rotary, rope_limit, windows_missing
-from specrej_eval.kv.ragged import Extension, RaggedPool
+from specrej_eval.kv.probe import difference, probe_ids, tried
+from specrej_eval.kv.ragged import ExtendStep, RaggedPool
 from specrej_eval.kv.shared_prefix import PREFILL_CHUNK, ROW_ALIGN
-
-_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 8e-2, torch.float16: 2e-2}
-"""Of the probe's largest hidden state."""
+from specrej_eval.kv.steps import PrefillStep
 
 
 class SharedBody:
@@ -66,7 +64,7 @@ class SharedBody:
         for start in range(0, prefix.length, PREFILL_CHUNK):
             chunk = ids[:, start : start + PREFILL_CHUNK]
             positions = torch.arange(start, start + chunk.shape[1], device=self.device)
-            with shared_prefix.running(shared_prefix.Step(prefix=prefix, start=start)) as step:
+            with shared_prefix.running(PrefillStep(prefix, start)) as step:
                 hidden.append(self._forward(chunk, positions))
             self._windows = step.windows
         return prefix, torch.cat(hidden)
@@ -80,18 +78,18 @@ class SharedBody:
         pool: RaggedPool | None,
         first: int = 0,
     ) -> tuple[Tensor, ...]:
-        """Read new tokens of rows of unequal lengths. Inside ``active`` only. See ``Extension`` for the arguments.
+        """Read new tokens of rows of unequal lengths. Inside ``active`` only. See ``ExtendStep`` for the arguments.
 
         Returns:
             Each row's hidden states, (new tokens, hidden size).
         """
         counts = [len(ids) for ids in new]
-        extension = Extension(prefix, starts, counts, pool=pool, first=first, align=self.align, device=self.device)
+        step = ExtendStep(prefix, starts, counts, pool=pool, first=first, align=self.align, device=self.device)
         packed = [token for ids in new for token in ids]
         missing = -len(packed) % ROW_ALIGN if self._on_cpu else 0
         ids = torch.tensor([[*packed, *[packed[-1]] * missing]], device=self.device)  # (1, tokens padded)
-        positions = torch.cat([extension.positions, extension.positions[-1:].expand(missing)])
-        with shared_prefix.running(shared_prefix.Step(extension=extension)) as step:
+        positions = torch.cat([step.positions, step.positions[-1:].expand(missing)])
+        with shared_prefix.running(step):
             hidden = self._forward(ids, positions)
         self._windows = step.windows
         split: tuple[Tensor, ...] = hidden[: len(packed)].split(counts)
@@ -110,18 +108,14 @@ class SharedBody:
         reason = obstacle(self.body)
         if reason is not None:
             return reason
-        try:
-            with torch.inference_mode():
-                error, largest = self._try_out()
-        except (RuntimeError, TypeError, ValueError, KeyError, AttributeError, IndexError, NotImplementedError) as exc:
-            if is_out_of_memory(exc):
-                raise
-            return f"{type(exc).__name__}: {str(exc).splitlines()[0] if str(exc) else 'no message'}"
-        if not error <= _TOLERANCE.get(self.dtype, 8e-2) * max(largest, 1e-6):
-            return f"hidden states differ by {error:.1e}"
-        if windows_missing(self._text_config, self._windows):
+        return tried(self._mismatch)
+
+    def _mismatch(self) -> str | None:
+        error, largest = self._try_out()
+        reason = difference(error, largest, self.dtype, "hidden states")
+        if reason is None and windows_missing(self._text_config, self._windows):
             return "its sliding window never reaches the attention function"
-        return None
+        return reason
 
     def _try_out(self) -> tuple[float, float]:
         """Two looks at rows of unequal lengths, the second over other tokens at the end of the first.
@@ -130,7 +124,7 @@ class SharedBody:
             Largest error and largest value of the last hidden states.
         """
         vocab = int(self._text_config.vocab_size)
-        ids = ((torch.arange(64) * 7919 + 11) % vocab).tolist()
+        ids = probe_ids(64, vocab)
         shared, first, second = ids[:12], [ids[12:16], ids[16:22], ids[22:23]], [ids[30:37], ids[40:42], ids[50:54]]
         again = [3, 5, 1]  # tokens of the first look that stay
         error = largest = 0.0
@@ -143,8 +137,7 @@ class SharedBody:
         ]
         with self.active():
             prefix, _ = self.prefill(shared)
-            pool = RaggedPool(3, align=self.align)
-            pool.reserve(16)
+            pool = RaggedPool(3, capacity=16, align=self.align)
             got_first = self.extend(prefix, [0, 0, 0], first, pool=pool)
             got_second = self.extend(prefix, again, second, pool=pool)
         for index in range(3):
