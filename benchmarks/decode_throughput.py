@@ -25,7 +25,7 @@ from specrej_eval.budget import resolve
 from specrej_eval.config import RunConfig
 from specrej_eval.core import Plan, Prompt
 from specrej_eval.engines.transformers.engine import TransformersEngine
-from specrej_eval.engines.transformers.loading import load_model_and_tokenizer
+from specrej_eval.engines.transformers.loading import resolve_engine
 
 TEXT = "The quick brown fox jumps over the lazy dog, and the river runs slowly to the sea under a grey sky. "
 
@@ -53,7 +53,7 @@ def main() -> None:
 
     folder, gguf = smollm2_folder()
     config = RunConfig(pretrained=str(folder), dtype=options.dtype, device="cpu", max_gen_toks=options.tokens).checked()
-    loaded, tokenizer = load_model_and_tokenizer(config.replace(dtype="float32"), {"gguf_file": gguf})
+    loaded, tokenizer = resolve_engine(config.replace(dtype="float32"), {"gguf_file": gguf}).load_model()
     # a GGUF checkpoint stays flagged as quantised: plain weights of the same values are what both sides are to run
     plain = {name: value for name, value in loaded.config.to_dict().items() if name != "quantization_config"}
     model = LlamaForCausalLM(LlamaConfig(**plain))

@@ -1,18 +1,27 @@
-"""``specrej_eval.load``: the Python entry, with the argument names of ``--model_args``."""
+"""``specrej_eval.load``: the Python entry, with the argument names of ``--model_args``.
+
+Every way in is this one, a command's and a harness's too: arguments -> ``resolve``, which says all that can be said of
+them -> ``RunPlan.load``, which loads the weights.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Self
 
 from specrej_eval import budget
-from specrej_eval.config import HOST, RunConfig, as_dict
+from specrej_eval.config import RunConfig
+from specrej_eval.records import fingerprint
+from specrej_eval.records.trace import rank_path
 from specrej_eval.special_tokens import ENCODE_AS_TEXT
 
 if TYPE_CHECKING:
-    from specrej_eval.engines.transformers.engine import TransformersEngine
+    from specrej_eval.engines.base import Engine
+    from specrej_eval.engines.transformers.loading import EnginePlan
     from specrej_eval.generator import Generator
-    from specrej_eval.rewards.base import RewardModel
+    from specrej_eval.rewards.base import RewardModel, RewardPlan
 
 
 def load(**args: Any) -> Generator:
@@ -29,67 +38,94 @@ def load(**args: Any) -> Generator:
         CheckpointError: a model folder is missing, broken, or not of a kind that can be decoded.
         MissingDependencyError: an optional package is needed.
     """
-    config, host = RunConfig.from_args(args)
-    check(config, host)
-    from specrej_eval.generator import Generator
-
-    engine, reward = load_models(config, host)
-    return Generator(engine=engine, reward=reward, config=config, identity=identity_of(host))
+    plan = resolve(*RunConfig.from_args(args))
+    engine, reward = plan.load()
+    return plan.generator(engine, reward)
 
 
-def check(config: RunConfig, host: Mapping[str, Any]) -> None:
+@dataclass(frozen=True, kw_only=True)
+class RunPlan:
+    """A run whose arguments and models are checked, and of which no weight is loaded yet."""
+
+    config: RunConfig
+    host: Mapping[str, Any]
+    """Arguments of the language model's loader."""
+    engine: EnginePlan
+    reward: RewardPlan
+    objects: tuple[str, ...] = ()
+    """Arguments given as objects, not by name (``pretrained``)."""
+
+    @classmethod
+    def of(cls, config: RunConfig, host: Mapping[str, Any], *, objects: tuple[str, ...] = ()) -> Self:
+        """Check the two models, whoever loads them. A judge or a server is asked here, and not again.
+
+        Raises:
+            ConfigError, CheckpointError, MissingDependencyError, RewardError: as ``load``.
+        """
+        from specrej_eval.engines.transformers.loading import resolve_engine
+        from specrej_eval.rewards.choose import resolve_reward
+
+        engine = resolve_engine(config, host, check="pretrained" not in objects)
+        reward = resolve_reward(config, token=host.get("token"))
+        return cls(config=config, host=host, engine=engine, reward=reward, objects=objects)
+
+    def replace(self, **changes: Any) -> Self:
+        """The same models with other arguments, none of them about the models.
+
+        Raises:
+            ConfigError: as ``RunConfig.replace``.
+        """
+        return dataclasses.replace(self, config=self.config.replace(**changes))
+
+    def of_rank(self, rank: int, world_size: int, **changes: Any) -> Self:
+        """As ``replace``, with files of its own for one of several processes."""
+        config = self.config.replace(**changes)
+        own = {name: getattr(config, name) for name in ("trace_path", "journal")}
+        own = {name: path and rank_path(path, rank, world_size) for name, path in own.items()}
+        return dataclasses.replace(self, config=config.replace(**own))
+
+    def fingerprint(self, **others: Any) -> dict[str, Any]:
+        """Everything that decides a run's answers; ``others`` = what the caller adds. Files are read in full."""
+        return fingerprint.of_run(self.config, self.host, loaded=self.objects, **others)
+
+    def of_models(self) -> dict[str, Any]:
+        """The same of the models alone."""
+        return fingerprint.of_models(self.config, self.host, loaded=self.objects)
+
+    def load(self, *, content_rule: str = ENCODE_AS_TEXT) -> tuple[Engine, RewardModel]:
+        """Load the engine, then the reward model beside it.
+
+        Args:
+            content_rule: what ``special_tokens_in_content=None`` means to the engine.
+
+        Raises:
+            ConfigError, CheckpointError, MissingDependencyError: what only loading finds.
+        """
+        engine = self.engine.load(content_rule=content_rule)
+        return engine, self.reward.load(str(engine.device))
+
+    def generator(self, engine: Engine, reward: RewardModel, *, models: Mapping[str, Any] | None = None) -> Generator:
+        """What answers prompts with models that were loaded by a plan like this one.
+
+        Args:
+            models: ``of_models``, for the journal, where it is known already.
+        """
+        from specrej_eval.generator import Generator
+
+        if models is None and self.config.journal is not None:
+            # of the files as they were loaded: an edit from now on must not pass for what answers
+            models = self.of_models()
+        return Generator(engine=engine, reward=reward, config=self.config, fingerprint=models)
+
+
+def resolve(config: RunConfig, host: Mapping[str, Any]) -> RunPlan:
     """Everything that can be said of the arguments before a weight is loaded.
 
     Raises:
-        ConfigError, CheckpointError: as ``load``.
+        ConfigError, CheckpointError, MissingDependencyError, RewardError: as ``load``.
     """
+    from specrej_eval.engines.transformers.loading import check_host_arguments
+
     budget.check_arguments(config)
-    from specrej_eval.engines.transformers.loading import check_checkpoint
-    from specrej_eval.rewards.choose import resolve_reward
-
-    check_checkpoint(config, host)
-    resolve_reward(config, token=host.get("token"))
-
-
-def load_models(
-    config: RunConfig, host: Mapping[str, Any], *, content_rule: str = ENCODE_AS_TEXT
-) -> tuple[TransformersEngine, RewardModel]:
-    """The engine and the reward model; none of the strategy's and sampler's arguments is looked at.
-
-    Args:
-        content_rule: what ``special_tokens_in_content=None`` means to the engine.
-
-    Raises:
-        ConfigError, CheckpointError, MissingDependencyError: as ``load``.
-    """
-    from specrej_eval.rewards.choose import resolve_reward
-
-    engine = load_engine(config, host, content_rule=content_rule)
-    return engine, resolve_reward(config, token=host.get("token")).load(str(engine.device))
-
-
-def load_engine(
-    config: RunConfig, host: Mapping[str, Any], *, content_rule: str = ENCODE_AS_TEXT
-) -> TransformersEngine:
-    """The language model alone. Arguments and errors as ``load_models``."""
-    from specrej_eval.engines.transformers.engine import TransformersEngine
-    from specrej_eval.engines.transformers.loading import load_model_and_tokenizer
-
-    model, tokenizer = load_model_and_tokenizer(config, host)
-    template_args = as_dict("chat_template_args", host.get("chat_template_args") or {})
-    if host.get("enable_thinking") is not None:
-        template_args["enable_thinking"] = host["enable_thinking"]
-    return TransformersEngine(
-        model,
-        tokenizer,
-        max_length=host.get("max_length"),
-        think_end_token=host.get("think_end_token"),
-        add_bos_token=host.get("add_bos_token"),
-        chat_template_args=template_args,
-        special_tokens_in_content=config.special_tokens_in_content or content_rule,
-    )
-
-
-def identity_of(host: Mapping[str, Any]) -> dict[str, Any]:
-    """The host's arguments for a journal's fingerprint, which leaves out those that decide no answer."""
-    return {name: value for name, value in host.items() if not HOST[name].private}
+    check_host_arguments(host)
+    return RunPlan.of(config, host)

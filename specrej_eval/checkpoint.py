@@ -222,6 +222,19 @@ def _first_line(error: BaseException) -> str:
     return text.splitlines()[0] if text else type(error).__name__
 
 
+def device_of(device: str | None) -> str:
+    """``device``, or cuda if there is one, else cpu.
+
+    Raises:
+        ConfigError: as ``check_device``.
+    """
+    import torch
+
+    if device is not None:
+        check_device("device", device)
+    return device or ("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def check_device(argument: str, device: str) -> None:
     """Raises:
     ConfigError: not a device torch knows, or not there.

@@ -92,8 +92,8 @@ class Generator:
         engine: decodes; see ``engine.base.Engine``.
         reward: scores; see ``rewards.base.RewardModel``.
         config: defaults for ``generate``; ``batch_size``, ``trace_path`` and ``journal`` hold for all requests.
-        identity: the host's arguments (``fingerprint.of_models``), for the journal's fingerprint.
-        fingerprint: of the models, for the journal, where the caller has made it already.
+        fingerprint: of the models (``fingerprint.of_models``), for the journal if there is one; None = as ``config``
+            names them.
     """
 
     def __init__(
@@ -102,7 +102,6 @@ class Generator:
         engine: Engine,
         reward: RewardModel,
         config: RunConfig,
-        identity: Mapping[str, Any] | None = None,
         fingerprint: Mapping[str, Any] | None = None,
     ) -> None:
         self.engine = engine
@@ -110,11 +109,7 @@ class Generator:
         self.config = config
         self.totals = Ledger()
         """Cost of everything this generator decoded so far; what a journal had ready cost it nothing."""
-        self.identity = dict(identity or {})
-        # of the files as they were loaded, where a journal is kept: an edit from now on must not pass for what answers
-        self.fingerprint = fingerprint
-        if fingerprint is None and config.journal is not None:
-            self.fingerprint = of_models(config, self.identity)
+        self.fingerprint = of_models(config, {}) if fingerprint is None and config.journal is not None else fingerprint
         self._tracer: Tracer | None = None
         self._journal: Journal | None = None
         self.capacity_tokens: int | None = None
@@ -420,8 +415,8 @@ class Generator:
 
     def _open_journal(self) -> Journal | None:
         if self._journal is None and self.config.journal is not None:
-            fingerprint = of_models(self.config, self.identity) if self.fingerprint is None else self.fingerprint
-            self._journal = Journal(self.config.journal, dict(fingerprint))
+            fingerprint = dict(self.fingerprint or {})
+            self._journal = Journal(self.config.journal, fingerprint)
             warn_of_uncovered(fingerprint)
         return self._journal
 

@@ -51,12 +51,8 @@ def load_reward(config: RunConfig, token: str | None = None) -> RewardModel:
     Raises:
         ConfigError, CheckpointError, RewardError: as ``rewards.choose.resolve_reward``.
     """
-    import torch
-
-    from specrej_eval.checkpoint import check_device
+    from specrej_eval.checkpoint import device_of
     from specrej_eval.rewards.choose import resolve_reward
 
-    if config.device is not None:
-        check_device("device", config.device)
-    device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = device_of(config.device)
     return resolve_reward(config, token=token).load(device)

@@ -190,7 +190,7 @@ def test_bad_arguments_are_refused_before_a_model_is_loaded(
     def no_loading(*_: Any, **__: Any) -> None:
         pytest.fail("weights were loaded")
 
-    monkeypatch.setattr("specrej_eval.engines.transformers.loading.load_model_and_tokenizer", no_loading)
+    monkeypatch.setattr("specrej_eval.engines.transformers.loading.EnginePlan.load_model", no_loading)
     with pytest.raises(specrej_eval.SpecRejError, match=message):
         specrej_eval.load(**args)
 

@@ -13,7 +13,7 @@ import dataclasses
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,15 +36,14 @@ from specrej_eval.config import (
 )
 from specrej_eval.core import Question, Spent
 from specrej_eval.errors import ConfigError, SpecRejError
-from specrej_eval.generator import Generator, Request
+from specrej_eval.generator import Request
 from specrej_eval.options import add_options
 from specrej_eval.ranks import Watch
 from specrej_eval.ranks import watch as watch_ranks
-from specrej_eval.records.fingerprint import from_first_rank, of_run, same, warn_of_uncovered
+from specrej_eval.records.fingerprint import from_first_rank, same, warn_of_uncovered
 from specrej_eval.records.outputs import Answer, OutputsFolder, RunRecord
 from specrej_eval.records.prompt_files import read_prompts
 from specrej_eval.records.run_names import default_name
-from specrej_eval.records.trace import rank_path
 
 if TYPE_CHECKING:
     from specrej_eval.engines.base import Engine
@@ -160,8 +159,13 @@ def run(args: argparse.Namespace) -> int:
     loaded: list[tuple[Engine, RewardModel]] = []
     ranks = _ranks(options.get("device"))
     with ranks.guard():
+        own, config, host = split(options)
+        asked = PromptArguments.of(own)
+        if ranks.world_size > 1 and config.device is None:
+            config = config.replace(device=_own_device(ranks))
+        plan = api.resolve(config, host)
         for seed in seeds:
-            folder = _run(options if seed is None else {**options, "seed": str(seed)}, ranks, seed, loaded)
+            folder = _run(plan if seed is None else plan.replace(seed=seed), asked, own, ranks, seed, loaded)
     if seeds != [None] and ranks.main:
         print(f"next: specrej-eval report {folder.parent}")
         print(f"or, of each prompt the best answer: specrej-eval gather {folder.parent}/seed* --output DIR")
@@ -183,21 +187,26 @@ def _seeds(text: str | None, seed: Any) -> list[int | None]:
     return seeds
 
 
-def _run(options: dict[str, Any], ranks: Ranks, seed: int | None, loaded: list[tuple[Engine, RewardModel]]) -> Path:
+def _run(
+    plan: api.RunPlan,
+    asked: PromptArguments,
+    own: Mapping[str, Any],
+    ranks: Ranks,
+    seed: int | None,
+    loaded: list[tuple[Engine, RewardModel]],
+) -> Path:
     """One run; its folder.
 
     Args:
+        own: options that are of this command alone.
         seed: of several; the folder is then one below that of ``--output``.
         loaded: the models, loaded by the first run that needs them.
     """
-    own, config, host = split(options)
-    asked = PromptArguments.of(own)
     limit = None if own.get("limit") is None else as_int("limit", own["limit"])
-    api.check(config, host)
     questions = read_prompts(own["prompts"], prompt_column=own.get("prompt_column"), limit=limit)
 
     fingerprint = from_first_rank(
-        lambda: of_run(config, host, **asked.deciding()),
+        lambda: plan.fingerprint(**asked.deciding()),
         rank=ranks.rank,
         world_size=ranks.world_size,
     )
@@ -210,7 +219,7 @@ def _run(options: dict[str, Any], ranks: Ranks, seed: int | None, loaded: list[t
     record = RunRecord(
         name=name,
         fingerprint=fingerprint,
-        arguments={**config.to_dict(), "prompts": str(own["prompts"]), "limit": limit},
+        arguments={**plan.config.to_dict(), "prompts": str(own["prompts"]), "limit": limit},
     )
     anew = bool(own.get("force"))
     if not anew and _is_complete(store, record, questions):
@@ -225,22 +234,17 @@ def _run(options: dict[str, Any], ranks: Ranks, seed: int | None, loaded: list[t
     if not ranks.main:
         store.begin(record)
     if as_bool("keep_trajectories", own.get("keep_trajectories", True)):
-        journal = rank_path(str(store.trajectories_file), ranks.rank, ranks.world_size)
-        config = config.replace(journal=journal)
-    if ranks.world_size > 1 and config.trace_path is not None:
-        config = config.replace(trace_path=rank_path(config.trace_path, ranks.rank, ranks.world_size))
+        plan = plan.replace(journal=str(store.trajectories_file))
+    plan = plan.of_rank(ranks.rank, ranks.world_size)
     if record.embedded_demo_pair and ranks.main:
         tqdm.write("DEMO: the embedded demo models answer; they know nothing but small sums.", file=sys.stderr)
 
-    if ranks.world_size > 1 and config.device is None:
-        config = config.replace(device=_own_device(ranks))
     if not loaded:
-        loaded.append(api.load_models(config, host))
-    engine, reward = loaded[0]
+        loaded.append(plan.load())
     # a journal's fingerprint is that of a run without what stands in each entry's key
     models = {name: value for name, value in fingerprint.items() if name not in (*DECIDING, *_PROMPTS)}
-    generator = Generator(engine=engine, reward=reward, config=config, identity=host, fingerprint=models)
-    requests = requests_for(engine, questions, config, task=TASK, **asked.deciding())
+    generator = plan.generator(*loaded[0], models=models)
+    requests = requests_for(generator.engine, questions, plan.config, task=TASK, **asked.deciding())
     settle_capacity(generator, requests, store, agree=ranks.least)
     record.described = {**generator.describe(), "world_size": ranks.world_size}
     if ranks.main:

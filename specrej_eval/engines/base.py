@@ -17,7 +17,7 @@ from specrej_eval.core import Message, Plan, Prompt, RowView, TokenStat
 from specrej_eval.engines.prompts import encode_prompt
 from specrej_eval.engines.text import Detokenizer
 from specrej_eval.errors import OutOfMemoryError, PromptError
-from specrej_eval.special_tokens import ENCODE_AS_TEXT, Tokeniser
+from specrej_eval.special_tokens import ENCODE_AS_TEXT, SpecialTokenError, Tokeniser
 
 Promise = Literal["bits", "uniforms", "distribution"]
 """How far a row is independent of the other rows and prompts in its batch: its logits are the same bits; they are the
@@ -90,20 +90,22 @@ class Engine(ABC):
         """Whether ``encode`` takes chat messages."""
         return bool(self.tokenizer.chat_template)
 
-    def encode(self, prompt: str | Sequence[Message], *, repeat: int = 0) -> Prompt:
+    def encode(self, prompt: str | Sequence[Message]) -> Prompt:
         """Tokenise a raw context or chat messages.
 
         Raises:
-            PromptError: empty, malformed, or messages without a chat template.
+            PromptError: empty, malformed, messages without a chat template, or special tokens in them that are not
+                allowed or cannot be told from the template's.
         """
-        return encode_prompt(
-            self.tokenizer,
-            prompt,
-            repeat=repeat,
-            add_bos_token=self._add_bos_token,
-            chat_template_args=self._chat_template_args,
-            tokeniser=self.tokeniser,
-        )
+        own = {"add_bos_token": self._add_bos_token, "chat_template_args": self._chat_template_args}
+        try:
+            return encode_prompt(self.tokeniser, prompt, **own)
+        except SpecialTokenError as error:
+            raise PromptError(
+                f"{error}.",
+                hint="special_tokens_in_content=allow reads special tokens in prompts as control tokens, "
+                "encode_as_text as text.",
+            ) from error
 
     def check(self, prompt: Prompt, config: RunConfig) -> None:
         """Whether a prompt can be decoded at all.

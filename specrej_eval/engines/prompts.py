@@ -7,59 +7,37 @@ from typing import Any
 
 from specrej_eval.core import Message, Prompt, prompt_hash
 from specrej_eval.errors import PromptError
-from specrej_eval.special_tokens import ContentText, SpecialTokenError, Tokeniser
+from specrej_eval.special_tokens import ContentText, Marked, Tokeniser
 
 
 def encode_prompt(
-    tokenizer: Any,
+    tokeniser: Tokeniser,
     prompt: str | Sequence[Message],
     *,
-    repeat: int = 0,
     add_bos_token: bool | None = None,
     chat_template_args: Mapping[str, Any] | None = None,
-    tokeniser: Tokeniser | None = None,
 ) -> Prompt:
     """A raw context (str), or chat messages rendered with the tokenizer's own template.
 
     Messages that end with an assistant turn are continued; that turn's text is the prompt's ``response_prefix``.
 
     Args:
-        repeat: which draw of this prompt it is; part of the random stream's key.
+        tokeniser: the tokenizer, and what becomes of special tokens in messages, and in the spans of a
+            ``ContentText``. In any other string they are the caller's own, and stay special tokens.
         add_bos_token: None = the tokenizer's own way. A string that begins with BOS never gets a second one.
-        tokeniser: what becomes of special tokens in messages, and in the spans of a ``ContentText``; None = as text.
-            In any other string they are the caller's own, and stay special tokens.
 
     Raises:
-        PromptError: empty text, no messages, a message without role or content, no chat template, or special tokens in
-            content that are not allowed, or cannot be told from the template's.
+        PromptError: empty text, no messages, a message without role or content, or no chat template.
+        SpecialTokenError: special tokens in content that are not allowed, or cannot be told from the template's.
     """
-    tokeniser = tokeniser or Tokeniser(tokenizer)
-    try:
-        return _encoded(tokeniser, prompt, repeat, add_bos_token, chat_template_args)
-    except SpecialTokenError as error:
-        raise PromptError(
-            f"{error}.",
-            hint="special_tokens_in_content=allow reads special tokens in prompts as control tokens, encode_as_text as "
-            "text.",
-        ) from error
-
-
-def _encoded(
-    tokeniser: Tokeniser,
-    prompt: str | Sequence[Message],
-    repeat: int,
-    add_bos_token: bool | None,
-    chat_template_args: Mapping[str, Any] | None,
-) -> Prompt:
     tokenizer = tokeniser.tokenizer
     if isinstance(prompt, str):
         if not prompt:
             raise PromptError("the prompt is an empty string.", hint="give a non-empty string or chat messages.")
         return Prompt(
-            token_ids=tuple(encode_text(tokenizer, prompt, add_bos_token, tokeniser)),
+            token_ids=tuple(encode_text(tokeniser, prompt, add_bos_token)),
             conversation=({"role": "user", "content": str(prompt)},),
             prompt_hash=prompt_hash(prompt),
-            repeat=repeat,
         )
     messages = [checked_message(message, place) for place, message in enumerate(prompt)]
     if not messages:
@@ -76,37 +54,35 @@ def _encoded(
         **(chat_template_args or {}),
     }
     rendered = tokenizer.apply_chat_template(messages, tokenize=False, **options)
-    encoding = tokeniser.chat(messages, **options)
     return Prompt(
-        token_ids=tuple(encoding["input_ids"]),
+        token_ids=tuple(tokeniser.chat(messages, **options)["input_ids"]),
         conversation=tuple(messages[:-1] if continued else messages),
         response_prefix=messages[-1]["content"] if continued else "",
         prompt_hash=prompt_hash(rendered),
-        repeat=repeat,
     )
 
 
-def encode_text(
-    tokenizer: Any, text: str, add_bos_token: bool | None = None, tokeniser: Tokeniser | None = None
-) -> list[int]:
+def encode_text(tokeniser: Tokeniser, text: str, add_bos_token: bool | None = None) -> list[int]:
     """Token ids of a raw context. As HFLM: the tokenizer decides on BOS, unless the text begins with it already."""
-    if isinstance(text, ContentText) and tokeniser is not None:
+    tokenizer = tokeniser.tokenizer
+    bos = tokenizer.bos_token
+    if isinstance(text, ContentText):
         marked = tokeniser.all_content(text)
         if marked.marks:
-            bos = tokenizer.bos_token
-            begun = bool(bos) and marked.without_leading(bos) != marked
-            adds = False if begun else True if add_bos_token is None else add_bos_token
-            found: list[int] = tokeniser.encode(marked, add_special_tokens=adds)["input_ids"]
-            return found
-    text = str(text)
-    bos = tokenizer.bos_token
+            return encode_marked(tokeniser, marked, bos, add_bos_token)
     kwargs: dict[str, bool] = {}
     if bos and text.startswith(bos):
         kwargs["add_special_tokens"] = False
     elif add_bos_token is not None:
         kwargs["add_special_tokens"] = add_bos_token
-    ids: list[int] = tokenizer.encode(text, **kwargs)
-    return ids
+    return list(tokenizer.encode(str(text), **kwargs))
+
+
+def encode_marked(tokeniser: Tokeniser, marked: Marked, bos: str | None, add_bos_token: bool | None) -> list[int]:
+    """As ``encode_text``, of a text whose content is marked."""
+    begun = marked.without_leading(bos) != marked
+    adds = not begun and (add_bos_token is None or bool(add_bos_token))
+    return list(tokeniser.encode(marked, add_special_tokens=adds)["input_ids"])
 
 
 def checked_message(message: Any, place: int) -> dict[str, str]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from itertools import groupby
-from typing import Any, NamedTuple, overload
+from typing import Any, NamedTuple
 
 from specrej_eval.core import FinishReason
 
@@ -64,13 +64,11 @@ class Detokenizer:
 
     def raw(self, token_ids: Sequence[int]) -> str:
         """Text with special tokens kept."""
-        text: str = self.tokenizer.decode(list(token_ids), skip_special_tokens=False)
-        return text
+        return str(self.tokenizer.decode(list(token_ids), skip_special_tokens=False))
 
     def clean(self, token_ids: Sequence[int]) -> str:
         """Text with special tokens stripped."""
-        text: str = self.tokenizer.decode(list(token_ids), skip_special_tokens=True)
-        return text
+        return str(self.tokenizer.decode(list(token_ids), skip_special_tokens=True))
 
     def stop_position(self, token_ids: Sequence[int], until: Sequence[str]) -> int | None:
         """Where the earliest stop string begins in ``raw(answer part of token_ids)``; None if there is none.
@@ -101,25 +99,16 @@ class Detokenizer:
         if marker is None:
             return _Answer(ids[:end], self.raw(ids[:end]), 0, 0, [])
         if isinstance(marker, str):
-            return self._from(ids[:end], marker)
+            found = self.raw(ids[:end]).rfind(marker)
+            return None if found < 0 else self._from(ids[:end], found + len(marker))
         if marker not in ids:
             return None
         after = len(ids) - ids[::-1].index(marker)
         return self._from(ids[after:end])
 
-    @overload
-    def _from(self, ids: list[int]) -> _Answer: ...
-    @overload
-    def _from(self, ids: list[int], marker: str) -> _Answer | None: ...
-    def _from(self, ids: list[int], marker: str | None = None) -> _Answer | None:
-        """The answer that begins with ``ids``, or behind the last ``marker`` in their text; None if it is not there."""
+    def _from(self, ids: list[int], start: int = 0) -> _Answer:
+        """The answer that begins at character ``start`` of the text of ``ids``."""
         raw = self.raw(ids)
-        start = 0
-        if marker is not None:
-            found = raw.rfind(marker)
-            if found < 0:
-                return None
-            start = found + len(marker)
         special = self._special_spans(ids)
         first = start
         while first < len(raw):

@@ -17,16 +17,9 @@ from pathlib import Path
 from types import ModuleType
 
 from specrej_eval import registry
+from specrej_eval.harness.lm_eval import LM_EVAL_MODELS
 
 Repair = Callable[[ModuleType], Callable[[], None] | None]
-
-# The names `lm_eval --model` takes -> "module:class". lm-eval imports the class on first use; the string has to be
-# the class's own module and name.
-LM_EVAL_MODELS = {
-    "specrej": "specrej_eval.harness.lm_eval.model:SpecRejLM",
-    "best_of_n": "specrej_eval.harness.lm_eval.model:BestOfNLM",
-    "best-of-n": "specrej_eval.harness.lm_eval.model:BestOfNLM",
-}
 
 # What is done to alpaca_eval: upstream's defects, one file each, then what our own part in it needs. ``registration``
 # comes last, since it hands alpaca_eval's functions on as they are by then.

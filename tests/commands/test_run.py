@@ -177,7 +177,7 @@ def test_bad_words_are_told_before_anything_is_loaded(
 ) -> None:
     from specrej_eval import api
 
-    monkeypatch.setattr(api, "load_models", lambda *_: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(api.RunPlan, "load", lambda *_: pytest.fail("a model was loaded"))
     out = tmp_path / "out"
     assert run("--prompts", prompts, "--output", str(out), *words) == 1
     assert told in capsys.readouterr().err
@@ -219,8 +219,8 @@ def test_several_seeds_are_runs_of_their_own_with_models_loaded_once(
     from specrej_eval import api
 
     loads = []
-    real = api.load_models
-    monkeypatch.setattr(api, "load_models", lambda *given, **more: loads.append(1) or real(*given, **more))
+    real = api.RunPlan.load
+    monkeypatch.setattr(api.RunPlan, "load", lambda *given, **more: loads.append(1) or real(*given, **more))
     words = ["--prompts", prompts, "--n", "2", "--max_gen_toks", "24", "--limit", "2"]
     out = tmp_path / "out"
     assert run(*words, "--output", str(out), "--seeds", "3, 5") == 0

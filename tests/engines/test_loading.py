@@ -26,7 +26,7 @@ from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelFo
 from specrej_eval import checkpoint
 from specrej_eval.config import RunConfig
 from specrej_eval.engines.transformers import loading
-from specrej_eval.engines.transformers.loading import check_checkpoint, load_model_and_tokenizer
+from specrej_eval.engines.transformers.loading import resolve_engine
 from specrej_eval.errors import CheckpointError, ConfigError, MissingDependencyError, OutOfMemoryError
 
 IDS = torch.tensor([[1, 70, 80, 90, 100]])
@@ -51,7 +51,9 @@ def no_weights_are_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def load(folder: object, host: dict[str, Any] | None = None, **changes: Any) -> tuple[Any, Any]:
-    return load_model_and_tokenizer(RunConfig(pretrained=str(folder), device="cpu").replace(**changes), host or {})
+    loading.check_host_arguments(host or {})
+    config = RunConfig(pretrained=str(folder), device="cpu").replace(**changes)
+    return resolve_engine(config, host or {}).load_model()
 
 
 def logits(model: Any) -> torch.Tensor:
@@ -82,10 +84,10 @@ def test_without_a_name_the_embedded_model_is_used_in_float32_and_said_so(
 ) -> None:
     demo = save(tiny_causal_lm().to(torch.bfloat16), tiny_tokenizer(), tmp_path / "demo")
     monkeypatch.setattr(checkpoint, "DEMO_POLICY", demo)
-    loaded, _ = load_model_and_tokenizer(RunConfig(device="cpu"), {})
+    loaded, _ = resolve_engine(RunConfig(device="cpu"), {}).load_model()
     assert loaded.dtype == torch.float32
     assert "embedded demo language model" in caplog.text
-    assert load_model_and_tokenizer(RunConfig(device="cpu", dtype="bfloat16"), {})[0].dtype == torch.bfloat16
+    assert resolve_engine(RunConfig(device="cpu", dtype="bfloat16"), {}).load_model()[0].dtype == torch.bfloat16
 
 
 def test_tied_weights_are_not_taken_for_missing(tmp_path: Path) -> None:
@@ -273,7 +275,7 @@ class TestBeforeWeightsLoad:
 
     def test_hub_names_pass(self) -> None:
         for name in ("gpt2", "HuggingFaceTB/SmolLM2-135M-Instruct"):
-            check_checkpoint(RunConfig(pretrained=name), {})
+            resolve_engine(RunConfig(pretrained=name), {})
 
     @pytest.mark.parametrize("text", ["", "{", "[]", None])
     def test_a_broken_config(self, folder: Path, text: str | None) -> None:
@@ -343,7 +345,7 @@ class TestBeforeWeightsLoad:
         (folder / "config.json").write_text(json.dumps(raw))
         with pytest.raises(ConfigError, match="trust_remote_code=True"):
             load(folder)
-        check_checkpoint(RunConfig(pretrained=str(folder), trust_remote_code=True), {})
+        resolve_engine(RunConfig(pretrained=str(folder), trust_remote_code=True), {})
 
     @pytest.mark.parametrize("device", ["cuda:99", "gpu"])
     def test_a_device_that_is_not_there(self, folder: Path, device: str) -> None:

@@ -19,6 +19,7 @@ from support.fake_hub import add_model_files
 from support.other_values import OTHER
 
 from specrej_eval import paths
+from specrej_eval.api import RunPlan
 from specrej_eval.checkpoint import DEMO_POLICY, DEMO_REWARD
 from specrej_eval.config import HOST, NEUTRAL, PLACEMENT, Decides, RunConfig, names
 from specrej_eval.core import Prompt
@@ -72,7 +73,9 @@ class Stores:
 
     def use_cache(self, config: RunConfig, host: Host) -> tuple[str, ...]:
         lm = SpecRejLM.__new__(SpecRejLM)
-        lm.__dict__.update(run_config=config, host_arguments=dict(host), _given_as_objects=(), _rank=0, _world_size=1)
+        nothing: Any = None  # no model is looked at
+        plan = RunPlan(config=config, host=host, engine=nothing, reward=nothing)
+        lm.__dict__.update(run_config=config, plan=plan, _rank=0, _world_size=1)
         lm.__dict__["_warn"] = lambda *_, **__: None
         database = self.caches.setdefault("cache", {})
         lm.set_cache_hook(SimpleNamespace(dbdict=database))

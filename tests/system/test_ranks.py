@@ -19,6 +19,7 @@ from support import FULL
 from support.rank_runs import HANG, ROOT, finish, lines, numbers, opened, records, start, stop, wait_for
 
 from specrej_eval import cli
+from specrej_eval.api import RunPlan
 from specrej_eval.checkpoint import DEMO_POLICY, DEMO_REWARD
 from specrej_eval.config import RunConfig
 from specrej_eval.demo.arithmetic import distinct_problems, question
@@ -317,7 +318,7 @@ def test_a_rank_that_dies_while_the_first_one_reads_files_is_named_under_lm_eval
     lm = SpecRejLM.__new__(SpecRejLM)
     lm.__dict__.update(_rank=1, _world_size=2, _watch=Watch(1, 2, DeadStore()))
     for compute in (lm.fingerprint, lm._of_models):
-        lm.__dict__.update(run_config=RunConfig(), host_arguments={}, _given_as_objects=())
+        lm.__dict__.update(run_config=RunConfig(), plan=RunPlan.of(RunConfig(), {}))
         with pytest.raises(RankError, match="rank 0, which holds the run's store, has died"):
             compute()
 

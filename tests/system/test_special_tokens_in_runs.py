@@ -91,7 +91,7 @@ def asked(user: str) -> list[Message]:
 def run(answer: str, user: str, **arguments: Any) -> tuple[Any, Any]:
     """A generator, its policy made for this prompt, and what it answered."""
     rule = arguments.get("special_tokens_in_content", "encode_as_text")
-    size = encode_prompt(TOKENIZER, asked(user), tokeniser=Tokeniser(TOKENIZER, rule)).num_tokens
+    size = encode_prompt(Tokeniser(TOKENIZER, rule), asked(user)).num_tokens
     length = len(pieces(answer)) + 2
     numbers = {"n": 4, "alpha": 0.5, "first_look": length // 3 + 1, "max_gen_toks": length, "device": "cpu"}
     generator = specrej_eval.load(pretrained=scripted(answer, size), **{**numbers, **arguments})

@@ -96,7 +96,7 @@ def check_startup_hook() -> Iterator[Finding]:
     except Exception as error:
         yield Finding("broken", "lm_eval --model", f"lm-eval cannot be imported: {error!r}")
         return
-    from specrej_eval.harness.startup import LM_EVAL_MODELS
+    from specrej_eval.harness.lm_eval import LM_EVAL_MODELS
 
     known = [name for name in LM_EVAL_MODELS if name in registry.model_registry]
     if hasattr(registry, "load_plugins"):

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from specrej_eval.config import ARGUMENTS, RunConfig, Takes, names
 from specrej_eval.errors import PromptError
 from specrej_eval.options import add_options
-from specrej_eval.special_tokens import ALLOW, ERROR
+from specrej_eval.special_tokens import ALLOW, ENCODE_AS_TEXT, ERROR
 
 if TYPE_CHECKING:
     from specrej_eval.engines.transformers.engine import TransformersEngine
@@ -35,14 +35,12 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         ConfigError, CheckpointError, MissingDependencyError: it cannot be loaded.
     """
-    from specrej_eval import api
-    from specrej_eval.engines.transformers.loading import check_checkpoint
+    from specrej_eval.engines.transformers.loading import resolve_engine
 
     given = vars(args)
     taken = (*names(Takes.POLICY), "token")
     config, host = RunConfig.from_args({name: given[name] for name in taken if name in given})
-    check_checkpoint(config, host)
-    return examine(api.load_engine(config, host))
+    return examine(resolve_engine(config, host).load(content_rule=ENCODE_AS_TEXT))
 
 
 def examine(engine: TransformersEngine) -> int:

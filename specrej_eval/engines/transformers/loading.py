@@ -1,6 +1,6 @@
 """Language model and tokenizer for the Python API: torch and transformers alone, no harness.
 
-Inside lm-eval its own ``HFLM`` loads the model, with the same arguments; ``check_checkpoint`` serves both.
+Inside lm-eval its own ``HFLM`` loads the model, with the same arguments; ``resolve_engine`` serves both.
 """
 
 from __future__ import annotations
@@ -9,10 +9,10 @@ import importlib.util
 import logging
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
@@ -21,6 +21,7 @@ from transformers.models.auto.modeling_auto import (
 
 from specrej_eval import checkpoint
 from specrej_eval.config import HOST, RunConfig, as_bool, as_dict
+from specrej_eval.engines.transformers.engine import TransformersEngine
 from specrej_eval.errors import CheckpointError, ConfigError, MissingDependencyError
 from specrej_eval.kv.memory import clear_error, is_out_of_memory
 from specrej_eval.paths import is_folder
@@ -42,10 +43,79 @@ def check_host_arguments(host: Mapping[str, Any]) -> None:
             raise ConfigError(f"{name}={value!r} is not supported in the Python API.", hint=UNSUPPORTED[name])
 
 
-def check_checkpoint(config: RunConfig, host: Mapping[str, Any]) -> None:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EnginePlan:
+    """A language model that was named and checked, and is not loaded yet."""
+
+    name: str
+    """Folder or hub name; that of the embedded model if none is given."""
+    dtype: str
+    """``auto`` = the checkpoint's; never of the embedded model."""
+    device: str
+    config: RunConfig
+    host: Mapping[str, Any]
+    """``from_pretrained``'s arguments as in lm-eval's ``--model_args``, all but ``UNSUPPORTED``."""
+
+    def load(self, *, content_rule: str) -> TransformersEngine:
+        """Load weights and tokenizer, and try the model out.
+
+        Args:
+            content_rule: what ``special_tokens_in_content=None`` means.
+
+        Raises:
+            ConfigError, CheckpointError, MissingDependencyError, OutOfMemoryError: as ``load_model``.
+        """
+        host = self.host
+        model, tokenizer = self.load_model()
+        template_args = as_dict("chat_template_args", host.get("chat_template_args") or {})
+        if host.get("enable_thinking") is not None:
+            template_args["enable_thinking"] = host["enable_thinking"]
+        return TransformersEngine(
+            model,
+            tokenizer,
+            max_length=host.get("max_length"),
+            think_end_token=host.get("think_end_token"),
+            add_bos_token=host.get("add_bos_token"),
+            chat_template_args=template_args,
+            special_tokens_in_content=self.config.special_tokens_in_content or content_rule,
+        )
+
+    def load_model(self) -> tuple[Any, Any]:
+        """The language model, in eval mode on its device, and its tokenizer.
+
+        Raises:
+            ConfigError, CheckpointError, MissingDependencyError: what only loading finds (the original error is
+                chained).
+            OutOfMemoryError: the weights do not fit on the device.
+        """
+        config, host = self.config, self.host
+        if config.pretrained is None:
+            _logger.warning("pretrained= is not given, so the embedded demo language model, a toy, is used.")
+        shared: dict[str, Any] = {
+            "revision": host.get("revision") or "main",
+            "subfolder": host.get("subfolder") or "",
+            "token": host.get("token"),
+            "trust_remote_code": config.trust_remote_code,
+        }
+        if host.get("gguf_file") is None and not is_folder(self.name):
+            hub = {name: shared[name] for name in ("revision", "subfolder", "token")}
+            _check_kind(self.name, checkpoint.read_config("pretrained", self.name, **hub), config)
+        tokenizer = _load_tokenizer(self.name, shared, host)
+        model = _load_model(self, shared)
+        if host.get("peft"):
+            model = _with_adapter(model, str(host["peft"]), tokenizer, token=shared["token"])
+        if not host.get("device_map"):
+            model = _placed(model, self.device, self.name)
+        return model.eval(), tokenizer
+
+
+def resolve_engine(config: RunConfig, host: Mapping[str, Any], *, check: bool = True) -> EnginePlan:
     """Everything that can be said of the language model before its weights load.
 
     A hub name passes: what it names is checked when it is loaded.
+
+    Args:
+        check: False where the model is there already.
 
     Raises:
         CheckpointError: a folder, ``config.json``, weight file, tokenizer, adapter or GGUF file that is missing or
@@ -53,14 +123,26 @@ def check_checkpoint(config: RunConfig, host: Mapping[str, Any]) -> None:
         ConfigError: the checkpoint needs remote code, which is off; a device that is not there.
         MissingDependencyError: a package that a GGUF file or an adapter needs.
     """
-    if config.device is not None:
-        checkpoint.check_device("device", config.device)
+    name = config.pretrained if config.pretrained is not None else str(checkpoint.DEMO_POLICY)
+    if check:
+        _check_checkpoint(name, config, host)
+    # a model that is there already lies where it lies
+    device = checkpoint.device_of(config.device) if check else config.device or checkpoint.device_of(None)
+    return EnginePlan(
+        name=name,
+        dtype="float32" if config.dtype == "auto" and config.pretrained is None else config.dtype,
+        device=device,
+        config=config,
+        host=host,
+    )
+
+
+def _check_checkpoint(name: str, config: RunConfig, host: Mapping[str, Any]) -> None:
     if host.get("peft"):
         _check_adapter(str(host["peft"]))
     tokenizer = host.get("tokenizer")
     if isinstance(tokenizer, str) and (tokenizer_folder := checkpoint.check_folder("tokenizer", tokenizer)):
         checkpoint.check_tokenizer_files("tokenizer", tokenizer_folder)
-    name = policy_name(config)
     if host.get("gguf_file"):
         _check_gguf(name, str(host["gguf_file"]))
         return
@@ -72,59 +154,6 @@ def check_checkpoint(config: RunConfig, host: Mapping[str, Any]) -> None:
     checkpoint.check_weights("pretrained", folder / subfolder)
     if not tokenizer:
         checkpoint.check_tokenizer_files("pretrained", folder / subfolder)
-
-
-def policy_name(config: RunConfig) -> str:
-    """Folder or hub name of the language model; that of the embedded one if none is given."""
-    return config.pretrained if config.pretrained is not None else str(checkpoint.DEMO_POLICY)
-
-
-def policy_dtype(config: RunConfig) -> str:
-    """``config.dtype`` with ``auto`` resolved: float32 for the embedded pair; else ``auto``, the checkpoint's."""
-    return "float32" if config.dtype == "auto" and config.pretrained is None else config.dtype
-
-
-def policy_device(config: RunConfig) -> str:
-    """``config.device``, or cuda if there is one, else cpu."""
-    return config.device or ("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def load_model_and_tokenizer(config: RunConfig, host: Mapping[str, Any]) -> tuple[Any, Any]:
-    """The language model, in eval mode on its device, and its tokenizer.
-
-    Args:
-        host: ``from_pretrained``'s arguments as in lm-eval's ``--model_args``, all but ``UNSUPPORTED``.
-
-    Raises:
-        ConfigError: an argument that only lm-eval's loader understands.
-        CheckpointError, MissingDependencyError: as ``check_checkpoint``, which runs first, and for what only loading
-            finds (the original error is chained).
-        OutOfMemoryError: the weights do not fit on the device.
-    """
-    check_host_arguments(host)
-    check_checkpoint(config, host)
-    if config.pretrained is None:
-        _logger.warning("pretrained= is not given, so the embedded demo language model, a toy, is used.")
-    name = policy_name(config)
-    shared: dict[str, Any] = {
-        "revision": host.get("revision") or "main",
-        "subfolder": host.get("subfolder") or "",
-        "token": host.get("token"),
-        "trust_remote_code": config.trust_remote_code,
-    }
-    gguf_file = host.get("gguf_file")
-    if gguf_file is None and checkpoint.check_folder("pretrained", name) is None:
-        raw = checkpoint.read_config(
-            "pretrained", name, revision=shared["revision"], subfolder=shared["subfolder"], token=shared["token"]
-        )
-        _check_kind(name, raw, config)
-    tokenizer = _load_tokenizer(name, shared, host)
-    model = _load_model(name, shared, config, host)
-    if host.get("peft"):
-        model = _with_adapter(model, str(host["peft"]), tokenizer, token=shared["token"])
-    if not host.get("device_map"):
-        model = _placed(model, policy_device(config), name)
-    return model.eval(), tokenizer
 
 
 def _load_tokenizer(name: str, shared: Mapping[str, Any], host: Mapping[str, Any]) -> Any:
@@ -146,8 +175,9 @@ def _load_tokenizer(name: str, shared: Mapping[str, Any], host: Mapping[str, Any
         raise _load_error("tokenizer" if given else "pretrained", given or name, error, what="tokenizer") from error
 
 
-def _load_model(name: str, shared: Mapping[str, Any], config: RunConfig, host: Mapping[str, Any]) -> Any:
-    arguments: dict[str, Any] = {**shared, "dtype": policy_dtype(config)}
+def _load_model(plan: EnginePlan, shared: Mapping[str, Any]) -> Any:
+    name, config, host = plan.name, plan.config, plan.host
+    arguments: dict[str, Any] = {**shared, "dtype": plan.dtype}
     for key in ("device_map", "gguf_file", "max_memory", "offload_folder"):
         if host.get(key):
             arguments[key] = host[key]

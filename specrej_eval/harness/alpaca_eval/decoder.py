@@ -17,17 +17,15 @@ from typing import Any, Self
 import torch
 from alpaca_eval import utils
 
-from specrej_eval import api, stopping
+from specrej_eval import stopping
 from specrej_eval.answering import answer, requests_for, settle_capacity, summary
-from specrej_eval.config import Decides, DecoderArguments, RunConfig, names
+from specrej_eval.api import RunPlan, resolve
+from specrej_eval.config import Decides, DecoderArguments, names
 from specrej_eval.core import Question, Spent
-from specrej_eval.engines.base import Engine
 from specrej_eval.errors import ConfigError
 from specrej_eval.generator import Generator
 from specrej_eval.harness.alpaca_eval.config import arguments_of
-from specrej_eval.records.fingerprint import of_models, of_run
 from specrej_eval.records.outputs import Answer, OutputsFolder, RunRecord
-from specrej_eval.rewards.base import RewardModel
 from specrej_eval.special_tokens import ALLOW, concerned
 
 logger = logging.getLogger(__name__)
@@ -76,8 +74,7 @@ def specrej_best_of_n(
 class Generation:
     """What one YAML configuration asks for, checked, and where its answers go."""
 
-    config: RunConfig
-    host: dict[str, Any]
+    plan: RunPlan
     asked: DecoderArguments
     store: OutputsFolder | None = None
     record: RunRecord | None = None
@@ -99,12 +96,11 @@ class Generation:
             ConfigError, CheckpointError: an unknown argument, a bad value, a checkpoint that is not there.
         """
         config, host, asked = arguments_of(function, completions_kwargs)
-        api.check(config, host)
-        return cls(config=config, host=host, asked=asked)
+        return cls(plan=resolve(config, host), asked=asked)
 
     def fingerprint(self, **others: Any) -> dict[str, Any]:
         """Everything that decides the answers; ``others`` = the prompt template."""
-        return of_run(self.config, self.host, **self.asked.deciding(), **others)
+        return self.plan.fingerprint(**self.asked.deciding(), **others)
 
     def question(self, prompt: str) -> Question:
         """A rendered prompt as a question; its bare instruction is known if our hook has rendered it."""
@@ -127,7 +123,7 @@ class Generation:
     def _chatml(self, prompt: str, instruction: str) -> tuple[dict[str, str], ...]:
         """alpaca_eval's reading of ChatML, to which an instruction can spell further turns; where special tokens in
         content are no control tokens, it cannot."""
-        if self.config.special_tokens_in_content in (None, ALLOW) or not _MARKUP.search(instruction):
+        if self.plan.config.special_tokens_in_content in (None, ALLOW) or not _MARKUP.search(instruction):
             return tuple(utils.prompt_to_chatml(prompt))
         mark = next(mark for mark in map(chr, range(0xF0000, 0xFFFFE)) if mark not in prompt)
         messages = utils.prompt_to_chatml(prompt.replace(instruction, mark))
@@ -135,23 +131,20 @@ class Generation:
 
     def generator(self) -> Generator:
         """The models, loaded once for all chunks and for all configurations that name the same ones."""
-        placed = [getattr(self.config, name) for name in names(Decides.PLACE)]
+        plan, config = self.plan, self.plan.config
+        placed = [getattr(config, name) for name in names(Decides.PLACE)]
         # a self-score has no floor where nothing is compared
-        models = _key(of_models(self.config, self.host), placed, self.config.partial_turn, self.config.n == 1)
+        models = _key(plan.of_models(), placed, config.partial_turn, config.n == 1)
         if models not in _loaded:
             while len(_loaded) >= _KEPT:
                 del _loaded[next(iter(_loaded))]  # the oldest, before new ones ask for memory
-            engine, reward = api.load_models(self.config, self.host, content_rule=ALLOW)
-            _loaded[models] = {"": self._with(engine, reward)}
+            _loaded[models] = {"": plan.generator(*plan.load(content_rule=ALLOW))}
         generators = _loaded[models]
-        key = _key(self.config.to_dict())
+        key = _key(config.to_dict())
         if key not in generators:
             first = next(iter(generators.values()))
-            generators[key] = self._with(first.engine, first.reward)
+            generators[key] = plan.generator(first.engine, first.reward)
         return generators[key]
-
-    def _with(self, engine: Engine, reward: RewardModel) -> Generator:
-        return Generator(engine=engine, reward=reward, config=self.config, identity=self.host)
 
     def price(self, done: Answer) -> float:
         return done.seconds / 3600 * self.asked.price_per_hour
@@ -195,14 +188,14 @@ def _completions(prompts: Sequence[str], generation: Generation) -> dict[str, li
     requests = requests_for(
         generator.engine,
         questions,
-        generation.config,
+        generation.plan.config,
         task=TASK,
         until=generation.asked.until,
         apply_chat_template=generation.asked.apply_chat_template,
         max_tokens=generation.asked.max_tokens,
         truncate=True,
     )
-    if generation.config.special_tokens_in_content is None and not generation.warned:
+    if generation.plan.config.special_tokens_in_content is None and not generation.warned:
         generation.warned = True  # of all chunks, with the first
         asked = generation.instructions or [question.instruction for question in questions]
         if told := concerned(generator.engine.tokeniser, asked):

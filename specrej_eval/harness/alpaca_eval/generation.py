@@ -60,7 +60,6 @@ def prepare(arguments: dict[str, Any]) -> None:
     for side in SIDES:
         if arguments.get(side) is not None:
             configs[side] = arguments[side] = utils.load_configs(arguments[side], relative_to=base_dir)
-            _check_form(configs[side], arguments[side])
     ours = {side for side, config in configs.items() if _entry(config).get("fn_completions") in STRATEGIES}
     if not ours:
         return
@@ -100,7 +99,7 @@ def _begin(
 
     from specrej_eval.harness.alpaca_eval import decoder as decoder
 
-    name, entry = next(iter(config)), dict(_entry(config))
+    name, entry = next(iter(config)), _entry(config)
     function = entry["fn_completions"]
     template = utils.read_or_return(entry["prompt_template"], relative_to=base_dir)
     alpaca_eval_slips.check_entry(name, entry, template)
@@ -112,7 +111,7 @@ def _begin(
         prompt_template=template,
         is_strip_output=arguments["is_strip_output"],
     )
-    decided = {**generation.config.to_dict(), "limit": arguments["max_instances"]}
+    decided = {**generation.plan.config.to_dict(), "limit": arguments["max_instances"]}
     generation.record = RunRecord(name=name, fingerprint=fingerprint, arguments=decided)
     warn_of_uncovered(fingerprint)
     if generation.record.embedded_demo_pair:
@@ -136,27 +135,8 @@ def _begin(
     return {name: entry}
 
 
-def _check_form(config: Any, source: Any) -> None:
-    """Raises:
-    ConfigError: not one generator with the keys alpaca_eval needs.
-    """
-    if not isinstance(config, dict) or len(config) != 1 or not isinstance(_entry(config), dict):
-        found = f"{len(config)} ({', '.join(map(str, config))})" if isinstance(config, dict) else repr(config)
-        raise ConfigError(
-            f"a model configuration must have exactly one top-level key, the generator's name; got {found}.",
-            hint=f"look at {source!r}, or at the files `specrej-eval init` writes.",
-        )
-    missing = [key for key in ("prompt_template", "fn_completions") if key not in _entry(config)]
-    if missing:
-        raise ConfigError(
-            f"the model configuration of {next(iter(config))!r} lacks {' and '.join(missing)}.",
-            hint='for example: prompt_template: "{instruction}" and fn_completions: specrej_completions.',
-        )
-
-
 def _entry(config: dict[str, Any]) -> dict[str, Any]:
-    entry: dict[str, Any] = next(iter(config.values()))
-    return entry
+    return dict(next(iter(config.values())))
 
 
 def _check_owner(outputs: Path, store: OutputsFolder, going_on: bool) -> None:

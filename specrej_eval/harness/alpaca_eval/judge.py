@@ -197,14 +197,7 @@ class _Scorer:
         from specrej_eval.rewards.choose import resolve_reward
 
         plan = resolve_reward(config)
-        if config.device is not None:
-            checkpoint.check_device("device", config.device)
-            device = config.device
-        else:
-            import torch
-
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-        self._reward = self._loaded(plan, device)
+        self._reward = self._loaded(plan, checkpoint.device_of(config.device))
         self._scores: dict[tuple[str, str], float] = {}
 
     @staticmethod

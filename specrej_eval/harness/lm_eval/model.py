@@ -20,8 +20,10 @@ from lm_eval.utils import simple_parse_args_string
 from transformers import PreTrainedModel
 
 from specrej_eval import budget, ranks, stopping
+from specrej_eval.api import RunPlan
 from specrej_eval.config import Decides, RunConfig, names
 from specrej_eval.core import Prompt, finite_or_none, prompt_hash
+from specrej_eval.engines.prompts import encode_marked
 from specrej_eval.errors import ConfigError, PromptError
 from specrej_eval.generator import Generator, Request
 from specrej_eval.harness.lm_eval import run as lm_eval_run
@@ -39,8 +41,6 @@ from specrej_eval.harness.lm_eval.requests import (
 )
 from specrej_eval.harness.lm_eval.tally import Tally, strict_json
 from specrej_eval.records import fingerprint
-from specrej_eval.records.trace import rank_path
-from specrej_eval.rewards.base import RewardPlan
 from specrej_eval.special_tokens import ALLOW, Marked, SpecialTokenError, Tokeniser, concerned
 
 logger = logging.getLogger("lm_eval.models.specrej")  # below lm-eval's own logger: its format and --verbosity hold
@@ -92,16 +92,16 @@ class SpecRejLM(HFLM):
         if host_run is not None:
             lm_eval_run.checked_against(host_run, translate, config)
         check_host_arguments(host)
-        self.embedded_demo_pair = config.pretrained is None
-        policy, reward = _resolved(config, host, language_model=loaded is None)
+        plan = RunPlan.of(config, host, objects=("pretrained",) if loaded is not None else ())
 
-        if self.embedded_demo_pair:
+        if config.pretrained is None:
             logger.info("No pretrained given: using the embedded demo pair (a tiny arithmetic model, float32).")
         if config.attn_implementation is not None and loaded is None:
             host["attn_implementation"] = config.attn_implementation
-        self._given_as_objects = ("pretrained",) if loaded is not None else ()
         super().__init__(
-            **policy if loaded is None else {**policy, "pretrained": loaded},
+            pretrained=plan.engine.name if loaded is None else loaded,
+            device=plan.engine.device,
+            dtype=plan.engine.dtype,
             trust_remote_code=config.trust_remote_code,
             batch_size=host_batch_size,
             **host,
@@ -111,18 +111,13 @@ class SpecRejLM(HFLM):
             self._world_size = self.accelerator.num_processes
         self._watch = ranks.watch(self.rank, self.world_size)
 
-        # HFLM has a `config` already: the checkpoint's
-        self.run_config = config.replace(
-            device=str(self.device),
-            trace_path=config.trace_path and rank_path(config.trace_path, self.rank, self.world_size),
-            journal=config.journal and rank_path(config.journal, self.rank, self.world_size),
-        )
-        self.host_arguments = host
+        self.plan = plan.of_rank(self.rank, self.world_size, device=str(self.device))
+        self.run_config = self.plan.config  # HFLM has a `config` already: the checkpoint's
         self.tokeniser = Tokeniser(self.tokenizer, config.special_tokens_in_content or ALLOW)
         self.tally = Tally()
         self._uses_chat_template = False
         self._ranks: list[Tally] = []
-        self.generator = _generator(self, reward)
+        self.generator = self._generator()
         for note in notes:
             self._warn(note)
         if host_run is not None and self.rank == 0:
@@ -153,6 +148,16 @@ class SpecRejLM(HFLM):
     def create_from_arg_string(cls, arg_string: str, additional_config: dict[str, Any] | None = None) -> SpecRejLM:
         """As ``create_from_arg_obj``, from ``a=1,b=2``."""
         return cls.create_from_arg_obj(simple_parse_args_string(arg_string), additional_config)
+
+    def _generator(self) -> Generator:
+        from specrej_eval.engines.transformers.engine import TransformersEngine
+
+        reward = self.plan.reward.load(str(self.device))
+        engine = TransformersEngine(
+            self.model, self.tokenizer, max_length=self.max_length, think_end_token=self.think_end_token
+        )
+        models = None if self.run_config.journal is None else self._of_models()
+        return self.plan.generator(engine, reward, models=models)
 
     def _get_backend(self, config: Any, *args: Any, **kwargs: Any) -> None:
         super()._get_backend(config, *args, **kwargs)
@@ -288,14 +293,9 @@ class SpecRejLM(HFLM):
                 f"task {task!r}: {error}.", hint="special_tokens_in_content=allow reads them as --model hf does."
             ) from error
         if not marked.marks:
-            ids: list[int] = self.tok_encode(context)
-            return ids
-        # BOS as in tok_encode: none where the text begins with it already
-        bos = self.tokenizer.decode(self.prefix_token_id)
-        begun = marked.without_leading(bos) != marked
-        adds = False if begun else True if self.add_bos_token is None else bool(self.add_bos_token)
-        found: list[int] = self.tokeniser.encode(marked, add_special_tokens=adds)["input_ids"]
-        return found
+            return list(self.tok_encode(context))
+        bos = self.tokenizer.decode(self.prefix_token_id)  # as in tok_encode
+        return encode_marked(self.tokeniser, marked, bos, self.add_bos_token)
 
     def _marked(self, context: str) -> Marked:
         if self.tokeniser.rule == ALLOW:
@@ -307,8 +307,7 @@ class SpecRejLM(HFLM):
 
         def render(contents: Sequence[str]) -> str:
             messages = [{**message, "content": text} for message, text in zip(context.messages, contents, strict=True)]
-            text: str = super(SpecRejLM, self).apply_chat_template(messages, context.add_generation_prompt)
-            return text
+            return str(super(SpecRejLM, self).apply_chat_template(messages, context.add_generation_prompt))
 
         return self.tokeniser.marked([message["content"] for message in context.messages], render, str(context))
 
@@ -334,13 +333,11 @@ class SpecRejLM(HFLM):
 
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         self._warn_of_loglikelihood()
-        result: list[tuple[float, bool]] = super().loglikelihood(requests, disable_tqdm=disable_tqdm)
-        return result
+        return list(super().loglikelihood(requests, disable_tqdm=disable_tqdm))
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
         self._warn_of_loglikelihood()
-        result: list[float] = super().loglikelihood_rolling(requests, disable_tqdm=disable_tqdm)
-        return result
+        return list(super().loglikelihood_rolling(requests, disable_tqdm=disable_tqdm))
 
     def _warn_of_loglikelihood(self) -> None:
         self._warn("Log-likelihood requests: scored by the language model alone; the reward model is not used.")
@@ -393,20 +390,14 @@ class SpecRejLM(HFLM):
 
         What gen_kwargs may add to is held as it was given, and so is what decides how a task's own arguments count.
         """
-        config = self.run_config
         return self._from_first_rank(
-            lambda: fingerprint.of_run(
-                config,
-                self.host_arguments,
-                loaded=self._given_as_objects,
-                **{name: getattr(config, name) for name in ("alpha", "n", *names(Decides.TASKS))},
+            lambda: self.plan.fingerprint(
+                **{name: getattr(self.run_config, name) for name in ("alpha", "n", *names(Decides.TASKS))}
             )
         )
 
     def _of_models(self) -> dict[str, Any]:
-        return self._from_first_rank(
-            lambda: fingerprint.of_models(self.run_config, self.host_arguments, loaded=self._given_as_objects)
-        )
+        return self._from_first_rank(self.plan.of_models)
 
     def _from_first_rank(self, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         with self._needs_all_ranks():
@@ -462,13 +453,12 @@ class SpecRejLM(HFLM):
             "per_task": {name: task.to_dict() for name, task in sorted(tally.tasks.items())},
             "warnings": list(tally.warnings.values()),
             "reward_model": reward_model,
-            "embedded_demo_pair": self.embedded_demo_pair,
+            "embedded_demo_pair": self.run_config.pretrained is None,
             "world_size": self.world_size,
             "versions": {name: described.pop(name, None) or _version(name) for name in VERSIONS},
             "hardware": described,
         }
-        info: dict[str, Any] = {**super().get_model_info(), "specrej": strict_json(block)}
-        return info
+        return {**super().get_model_info(), "specrej": strict_json(block)}
 
     def _warn(self, message: str, *, key: object = None) -> None:
         """Log a warning and keep it for the results, the first time it has cause."""
@@ -480,26 +470,6 @@ class BestOfNLM(SpecRejLM):
     """The same with ``strategy=best_of_n``: n rows decoded to the end on the same engine, the best one returned."""
 
     default_strategy: ClassVar[str] = "best_of_n"
-
-
-def _resolved(config: RunConfig, host: Mapping[str, Any], *, language_model: bool) -> tuple[dict[str, str], RewardPlan]:
-    """Say what can be said of the two models without loading weights: how HFLM is to load the first, and the second."""
-    from specrej_eval.engines.transformers.loading import check_checkpoint, policy_device, policy_dtype, policy_name
-    from specrej_eval.rewards.choose import resolve_reward
-
-    if language_model:
-        check_checkpoint(config, host)
-    plan = resolve_reward(config, token=host.get("token"))
-    return {"pretrained": policy_name(config), "device": policy_device(config), "dtype": policy_dtype(config)}, plan
-
-
-def _generator(lm: SpecRejLM, plan: RewardPlan) -> Generator:
-    from specrej_eval.engines.transformers.engine import TransformersEngine
-
-    reward = plan.load(str(lm.device))
-    engine = TransformersEngine(lm.model, lm.tokenizer, max_length=lm.max_length, think_end_token=lm.think_end_token)
-    models = None if lm.run_config.journal is None else lm._of_models()
-    return Generator(engine=engine, reward=reward, config=lm.run_config, identity=lm.host_arguments, fingerprint=models)
 
 
 def _version(package: str) -> str | None:

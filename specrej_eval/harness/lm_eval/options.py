@@ -51,10 +51,8 @@ def check_host_arguments(host: Mapping[str, Any]) -> None:
     if host.get("backend") == "seq2seq":
         raise seq2seq_refused()
     for name, value in host.items():
-        if value is not None and HOST[name].not_in_lm_eval:
-            raise ConfigError(
-                f"{name}={value!r} has no effect on lm-eval's own loader.", hint=HOST[name].not_in_lm_eval
-            )
+        if value is not None and (hint := HOST[name].not_in_lm_eval):
+            raise ConfigError(f"{name}={value!r} has no effect on lm-eval's own loader.", hint=hint)
 
 
 def name_of(loaded: Any) -> str:

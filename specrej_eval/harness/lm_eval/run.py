@@ -25,8 +25,8 @@ import yaml
 
 from specrej_eval import budget, stopping
 from specrej_eval.errors import ConfigError, SpecRejError
+from specrej_eval.harness.lm_eval import LM_EVAL_MODELS
 from specrej_eval.harness.patching import is_patched, patch, takes
-from specrej_eval.harness.startup import LM_EVAL_MODELS
 
 logger = logging.getLogger("lm_eval.models.specrej")
 

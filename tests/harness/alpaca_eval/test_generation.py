@@ -122,9 +122,9 @@ def test_models_are_loaded_once_for_all_chunks_and_both_strategies(
     from specrej_eval.harness.alpaca_eval import decoder as alpaca_eval_decoder
 
     loads = []
-    original = api.load_models
+    original = api.RunPlan.load
     monkeypatch.setattr(alpaca_eval_decoder, "_loaded", {})
-    monkeypatch.setattr(api, "load_models", lambda *args, **options: loads.append(args) or original(*args, **options))
+    monkeypatch.setattr(api.RunPlan, "load", lambda *args, **options: loads.append(args) or original(*args, **options))
     dataset(tmp_path)
     evaluate(config(tmp_path), chunksize=2)
     bon = config(tmp_path, "bon", fn_completions="specrej_best_of_n")
@@ -357,7 +357,7 @@ def test_bad_arguments_are_told_before_anything_is_loaded_or_written(
     from specrej_eval import api
 
     dataset(tmp_path)
-    monkeypatch.setattr(api, "load_models", lambda *_, **__: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(api.RunPlan, "load", lambda *_, **__: pytest.fail("a model was loaded"))
     with pytest.raises((ConfigError, OSError), match=told):
         evaluate(config(tmp_path, **entry))
     assert not list((tmp_path / "results").rglob("*.json*"))
@@ -391,7 +391,7 @@ def test_bad_options_are_told_before_anything_is_loaded(
     (tmp_path / "broken.json").write_text('[{"instruction": "half')
     (tmp_path / "empty.json").write_text("[]")
     (tmp_path / "bare.json").write_text('[{"instruction": "1+1"}]')
-    monkeypatch.setattr(api, "load_models", lambda *_, **__: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(api.RunPlan, "load", lambda *_, **__: pytest.fail("a model was loaded"))
     given = {"evaluation_dataset": "ref.json", "annotators_config": JUDGE, **options}
     with pytest.raises(ConfigError, match=told):
         alpaca_eval.main.evaluate_from_model(config(tmp_path), **given)
