@@ -44,27 +44,23 @@ class RunningArguments:
     )
 
 
-def _template(name: str, value: Any) -> bool | str:
-    return AUTO if value == AUTO else as_bool(name, value)
-
-
-def _until(name: str, value: Any) -> tuple[str, ...]:
-    return checked_until(value)
-
-
 @dataclass(frozen=True, kw_only=True)
 class PromptArguments:
     """How a question becomes a prompt, where no harness says so: of `specrej-eval run` and of alpaca_eval's YAML."""
 
     until: tuple[str, ...] = argument(
-        (), _until, "Stop string, or a list of them.", decides=Decides.ANSWERS, elsewhere=("stop", "stop_sequences")
+        (),
+        lambda _, value: checked_until(value),
+        "Stop string, or a list of them.",
+        decides=Decides.ANSWERS,
+        elsewhere=("stop", "stop_sequences"),
     )
     max_tokens: int | None = argument(
         None, whole(None), "Most tokens of prompt and answer together.", none="no limit", decides=Decides.ANSWERS
     )
     apply_chat_template: bool | str = argument(
         AUTO,
-        _template,
+        lambda name, value: AUTO if value == AUTO else as_bool(name, value),
         "auto, true or false; auto = where the language model has a template. The reward model uses its own in any "
         "case.",
         decides=Decides.ANSWERS,

@@ -97,9 +97,13 @@ class Engine(ABC):
             PromptError: empty, malformed, messages without a chat template, or special tokens in them that are not
                 allowed or cannot be told from the template's.
         """
-        own = {"add_bos_token": self._add_bos_token, "chat_template_args": self._chat_template_args}
         try:
-            return encode_prompt(self.tokeniser, prompt, **own)
+            return encode_prompt(
+                self.tokeniser,
+                prompt,
+                add_bos_token=self._add_bos_token,
+                chat_template_args=self._chat_template_args,
+            )
         except SpecialTokenError as error:
             raise PromptError(
                 f"{error}.",

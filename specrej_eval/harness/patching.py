@@ -12,16 +12,20 @@ from typing import Any
 _ORIGINAL = "__specrej_eval_original__"
 
 
-def patch(owner: Any, name: str, make: Callable[[Any], Callable[..., Any]]) -> None:
-    """Put ``make(original)`` in the place of ``owner.name``. Nothing happens the second time: hooks may run twice."""
+def patch(owner: Any, name: str, make: Callable[[Any], Callable[..., Any]], *, own_signature: bool = False) -> None:
+    """Put ``make(original)`` in the place of ``owner.name``. Nothing happens the second time: hooks may run twice.
+
+    Args:
+        own_signature: it takes other arguments than the original.
+    """
     if is_patched(owner, name):
         return
     original = getattr(owner, name)
     replacement = make(original)
     # keeps name, docstring and signature: fire builds the command line from them
+    signature = inspect.signature(replacement if own_signature else original)
     functools.update_wrapper(replacement, original)
-    if "__signature__" not in vars(replacement):
-        setattr(replacement, "__signature__", inspect.signature(original))  # noqa: B010 (mypy: not of a Callable)
+    setattr(replacement, "__signature__", signature)  # noqa: B010 (mypy: not of a Callable)
     setattr(replacement, _ORIGINAL, original)
     setattr(owner, name, replacement)
 

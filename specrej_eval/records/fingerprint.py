@@ -443,7 +443,7 @@ def _of_host(host: Mapping[str, Any]) -> dict[str, Any]:
 
 def _environment(config: RunConfig, distributions: Iterable[str]) -> dict[str, Any]:
     """Versions and hardware; torch is asked for the device only where it is loaded anyway."""
-    found = {name: _version(name) for name in sorted({*_VERSIONS, *distributions})}
+    found = {name: version_of(name) for name in sorted({*_VERSIONS, *distributions})}
     device = config.device or "cpu"
     torch = sys.modules.get("torch")
     if torch is not None and (config.device is None or config.device.startswith("cuda")) and torch.cuda.is_available():
@@ -456,7 +456,8 @@ def _environment(config: RunConfig, distributions: Iterable[str]) -> dict[str, A
     }
 
 
-def _version(distribution: str) -> str | None:
+def version_of(distribution: str) -> str | None:
+    """Of an installed package."""
     try:
         return metadata.version(distribution)
     except metadata.PackageNotFoundError:

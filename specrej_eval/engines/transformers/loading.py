@@ -251,7 +251,8 @@ def _check_kind(name: str, raw: Mapping[str, Any], config: RunConfig) -> None:
         raise CheckpointError(
             f"pretrained={name!r} is an encoder-decoder ({listed}).", hint="only causal language models are decoded."
         )
-    known = {entry for value in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() for entry in _as_tuple(value)}
+    named = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+    known = {entry for value in named for entry in ((value,) if isinstance(value, str) else value)}
     if any(entry in known for entry in classes) or (not classes and model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES):
         return
     if "AutoModelForCausalLM" in (raw.get("auto_map") or {}):
@@ -266,10 +267,6 @@ def _check_kind(name: str, raw: Mapping[str, Any], config: RunConfig) -> None:
     else:
         hint = "only causal language models are decoded: no encoders, no base models saved without a head."
     raise CheckpointError(f"pretrained={name!r} is not a causal language model ({listed}).", hint=hint)
-
-
-def _as_tuple(value: Any) -> tuple[str, ...]:
-    return value if isinstance(value, tuple) else (str(value),)
 
 
 def _check_gguf(name: str, gguf_file: str) -> None:

@@ -13,7 +13,9 @@ ties share), one too large leaves all finite logits alike.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -73,6 +75,26 @@ def uniform(streams: Tensor, steps: Tensor) -> Tensor:
     return (_shift_right(x, 12).double() + 0.5) * 2.0**-52  # 52 bits: with 53, adding a half could round up to 1
 
 
+def in_chunks(function: Callable[..., Tensor], logits: Tensor, *rowwise: Tensor) -> Tensor:
+    """``function(logits, *rowwise)`` for ROW_CHUNK rows at a time, which bounds what it allocates.
+
+    Args:
+        logits: (rows, vocab) or (1, vocab); one row is shared by all of ``rowwise``.
+        rowwise: (rows, ...) each.
+
+    Returns:
+        (rows, ...).
+    """
+    parts = [
+        function(
+            logits if logits.shape[0] == 1 else logits[start : start + ROW_CHUNK],
+            *(mine[start : start + ROW_CHUNK] for mine in rowwise),
+        )
+        for start in range(0, (rowwise or (logits,))[0].shape[0], ROW_CHUNK)
+    ]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
 def sample(logits: Tensor, uniforms: Tensor, params: SamplingParams) -> Tensor:
     """Draw one token per row by inverse CDF over the filtered distribution.
 
@@ -83,17 +105,12 @@ def sample(logits: Tensor, uniforms: Tensor, params: SamplingParams) -> Tensor:
     Returns:
         (rows,), int64.
     """
-    rows = uniforms.shape[0]
     if params.greedy:
-        return logits.argmax(-1).expand(rows)
-    parts = []
-    for start in range(0, rows, ROW_CHUNK):
-        chunk = logits if logits.shape[0] == 1 else logits[start : start + ROW_CHUNK]
-        parts.append(_sample_chunk(chunk, uniforms[start : start + ROW_CHUNK], params))
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
+        return logits.argmax(-1).expand(uniforms.shape[0])
+    return in_chunks(partial(_sample_chunk, params), logits, uniforms)
 
 
-def _sample_chunk(logits: Tensor, uniforms: Tensor, params: SamplingParams) -> Tensor:
+def _sample_chunk(params: SamplingParams, logits: Tensor, uniforms: Tensor) -> Tensor:
     probabilities, tokens = filtered(logits, params)
     cdf = probabilities.cumsum(-1)  # (rows or 1, candidates)
     targets = (uniforms * cdf[:, -1]).unsqueeze(-1)  # (rows, 1)
@@ -216,10 +233,10 @@ def logprobs_of(logits: Tensor, tokens: Tensor) -> Tensor:
     Returns:
         (rows,), float32.
     """
-    parts = []
-    for start in range(0, tokens.shape[0], ROW_CHUNK):
-        chunk = (logits if logits.shape[0] == 1 else logits[start : start + ROW_CHUNK]).float()
-        drawn = tokens[start : start + ROW_CHUNK].unsqueeze(-1)
-        picked = chunk.expand(drawn.shape[0], -1).gather(-1, drawn).squeeze(-1)
-        parts.append(picked - chunk.logsumexp(-1))
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def of_chunk(logits: Tensor, tokens: Tensor) -> Tensor:
+        wide = logits.float()
+        picked = wide.expand(tokens.shape[0], -1).gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
+        return picked - wide.logsumexp(-1)
+
+    return in_chunks(of_chunk, logits, tokens)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from specrej_eval.core import TokenStat
-from specrej_eval.engines.transformers.sampling import ROW_CHUNK, logprobs_of
+from specrej_eval.engines.transformers.sampling import in_chunks, logprobs_of
 
 CONFIDENCE_TOP_K = 20
 """As in DeepConf (arXiv 2508.15260)."""
@@ -73,8 +73,7 @@ def _of_distribution(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor, 
     """In chunks of rows, which bounds the float32 copies; distributions shared by all rows are looked at once."""
 
     def of(logits: Tensor, tokens: Tensor) -> Tensor:
-        parts = [function(logits[start : start + ROW_CHUNK]) for start in range(0, logits.shape[0], ROW_CHUNK)]
-        return (parts[0] if len(parts) == 1 else torch.cat(parts)).expand(tokens.shape[0])
+        return in_chunks(function, logits).expand(tokens.shape[0])
 
     return of
 

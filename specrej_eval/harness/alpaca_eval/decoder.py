@@ -38,6 +38,7 @@ _loaded: dict[str, dict[str, Generator]] = {}
 """models -> configuration -> generator; the generators of one inner dict share engine and reward model."""
 
 
+@stopping.signals()
 def specrej_completions(
     prompts: Sequence[str], *, generation: Generation | None = None, **completions_kwargs: Any
 ) -> dict[str, list[Any]]:
@@ -58,16 +59,15 @@ def specrej_completions(
         ConfigError, CheckpointError: before anything is loaded.
         PromptError, RewardError, OutOfMemoryError: what finished before is recorded.
     """
-    with stopping.signals():
-        return _completions(prompts, generation or Generation.of("specrej_completions", completions_kwargs))
+    return _completions(prompts, generation or Generation.of("specrej_completions", completions_kwargs))
 
 
+@stopping.signals()
 def specrej_best_of_n(
     prompts: Sequence[str], *, generation: Generation | None = None, **completions_kwargs: Any
 ) -> dict[str, list[Any]]:
     """Answer prompts by Best-of-N. See ``specrej_completions``."""
-    with stopping.signals():
-        return _completions(prompts, generation or Generation.of("specrej_best_of_n", completions_kwargs))
+    return _completions(prompts, generation or Generation.of("specrej_best_of_n", completions_kwargs))
 
 
 @dataclass(slots=True, kw_only=True)

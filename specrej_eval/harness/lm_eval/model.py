@@ -11,7 +11,6 @@ import dataclasses
 import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from importlib import metadata
 from typing import Any, ClassVar
 
 import torch
@@ -455,7 +454,7 @@ class SpecRejLM(HFLM):
             "reward_model": reward_model,
             "embedded_demo_pair": self.run_config.pretrained is None,
             "world_size": self.world_size,
-            "versions": {name: described.pop(name, None) or _version(name) for name in VERSIONS},
+            "versions": {name: described.pop(name, None) or fingerprint.version_of(name) for name in VERSIONS},
             "hardware": described,
         }
         return {**super().get_model_info(), "specrej": strict_json(block)}
@@ -470,13 +469,6 @@ class BestOfNLM(SpecRejLM):
     """The same with ``strategy=best_of_n``: n rows decoded to the end on the same engine, the best one returned."""
 
     default_strategy: ClassVar[str] = "best_of_n"
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def _stale_cache(reason: str) -> ConfigError:

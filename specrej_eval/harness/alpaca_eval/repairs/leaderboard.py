@@ -46,14 +46,7 @@ def print_whole_leaderboard(utils: ModuleType) -> None:
         for line in alpaca_eval_runs.epilogue():
             print(line)
 
-    patch(utils, "print_leaderboard", lambda original: _with_own_signature(print_leaderboard))
-
-
-def _with_own_signature(function: Callable[..., None]) -> Callable[..., None]:
-    import inspect
-
-    function.__dict__["__signature__"] = inspect.signature(function)
-    return function
+    patch(utils, "print_leaderboard", lambda original: print_leaderboard, own_signature=True)
 
 
 def _columns(leaderboard: Any, asked: Sequence[str], *, with_mode: bool) -> list[str]:

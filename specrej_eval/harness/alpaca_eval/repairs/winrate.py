@@ -7,7 +7,6 @@ AlpacaEval. For any other prompts these are difficulties of something else, and 
 
 from __future__ import annotations
 
-import inspect
 import logging
 import warnings
 from collections.abc import Callable, Mapping
@@ -43,7 +42,7 @@ def control_length_where_valid(metrics: ModuleType) -> None:
         return
     patch(glm, "hf_hub_download", _named_in_errors)
     patch(glm, "_get_featurized_data", lambda original: _featurized_without_hub(original, glm))
-    patch(glm, "get_length_controlled_winrate", lambda original: _length_controlled(original, glm))
+    patch(glm, "get_length_controlled_winrate", lambda original: _length_controlled(original, glm), own_signature=True)
     metrics.__dict__["get_length_controlled_winrate"] = glm.get_length_controlled_winrate
     patch(metrics, "get_winrate", lambda original: _with_lengths(original, glm))
 
@@ -121,9 +120,7 @@ def _length_controlled(original: Callable[..., Any], glm: ModuleType) -> Callabl
             annotations["glm_preference"] = frame["glm_preference"].to_numpy()
         return {**found, "glm_name": choice.glm} if choice.named else dict(found)
 
-    replacement = get_length_controlled_winrate
-    replacement.__dict__["__signature__"] = inspect.signature(replacement)
-    return replacement
+    return get_length_controlled_winrate
 
 
 def _choose(frame: Any, asked: str | None, glm: ModuleType, *, is_fitted: bool) -> _Choice:
