@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 from specrej_eval import stopping
-from specrej_eval.config import AUTO, MAX, RunConfig
+from specrej_eval.config import AUTO, MAX, PromptArguments, RunConfig
 from specrej_eval.core import Message, Prompt, Question, Spent
 from specrej_eval.engines.base import Engine
 from specrej_eval.errors import ConfigError, PromptError
@@ -54,18 +54,16 @@ def requests_for(
     engine: Engine,
     questions: Sequence[Question],
     config: RunConfig,
+    asked: PromptArguments,
     *,
     task: str,
-    until: tuple[str, ...] = (),
-    apply_chat_template: bool | str = AUTO,
-    max_tokens: int | None = None,
     truncate: bool = False,
 ) -> list[Request]:
     """Requests in the questions' order; a question asked twice is drawn twice, independently.
 
     Args:
+        asked: how a question becomes a prompt; ``max_tokens`` shortens ``max_gen_toks`` where the prompt is long.
         task: part of the random streams' key and of the records.
-        max_tokens: most tokens of prompt and answer together; shortens ``max_gen_toks`` where the prompt is long.
         truncate: cut prompts that do not fit the context on the left, with one warning; else they are an error.
 
     Raises:
@@ -75,14 +73,14 @@ def requests_for(
     requests = []
     truncated: list[str] = []
     for question in questions:
-        prompt = replace(encode(engine, question, apply_chat_template=apply_chat_template), task=task)
+        prompt = replace(encode(engine, question, apply_chat_template=asked.apply_chat_template), task=task)
         own = config
-        if max_tokens is not None:
-            room = max_tokens - prompt.num_tokens
+        if asked.max_tokens is not None:
+            room = asked.max_tokens - prompt.num_tokens
             if room < 1:
                 raise PromptError(
-                    f"{question.name} has {prompt.num_tokens} tokens, and max_tokens={max_tokens} is for prompt and "
-                    "answer together.",
+                    f"{question.name} has {prompt.num_tokens} tokens, and max_tokens={asked.max_tokens} is for prompt "
+                    "and answer together.",
                     hint="raise max_tokens, or leave it out.",
                 )
             own = config.replace(max_gen_toks=min(config.max_gen_toks, room))
@@ -98,7 +96,7 @@ def requests_for(
             prompt = replace(prompt, token_ids=prompt.token_ids[-room:])
         repeat = seen[prompt.prompt_hash]
         seen[prompt.prompt_hash] += 1
-        requests.append(Request(prompt=replace(prompt, repeat=repeat), config=own, until=until))
+        requests.append(Request(prompt=replace(prompt, repeat=repeat), config=own, until=asked.until))
     if truncated:
         logger.warning(
             "%d prompts are longer than the model's context of %d tokens minus max_gen_toks=%d: their beginning is cut "

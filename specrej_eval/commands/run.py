@@ -244,7 +244,7 @@ def _run(
     # a journal's fingerprint is that of a run without what stands in each entry's key
     models = {name: value for name, value in fingerprint.items() if name not in (*DECIDING, *_PROMPTS)}
     generator = plan.generator(*loaded[0], models=models)
-    requests = requests_for(generator.engine, questions, plan.config, task=TASK, **asked.deciding())
+    requests = requests_for(generator.engine, questions, plan.config, asked, task=TASK)
     settle_capacity(generator, requests, store, agree=ranks.least)
     record.described = {**generator.describe(), "world_size": ranks.world_size}
     if ranks.main:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -111,7 +112,9 @@ class Session(EngineSession):
                 if rows:
                     places, row_ids = zip(*rows, strict=True)
                     selections[group] = group.selection(places, list(row_ids), group.num_sampled + plan.num_tokens)
-            return rejected, selections, [self._started(fresh, plan.num_tokens)] if fresh else []
+            assert self._prefix is not None
+            of_session = partial(Group, self._prefix, device=self.device, key=self._key, recorded=len(self.recorded))
+            return rejected, selections, [of_session(fresh, capacity=plan.num_tokens)] if fresh else []
 
         rejected, selections, started = twice(prepared)
         for group, selection in selections.items():
@@ -127,17 +130,6 @@ class Session(EngineSession):
         self._held_at = Counter({0: self.account.held - self.prompt_tokens})
         for group in self.groups:
             group.sampled_at_look = group.num_sampled
-
-    def _started(self, row_ids: list[int], capacity: int) -> Group:
-        assert self._prefix is not None
-        return Group(
-            self._prefix,
-            row_ids,
-            capacity=capacity,
-            device=self.device,
-            key=self._key,
-            recorded=len(self.recorded),
-        )
 
     def pool(self) -> list[RowView]:
         """Rows of the look, copied to the host."""
@@ -200,18 +192,16 @@ class Session(EngineSession):
         """
         count = group.num_sampled + 1
         at_cap = count >= self._max_gen_toks
+        stops = self._detokenizer.stop_position
         reasons: dict[int, FinishReason | None] = {}
         for place, code in enumerate(codes):
             if code & EOS:
                 reasons[place] = "eos"
-            elif code & MAY_STOP and self._stops(group.rows.tokens[place, :count].tolist()):
+            elif code & MAY_STOP and stops(group.rows.tokens[place, :count].tolist(), self._until) is not None:
                 reasons[place] = "stop"
             elif at_cap:
                 reasons[place] = "length"
         return dict(zip(reasons, self.records_of(group, reasons, count=count), strict=True))
-
-    def _stops(self, token_ids: list[int]) -> bool:
-        return self._detokenizer.stop_position(token_ids, self._until) is not None
 
     def count(self, group: Group, ended: Iterable[RowView]) -> None:
         """The token just written counts. Touches no tensor: this cannot fail, but for the budget, which is a defect."""

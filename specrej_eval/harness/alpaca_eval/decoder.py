@@ -6,7 +6,6 @@ first call and kept; an answer is recorded as soon as it is finished, so that a 
 
 from __future__ import annotations
 
-import gc
 import json
 import logging
 import re
@@ -14,7 +13,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
-import torch
 from alpaca_eval import utils
 
 from specrej_eval import stopping
@@ -22,10 +20,13 @@ from specrej_eval.answering import answer, requests_for, settle_capacity, summar
 from specrej_eval.api import RunPlan, resolve
 from specrej_eval.config import Decides, DecoderArguments, names
 from specrej_eval.core import Question, Spent
+from specrej_eval.engines.base import Engine
 from specrej_eval.errors import ConfigError
 from specrej_eval.generator import Generator
 from specrej_eval.harness.alpaca_eval.config import arguments_of
+from specrej_eval.kv.memory import release_memory
 from specrej_eval.records.outputs import Answer, OutputsFolder, RunRecord
+from specrej_eval.rewards.base import RewardModel
 from specrej_eval.special_tokens import ALLOW, concerned
 
 logger = logging.getLogger(__name__)
@@ -34,8 +35,8 @@ TASK = "alpaca_eval"
 
 _MARKUP = re.compile(r"<\|im_(?:start|end)\|>")
 _KEPT = 2  # a model and a reference model are asked in turn, 64 instructions each
-_loaded: dict[str, dict[str, Generator]] = {}
-"""models -> configuration -> generator; the generators of one inner dict share engine and reward model."""
+_loaded: dict[str, tuple[Engine, RewardModel, dict[str, Generator]]] = {}
+"""What is loaded, and the generators that share it by configuration."""
 
 
 @stopping.signals()
@@ -134,20 +135,16 @@ class Generation:
         plan, config = self.plan, self.plan.config
         placed = [getattr(config, name) for name in names(Decides.PLACE)]
         # a self-score has no floor where nothing is compared
-        models = _key(plan.of_models(), placed, config.partial_turn, config.n == 1)
+        models = _key(of_models := plan.of_models(), placed, config.partial_turn, config.n == 1)
         if models not in _loaded:
             while len(_loaded) >= _KEPT:
                 del _loaded[next(iter(_loaded))]  # the oldest, before new ones ask for memory
-            _loaded[models] = {"": plan.generator(*plan.load(content_rule=ALLOW))}
-        generators = _loaded[models]
+            _loaded[models] = (*plan.load(content_rule=ALLOW), {})
+        engine, reward, generators = _loaded[models]
         key = _key(config.to_dict())
         if key not in generators:
-            first = next(iter(generators.values()))
-            generators[key] = plan.generator(first.engine, first.reward)
+            generators[key] = plan.generator(engine, reward, models=of_models)
         return generators[key]
-
-    def price(self, done: Answer) -> float:
-        return done.seconds / 3600 * self.asked.price_per_hour
 
     def everything(self) -> list[Answer]:
         """All answers of this run's instructions; empty until each has one.
@@ -189,10 +186,8 @@ def _completions(prompts: Sequence[str], generation: Generation) -> dict[str, li
         generator.engine,
         questions,
         generation.plan.config,
+        generation.asked,
         task=TASK,
-        until=generation.asked.until,
-        apply_chat_template=generation.asked.apply_chat_template,
-        max_tokens=generation.asked.max_tokens,
         truncate=True,
     )
     if generation.plan.config.special_tokens_in_content is None and not generation.warned:
@@ -217,7 +212,7 @@ def _completions(prompts: Sequence[str], generation: Generation) -> dict[str, li
     return {
         "completions": [item.output for item in answers],
         "time_per_example": [item.seconds for item in answers],
-        "price_per_example": [generation.price(item) for item in answers],
+        "price_per_example": [item.seconds / 3600 * generation.asked.price_per_hour for item in answers],
         "completions_all": [item.to_dict() for item in answers],
     }
 
@@ -226,9 +221,7 @@ def release_models() -> bool:
     """Let go of all loaded models; the next call loads its own again. False if there were none."""
     found = bool(_loaded)
     _loaded.clear()
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    release_memory()
     return found
 
 

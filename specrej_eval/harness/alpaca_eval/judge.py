@@ -237,8 +237,8 @@ def _scorer(config: RunConfig) -> _Scorer:
     return _Scorer(config)
 
 
-def _shortened(text: str, length: int = 200) -> str:
-    return text if len(text) <= length else f"{text[:length]}..."
+def _shortened(text: str) -> str:
+    return text if len(text) <= 200 else f"{text[:200]}..."
 
 
 AFTER = {"alpaca_eval.annotators.pairwise_evaluator": (note_judges,)}

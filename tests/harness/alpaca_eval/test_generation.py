@@ -24,7 +24,7 @@ from support.fake_hub import add_dataset_files
 from support.openai_server import JudgeServer
 
 from specrej_eval import load
-from specrej_eval.config import RunConfig
+from specrej_eval.config import PromptArguments, RunConfig
 from specrej_eval.core import Message
 from specrej_eval.demo.arithmetic import distinct_problems, question
 from specrej_eval.engines.transformers.engine import TransformersEngine
@@ -111,7 +111,9 @@ def test_answers_are_those_of_the_python_api_and_the_sidecar_says_what_they_cost
 
     generator = load(**{name: value for name, value in KWARGS.items() if name != "until"})
     questions = [Question(instruction=INSTRUCTIONS[0])]
-    requests = requests_for(generator.engine, questions, generator.config, task="alpaca_eval", until=("\n",))
+    requests = requests_for(
+        generator.engine, questions, generator.config, PromptArguments(until=("\n",)), task="alpaca_eval"
+    )
     assert answer(generator, questions, requests, progress=False)[0].output == answers[0].output
 
 
