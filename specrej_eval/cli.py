@@ -78,14 +78,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 return int(command.run(rest))
             with stopping.signals():
                 return int(command.run(parse(name, rest)))
-    except SpecRejError as error:
-        print(f"specrej-eval {name}: {error}", file=sys.stderr)
-        return 1
-    except stopping.Stopped as stopped:
-        return stopping.leave(f"specrej-eval {name}", stopped)
-    except KeyboardInterrupt:
-        print(f"specrej-eval {name}: stopped. {stopping.STOPPED}", file=sys.stderr)
-        return 130
+    except (SpecRejError, KeyboardInterrupt) as error:
+        return stopping.leave(f"specrej-eval {name}", error)
     except BrokenPipeError:  # the reader went away, as in `specrej-eval report DIR | head`
         sys.stderr.close()
         return 1

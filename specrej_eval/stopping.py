@@ -21,6 +21,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from types import FrameType
 
+from specrej_eval.errors import SpecRejError
+
 STOPPED = "What is finished is recorded; run the same command again to go on."
 PATIENCE = 4.0
 """Seconds that the way out may take."""
@@ -187,12 +189,16 @@ def rank_name() -> str:
     return f"rank {os.environ.get('RANK', '0')} of {size}" if size.isdigit() and int(size) > 1 else ""
 
 
-def leave(name: str, error: KeyboardInterrupt) -> int:
-    """Say on stderr how a command ended; its exit code."""
-    signum = getattr(error, "signum", signal.SIGINT)
+def leave(name: str, error: SpecRejError | KeyboardInterrupt) -> int:
+    """Say on stderr, in one message, how a command ended; its exit code."""
+    if isinstance(error, SpecRejError):
+        print(f"{name}: {error}", file=sys.stderr)
+        return 1
+    signum = error.signum if isinstance(error, Stopped) else signal.SIGINT
     if not _state.told:
-        _state.told = True
-        print(f"\n{name}: {message(signum)}", file=sys.stderr, flush=True)
+        _state.told = isinstance(error, Stopped)
+        told = f"\n{name}: {message(signum)}" if _state.told else f"{name}: stopped. {STOPPED}"
+        print(told, file=sys.stderr, flush=True)
     return 128 + int(signum)
 
 

@@ -34,7 +34,6 @@ def wrap_evaluate_from_model(original: Callable[..., Any]) -> Callable[..., Any]
     """``evaluate_from_model`` for our decoders too; other decoders' configurations pass through untouched."""
     signature = inspect.signature(original)
 
-    @functools.wraps(original)
     def evaluate_from_model(*args: Any, **kwargs: Any) -> Any:
         call = signature.bind(*args, **kwargs)
         call.apply_defaults()

@@ -7,7 +7,6 @@
 
 from __future__ import annotations
 
-import functools
 import importlib
 import sys
 from collections.abc import Callable
@@ -17,7 +16,6 @@ from typing import Any
 from specrej_eval import stopping
 from specrej_eval.errors import ConfigError, SpecRejError, nearest
 from specrej_eval.harness.patching import patch
-from specrej_eval.stopping import STOPPED
 
 DECODERS = {
     "specrej_completions": "specrej_eval.harness.alpaca_eval.decoder",
@@ -66,19 +64,12 @@ def print_errors_without_traceback(main: ModuleType) -> None:
     """``main.main``, the command: errors raised on purpose are one message, not forty lines of fire's insides."""
 
     def make(original: Callable[[], Any]) -> Callable[[], Any]:
-        @functools.wraps(original)
         def command() -> Any:
             try:
                 with stopping.command():
                     return original()
-            except SpecRejError as error:
-                print(f"alpaca_eval: {error}", file=sys.stderr)
-                sys.exit(1)
-            except stopping.Stopped as stopped:
-                sys.exit(stopping.leave("alpaca_eval", stopped))
-            except KeyboardInterrupt:
-                print(f"alpaca_eval: stopped. {STOPPED}", file=sys.stderr)
-                sys.exit(130)
+            except (SpecRejError, KeyboardInterrupt) as error:
+                sys.exit(stopping.leave("alpaca_eval", error))
 
         return command
 

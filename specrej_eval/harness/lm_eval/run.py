@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
-import functools
 import inspect
 import logging
 import os
@@ -154,19 +153,15 @@ def wrap_command(main: ModuleType) -> None:
     """After ``lm_eval.__main__``: errors raised on purpose, and signals, end our runs in one message."""
 
     def make(original: Callable[[], Any]) -> Callable[[], Any]:
-        @functools.wraps(original)
         def cli_evaluate() -> Any:
             with stopping.command():
                 try:
                     with stopping.signals() if _names_our_model(sys.argv) else contextlib.nullcontext():
                         return original()
-                except SpecRejError as error:
-                    if _wants_traceback(sys.argv):
+                except (SpecRejError, stopping.Stopped) as error:
+                    if isinstance(error, SpecRejError) and _wants_traceback(sys.argv):
                         raise
-                    print(f"lm_eval: {error}", file=sys.stderr)
-                    code = 1
-                except stopping.Stopped as stopped:
-                    code = stopping.leave("lm_eval", stopped)
+                    code = stopping.leave("lm_eval", error)
             sys.exit(code)
 
         return cli_evaluate
