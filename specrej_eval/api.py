@@ -79,10 +79,9 @@ class RunPlan:
 
     def of_rank(self, rank: int, world_size: int, **changes: Any) -> Self:
         """As ``replace``, with files of its own for one of several processes."""
-        config = self.config.replace(**changes)
-        own = {name: getattr(config, name) for name in ("trace_path", "journal")}
-        own = {name: path and rank_path(path, rank, world_size) for name, path in own.items()}
-        return dataclasses.replace(self, config=config.replace(**own))
+        plan = self.replace(**changes)
+        files = {name: getattr(plan.config, name) for name in ("trace_path", "journal")}
+        return plan.replace(**{name: file and rank_path(file, rank, world_size) for name, file in files.items()})
 
     def fingerprint(self, **others: Any) -> dict[str, Any]:
         """Everything that decides a run's answers; ``others`` = what the caller adds. Files are read in full."""
