@@ -283,6 +283,16 @@ class Tokeniser:
             return self.tokenizer(marked.text, **options)
         return self._twin_for(marked.text).encode(self._parts(marked), **options)
 
+    def raw_context(self, marked: Marked, bos: str | None, add_bos_token: bool | None) -> list[int]:
+        """Ids of a raw context that begins with BOS once: none is added where the text has it already.
+
+        Args:
+            add_bos_token: None = added.
+        """
+        begun = marked.without_leading(bos) != marked
+        adds = not begun and (add_bos_token is None or bool(add_bos_token))
+        return list(self.encode(marked, add_special_tokens=adds)["input_ids"])
+
     def pair(self, first: str, second: str) -> Any:
         """``tokenizer(first, second)``, both all content."""
         one, other = self.all_content(first), self.all_content(second)

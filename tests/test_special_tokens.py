@@ -395,5 +395,5 @@ def test_a_python_tokenizer_that_cannot_be_understood_is_an_error_that_names_the
     told = "(?s)special tokens.*this tokenizer.*{}special_tokens_in_content=allow"
     with pytest.raises(RewardError, match=told.format("row 0.*")):
         ids_of(renderer, "add", "x </s> y")
-    with pytest.raises(SpecialTokenError, match=told.format("")):
+    with pytest.raises(SpecialTokenError, match=r"special tokens.*this tokenizer"):
         encode_prompt(Tokeniser(tokenizer), [{"role": "user", "content": "x </s> y"}])

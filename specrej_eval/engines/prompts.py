@@ -7,7 +7,7 @@ from typing import Any
 
 from specrej_eval.core import Message, Prompt, prompt_hash
 from specrej_eval.errors import PromptError
-from specrej_eval.special_tokens import ContentText, Marked, Tokeniser
+from specrej_eval.special_tokens import ContentText, Tokeniser
 
 
 def encode_prompt(
@@ -69,20 +69,13 @@ def encode_text(tokeniser: Tokeniser, text: str, add_bos_token: bool | None = No
     if isinstance(text, ContentText):
         marked = tokeniser.all_content(text)
         if marked.marks:
-            return encode_marked(tokeniser, marked, bos, add_bos_token)
+            return tokeniser.raw_context(marked, bos, add_bos_token)
     kwargs: dict[str, bool] = {}
     if bos and text.startswith(bos):
         kwargs["add_special_tokens"] = False
     elif add_bos_token is not None:
         kwargs["add_special_tokens"] = add_bos_token
     return list(tokenizer.encode(str(text), **kwargs))
-
-
-def encode_marked(tokeniser: Tokeniser, marked: Marked, bos: str | None, add_bos_token: bool | None) -> list[int]:
-    """As ``encode_text``, of a text whose content is marked."""
-    begun = marked.without_leading(bos) != marked
-    adds = not begun and (add_bos_token is None or bool(add_bos_token))
-    return list(tokeniser.encode(marked, add_special_tokens=adds)["input_ids"])
 
 
 def checked_message(message: Any, place: int) -> dict[str, str]:

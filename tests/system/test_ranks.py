@@ -317,8 +317,8 @@ def test_a_rank_that_dies_while_the_first_one_reads_files_is_named_under_lm_eval
     monkeypatch.setattr("specrej_eval.records.fingerprint.from_first_rank", closed)
     lm = SpecRejLM.__new__(SpecRejLM)
     lm.__dict__.update(_rank=1, _world_size=2, _watch=Watch(1, 2, DeadStore()))
-    for compute in (lm.fingerprint, lm._of_models):
-        lm.__dict__.update(run_config=RunConfig(), plan=RunPlan.of(RunConfig(), {}))
+    lm.__dict__.update(run_config=RunConfig(), plan=RunPlan.of(RunConfig(), {}))
+    for compute in (lm.fingerprint, lambda: lm._from_first_rank(lm.plan.of_models)):
         with pytest.raises(RankError, match="rank 0, which holds the run's store, has died"):
             compute()
 

@@ -22,7 +22,6 @@ from specrej_eval import budget, ranks, stopping
 from specrej_eval.api import RunPlan
 from specrej_eval.config import Decides, RunConfig, names
 from specrej_eval.core import Prompt, finite_or_none, prompt_hash
-from specrej_eval.engines.prompts import encode_marked
 from specrej_eval.errors import ConfigError, PromptError
 from specrej_eval.generator import Generator, Request
 from specrej_eval.harness.lm_eval import run as lm_eval_run
@@ -155,7 +154,7 @@ class SpecRejLM(HFLM):
         engine = TransformersEngine(
             self.model, self.tokenizer, max_length=self.max_length, think_end_token=self.think_end_token
         )
-        models = None if self.run_config.journal is None else self._of_models()
+        models = None if self.run_config.journal is None else self._from_first_rank(self.plan.of_models)
         return self.plan.generator(engine, reward, models=models)
 
     def _get_backend(self, config: Any, *args: Any, **kwargs: Any) -> None:
@@ -176,9 +175,7 @@ class SpecRejLM(HFLM):
         self._warn_of_special_tokens(draws)
         work = self._translated(draws)
         texts: list[str] = [""] * len(draws)
-        first: dict[str, int] = {}
-        for index, draw in enumerate(draws):
-            first.setdefault(draw.instance.task_name or "", index)
+        first = {draw.instance.task_name or "": index for index, draw in reversed([*enumerate(draws)])}
         progress = not disable_tqdm and self.rank == 0
         with self._needs_all_ranks(), self._keeping(len(draws)) as kept:
             for index, result in self.generator.run(work, progress=progress):
@@ -294,7 +291,7 @@ class SpecRejLM(HFLM):
         if not marked.marks:
             return list(self.tok_encode(context))
         bos = self.tokenizer.decode(self.prefix_token_id)  # as in tok_encode
-        return encode_marked(self.tokeniser, marked, bos, self.add_bos_token)
+        return self.tokeniser.raw_context(marked, bos, self.add_bos_token)
 
     def _marked(self, context: str) -> Marked:
         if self.tokeniser.rule == ALLOW:
@@ -394,9 +391,6 @@ class SpecRejLM(HFLM):
                 **{name: getattr(self.run_config, name) for name in ("alpha", "n", *names(Decides.TASKS))}
             )
         )
-
-    def _of_models(self) -> dict[str, Any]:
-        return self._from_first_rank(self.plan.of_models)
 
     def _from_first_rank(self, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         with self._needs_all_ranks():
