@@ -68,6 +68,12 @@ def test_every_way_in_resolves_each_model_once_and_loads_nothing_before(
     assert events == ["resolve_engine", "resolve_reward", "from_pretrained"]
 
 
+def test_chat_template_args_that_are_no_dict_are_told_before_weights_load(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loading.EnginePlan, "load_model", lambda _: pytest.fail("weights were loaded"))
+    with pytest.raises(ConfigError, match="chat_template_args must be a dict"):
+        specrej_eval.load(chat_template_args="{half")
+
+
 def test_a_plan_has_the_fingerprint_of_its_arguments() -> None:
     config, host = RunConfig(n=3, reward_model=str(DEMO_REWARD)), {"revision": "main"}
     plan = api.resolve(config, host)

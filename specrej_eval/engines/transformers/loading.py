@@ -52,6 +52,8 @@ class EnginePlan:
     dtype: str
     """``auto`` = the checkpoint's; never of the embedded model."""
     device: str
+    template_args: Mapping[str, Any]
+    """Of the chat template."""
     config: RunConfig
     host: Mapping[str, Any]
     """``from_pretrained``'s arguments as in lm-eval's ``--model_args``, all but ``UNSUPPORTED``."""
@@ -67,16 +69,13 @@ class EnginePlan:
         """
         host = self.host
         model, tokenizer = self.load_model()
-        template_args = as_dict("chat_template_args", host.get("chat_template_args") or {})
-        if host.get("enable_thinking") is not None:
-            template_args["enable_thinking"] = host["enable_thinking"]
         return TransformersEngine(
             model,
             tokenizer,
             max_length=host.get("max_length"),
             think_end_token=host.get("think_end_token"),
             add_bos_token=host.get("add_bos_token"),
-            chat_template_args=template_args,
+            chat_template_args=self.template_args,
             special_tokens_in_content=self.config.special_tokens_in_content or content_rule,
         )
 
@@ -120,18 +119,23 @@ def resolve_engine(config: RunConfig, host: Mapping[str, Any], *, check: bool = 
     Raises:
         CheckpointError: a folder, ``config.json``, weight file, tokenizer, adapter or GGUF file that is missing or
             broken; a checkpoint that is not a causal language model.
-        ConfigError: the checkpoint needs remote code, which is off; a device that is not there.
+        ConfigError: the checkpoint needs remote code, which is off; a device that is not there; ``chat_template_args``
+            that are no dict.
         MissingDependencyError: a package that a GGUF file or an adapter needs.
     """
     name = config.pretrained if config.pretrained is not None else str(checkpoint.DEMO_POLICY)
     if check:
         _check_checkpoint(name, config, host)
+    template_args = as_dict("chat_template_args", host.get("chat_template_args") or {})
+    if host.get("enable_thinking") is not None:
+        template_args["enable_thinking"] = host["enable_thinking"]
     # a model that is there already lies where it lies
     device = checkpoint.device_of(config.device) if check else config.device or checkpoint.device_of(None)
     return EnginePlan(
         name=name,
         dtype="float32" if config.dtype == "auto" and config.pretrained is None else config.dtype,
         device=device,
+        template_args=template_args,
         config=config,
         host=host,
     )
