@@ -90,14 +90,13 @@ class EnginePlan:
         config, host = self.config, self.host
         if config.pretrained is None:
             _logger.warning("pretrained= is not given, so the embedded demo language model, a toy, is used.")
-        shared: dict[str, Any] = {
+        hub: dict[str, Any] = {
             "revision": host.get("revision") or "main",
             "subfolder": host.get("subfolder") or "",
             "token": host.get("token"),
-            "trust_remote_code": config.trust_remote_code,
         }
+        shared = {**hub, "trust_remote_code": config.trust_remote_code}
         if host.get("gguf_file") is None and not is_folder(self.name):
-            hub = {name: shared[name] for name in ("revision", "subfolder", "token")}
             _check_kind(self.name, checkpoint.read_config("pretrained", self.name, **hub), config)
         tokenizer = _load_tokenizer(self.name, shared, host)
         model = _load_model(self, shared)
