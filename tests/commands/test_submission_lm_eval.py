@@ -384,7 +384,7 @@ def test_two_runs_with_one_name(finished: Run, words: list[str]) -> None:
         lambda content: content["config"]["specrej"]["arguments"].update(seed=7),
     )
     error = finished.refused(*words)
-    assert "would both be called" in error and "seed: 0 then, 7 now" in error
+    assert "would both be called" in error and "seed: 0 in one, 7 in another" in error
 
 
 def test_an_existing_folder_is_left_alone_without_force(finished: Run) -> None:

@@ -160,7 +160,8 @@ def test_a_refused_system_message_goes_before_the_first_user_message(
     merged = [{"role": "user", "content": "Be brief.\n\nSay hello."}]
     assert set(seen) == {tuple(chat_ids(reward.tokenizer, merged, text)) for text in ("Hello!", "Hi")}
     assert [record.message for record in caplog.records if "system" in record.message] == [
-        "reward_model=reward model: its chat template takes no system message; it is put before the first user message."
+        "reward_model=reward model: its chat template takes no system message; the system message goes before "
+        "the first user message."
     ]
     assert conversation[0] == {"role": "system", "content": "Be brief."}  # the caller's own is left alone
 

@@ -189,7 +189,7 @@ def test_the_prompt_alone_is_kept_where_that_is_asked_for_or_all_there_is_room_f
         assert reward.allowance.held == prompt
     assert [record.message for record in caplog.records if "its caches" in record.message] == [
         "reward_model=reward model: its caches may hold 100 tokens, too few for every row, so only the prompt is kept "
-        "(said once). Raise reward_kv_budget_tokens to cache more."
+        "(reported once). Raise reward_kv_budget_tokens to cache more."
     ]
 
 

@@ -172,7 +172,7 @@ def test_a_file_beside_a_journal_that_is_of_another_run_is_refused_and_one_that_
     Journal(str(tmp_path / "elsewhere" / "run.jsonl"), {"pretrained": "org/another"}).close()
     (tmp_path / "elsewhere" / "run.jsonl").rename(tmp_path / "run_rank1.jsonl")
     before = path.read_bytes()
-    with pytest.raises(ConfigError, match=r"run_rank1.jsonl' was begun with another configuration"):
+    with pytest.raises(ConfigError, match=r"run_rank1.jsonl' was started with a different configuration"):
         answered_by(path, names, ranks=1)
     assert path.read_bytes() == before
 

@@ -104,7 +104,7 @@ def load_model_and_tokenizer(config: RunConfig, host: Mapping[str, Any]) -> tupl
     check_host_arguments(host)
     check_checkpoint(config, host)
     if config.pretrained is None:
-        _logger.warning("pretrained= is not given, so the embedded demo language model, a toy, is used.")
+        _logger.warning("No pretrained= is given: the embedded demo model is used, which knows nothing but small sums.")
     name = policy_name(config)
     shared: dict[str, Any] = {
         "revision": host.get("revision") or "main",

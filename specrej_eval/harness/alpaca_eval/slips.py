@@ -23,13 +23,13 @@ def check_entry(name: str, entry: Mapping[str, Any], template: str) -> None:
     for key in entry:
         if key not in ENTRY:
             raise ConfigError(
-                f"the configuration of {name!r} has {key!r} beside fn_completions, where it has no effect.",
+                f"the configuration of {name!r} has {key!r} next to fn_completions, where it has no effect.",
                 hint=f"move it below completions_kwargs. {suggest(str(key), ENTRY)}",
             )
     if "{instruction}" not in template:
         raise ConfigError(
-            f"the prompt template of {name!r} does not hold {{instruction}}, so all instructions would be asked "
-            f"the same: {template[:80]!r}.",
+            f"the prompt template of {name!r} does not hold {{instruction}}, so all instructions would get "
+            f"the same prompt: {template[:80]!r}.",
             hint='prompt_template: "{instruction}" asks the instruction itself.',
         )
 

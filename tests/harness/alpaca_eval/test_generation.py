@@ -157,11 +157,11 @@ def test_a_rerun_decodes_nothing_and_a_changed_configuration_is_refused(
     assert (tmp_path / "results" / "spr" / "model_outputs.json").read_bytes() == before
 
     for changed, told in (
-        ({"completions_kwargs": {"alpha": 0.25}}, r"alpha: 0.5 then, 0.25 now"),
-        ({"completions_kwargs": {"seed": 1}}, r"seed: 0 then, 1 now"),
-        ({"prompt_template": "Please: {instruction}"}, r"prompt_template: '\{instruction\}' then, 'Please"),
-        ({"fn_completions": "specrej_best_of_n"}, r"strategy: 'speculative_rejection' then, 'best_of_n' now"),
-        ({"completions_kwargs": {"reward_model": "likelihood"}}, r"reward_model: 'embedded' then, 'likelihood' now"),
+        ({"completions_kwargs": {"alpha": 0.25}}, r"alpha was 0.5, is now 0.25"),
+        ({"completions_kwargs": {"seed": 1}}, r"seed was 0, is now 1"),
+        ({"prompt_template": "Please: {instruction}"}, r"prompt_template was '\{instruction\}', is now 'Please"),
+        ({"fn_completions": "specrej_best_of_n"}, r"strategy was 'speculative_rejection', is now 'best_of_n'"),
+        ({"completions_kwargs": {"reward_model": "likelihood"}}, r"reward_model was 'embedded', is now 'likelihood'"),
     ):
         with pytest.raises(ConfigError, match=told) as caught:
             evaluate(config(tmp_path, **changed))

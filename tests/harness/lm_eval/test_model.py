@@ -362,7 +362,7 @@ def test_use_cache_returns_the_answers_of_the_same_arguments_only(tiny: str, tmp
     shown.clear()
     assert answers(evaluate(make(tiny, batch_size=1), task(), use_cache=cache)) == first
     assert not shown
-    with pytest.raises(ConfigError, match=r"alpha: 0.5 then, 0.9 now(.|\n)*a cache path of its own"):
+    with pytest.raises(ConfigError, match=r"alpha was 0.5, is now 0.9(.|\n)*its own --use_cache path"):
         evaluate(make(tiny, alpha=0.9), task(), use_cache=cache)
 
 
