@@ -152,7 +152,7 @@ def _disagree(n: int, first_look: int, kv_tokens: int, *, prompt_tokens: int | N
     prompt = "the prompt" if prompt_tokens is None else f"a prompt of {prompt_tokens}"
     return ConfigError(
         f"n={n}, first_look={first_look} and kv_budget_tokens={kv_tokens} contradict each other: "
-        f"{prompt} + {n} * {first_look} = kv_budget_tokens must be true.",
+        f"{prompt} + {n} * {first_look} must equal kv_budget_tokens.",
         hint="give two of the three; the third follows for each prompt.",
     )
 

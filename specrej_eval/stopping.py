@@ -164,7 +164,7 @@ def what_is_kept() -> str:
             f"none of {kept.total:,} answers is kept{whose}, since no file was named. journal=FILE in --model_args "
             "keeps each one as it is finished, and the same command continues from there."
         )
-    return f"{kept.answers} of {kept.total} {kept.what}{whose} are kept in {kept.where}; {again}"
+    return f"{kept.answers:,} of {kept.total:,} {kept.what}{whose} are kept in {kept.where}; {again}"
 
 
 def command_line() -> str:

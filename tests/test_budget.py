@@ -102,9 +102,9 @@ def test_n_max_without_a_capacity_says_so():
 
 
 def test_n_max_in_too_little_memory_is_an_error():
-    with pytest.raises(ConfigError, match="not one row"):
+    with pytest.raises(ConfigError, match="not even one row|too few for one row"):
         numbers(n="max", capacity_tokens=20 + 255)
-    with pytest.raises(ConfigError, match="not one row"):
+    with pytest.raises(ConfigError, match="not even one row|too few for one row"):
         numbers(n="max", capacity_tokens=10)
 
 
@@ -121,7 +121,7 @@ def test_n_max_in_too_little_memory_is_an_error():
     ],
 )
 def test_all_three_must_agree(args):
-    with pytest.raises(ConfigError, match="disagree") as caught:
+    with pytest.raises(ConfigError, match="contradict each other") as caught:
         numbers(**args)
     for name, value in args.items():
         assert f"{name}={value}" in str(caught.value), "the message names all three"
@@ -174,7 +174,7 @@ def test_arguments_that_no_prompt_can_satisfy_are_refused_before_a_model_is_load
 
 def test_a_tasks_own_max_gen_toks_may_still_make_a_small_budget_do():
     check_arguments(config(kv_budget_tokens=200), max_gen_toks_known=False)
-    with pytest.raises(ConfigError, match="disagree"):
+    with pytest.raises(ConfigError, match="contradict each other"):
         check_arguments(config(n=16, first_look=32, kv_budget_tokens=500), max_gen_toks_known=False)
 
 

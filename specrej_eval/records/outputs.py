@@ -362,7 +362,7 @@ class OutputsFolder:
             check_same(
                 before.fingerprint,
                 record.fingerprint,
-                what=f"{str(self.path)!r} holds answers of {before.name!r}, which",
+                what=f"the run {before.name!r} in {str(self.path)!r}",
                 remedy="to keep them, give this run another name or output folder; to start over, delete the folder.",
             )
             if before.name != record.name:

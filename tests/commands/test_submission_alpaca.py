@@ -427,9 +427,9 @@ def test_an_unfinished_run(finished: Run) -> None:
 def test_a_run_without_a_record(finished: Run) -> None:
     (finished.results / "specrej_run.json").unlink()
     error = finished.refused()
-    assert "no specrej_run.json beside it" in error and "--unverified" in error
+    assert "no specrej_run.json next to it" in error and "--unverified" in error
     text = finished.submit("--unverified")
-    assert "nobody can say" in text
+    assert "nothing says how" in text
     assert "without the record of the run" in finished.made(CONFIGS)
 
 

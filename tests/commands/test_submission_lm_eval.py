@@ -374,7 +374,7 @@ def test_the_bare_models_name(finished: Run, name: str) -> None:
 
 @pytest.mark.parametrize("name", ["../up", "two words", ""])
 def test_a_name_that_is_no_folder(finished: Run, name: str) -> None:
-    assert "cannot name a folder" in finished.refused("--name", name)
+    assert "is not a valid folder name" in finished.refused("--name", name)
 
 
 @pytest.mark.parametrize("words", [[], ["--name", "mine"]])

@@ -179,7 +179,7 @@ def test_a_damaged_header_is_written_anew_where_the_records_say_whose_they_are(t
     lines = a_journal(path)
     damaged = b"".join([lines[0].replace(b"policy", b"polity"), *lines[1:]])
     path.write_bytes(damaged)
-    with pytest.raises(ConfigError, match=r"6 intact entries.*a different configuration"):
+    with pytest.raises(ConfigError, match=r"6 intact entries.*another configuration"):
         Journal(str(path), {**FINGERPRINT, "pretrained": "org/polity"})
     assert path.read_bytes() == damaged
     assert len(opened(path)) == 6

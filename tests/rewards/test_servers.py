@@ -255,11 +255,11 @@ RETRIED: dict[str, tuple[servers.Fault, str]] = {
     "hang up": (servers.hang_up, "no connection"),
     "half an answer": (servers.answer(b'[{"embedding": [1.'), "status 200, but no JSON"),
     "slow": (servers.sleep(1.5), r"no answer within 0\.3 s"),
-    "too few": (servers.answer([{"embedding": [1.0]}]), "1 scores came for 2 texts"),
-    "too many": (servers.answer([{"embedding": [1.0]}] * 3), "3 scores came for 2 texts"),
-    "no numbers": (servers.answer([{"embedding": ["high"]}] * 2), "'high' stands where one score should be"),
-    "two labels": (servers.answer([{"embedding": [0.1, 0.9]}] * 2), r"stands where one score should be"),
-    "another shape": (servers.answer({"error": "no model"}), "scores came for 2 texts|stands where"),
+    "too few": (servers.answer([{"embedding": [1.0]}]), "2 scores were expected, got 1"),
+    "too many": (servers.answer([{"embedding": [1.0]}] * 3), "2 scores were expected, got 3"),
+    "no numbers": (servers.answer([{"embedding": ["high"]}] * 2), "one score was expected, got 'high'"),
+    "two labels": (servers.answer([{"embedding": [0.1, 0.9]}] * 2), r"one score was expected"),
+    "another shape": (servers.answer({"error": "no model"}), "2 scores were expected"),
     "no list": (servers.answer("fine"), "a list of objects was expected"),
 }
 REFUSED: dict[str, tuple[servers.Fault, str]] = {
@@ -521,7 +521,7 @@ def test_a_log_prob_that_is_none_is_a_bad_answer(value: Any) -> None:
     with servers.chat(lambda text: "") as server:
         tops = [{"token": "7", "logprob": value}]
         server.routes["POST", "/v1/chat/completions"] = lambda body: marked(body, "", tops)
-        with pytest.raises(RewardError, match="stands where the log-prob"):
+        with pytest.raises(RewardError, match="the log-prob of a grade was expected"):
             judge_at(server).score(HELLO, rows("x"))
 
 

@@ -239,7 +239,7 @@ def test_a_budget_no_prompt_fits_is_refused_before_anything_is_decoded():
     processes = twenty_prompts()
     fine, bad = config(max_gen_toks=32), config(kv_budget_tokens=PROMPT_TOKENS + 31, max_gen_toks=32)
     generator = make_generator(processes, fine)
-    with pytest.raises(ConfigError, match="not one row of max_gen_toks=32"):
+    with pytest.raises(ConfigError, match="too few for one row of max_gen_toks=32"):
         list(generator.run([request(fine, "prompt 0"), request(bad, "prompt 1")], progress=False))
     assert not generator.engine.sessions
 

@@ -240,8 +240,8 @@ class SpecRejLM(HFLM):
         if translated.asks_greedy and translated.config.on_greedy == "sample":
             config = translated.config
             self._warn(
-                f"Task {task!r} (or --gen_kwargs) asks for greedy decoding, which gives a single answer. Several are "
-                f"sampled instead (temperature={config.temperature}, top_p={config.top_p}, top_k={config.top_k}, "
+                f"Task {task!r} (or --gen_kwargs) asks for greedy decoding, which gives a single answer; several "
+                f"are sampled instead (temperature={config.temperature}, top_p={config.top_p}, top_k={config.top_k}, "
                 f"seed={config.seed}), unless you set on_greedy=greedy or on_greedy=error."
             )
         if translated.ignored:

@@ -460,7 +460,7 @@ def test_a_judge_that_does_not_fit_beside_the_models_gets_their_room(
     alpaca_eval_judge._scorer.cache_clear()
     dataset(tmp_path, INSTRUCTIONS[:2])
     evaluate(config(tmp_path))
-    assert "those are let go" in caplog.text and not alpaca_eval_decoder._loaded
+    assert "these were unloaded" in caplog.text and not alpaca_eval_decoder._loaded
     monkeypatch.undo()
     alpaca_eval_decoder.release_models()
     alpaca_eval_judge._scorer.cache_clear()
@@ -565,7 +565,7 @@ def test_kill_in_the_middle_and_rerun_give_the_same_bytes(tmp_path: Path) -> Non
     assert killed_at == sorted(set(killed_at)) and killed_at[0] >= 4 and killed_at[-1] < len(instructions)
     done = alpaca_eval(*words, "--output_path", "killed", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert f"{killed_at[-1] - chunk} of {chunk} answers were recorded already" in done.stderr
+    assert f"{killed_at[-1] - chunk} of {chunk} answers are already recorded" in done.stderr
     assert open_run(tmp_path / "killed")[0].complete
     assert (tmp_path / "killed/model_outputs.json").read_bytes() == (
         tmp_path / "undisturbed/model_outputs.json"
