@@ -102,9 +102,9 @@ def test_n_max_without_a_capacity_says_so():
 
 
 def test_n_max_in_too_little_memory_is_an_error():
-    with pytest.raises(ConfigError, match="not even one row|too few for one row"):
+    with pytest.raises(ConfigError, match=r"not even one row|too few for one row"):
         numbers(n="max", capacity_tokens=20 + 255)
-    with pytest.raises(ConfigError, match="not even one row|too few for one row"):
+    with pytest.raises(ConfigError, match=r"not even one row|too few for one row"):
         numbers(n="max", capacity_tokens=10)
 
 

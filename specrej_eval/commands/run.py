@@ -155,7 +155,7 @@ def run(args: argparse.Namespace) -> int:
     """
     options = {name: value for name, value in vars(args).items() if name != "hints"}
     if "prompts" not in options:
-        raise ConfigError("--prompts is missing: the file with the prompts.", hint="--prompts prompts.csv")
+        raise ConfigError("--prompts is missing.", hint="name the file with the prompts: --prompts prompts.csv")
     seeds = _seeds(options.pop("seeds", None), options.get("seed"))
     loaded: list[tuple[Engine, RewardModel]] = []
     ranks = _ranks(options.get("device"))
@@ -229,7 +229,7 @@ def _run(options: dict[str, Any], ranks: Ranks, seed: int | None, loaded: list[t
         config = config.replace(journal=journal)
     if ranks.world_size > 1 and config.trace_path is not None:
         config = config.replace(trace_path=rank_path(config.trace_path, ranks.rank, ranks.world_size))
-    if record.embedded_demo_pair and ranks.main:
+    if record.embedded_demo_pair and ranks.main and not loaded:
         tqdm.write("DEMO: the embedded demo models answer; they know nothing but small sums.", file=sys.stderr)
 
     if ranks.world_size > 1 and config.device is None:

@@ -96,7 +96,7 @@ class Argument:
     @property
     def told(self) -> str:
         """The help of a command line."""
-        return f"{self.help} None = {self.none}." if self.none else self.help
+        return f"{self.help} (default: {self.none})" if self.none else self.help
 
 
 def argument(

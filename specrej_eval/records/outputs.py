@@ -363,7 +363,8 @@ class OutputsFolder:
                 before.fingerprint,
                 record.fingerprint,
                 what=f"the run {before.name!r} in {str(self.path)!r}",
-                remedy="to keep them, give this run another name or output folder; to start over, delete the folder.",
+                remedy="to keep it, give this run another name or output folder; to start over, delete the folder "
+                "(`specrej-eval run` does that with --force).",
             )
             if before.name != record.name:
                 raise ConfigError(

@@ -107,7 +107,7 @@ def test_a_rerun_does_nothing_and_another_configuration_is_refused(
     assert run("--prompts", prompts, "--output", out, *COMMON, "--limit", "2") == 0
     assert "nothing to do" in capsys.readouterr().out
     assert run("--prompts", prompts, "--output", out, *COMMON, "--limit", "2", "--seed", "1") == 1
-    assert "seed: 0 then, 1 now" in capsys.readouterr().err
+    assert "seed was 0, is now 1" in capsys.readouterr().err
     assert {path.name: path.read_bytes() for path in Path(out).iterdir()} == before
     monkeypatch.undo()
     assert run("--prompts", prompts, "--output", out, *COMMON) == 0  # two answers are there already

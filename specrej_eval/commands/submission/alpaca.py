@@ -107,7 +107,7 @@ def build(args: argparse.Namespace) -> Submission:
     submission = Submission(Tree(args.output, force=args.force), outputs)
     notes = submission.notes
     if record is None:
-        notes.append("--unverified: nobody can say how these outputs were made, and configs.yaml says so")
+        notes.append("--unverified: nothing says how these outputs were made, and configs.yaml says so")
     if worse := [number for number, answer in enumerate(answers, start=1) if answer.degraded]:
         notes.append(f"{len(worse)} answers gave up rows for want of memory (degraded), the first in row {worse[0]}")
     if cut := sum(answer.finish_reason == "length" for answer in answers):

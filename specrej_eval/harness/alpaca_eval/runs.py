@@ -147,11 +147,9 @@ def _evaluate(original: Callable[..., Any], main: ModuleType) -> Callable[..., A
         if outputs is not None and not isinstance(outputs, (str, Path)):
             # loaded here, since the folder takes its name from the generator; upstream would call a function again
             outputs = values["model_outputs"] = main.utils.load_or_convert_to_dataframe(outputs)
-        known = main.constants.PRECOMPUTED_LEADERBOARDS
-        if (str(values["reference_outputs"]), str(values["annotators_config"])) not in known:
-            # upstream comes to the same, with a warning that nobody can do anything about
-            if values["precomputed_leaderboard"] == "auto":
-                values["precomputed_leaderboard"] = None
+        pair = str(values["reference_outputs"]), str(values["annotators_config"])
+        if values["precomputed_leaderboard"] == "auto" and pair not in main.constants.PRECOMPUTED_LEADERBOARDS:
+            values["precomputed_leaderboard"] = None  # as upstream, but without a warning that nobody can act on
         folder = None
         if outputs is not None:
             frame = outputs
