@@ -178,7 +178,7 @@ def test_a_bad_stop_list_is_refused_before_anything_is_decoded(tiny: str, until:
         ({"alpha": 1.0}, r"alpha must be in \[0, 1\)"),
         ({"n": 0}, "n must be at least 1"),
         ({"n": 16, "first_look": 32, "kv_budget_tokens": 100}, "disagree"),
-        ({"kv_budget_tokens": 100}, "not one row of max_gen_toks=256"),
+        ({"kv_budget_tokens": 100}, "too few for one row of max_gen_toks=256"),
         ({"temperature": 0}, "greedily"),
         ({"strategy": "best_of"}, "best_of_n"),
         ({"reward_model": "likelyhood"}, "likelihood"),

@@ -66,7 +66,7 @@ def test_init_again_writes_nothing_and_keeps_what_was_changed(
     assert untouched.stat().st_mtime_ns == 1
 
     assert cli.main(["init", "--force"]) == 0
-    assert "left as it is" not in capsys.readouterr().out
+    assert "not overwritten" not in capsys.readouterr().out
     assert tree(tmp_path) == {**fresh, "tasks/mine.yaml": b"mine too"}
 
 

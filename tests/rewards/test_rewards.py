@@ -224,7 +224,7 @@ def test_too_long_inputs_are_cut_on_the_left_with_one_warning(
     warnings = [record.message for record in caplog.records]
     assert len(warnings) == 1
     assert "1 of 1 rows are longer than its 64 tokens" in warnings[0]
-    assert f"up to {len(full) - 64} tokens" in warnings[0]
+    assert f"up to {len(full) - 64:,} tokens" in warnings[0]
 
 
 def test_the_tokenizers_maximum_counts_too_and_its_nonsense_does_not() -> None:

@@ -86,7 +86,7 @@ def split_endpoint(name: str, endpoints: Sequence[str]) -> tuple[str, str | None
     if not usable:
         raise ConfigError(
             f"reward_model={without_password(name)!r} is not the address of a server.",
-            hint="write it as http://host:port.",
+            hint="such as http://localhost:8000",
         )
     path = parts.path.rstrip("/")
     endpoint = next((known for known in endpoints if path.endswith(known)), None)

@@ -347,7 +347,7 @@ def test_outputs_that_look_like_numbers_stay_text(evaluate: Callable[..., Any], 
         ({"completions_kwargs": {"price_per_hour": -1}}, "price_per_hour must be at least 0"),
         ({"completions_kwargs": {"pretrained": "./no/such"}}, "there is no folder"),
         ({"completions_kwargs": {"is_chatml_prompt": "perhaps"}}, "must be true or false"),
-        ({"alpha": 0.5}, "'alpha' beside fn_completions, where it has no effect"),
+        ({"alpha": 0.5}, "'alpha' next to fn_completions, where it has no effect"),
         ({"prompt_template": "Say something.\n"}, r"does not hold \{instruction\}"),
     ],
 )
