@@ -231,7 +231,7 @@ def test_out_of_memory_costs_reading_and_no_score(
     monkeypatch.setattr(body, "extend", tight)
     for texts in (("one", "three", "fourteen"), ("one!", "three!", "fourteen!")):
         assert read(reward, session, views(*texts)) >= 3
-    assert sum("memory is short" in record.message for record in caplog.records) == (rows_that_fit == 0)
+    assert sum("memory is running low" in record.message for record in caplog.records) == (rows_that_fit == 0)
     if rows_that_fit == 0:
         assert reward.allowance.held == 0
 

@@ -498,7 +498,7 @@ def test_batch_size(
     [
         ({"alhpa": 0.5}, r"unknown argument 'alhpa'(.|\n)*did you mean 'alpha'"),
         ({"alpha": 1}, r"alpha must be in \[0, 1\)"),
-        ({"n": 4, "first_look": 5, "kv_budget_tokens": 10}, "disagree"),
+        ({"n": 4, "first_look": 5, "kv_budget_tokens": 10}, "contradict each other"),
         ({"n": 2, "first_look": 3, "max_gen_toks": 64}, "max_gen_toks=64"),
         ({"backend": "seq2seq"}, "encoder-decoder"),
         ({"device_map": "auto"}, "parallelize=True"),
