@@ -7,6 +7,7 @@ them -> ``RunPlan.load``, which loads the weights.
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Self
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     from specrej_eval.engines.transformers.loading import EnginePlan
     from specrej_eval.generator import Generator
     from specrej_eval.rewards.base import RewardModel, RewardPlan
+
+_logger = logging.getLogger(__name__)
 
 
 def load(**args: Any) -> Generator:
@@ -39,6 +42,8 @@ def load(**args: Any) -> Generator:
         MissingDependencyError: an optional package is needed.
     """
     plan = resolve(*RunConfig.from_args(args))
+    if plan.config.pretrained is None:
+        _logger.warning("No pretrained= is given: the embedded demo model is used, which knows nothing but small sums.")
     engine, reward = plan.load()
     return plan.generator(engine, reward)
 

@@ -16,7 +16,7 @@ _REQUIRED: Any = object()
 
 def an_object(value: Any, what: str) -> Mapping[str, Any]:
     """Raises:
-    BadRecordError: the value is no JSON object.
+    BadRecordError: the value is not a JSON object.
     """
     if not isinstance(value, Mapping):
         raise _wrong(what, "an object", value)

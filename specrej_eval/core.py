@@ -342,15 +342,15 @@ class GenerationResult:
         trajectories = [Trajectory.from_dict(item) for item in a_list(data, "trajectories")]
         rows = {trajectory.row: trajectory for trajectory in trajectories}
         if len(rows) != len(trajectories):
-            raise BadRecordError("two trajectories are of one row")
+            raise BadRecordError("two trajectories belong to the same row")
         best = rows.get(whole(data, "best"))
         if best is None or best.finish_reason == "rejected":
             raise BadRecordError(f"best is row {data['best']}, which is not among those that finished")
         if text(data, "text", best.text) != best.text:
-            raise BadRecordError(f"text is not that of row {best.row}, the best")
+            raise BadRecordError(f"text is not that of the best row, row {best.row}")
         resolved = dict(an_object(data.get("resolved"), "resolved"))
         if not isinstance(resolved.get("seed", 0), int):
-            raise BadRecordError("resolved has a seed that is no whole number")
+            raise BadRecordError("the seed in resolved is not a whole number")
         return cls(
             best=best,
             trajectories=trajectories,

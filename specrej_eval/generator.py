@@ -89,7 +89,7 @@ class Generator:
     Made by ``specrej_eval.load`` or by a harness adapter.
 
     Args:
-        engine: decodes; see ``engine.base.Engine``.
+        engine: decodes; see ``engines.base.Engine``.
         reward: scores; see ``rewards.base.RewardModel``.
         config: defaults for ``generate``; ``batch_size``, ``trace_path`` and ``journal`` hold for all requests.
         fingerprint: of the models (``fingerprint.of_models``), for the journal if there is one; None = as ``config``
@@ -364,7 +364,7 @@ class Generator:
         finished = [trajectory for trajectory in trajectories if trajectory.finish_reason != "rejected"]
         if not finished:
             raise OutOfMemoryError(
-                "out of memory: of this prompt's rows not one could be decoded to its end.",
+                "out of memory: none of this prompt's rows could be decoded to its end.",
                 hint="use a smaller model or dtype, a shorter prompt, or fewer rows (n).",
             )
         # the first of the highest reward; one that is not finite ranks last

@@ -520,7 +520,7 @@ class Encoded(dict[str, Any]):
 
 DEFUSED = (
     "its server tokenises texts itself: special tokens that a prompt or an answer spells, such as '<|im_end|>', get a "
-    "zero-width space behind their first character, so that they stay text (said once). "
+    "zero-width space behind their first character, so that they stay text (reported once). "
     "special_tokens_in_content=allow sends them as they are, error refuses them."
 )
 

@@ -23,7 +23,7 @@ from types import FrameType
 
 from specrej_eval.errors import SpecRejError
 
-STOPPED = "What is finished is recorded; run the same command again to go on."
+STOPPED = "What is finished is recorded; run the same command again to continue."
 PATIENCE = 4.0
 """Seconds that the way out may take."""
 NAMES = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}
@@ -158,17 +158,15 @@ def what_is_kept() -> str:
     """The answers kept by now, and the command that goes on."""
     kept, rank = _state.kept, rank_name()
     whose = f" ({rank})" if rank else ""
-    again = "run the same command again to go on" + ("." if rank else f":\n  {command_line()}")
+    again = "run the same command again to continue" + ("." if rank else f":\n  {command_line()}")
     if kept is None:
-        return (
-            f"no answer was finished{whose} since this start; what earlier ones kept is still there. To start, {again}"
-        )
+        return f"no answer was finished{whose} since this start; what was kept before is still there. To start, {again}"
     if kept.where is None:
         return (
-            f"of {kept.total} answers none is kept{whose}, for no file was named. journal=FILE in --model_args keeps "
-            "each one as it is finished, and the same command goes on from there."
+            f"none of {kept.total:,} answers is kept{whose}, since no file was named. journal=FILE in --model_args "
+            "keeps each one as it is finished, and the same command continues from there."
         )
-    return f"{kept.answers} of {kept.total} {kept.what}{whose} are kept in {kept.where}; {again}"
+    return f"{kept.answers:,} of {kept.total:,} {kept.what}{whose} are kept in {kept.where}; {again}"
 
 
 def command_line() -> str:

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from specrej_eval.errors import ConfigError
-from specrej_eval.records.fingerprint import compare
+from specrej_eval.records.fingerprint import BETWEEN, differences
 from specrej_eval.records.outputs import GATHERED, Answer, OutputsFolder, RecordedRun, RunRecord, total_cost
 from specrej_eval.records.run_names import default_name
 
@@ -85,11 +85,10 @@ def _check_same_but_seed(sources: Sequence[RecordedRun]) -> None:
     for other in sources[1:]:
         theirs = {**other.record.fingerprint, "seed": None}
         older, newer = (theirs, ours) if "numbers_version" in ours else (ours, theirs)
-        details = "; ".join(compare(older, newer, sides=("in one", "in another")).changed)
-        if details:
+        if details := differences(older, newer, told=BETWEEN):
             raise ConfigError(
                 f"{first.path!r} and {other.path!r} differ in more than the seed ({details}).",
-                hint="only runs of one method and one pair of models make one run; gather the others by themselves.",
+                hint="gather one method and one pair of models at a time.",
             )
 
 
@@ -137,7 +136,8 @@ def _by_prompt(sources: Sequence[RecordedRun]) -> dict[Hashable, list[tuple[Reco
 def _drawn_twice(answer: Answer, seed: int, first: RecordedRun, second: RecordedRun) -> ConfigError:
     where = f"{first.path!r} and {second.path!r}" if first is not second else f"{first.path!r}, twice"
     return ConfigError(
-        f"{answer.called} was answered with seed={seed} in {where}: the same rows, which would count double in N.",
+        f"{answer.called} was answered with seed={seed} in {where}: these are the same rows and would "
+        "be counted twice in N.",
         hint="leave one of the runs out, or draw it again with another seed.",
     )
 
@@ -266,7 +266,7 @@ def write(gathered: Gathered, folder: str | Path) -> OutputsFolder:
     before = store.record()
     if before is not None and GATHERED not in before.described:
         raise ConfigError(
-            f"{str(folder)!r} holds a run of its own ({before.name!r}), which this would overwrite.",
+            f"{str(folder)!r} holds another run ({before.name!r}), which this would overwrite.",
             hint="give --output another folder.",
         )
     complete = gathered.record.complete
@@ -286,7 +286,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     written = parser.add_argument_group("what to write")
     written.add_argument("--output", required=True, metavar="DIR", help="folder of the gathered run")
-    written.add_argument("--name", help="of the gathered run, in leaderboards (default: made of N and models)")
+    written.add_argument(
+        "--name", help="name of the gathered run in leaderboards (default: made from N and the models)"
+    )
 
 
 def run(args: argparse.Namespace) -> int:

@@ -499,10 +499,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "folder",
         nargs="+",
         type=Path,
-        help="of lm_eval (--output_path), `specrej-eval run` or alpaca_eval; searched with its subfolders",
+        help="results of lm_eval (--output_path), `specrej-eval run` or alpaca_eval; subfolders are searched too",
     )
     shown = parser.add_argument_group("how to show it")
-    shown.add_argument("--format", choices=("text", "markdown", "json", "csv"), default="text", help="of the table")
+    shown.add_argument(
+        "--format", choices=("text", "markdown", "json", "csv"), default="text", help="format of the table"
+    )
     shown.add_argument(
         "--baseline", metavar="TEXT", help="part of the name of the run to compare with (default: the first)"
     )

@@ -63,7 +63,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     files.add_argument(
         "--column", default="reward", metavar="NAME", help="of the scores in the output (default: reward)"
     )
-    files.add_argument("--force", action="store_true", help="start anew where the output exists")
+    files.add_argument("--force", action="store_true", help="start again if the output exists")
     files.add_argument(
         "--on_error",
         default="stop",
@@ -128,7 +128,7 @@ def read_pairs(source: Path, *, column: str = "reward") -> list[Entry]:
             raise ConfigError(f"{place}: must be an object, got {str(record)[:60]!r}.")
         if column in record:
             raise ConfigError(
-                f"{place}: has a field {column!r} already.", hint="--column names the scores in the output otherwise."
+                f"{place}: already has a field {column!r}.", hint="give the scores another name with --column."
             )
         entries.append(Entry(where, record, _pair(record, place)))
     return entries
@@ -199,9 +199,9 @@ def _begin(target: Path, fingerprint: dict[str, Any], *, overwrite: bool) -> lis
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"{str(target)!r} exists, and nothing says which reward model wrote it ({sidecar.name} is missing).",
-            hint="--force, or another --output.",
+            hint="replace it with --force, or give another --output.",
         ) from error
-    check_same(then, fingerprint, what=repr(str(target)), remedy="--force, or another --output.")
+    check_same(then, fingerprint, what=repr(str(target)), remedy="replace it with --force, or give another --output.")
     records, whole = read_lines(target, argument="output")
     drop_torn_line(target, whole)
     return records
@@ -210,7 +210,8 @@ def _begin(target: Path, fingerprint: dict[str, Any], *, overwrite: bool) -> lis
 def _check_reads_text(reward: RewardModel) -> None:
     if not reward.reads_text:
         raise ConfigError(
-            f"reward_model={reward.name!r} scores while decoding: texts of a file have no numbers of the engine.",
+            f"reward_model={reward.name!r} scores from numbers recorded while decoding, which texts in a "
+            "file do not have.",
             hint="name a reward model that reads text.",
         )
 
@@ -254,7 +255,7 @@ def _of_the_server(error: RewardError) -> bool:
     return isinstance(error, ServerError) and error.status not in (400, 413, 422)
 
 
-_SKIP = "--on_error skip goes on, and leaves such rows without a reward."
+_SKIP = "--on_error skip continues and leaves such rows without a reward."
 
 
 def _report(target: Path, records: Sequence[Mapping[str, Any]], column: str) -> int:
@@ -262,8 +263,8 @@ def _report(target: Path, records: Sequence[Mapping[str, Any]], column: str) -> 
     failed = len(records) - len(scores)
     if scores:
         mean = math.fsum(scores) / len(scores)
-        print(f"{len(scores)} rows scored: mean {mean:.4f}, min {min(scores):.4f}, max {max(scores):.4f}")
-    print(f"{len(records)} rows in {target}")
+        print(f"{len(scores):,} rows scored: mean {mean:.4f}, min {min(scores):.4f}, max {max(scores):.4f}")
+    print(f"{len(records):,} rows in {target}")
     if failed:
-        print(f"{failed} rows could not be scored; their 'error' says why", file=sys.stderr)
+        print(f"{failed:,} rows could not be scored; their 'error' says why", file=sys.stderr)
     return 1 if failed else 0

@@ -110,7 +110,7 @@ class RunConfig(RecordArguments, RunningArguments, EngineArguments, DecodingArgu
         config = dataclasses.replace(self, **read)
         if config.temperature == 0 and config.n != 1:
             raise ConfigError(
-                f"temperature=0 decodes greedily, so all n={config.n or DEFAULT_N} rows would be equal.",
+                f"temperature=0 decodes greedily, so all n={config.n or DEFAULT_N} rows would be identical.",
                 hint="set temperature above 0, or n=1 for plain greedy decoding.",
             )
         return config
@@ -177,7 +177,7 @@ def in_our_names(args: Mapping[str, Any]) -> dict[str, Any]:
                 found[name] = value
             elif str(found[name]) != str(value):
                 raise ConfigError(
-                    f"{name}={found[name]} and {synonym}={value} are one argument with two values.",
+                    f"{name}={found[name]} and {synonym}={value} are two values for the same argument.",
                     hint=f"give {name} alone.",
                 )
     return found

@@ -277,7 +277,7 @@ def _read(path: Path, advance: Callable[[int], Any]) -> str:
                 return digest.hexdigest()
     except OSError as error:
         raise _unreadable(path, error) from error
-    raise CheckpointError(f"{str(path)!r} changes while it is read.", hint="wait until it is written.")
+    raise CheckpointError(f"{str(path)!r} is changing while it is read.", hint="wait until it is completely written.")
 
 
 def _unreadable(path: Path, error: OSError) -> CheckpointError:

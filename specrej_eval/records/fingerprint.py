@@ -149,6 +149,9 @@ def from_first_rank(compute: Callable[[], dict[str, Any]], *, rank: int, world_s
 
 # comparing
 
+SINCE = "{name} was {before}, is now {after}"
+BETWEEN = "{name}: {before} in one, {after} in another"
+
 
 @dataclass(slots=True)
 class Comparison:
@@ -161,17 +164,17 @@ class Comparison:
     """Other versions, another device: worth a warning."""
 
 
-def compare(then: Mapping[str, Any], now: Mapping[str, Any], *, sides: tuple[str, str] = ("then", "now")) -> Comparison:
+def compare(then: Mapping[str, Any], now: Mapping[str, Any], *, told: str = SINCE) -> Comparison:
     """Hold two fingerprints against each other; one from before ``numbers_version`` by what both have.
 
     Args:
-        sides: what the two are called.
+        told: how a difference is told: ``SINCE``, or ``BETWEEN`` where neither is the earlier one.
     """
     found = Comparison()
     now, then = _plain(now), _plain(then)
     environment = then.get("environment") or {}
     found.environment = [
-        f"{name}: {_short(environment[name])} then, {_short(value)} now"
+        SINCE.format(name=name, before=_short(environment[name]), after=_short(value))
         for name, value in (now.get("environment") or {}).items()
         if name in environment and environment[name] != value
     ]
@@ -189,7 +192,7 @@ def compare(then: Mapping[str, Any], now: Mapping[str, Any], *, sides: tuple[str
         if before == after or (name in _LOCAL and _same_place(name, then, now)):
             continue
         if name == "hub_commits":
-            found.changed += _changed_commits(before or {}, after or {})
+            found.changed += _changed_commits(before or {}, after or {}, told)
         elif name.endswith("_files"):
             found.changed += _changed_files(name, before, after)
         elif (
@@ -200,13 +203,13 @@ def compare(then: Mapping[str, Any], now: Mapping[str, Any], *, sides: tuple[str
         ):
             found.changed.append(f"{name}: the text of its file changed")
         else:
-            found.changed.append(f"{name}: {_short(before)} {sides[0]}, {_short(after)} {sides[1]}")
+            found.changed.append(told.format(name=name, before=_short(before), after=_short(after)))
     return found
 
 
-def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+def differences(then: Mapping[str, Any], now: Mapping[str, Any], *, told: str = SINCE) -> str:
     """What two fingerprints differ in, in words; empty if nothing."""
-    return "; ".join(compare(then, now).changed)
+    return "; ".join(compare(then, now, told=told).changed)
 
 
 def same(then: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
@@ -218,11 +221,13 @@ def check_same(then: Mapping[str, Any], now: Mapping[str, Any], *, what: str, re
     """Warn, once, of other versions, and of what an old record does not know.
 
     Raises:
-        ConfigError: ``what`` was begun with another configuration; says what differs.
+        ConfigError: ``what`` was started with a different configuration; says what differs.
     """
     found = compare(then, now)
     if found.changed:
-        raise ConfigError(f"{what} was begun with another configuration ({'; '.join(found.changed)}).", hint=remedy)
+        raise ConfigError(
+            f"{what} was started with a different configuration ({'; '.join(found.changed)}).", hint=remedy
+        )
     for warning in warnings_of(found, what=what):
         _warn_once(warning)
 
@@ -231,11 +236,13 @@ def warnings_of(found: Comparison, *, what: str) -> list[str]:
     """What is to be said of a record that may be gone on from."""
     warnings = []
     if found.environment:
-        warnings.append(f"{what} was begun elsewhere ({'; '.join(found.environment)}): last bits may differ.")
+        warnings.append(
+            f"{what} was started elsewhere ({'; '.join(found.environment)}): the last bits of numbers may differ."
+        )
     if found.lacking:
         warnings.append(
-            f"{what} was begun by an older version and does not record {', '.join(found.lacking)}: "
-            "taken as unchanged since."
+            f"{what} was started by an older version and does not record {', '.join(found.lacking)}: "
+            "these are assumed to be unchanged."
         )
     return warnings
 
@@ -496,10 +503,10 @@ def _same_place(name: str, then: Mapping[str, Any], now: Mapping[str, Any]) -> b
     return plain and Path(one).name == Path(other).name
 
 
-def _changed_commits(then: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
+def _changed_commits(then: Mapping[str, str], now: Mapping[str, str], told: str) -> list[str]:
     # a name that only one side knows is told by the argument that names it, or was not known yet
     both = [name for name in sorted(then.keys() & now.keys()) if then[name] != now[name]]
-    return [f"{name}: commit {then[name][:12]} then, {now[name][:12]} now" for name in both]
+    return [told.format(name=f"the commit of {name}", before=then[name][:12], after=now[name][:12]) for name in both]
 
 
 def _changed_files(name: str, then: Any, now: Any) -> list[str]:

@@ -92,7 +92,7 @@ class Contents:
     run: str | None = None
     """The digest of that fingerprint, or the one that all entries carry where the header is damaged."""
     entries: dict[str, Entry] = field(default_factory=dict)
-    """By key; where one stands there twice, the first."""
+    """By key; where one appears twice, the first."""
     capacity_tokens: int | None = None
     repeated: list[int] = field(default_factory=list)
     """Lines with a key and content that stood there before."""
@@ -124,7 +124,7 @@ def read(path: str | Path, *, argument: str = "journal") -> Contents:
     _sort(found)
     if found.header is None and not found.scan.lines and not _began_as_journal(found.scan):
         raise ConfigError(
-            f"{argument}={str(path)!r} is not one of our files: it does not begin as a journal does.",
+            f"{argument}={str(path)!r} is not one of our files: it does not begin like a journal.",
             hint="name another file, or delete this one.",
         )
     return found
@@ -164,13 +164,13 @@ def _sort(found: Contents) -> None:
                     raise BadRecordError("not a header of ours, or without its checksum")
                 section = digest(line.record["fingerprint"])
                 if section != found.run:
-                    raise BadRecordError("the header of another configuration")
+                    raise BadRecordError("the header of a different configuration")
             else:
                 if not line.checked and must_be_checked:
                     raise BadRecordError("it carries no checksum")
                 run = line.record.get(RUN, section)
                 if run != found.run:
-                    raise BadRecordError("it belongs to another configuration")
+                    raise BadRecordError("it belongs to a different configuration")
                 tokens = _take(found, line)
                 spare_capacity = tokens if spare_capacity is None else spare_capacity
         except BadRecordError as error:
@@ -255,7 +255,7 @@ class Journal:
         theirs = (result.task, result.prompt_hash, result.repeat)
         if prompt is not None and theirs != (prompt.task, prompt.prompt_hash, prompt.repeat):
             logger.warning(
-                "line %d of %s holds the answer to another prompt than its key says: it will be decoded anew.",
+                "line %d of %s holds an answer to a different prompt than its key says; it will be decoded again.",
                 entry.line.number,
                 name,
             )
@@ -264,7 +264,9 @@ class Journal:
             return None
         if key not in self._entries and name not in self._told:
             self._told.add(name)
-            logger.warning("Answers are taken from %s too, which another number of processes has written.", name)
+            logger.warning(
+                "Answers are also taken from %s, written by a run with a different number of processes.", name
+            )
         result.taken = True
         return result
 
@@ -294,9 +296,9 @@ class Journal:
         elif found.scan.lines and found.run != self._run:
             told = "its entries belong to another configuration" if found.run else "nothing says which models it is of"
             raise ConfigError(
-                f"journal={self.path!r} has {len(found.entries)} intact entries, but its first line, which says what "
-                f"models they are of, is damaged, and {told}. Nothing in it was changed.",
-                hint="the command that began it goes on from there; `specrej-eval journal verify` lists what is "
+                f"journal={self.path!r} has {len(found.entries)} intact entries, but its first line, which says which "
+                f"models they come from, is damaged, and {told}. Nothing in it was changed.",
+                hint="the command that started it continues from there; `specrej-eval journal verify` lists what is "
                 "damaged, and `specrej-eval journal merge FILE JOURNAL --output NEW` gives its entries the first line "
                 "of another journal of the same run.",
             )
@@ -339,7 +341,7 @@ class Journal:
     def _tell(self, found: Contents, name: str) -> None:
         if found.scan.damaged:
             logger.warning(
-                "%s: set aside in %s. The %d intact entries are used; a damaged one is decoded anew.",
+                "%s: set aside in %s. The %d intact entries are used; a damaged one is decoded again.",
                 describe_damage(self.path, found.scan.damaged),
                 damaged_file(name),
                 len(found.entries),
@@ -347,8 +349,8 @@ class Journal:
         if found.unchecked:
             lacking = f"; they lack {', '.join(fields)} as well" if (fields := lacking_fields(found)) else ""
             logger.warning(
-                "%s was begun by an older version: %d of its entries carry no checksum, so an edit in them would not "
-                "be noticed%s. What is added now carries one.",
+                "%s was started by an older version: %d of its entries carry no checksum, so an edit in them would not "
+                "be noticed%s. New entries carry one.",
                 name,
                 found.unchecked,
                 lacking,

@@ -245,7 +245,7 @@ def _lines(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             except ValueError:
                 sample = None
             if not isinstance(sample, dict):
-                raise SpecRejError(f"{str(file)!r}, line {number}: no JSON object.", hint="the file was cut short.")
+                raise SpecRejError(f"{str(file)!r}, line {number}: not a JSON object.", hint="the file was cut short.")
             yield number, sample
 
 

@@ -286,8 +286,9 @@ class OutputsFolder:
             record = RunRecord.from_dict(parsed(self.run_file.read_bytes()))
         except (OSError, ValueError) as error:
             raise ConfigError(
-                f"{str(self.run_file)!r} cannot be read: {error}. It says what models the answers beside it are of.",
-                hint="put a copy of it back, or give this run another folder; nothing here was changed.",
+                f"{str(self.run_file)!r} cannot be read: {error}. It says which models the answers next to it "
+                "come from.",
+                hint="restore it from a copy, or give this run another folder; nothing here was changed.",
             ) from error
         if record.schema_version > SCHEMA_VERSION:
             raise ConfigError(
@@ -309,7 +310,7 @@ class OutputsFolder:
             path, damaged = self._damaged[0]
             raise SpecRejError(
                 f"{describe_damage(path, damaged)}: {str(self.path)!r} lacks an answer.",
-                hint="the command that made it, run again, sets it aside and decodes that answer anew.",
+                hint="run the command that made it again: it sets the line aside and decodes that answer again.",
             )
         return sorted(found, key=lambda answer: (answer.index is None, answer.index or 0))
 
@@ -332,7 +333,9 @@ class OutputsFolder:
         found = self._read().get(key) or self._kept.get(key)
         if found is None or prompt is None or (found.prompt_hash, found.repeat) == (prompt.prompt_hash, prompt.repeat):
             return found
-        logger.warning("the answer to %r was not recorded for this prompt: decoded anew.", found.instruction[:60])
+        logger.warning(
+            "the answer to %r was not recorded for this prompt; it is decoded again.", found.instruction[:60]
+        )
         self._read().pop(key, None)
         self._kept.pop(key, None)
         return None
@@ -359,13 +362,14 @@ class OutputsFolder:
             check_same(
                 before.fingerprint,
                 record.fingerprint,
-                what=f"{str(self.path)!r} holds answers of {before.name!r}, which",
-                remedy="to keep them, give this run another name or output folder; to start over, delete the folder.",
+                what=f"the run {before.name!r} in {str(self.path)!r}",
+                remedy="to keep it, give this run another name or output folder; to start over, delete the folder "
+                "(`specrej-eval run` does that with --force).",
             )
             if before.name != record.name:
                 raise ConfigError(
                     f"{str(self.path)!r} holds the same answers under the name {before.name!r}, not {record.name!r}.",
-                    hint="keep that name, or give this run a folder of its own.",
+                    hint="keep that name, or give this run its own folder.",
                 )
             record.fingerprint = before.fingerprint  # of the oldest answer here: what it did not know stays unknown
             record.capacity_tokens = before.capacity_tokens
@@ -388,7 +392,7 @@ class OutputsFolder:
         if going_on and paths and not self._all_of(paths, digest(record.fingerprint)):
             raise ConfigError(
                 f"{str(self.path)!r} holds answers, but nothing says what made them: there is no {self.run_file.name}.",
-                hint="put that file back, or give this run another folder; nothing here was changed.",
+                hint="restore that file, or give this run another folder; nothing here was changed.",
             )
         for path in () if going_on else paths:
             if delete:
@@ -410,7 +414,7 @@ class OutputsFolder:
             found, answers = self._sorted_out(path, before)
             if found.damaged:
                 logger.warning(
-                    "%s: set aside in %s, and decoded anew when it is asked for.",
+                    "%s: set aside in %s, and decoded again when it is asked for.",
                     describe_damage(path, found.damaged),
                     damaged_file(path).name,
                 )
@@ -596,7 +600,7 @@ def open_run(path: str | Path) -> tuple[RunRecord, list[Answer]]:
     record = store.record()
     if record is None:
         raise SpecRejError(
-            f"{str(path)!r} holds no run of specrej-eval: there is no {store.run_file.name}.",
+            f"{str(path)!r} is not a run of specrej-eval: there is no {store.run_file.name}.",
             hint="`specrej-eval run --output DIR` writes one, and so does alpaca_eval with our decoders.",
         )
     return record, store.answers()

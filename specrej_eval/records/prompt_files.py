@@ -88,7 +88,9 @@ def _checked_path(file: Path) -> Path:
     close = nearest(file.name, [entry.name for entry in folder.iterdir() if entry.is_file()])
     raise ConfigError(
         f"there is no file {str(file)!r}.",
-        hint=f"did you mean {str(file.with_name(close))!r}?" if close else f"paths count from {str(Path.cwd())!r}.",
+        hint=f"did you mean {str(file.with_name(close))!r}?"
+        if close
+        else f"relative paths start from {str(Path.cwd())!r}.",
     )
 
 
@@ -257,7 +259,7 @@ def _mention_duplicates(file: Path, rows: Iterable[FileRow], questions: Iterable
             again.append(f"{where} is {before} again")
     if again:
         logger.warning(
-            "%s: %d prompts occur before (%s%s); each is answered with draws of its own.",
+            "%s: %d prompts are repeated (%s%s); each repeat gets its own random draws.",
             file,
             len(again),
             again[0],

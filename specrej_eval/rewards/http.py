@@ -145,7 +145,7 @@ class JsonServer:
             answer = parse(reply.json())
         except requests.JSONDecodeError as error:
             raise ServerError(
-                f"{where}: status 200, but no JSON ({reply.headers.get('Content-Type', 'of no type')}): {text!r}",
+                f"{where}: status 200, but not JSON ({reply.headers.get('Content-Type', 'of no type')}): {text!r}",
                 status=200,
                 body=text,
             ) from error
@@ -200,7 +200,7 @@ def number(value: Any) -> float:
     if value is None:
         return float("nan")
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise BadAnswerError(f"{str(value)[:60]!r} stands where one score should be")
+        raise BadAnswerError(f"one score was expected, got {str(value)[:60]!r}")
     return float(value)
 
 
@@ -211,9 +211,9 @@ def numbers(values: Any, count: int) -> list[float]:
         BadAnswerError: another number of them, or something that is not a score.
     """
     if not isinstance(values, list):
-        raise BadAnswerError(f"{type(values).__name__} stands where {count} scores should be")
+        raise BadAnswerError(f"{count} scores were expected, got {type(values).__name__}")
     if len(values) != count:
-        raise BadAnswerError(f"{len(values)} scores came for {count} texts")
+        raise BadAnswerError(f"{count} scores were expected, got {len(values)}")
     return [number(value) for value in values]
 
 

@@ -88,7 +88,7 @@ def test_the_demo_pair_is_known_wherever_it_lies() -> None:
 def test_a_difference_is_told_in_words() -> None:
     then, now = of_run(RunConfig(), {}), of_run(RunConfig(alpha=0.25, seed=3), {})
     with pytest.raises(
-        ConfigError, match=r"out was begun.*alpha: 0.5 then, 0.25 now; seed: 0 then, 3 now.*\n.*delete it"
+        ConfigError, match=r"out was started.*alpha was 0.5, is now 0.25; seed was 0, is now 3.*\n.*delete it"
     ):
         check_same(then, now, what="out", remedy="delete it")
     check_same(then, then, what="out", remedy="delete it")

@@ -63,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
     config = reward_config(options)
     reward = load_reward(config, options.get("token"))
     if not reward.reads_text:
-        raise ConfigError(f"reward_model={reward.name!r} reads no text, so there is nothing to look at.")
+        raise ConfigError(f"reward_model={reward.name!r} reads no text, so there is nothing to show.")
     return examine(reward, demo_probes() if _is_demo(config) else PROBES)
 
 
@@ -97,7 +97,7 @@ def check_input(patient: Patient) -> Iterator[Finding]:
         return
     renderer = patient.reward.renderer
     if renderer is None:
-        yield Finding("note", "tokens", f"{patient.reward.name} gets text; what it reads cannot be seen from here")
+        yield Finding("note", "tokens", f"{patient.reward.name} gets text; which tokens it reads cannot be shown here")
         return
     tokenizer = renderer.tokenizer
     (entry,) = renderer.inputs(patient.conversation, [_row(patient.response)])
@@ -257,7 +257,7 @@ def check_stability(patient: Patient) -> Iterator[Finding]:
     )
     padded = _left_padded(reward, prompt, rows)
     if padded is None:
-        yield Finding("note", "left == right padding", "pads in its own way, out of our sight")
+        yield Finding("note", "left == right padding", "pads in its own way, which cannot be checked here")
     else:
         yield _compared("left == right padding", padded, together, bound)
 
@@ -337,7 +337,7 @@ def check_pairs(patient: Patient) -> Iterator[Finding]:
     yield Finding(
         "ok" if chance < LUCK else "broken",
         f"{sum(right)} of {len(right)} pairs",
-        f"right, those of the mixed answers below included; a coin gets as many in {chance:.2g} of tries "
+        f"right, those of the mixed answers below included; a coin would do as well in {chance:.2g} of tries "
         f"(allowed: below {LUCK:g})",
     )
 
@@ -381,10 +381,10 @@ def _scores(reward: RewardModel, prompt: str, rows: Sequence[RowView]) -> list[f
     """
     scores = list(reward.score(_asked(prompt), rows))
     if len(scores) != len(rows):
-        raise RewardError(f"{len(scores)} scores came for {len(rows)} answers.")
+        raise RewardError(f"{len(rows)} scores were expected, got {len(scores)}.")
     for row, score in zip(rows, scores, strict=True):
         if isinstance(score, bool) or not isinstance(score, (int, float)) or not math.isfinite(score):
-            raise RewardError(f"an answer has the score {score!r}, which is no finite number: {row.text[:60]!r}")
+            raise RewardError(f"an answer has the score {score!r}, which is not a finite number: {row.text[:60]!r}")
     return scores
 
 

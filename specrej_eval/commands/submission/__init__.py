@@ -40,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         module.add_arguments(made)
         written = made.add_argument_group("what to write")
         written.add_argument("--output", required=True, metavar="DIR", help="where the files go")
-        written.add_argument("--force", action="store_true", help="replace files of ours that lie there already")
+        written.add_argument("--force", action="store_true", help="replace our files that are already there")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -70,7 +70,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a checkout of alpaca_eval, whose CSV files get the new rows (default: the installed package's)",
     )
     read.add_argument(
-        "--unverified", action="store_true", help="take outputs without the record of the run that made them"
+        "--unverified", action="store_true", help="accept outputs without the record of the run that made them"
     )
 
 
@@ -89,7 +89,9 @@ def build(args: argparse.Namespace) -> Submission:
     """
     name = args.name
     if not _NAME.fullmatch(name):
-        raise ConfigError(f"--name {name!r} cannot name a folder.", hint="letters, digits, and . _ + - inside.")
+        raise ConfigError(
+            f"--name {name!r} is not a valid folder name.", hint="use letters and digits, with . _ + - in between."
+        )
     outputs = Path(args.model_outputs or Path("results", name, "model_outputs.json"))
     rows = read_rows(outputs, what="model outputs", hint="`alpaca_eval evaluate_from_model CONFIG.yaml` writes it.")
     record = alpaca_checks.find_run(name=name, file=outputs, unverified=args.unverified)
@@ -105,7 +107,7 @@ def build(args: argparse.Namespace) -> Submission:
     submission = Submission(Tree(args.output, force=args.force), outputs)
     notes = submission.notes
     if record is None:
-        notes.append("--unverified: nobody can say how these outputs were made, and configs.yaml says so")
+        notes.append("--unverified: nothing says how these outputs were made, and configs.yaml says so")
     if worse := [number for number, answer in enumerate(answers, start=1) if answer.degraded]:
         notes.append(f"{len(worse)} answers gave up rows for want of memory (degraded), the first in row {worse[0]}")
     if cut := sum(answer.finish_reason == "length" for answer in answers):
@@ -161,7 +163,7 @@ def add_leaderboard(
         raise ConfigError(
             f"{str(file)!r}: avg_length of {args.name!r} is {row.get('avg_length')!r}, but these outputs have {length} "
             "characters on average.",
-            hint="the row is of other outputs; run alpaca_eval with --is_overwrite_leaderboard.",
+            hint="the row belongs to other outputs; run alpaca_eval with --is_overwrite_leaderboard.",
         )
     judged = row.get("n_total", "").removesuffix(".0")
     if not judged.isdigit() or int(judged) < NUM_INSTRUCTIONS - _FAILED_JUDGMENTS:
@@ -199,7 +201,7 @@ def add_weights(submission: Submission, args: argparse.Namespace, outputs: Path)
     rows = {file: row for file in candidates if file.is_file() and (row := leaderboard_rows.read_row(file, args.name))}
     if not rows:
         if args.weights is not None:
-            raise ConfigError(f"--weights {args.weights!r} is no file with a row of {args.name!r}.")
+            raise ConfigError(f"--weights {args.weights!r} is not a file with a row of {args.name!r}.")
         submission.missing.append("the row of the length-controlled model's weights")
         return
     file, row = next(iter(rows.items()))

@@ -50,7 +50,8 @@ class Tree:
         there = [path for path in sorted({*self.paths, *self._stale}) if (self.root / path).exists()]
         if there and not self._force:
             raise ConfigError(
-                f"{str(self.root)!r} holds {there[0]!r} already" + (f" and {len(there) - 1} more." * (len(there) > 1)),
+                f"{str(self.root)!r} already contains {there[0]!r}"
+                + (f" and {len(there) - 1} more." * (len(there) > 1)),
                 hint="give another --output; --force replaces these files and leaves all others alone.",
             )
         if self.root.exists() and not self.root.is_dir():
@@ -85,5 +86,5 @@ def read_rows(path: Path, *, what: str, hint: str) -> list[dict[str, Any]]:
         raise SpecRejError(f"{what}: {str(path)!r} must hold a JSON list, got {type(rows).__name__}.", hint=hint)
     for number, row in enumerate(rows, start=1):
         if not isinstance(row, dict):
-            raise SpecRejError(f"{what}: row {number} of {str(path)!r} is no JSON object.", hint=hint)
+            raise SpecRejError(f"{what}: row {number} of {str(path)!r} is not a JSON object.", hint=hint)
     return rows

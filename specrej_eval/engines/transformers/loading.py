@@ -6,7 +6,6 @@ Inside lm-eval its own ``HFLM`` loads the model, with the same arguments; ``reso
 from __future__ import annotations
 
 import importlib.util
-import logging
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -28,8 +27,6 @@ from specrej_eval.paths import is_folder
 
 UNSUPPORTED = {name: made.not_in_python for name, made in HOST.items() if made.not_in_python}
 """Arguments of lm-eval's ``HFLM`` that have no meaning here, and what to use in their place."""
-
-_logger = logging.getLogger(__name__)
 
 
 def check_host_arguments(host: Mapping[str, Any]) -> None:
@@ -88,8 +85,6 @@ class EnginePlan:
             OutOfMemoryError: the weights do not fit on the device.
         """
         config, host = self.config, self.host
-        if config.pretrained is None:
-            _logger.warning("pretrained= is not given, so the embedded demo language model, a toy, is used.")
         hub: dict[str, Any] = {
             "revision": host.get("revision") or "main",
             "subfolder": host.get("subfolder") or "",

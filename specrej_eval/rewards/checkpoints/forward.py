@@ -132,7 +132,7 @@ class Forward:
 
     def out_of_memory(self, num_tokens: int) -> OutOfMemoryError:
         return OutOfMemoryError(
-            f"reward_model={self.renderer.name!r}: one sequence of {num_tokens} tokens does not fit in memory.",
+            f"reward_model={self.renderer.name!r}: one sequence of {num_tokens:,} tokens does not fit in memory.",
             hint=SMALLER,
         )
 

@@ -194,7 +194,7 @@ def fill(source: RewardCheckpoint, head: nn.Module, tensors: Mapping[str, Tensor
             raise CheckpointError(
                 f"reward_model={source.name!r}: {prefix + key} has shape {tuple(tensor.shape)}, but its config.json "
                 f"calls for {tuple(expected[key].shape)}.",
-                hint="config.json and weights do not belong together, or the file was cut.",
+                hint="config.json and weights do not match, or the file was cut short.",
             )
     head.load_state_dict(state, strict=False)
     return head.float().eval().requires_grad_(False)

@@ -63,7 +63,7 @@ def _part(entry: Any, whole: str, config: RunConfig) -> Part:
     value = as_float(f"the weight of {name!r}", 1 if weight is None else weight)
     if value == 0 or not name.strip() or reward_names.is_ensemble(name):
         raise ConfigError(
-            f"reward_model={whole!r}: {entry!r} is no part of an ensemble.",
+            f"reward_model={whole!r}: {entry!r} is not a part of an ensemble.",
             hint=f"a weight other than 0 and one reward's name each: {_FORM}. A plus sign in an address is %2B.",
         )
     return Part(value, config.replace(reward_model=name.strip(), **given))

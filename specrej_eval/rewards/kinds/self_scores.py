@@ -114,8 +114,8 @@ class SelfScore(RewardModel):
             return score
         if not self.scores_floored:
             _logger.warning(
-                "reward_model=%s: row %d ranks last: %s (said once; floor_toks=1 and floor_repetition=1 switch this "
-                "off): %r",
+                "reward_model=%s: row %d ranks last: %s (reported once; floor_toks=1 and floor_repetition=1 switch "
+                "this off): %r",
                 self.name,
                 row.row,
                 reason,

@@ -85,7 +85,8 @@ def split_endpoint(name: str, endpoints: Sequence[str]) -> tuple[str, str | None
         usable = False
     if not usable:
         raise ConfigError(
-            f"reward_model={without_password(name)!r} is no address of a server.", hint="http://host:port"
+            f"reward_model={without_password(name)!r} is not the address of a server.",
+            hint="such as http://localhost:8000",
         )
     path = parts.path.rstrip("/")
     endpoint = next((known for known in endpoints if path.endswith(known)), None)
@@ -221,7 +222,7 @@ class HttpReward(RewardModel):
         self._warned = True
         _logger.warning(
             "reward_model=%s: %d different answers all scored exactly %g, so they cannot be told apart. A score of 0 "
-            "or 1 is a saturated sigmoid: ask the server for raw scores, or run its model in float32 (said once).",
+            "or 1 is a saturated sigmoid: ask the server for raw scores, or run its model in float32 (reported once).",
             self.name,
             len(values),
             values[0],

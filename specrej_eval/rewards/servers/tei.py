@@ -65,7 +65,7 @@ class Protocol(ServerProtocol):
             told = entries(answer, None)
             found = {entry.get("index"): number(entry.get("score")) for entry in told}
             if sorted(found, key=str) != sorted(range(len(texts)), key=str):
-                raise BadAnswerError(f"{len(told)} ranks came for {len(texts)} texts")
+                raise BadAnswerError(f"{len(texts)} ranks were expected, got {len(told)}")
             return [found[index] for index in range(len(texts))]  # they come best first
 
         return self._server.post("/rerank", {"query": query, "texts": texts, "raw_scores": True}, parse)
