@@ -38,10 +38,6 @@ class Stopped(KeyboardInterrupt):
         super().__init__(NAMES.get(signal.Signals(signum), str(signum)))
         self.signum = signum
 
-    @property
-    def exit_code(self) -> int:
-        return 128 + self.signum
-
 
 @dataclass(slots=True)
 class Kept:

@@ -115,7 +115,7 @@ class JsonServer:
                 if hopeless or looked_for or number == self.retries:
                     raise self._final(error, number + 1) from error
                 _logger.info("%s; trying again", error)
-                sleep(self._wait(number))
+                sleep(min(LONGEST_WAIT, FIRST_WAIT * 2**number) * self._random.uniform(0.5, 1))
         raise AssertionError("unreachable: the last try returns or raises")
 
     def _try(self, method: str, path: str, body: Any, parse: Callable[[Any], Answer]) -> Answer:
@@ -165,9 +165,6 @@ class JsonServer:
             hint = "is the server up, and the address right? reward_timeout and reward_retries say how long to wait."
         message = str(error) if tries == 1 else f"{error} (after {tries} tries)"
         return ServerError(f"reward server: {message}", hint=hint, status=error.status, body=error.body)
-
-    def _wait(self, number: int) -> float:
-        return float(min(LONGEST_WAIT, FIRST_WAIT * 2**number) * self._random.uniform(0.5, 1))
 
     def _headers(self) -> dict[str, str]:
         for name in self.key_variables:

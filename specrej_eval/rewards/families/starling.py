@@ -72,7 +72,9 @@ class Family(RewardFamily):
         model_config = body_config(source.name, source.raw)
         folder = expanded(source.name)
         bare = any(folder.glob(_RAW_WEIGHTS)) if folder.is_dir() else folder.name in CONFIGS
-        tensors = read_tensors(source, _belongs, pattern=_RAW_WEIGHTS if bare else None)
+        tensors = read_tensors(
+            source, lambda key: key.startswith(("transformer.", "v_head.")), pattern=_RAW_WEIGHTS if bare else None
+        )
         body, tokenizer = load_body(
             source,
             model_config=model_config,
@@ -82,10 +84,6 @@ class Family(RewardFamily):
         head = fill(source, nn.Linear(model_config.hidden_size, 1, bias=False), tensors, "v_head.")
         template = CHATML_TEMPLATE if model_config.vocab_size >= _YI_VOCAB_SIZE else LLAMA_TEMPLATE
         return assemble(source, body, tokenizer, LastToken(head), renderer_class=TextRenderer, template=template)
-
-
-def _belongs(key: str) -> bool:
-    return key.startswith(("transformer.", "v_head."))
 
 
 def _body_state(name: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
