@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -23,6 +25,19 @@ def an_object(value: Any, what: str) -> Mapping[str, Any]:
     if not isinstance(value, Mapping):
         raise _wrong(what, "an object", value)
     return value
+
+
+def object_or_empty(value: Any) -> Mapping[str, Any]:
+    """For what is not ours, and may be anything."""
+    return value if isinstance(value, Mapping) else {}
+
+
+def object_in(path: Path) -> Mapping[str, Any]:
+    """What a JSON file holds; empty where there is none, where it cannot be read, and for anything but an object."""
+    try:
+        return object_or_empty(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError):
+        return {}
 
 
 def a_list(data: Mapping[str, Any], name: str, default: Any = _REQUIRED) -> list[Any]:

@@ -61,8 +61,8 @@ def gather(sources: Sequence[RecordedRun], *, name: str | None = None, incomplet
     """
     _check_same_but_seed(sources)
     if not incomplete:
-        _check_finished(sources)
-        _check_rewards(sources)
+        for source in sources:
+            _check_whole(source)
     found = _by_prompt(sources)
     seeds = sorted({seed for source in sources for seed in source.seeds})
     lacking = {place: missing for place, parts in found.items() if (missing := _missing(parts, seeds))}
@@ -93,23 +93,17 @@ def _check_same_but_seed(sources: Sequence[RecordedRun]) -> None:
             )
 
 
-def _check_finished(sources: Sequence[RecordedRun]) -> None:
-    for source in sources:
-        if not source.record.complete:
-            raise ConfigError(
-                f"the run in {source.path!r} is not finished: it has {len(source.answers)} answers so far.",
-                hint="run its command again to finish it, or gather what there is with --incomplete.",
-            )
-
-
-def _check_rewards(sources: Sequence[RecordedRun]) -> None:
-    for source in sources:
-        for answer in source.answers:
-            if not _has_reward(answer):
-                raise ConfigError(
-                    f"{answer.called} has no finite reward in {source.path!r}, so nothing can be compared with it.",
-                    hint="--incomplete leaves such prompts out.",
-                )
+def _check_whole(source: RecordedRun) -> None:
+    if not source.record.complete:
+        raise ConfigError(
+            f"the run in {source.path!r} is not finished: it has {len(source.answers)} answers so far.",
+            hint="run its command again to finish it, or gather what there is with --incomplete.",
+        )
+    if without := [answer for answer in source.answers if not _has_reward(answer)]:
+        raise ConfigError(
+            f"{without[0].called} has no finite reward in {source.path!r}, so nothing can be compared with it.",
+            hint="--incomplete leaves such prompts out.",
+        )
 
 
 def _has_reward(answer: Answer) -> bool:

@@ -21,6 +21,7 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from specrej_eval.checked import object_or_empty
 from specrej_eval.config import DECIDING, NEUTRAL, RecordArguments, declared
 from specrej_eval.errors import ConfigError, SpecRejError, nearest
 from specrej_eval.records import alpaca_eval_files, lm_eval_files
@@ -122,10 +123,8 @@ def _runs_in(folder: Path) -> Iterable[Run]:
 
 def _of_lm_eval(results: lm_eval_files.Results) -> Run:
     block, arguments = results.block, results.arguments
+    given = object_or_empty(results.config.get("model_args"))
     embedded = bool(block.get("embedded_demo_pair"))
-    model_args = results.config.get("model_args")
-    given = model_args.get("pretrained") if isinstance(model_args, Mapping) else None
-    totals = block.get("totals")
     return Run(
         kind="lm-eval",
         path=results.path,
@@ -134,13 +133,13 @@ def _of_lm_eval(results: lm_eval_files.Results) -> Run:
         scores=list(results.scores()),
         arguments={name: value for name, value in arguments.items() if name not in RECORDS} if block else {},
         models={
-            "pretrained": EMBEDDED if embedded else arguments.get("pretrained") or given,
+            "pretrained": EMBEDDED if embedded else arguments.get("pretrained") or given.get("pretrained"),
             "reward_model": block.get("reward_model") or arguments.get("reward_model"),
         },
         limit=results.config.get("limit"),
         hardware=block.get("hardware"),
         warnings=[*map(str, block.get("warnings") or ()), *lm_eval_files.remarks(results)],
-        totals=totals if isinstance(totals, Mapping) else {},
+        totals=object_or_empty(block.get("totals")),
         mean_reward=block.get("mean_reward"),
     )
 
@@ -306,7 +305,7 @@ def paired_difference(ours: Mapping[str, float], theirs: Mapping[str, float]) ->
 def costs(run: Run) -> dict[str, Any]:
     """What the whole run cost (all its tasks together)."""
     seconds = run.totals.get("seconds")
-    phases = seconds if isinstance(seconds, Mapping) else {}
+    phases = object_or_empty(seconds)
     total = sum(phases.values())
     started, rejected = run.totals.get("rows_started"), run.totals.get("rows_rejected")
     return {

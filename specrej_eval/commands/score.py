@@ -23,7 +23,7 @@ from specrej_eval.errors import ConfigError, RewardError
 from specrej_eval.options import add_reward_options, load_reward, reward_config
 from specrej_eval.paths import expanded
 from specrej_eval.records.fingerprint import check_same, of_models
-from specrej_eval.records.jsonl import drop_torn_line, open_append, read_lines, write_atomically
+from specrej_eval.records.jsonl import mend, open_append, scan, write_atomically
 from specrej_eval.records.prompt_files import read_rows
 
 if TYPE_CHECKING:
@@ -94,7 +94,11 @@ def run(args: argparse.Namespace) -> int:
         done = []
     if len(done) < len(entries):
         reward = load_reward(config, options.get("token"))
-        _check_reads_text(reward)
+        if not reward.reads_text:
+            raise ConfigError(
+                f"reward_model={reward.name!r} scores while decoding: texts of a file have no numbers of the engine.",
+                hint="name a reward model that reads text.",
+            )
         with (
             open_append(str(target), argument="output") as file,
             stopping.keeping(len(entries), target, answers=len(done), what="rows") as kept,
@@ -202,17 +206,14 @@ def _begin(target: Path, fingerprint: dict[str, Any], *, overwrite: bool) -> lis
             hint="--force, or another --output.",
         ) from error
     check_same(then, fingerprint, what=repr(str(target)), remedy="--force, or another --output.")
-    records, whole = read_lines(target, argument="output")
-    drop_torn_line(target, whole)
-    return records
-
-
-def _check_reads_text(reward: RewardModel) -> None:
-    if not reward.reads_text:
+    found = scan(target, argument="output", checksums=False)
+    if found.damaged:
         raise ConfigError(
-            f"reward_model={reward.name!r} scores while decoding: texts of a file have no numbers of the engine.",
-            hint="name a reward model that reads text.",
+            f"output={str(target)!r} is not one of our files (line {found.damaged[0].number} is not a JSON object).",
+            hint="name another file, or delete this one.",
         )
+    mend(target, found)
+    return [line.record for line in found.lines]
 
 
 def _scored(

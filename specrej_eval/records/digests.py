@@ -23,6 +23,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from specrej_eval.checked import object_in, object_or_empty
 from specrej_eval.errors import CheckpointError
 from specrej_eval.paths import expanded, is_folder
 
@@ -191,11 +192,9 @@ def _matches(name: str, patterns: tuple[str, ...]) -> bool:
 def _shards(folder: Path) -> Iterator[Path]:
     """Weight files that an index names, which may lie deeper."""
     for index in folder.glob("*.index.json"):
-        try:
-            named = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            continue  # checked, with words, where checkpoints are
-        yield from (folder / shard for shard in named if isinstance(shard, str) and (folder / shard).is_file())
+        named = object_or_empty(object_in(index).get("weight_map"))  # checked, with words, where checkpoints are
+        shards = {folder / shard for shard in named.values() if isinstance(shard, str)}
+        yield from (shard for shard in shards if shard.is_file())
 
 
 def _python_files(root: Path) -> Iterator[Path]:

@@ -97,12 +97,7 @@ class JsonServer:
         if len(items) < 2:
             return [function(item) for item in items]
         with ThreadPoolExecutor(min(MAX_PARALLEL, len(items)), thread_name_prefix="reward") as pool:
-            futures = [pool.submit(function, item) for item in items]
-            try:
-                return [future.result() for future in futures]
-            except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
+            return list(pool.map(function, items))  # a failure cancels what has not begun
 
     def _ask(self, method: str, path: str, body: Any, parse: Callable[[Any], Answer]) -> Answer:
         for number in range(self.retries + 1):
