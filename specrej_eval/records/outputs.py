@@ -15,6 +15,7 @@ import logging
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
+from functools import reduce
 from itertools import count
 from pathlib import Path
 from typing import Any, Self
@@ -556,10 +557,7 @@ def _previous(path: Path) -> Path:
 
 def total_cost(answers: Iterable[Answer]) -> Ledger:
     """The ledgers of answers added up."""
-    total = Ledger()
-    for answer in answers:
-        total.add(answer.ledger)
-    return total
+    return reduce(Ledger.add, (answer.ledger for answer in answers), Ledger())
 
 
 def open_run(path: str | Path) -> tuple[RunRecord, list[Answer]]:
