@@ -208,7 +208,8 @@ def _record(
     if name is None:
         merged = default_name(fingerprint, n=rows.pop() if len(rows) == 1 else None)
         name = names.pop() if len(names) == 1 and len({tuple(source.seeds) for source in sources}) == 1 else merged
-    alike = {key: value for key, value in first.arguments.items() if _all_have(sources, key, value)}
+    arguments = [source.record.arguments.items() for source in sources]
+    alike = {key: value for key, value in first.arguments.items() if all((key, value) in own for own in arguments)}
     capacities = {source.record.capacity_tokens for source in sources}
     return RunRecord(
         name=name,
@@ -220,10 +221,6 @@ def _record(
         complete=complete,
         num_prompts=len(answers),
     )
-
-
-def _all_have(sources: Iterable[RecordedRun], key: str, value: Any) -> bool:
-    return all(key in source.record.arguments and source.record.arguments[key] == value for source in sources)
 
 
 def _parts(source: RecordedRun) -> list[dict[str, Any]]:

@@ -159,19 +159,16 @@ def _pair(record: Mapping[str, Any], place: str) -> Pair:
 
 
 def _messages(value: Any, place: str) -> list[dict[str, str]]:
-    right = isinstance(value, list) and bool(value)
-    for message in value if right else ():
-        right = (
-            right
-            and isinstance(message, dict)
-            and all(isinstance(message.get(key), str) for key in ("role", "content"))
-        )
-    if not right:
+    if not isinstance(value, list) or not value or not all(map(_is_turn, value)):
         raise ConfigError(
             f"{place}: 'messages' must be a list of messages, got {str(value)[:60]!r}.",
             hint='for example [{"role": "user", "content": "Say hello."}]',
         )
     return [{"role": message["role"], "content": message["content"]} for message in value]
+
+
+def _is_turn(value: Any) -> bool:
+    return isinstance(value, dict) and all(isinstance(value.get(key), str) for key in ("role", "content"))
 
 
 def _fields(record: Mapping[str, Any]) -> str:

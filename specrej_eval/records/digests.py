@@ -118,19 +118,18 @@ def of_files(files: Mapping[str, Path], *, what: str = "") -> dict[str, str]:
         else:
             found[name] = digest
     total = sum(path.stat().st_size for path in unread.values())
-    with tqdm(
-        total=total,
-        desc=f"reading {what} in full, once (its digest is remembered)",
-        unit="B",
-        unit_scale=True,
-        disable=total < SHOWN_FROM,
-        leave=False,
-    ) as bar:
-        if total < _PIECE:
-            found.update({name: _read(path, bar.update) for name, path in unread.items()})
-        else:
-            with ThreadPoolExecutor(_READERS) as pool:  # hashlib lets go of the interpreter's lock
-                found.update(zip(unread, pool.map(lambda path: _read(path, bar.update), unread.values()), strict=True))
+    with (
+        tqdm(
+            total=total,
+            desc=f"reading {what} in full, once (its digest is remembered)",
+            unit="B",
+            unit_scale=True,
+            disable=total < SHOWN_FROM,
+            leave=False,
+        ) as bar,
+        ThreadPoolExecutor(_READERS) as pool,
+    ):  # hashlib lets go of the interpreter's lock
+        found.update(zip(unread, pool.map(lambda path: _read(path, bar.update), unread.values()), strict=True))
     return {name: found[name] for name in files}
 
 

@@ -82,7 +82,7 @@ def of_models(config: RunConfig, host: Mapping[str, Any], *, loaded: Sequence[st
         policy_files = None
     else:
         policy_files = about.checkpoint(policy or str(DEMO_POLICY), revision=host.get("revision"), policy=True)
-    reward_files = about.reward(config, str(DEMO_REWARD) if reward == EMBEDDED else reward)
+    reward_files = about.reward(reward)
     for name in _OF_HOST:
         value = host.get(name)
         if isinstance(value, str):
@@ -355,13 +355,12 @@ class _About:
         path = digests.hub_file(name, file, commit, self.host.get("token"))
         return {} if path is None else object_in(path)
 
-    def reward(self, config: RunConfig, name: str) -> dict[str, str] | None:
+    def reward(self, name: str) -> dict[str, str] | None:
         """Digests of everything behind a reward's name; the files of an ensemble's parts carry the part's name."""
-        parts = reward_names.parts(name)
         if not reward_names.is_ensemble(name):
             return self._one_reward(name)
         found: dict[str, str] = {}
-        for number, part in enumerate(parts, start=1):
+        for number, part in enumerate(reward_names.parts(name), start=1):
             label = f"part {number}"
             found.update(
                 {f"{label}: {file}": digest for file, digest in (self._one_reward(part["reward_model"]) or {}).items()}

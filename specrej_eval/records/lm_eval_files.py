@@ -269,13 +269,16 @@ def _answers(sample: Mapping[str, Any]) -> Iterator[str]:
 
 def remarks(results: Results) -> list[str]:
     """What a reader of the scores has to know, beside the warnings that the run wrote down."""
-    notes = []
-    for task, counts in (results.block.get("per_task") or {}).items():
-        if counts.get("degraded"):
-            notes.append(f"task {task!r}: {counts['degraded']} answers gave up rows for want of memory (degraded)")
-        if counts.get("truncated"):
-            notes.append(f"task {task!r}: {counts['truncated']} prompts were cut to fit the context")
-    return notes
+    kinds = {
+        "degraded": "answers gave up rows for want of memory (degraded)",
+        "truncated": "prompts were cut to fit the context",
+    }
+    return [
+        f"task {task!r}: {counts[kind]} {what}"
+        for task, counts in (results.block.get("per_task") or {}).items()
+        for kind, what in kinds.items()
+        if counts.get(kind)
+    ]
 
 
 def is_number(value: Any) -> bool:

@@ -115,7 +115,6 @@ class StepRenderer(Renderer, ABC):
         """Raises:
         ValueError: the marks are not found again; the tokenizer is not the one this family was written for.
         """
-        del open_turn
         prompt, steps, places = self.encode_steps(messages, response)
         if wrong := sum(steps[place] != self.mark for place in places):
             raise ValueError(f"of {len(places)} steps {wrong} do not end with the token id {self.mark}")

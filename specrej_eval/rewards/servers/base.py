@@ -72,7 +72,6 @@ class ServerProtocol(ABC):
     @classmethod
     def is_told_by(cls, info: Mapping[str, Any]) -> bool:
         """Whether the JSON at ``/info`` is this kind's."""
-        del info
         return False
 
     @abstractmethod

@@ -29,7 +29,6 @@ class Protocol(ServerProtocol):
     PATHS = ("/get_model_info", "/model_info")
 
     def form(self, has_tokenizer: bool, has_template: bool) -> Form:
-        del has_template
         if has_tokenizer:
             return "ids"
         told = object_or_empty(self._server.get("/get_model_info") or self._server.get("/model_info"))

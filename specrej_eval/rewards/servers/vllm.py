@@ -31,7 +31,6 @@ class Protocol(ServerProtocol):
         self.max_length = length if isinstance(length, int) else None
 
     def form(self, has_tokenizer: bool, has_template: bool) -> Form:
-        del has_template
         return "ids" if has_tokenizer else "messages"
 
     def check(self, sample: Sequence[Item]) -> None:
