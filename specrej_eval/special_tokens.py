@@ -175,8 +175,8 @@ class Tokeniser:
         for edges in (True, False):
             if (found := tried(dict.fromkeys(tokens, "inside"), edges)) is not None:
                 return found
-            alone = {token: [way for way in _PLACEMENTS if tried({token: way}, False)][:1] for token in tokens}
-            ways = {token: way for token, possible in alone.items() for way in possible}
+            alone = {token: next((way for way in _PLACEMENTS if tried({token: way}, False)), None) for token in tokens}
+            ways = {token: way for token, way in alone.items() if way is not None}
             if tokens and len(ways) == len(tokens) and (found := tried(ways, edges)) is not None:
                 return found
         listed = ", ".join(map(repr, tokens))

@@ -36,10 +36,9 @@ from specrej_eval.config import (
     as_dict,
     names,
     reward_names,
-    without_passwords,
 )
 from specrej_eval.config.argument import checkpoint, rewards, template
-from specrej_eval.errors import ConfigError
+from specrej_eval.errors import ConfigError, without_passwords
 from specrej_eval.paths import expanded, is_folder, is_there
 from specrej_eval.records import callable_sources, digests
 

@@ -14,11 +14,10 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from time import sleep
 from typing import Any, TypeVar
-from urllib.parse import urlsplit, urlunsplit
 
 import requests
 
-from specrej_eval.errors import RewardError
+from specrej_eval.errors import RewardError, without_passwords
 
 Answer = TypeVar("Answer")
 Item = TypeVar("Item")
@@ -61,7 +60,7 @@ class JsonServer:
 
     def __init__(self, url: str, *, key_variables: Sequence[str], timeout: float, retries: int) -> None:
         self.url = url.rstrip("/")
-        self.shown_url = without_password(self.url)
+        self.shown_url = without_passwords(self.url)
         self.key_variables = tuple(key_variables)
         self.timeout = timeout
         self.retries = retries
@@ -173,12 +172,6 @@ class _Local(threading.local):
 
     def __init__(self) -> None:
         self.session = requests.Session()
-
-
-def without_password(url: str) -> str:
-    """The address as it may be shown."""
-    parts = urlsplit(url)
-    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
 
 
 def number(value: Any) -> float:
