@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import functools
 import json
 import os
 import sys
@@ -233,7 +234,10 @@ def _run(options: dict[str, Any], ranks: Ranks, seed: int | None, loaded: list[t
         tqdm.write("DEMO: the embedded demo models answer; they know nothing but small sums.", file=sys.stderr)
 
     if ranks.world_size > 1 and config.device is None:
-        config = config.replace(device=_own_device(ranks))
+        import torch
+
+        # one GPU for each process of a machine; the CPU where there is none
+        config = config.replace(device=f"cuda:{ranks.local_rank}" if torch.cuda.is_available() else None)
     if not loaded:
         loaded.append(api.load_models(config, host))
     engine, reward = loaded[0]
@@ -260,7 +264,7 @@ def _run(options: dict[str, Any], ranks: Ranks, seed: int | None, loaded: list[t
     spent = Spent()
     answer(generator, questions[share], requests[share], store=store, progress=ranks.main, summary=False, spent=spent)
     store.close()
-    spent = _of_all_ranks(spent, ranks)
+    spent = functools.reduce(Spent.add, ranks.gathered(spent), Spent())
     ranks.wait()
     if ranks.main:
         _finish(store.path, record, questions, requests, spent)
@@ -320,20 +324,6 @@ def _is_complete(store: OutputsFolder, record: RunRecord, questions: Sequence[Qu
     except SpecRejError:  # a line is damaged: to be decoded anew
         return False
     return [item.instruction for item in answers] == [question.instruction for question in questions]
-
-
-def _own_device(ranks: Ranks) -> str | None:
-    """One GPU for each process of a machine; None (the CPU) where there is none."""
-    import torch
-
-    return f"cuda:{ranks.local_rank}" if torch.cuda.is_available() else None
-
-
-def _of_all_ranks(spent: Spent, ranks: Ranks) -> Spent:
-    added = Spent()
-    for other in ranks.gathered(spent):
-        added.add(other)
-    return added
 
 
 def _finish(
