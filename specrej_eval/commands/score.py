@@ -96,7 +96,7 @@ def run(args: argparse.Namespace) -> int:
         reward = load_reward(config, options.get("token"))
         if not reward.reads_text:
             raise ConfigError(
-                f"reward_model={reward.name!r} scores from numbers recorded while decoding, which texts in a file lack.",
+                f"reward_model={reward.name!r} scores from numbers recorded while decoding, which a file lacks.",
                 hint="name a reward model that reads text.",
             )
         with (
