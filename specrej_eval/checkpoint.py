@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -203,8 +204,8 @@ def stamp(name: str | None) -> str | None:
 
 
 def has_tokenizer(folder: Path) -> bool:
-    """Whether there is a tokenizer file in a folder."""
-    return any((folder / name).is_file() for name in TOKENIZER_FILES)
+    """Whether there is a tokenizer file in a folder; any text may be asked for as one."""
+    return any(os.path.isfile(folder / name) for name in TOKENIZER_FILES)
 
 
 def check_tokenizer_files(argument: str, folder: Path) -> None:

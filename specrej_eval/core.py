@@ -271,13 +271,14 @@ class Ledger:
     def total_seconds(self) -> float:
         return sum(self.seconds.values())
 
-    def add(self, other: Ledger) -> None:
-        """Add another ledger's counts to this one; peak memory is the larger of the two."""
+    def add(self, other: Ledger) -> Self:
+        """Add another ledger's counts to this one, and return it; peak memory is the larger of the two."""
         for name in _COUNTS:
             setattr(self, name, getattr(self, name) + getattr(other, name))
         for phase, value in other.seconds.items():
             self.seconds[phase] = self.seconds.get(phase, 0.0) + value
         self.peak_bytes = max(self.peak_bytes, other.peak_bytes)
+        return self
 
     @classmethod
     def from_dict(cls, record: Any) -> Self:
@@ -399,10 +400,11 @@ class Spent:
             self.decoded += 1
             self.ledger.add(result.ledger)
 
-    def add(self, other: Spent) -> None:
+    def add(self, other: Spent) -> Self:
         self.decoded += other.decoded
         self.taken += other.taken
         self.ledger.add(other.ledger)
+        return self
 
     def to_dict(self) -> dict[str, Any]:
         return {"decoded": self.decoded, "taken_from_records": self.taken, **self.ledger.to_dict()}

@@ -21,7 +21,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from types import FrameType
 
-from specrej_eval.errors import SpecRejError
+from specrej_eval.errors import SpecRejError, without_passwords
 
 STOPPED = "What is finished is recorded; run the same command again to continue."
 PATIENCE = 4.0
@@ -29,7 +29,6 @@ PATIENCE = 4.0
 NAMES = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}
 _DEFAULTS = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
 _SECRETS = re.compile(r"(?i)\b([\w-]*(?:token|api_?key|password|secret))([=:])(?!_id)[^,\s\"'}]+")
-_PASSWORD = re.compile(r"(https?://)[^/@\s]*@")
 _SECRET_NAME = re.compile(r"(?i)^--?[\w-]*(?:token|api[_-]?key|password|secret)$")
 
 
@@ -39,10 +38,6 @@ class Stopped(KeyboardInterrupt):
     def __init__(self, signum: int = signal.SIGINT) -> None:
         super().__init__(NAMES.get(signal.Signals(signum), str(signum)))
         self.signum = signum
-
-    @property
-    def exit_code(self) -> int:
-        return 128 + self.signum
 
 
 @dataclass(slots=True)
@@ -177,7 +172,7 @@ def command_line() -> str:
     shown = []
     for place, word in enumerate(words):
         secret = place > 0 and _SECRET_NAME.match(words[place - 1])
-        shown.append("***" if secret else _PASSWORD.sub(r"\1***@", _SECRETS.sub(r"\1\2***", word)))
+        shown.append("***" if secret else without_passwords(_SECRETS.sub(r"\1\2***", word), "***@"))
     return shlex.join(shown)
 
 

@@ -61,8 +61,8 @@ def gather(sources: Sequence[RecordedRun], *, name: str | None = None, incomplet
     """
     _check_same_but_seed(sources)
     if not incomplete:
-        _check_finished(sources)
-        _check_rewards(sources)
+        for source in sources:
+            _check_whole(source)
     found = _by_prompt(sources)
     seeds = sorted({seed for source in sources for seed in source.seeds})
     lacking = {place: missing for place, parts in found.items() if (missing := _missing(parts, seeds))}
@@ -92,23 +92,17 @@ def _check_same_but_seed(sources: Sequence[RecordedRun]) -> None:
             )
 
 
-def _check_finished(sources: Sequence[RecordedRun]) -> None:
-    for source in sources:
-        if not source.record.complete:
-            raise ConfigError(
-                f"the run in {source.path!r} is not finished: it has {len(source.answers)} answers so far.",
-                hint="run its command again to finish it, or gather what there is with --incomplete.",
-            )
-
-
-def _check_rewards(sources: Sequence[RecordedRun]) -> None:
-    for source in sources:
-        for answer in source.answers:
-            if not _has_reward(answer):
-                raise ConfigError(
-                    f"{answer.called} has no finite reward in {source.path!r}, so nothing can be compared with it.",
-                    hint="--incomplete leaves such prompts out.",
-                )
+def _check_whole(source: RecordedRun) -> None:
+    if not source.record.complete:
+        raise ConfigError(
+            f"the run in {source.path!r} is not finished: it has {len(source.answers)} answers so far.",
+            hint="run its command again to finish it, or gather what there is with --incomplete.",
+        )
+    if without := [answer for answer in source.answers if not _has_reward(answer)]:
+        raise ConfigError(
+            f"{without[0].called} has no finite reward in {source.path!r}, so nothing can be compared with it.",
+            hint="--incomplete leaves such prompts out.",
+        )
 
 
 def _has_reward(answer: Answer) -> bool:
@@ -214,7 +208,8 @@ def _record(
     if name is None:
         merged = default_name(fingerprint, n=rows.pop() if len(rows) == 1 else None)
         name = names.pop() if len(names) == 1 and len({tuple(source.seeds) for source in sources}) == 1 else merged
-    alike = {key: value for key, value in first.arguments.items() if _all_have(sources, key, value)}
+    arguments = [source.record.arguments.items() for source in sources]
+    alike = {key: value for key, value in first.arguments.items() if all((key, value) in own for own in arguments)}
     capacities = {source.record.capacity_tokens for source in sources}
     return RunRecord(
         name=name,
@@ -226,10 +221,6 @@ def _record(
         complete=complete,
         num_prompts=len(answers),
     )
-
-
-def _all_have(sources: Iterable[RecordedRun], key: str, value: Any) -> bool:
-    return all(key in source.record.arguments and source.record.arguments[key] == value for source in sources)
 
 
 def _parts(source: RecordedRun) -> list[dict[str, Any]]:

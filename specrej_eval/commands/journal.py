@@ -12,6 +12,7 @@ import re
 import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from functools import reduce
 from pathlib import Path
 
 from specrej_eval.core import GenerationResult, Ledger
@@ -77,9 +78,7 @@ def show(path: str, key: str | None = None) -> int:
         return 0
     for name, value in (found.fingerprint or {"first line": "damaged"}).items():
         _print_value(name, value)
-    total = Ledger()
-    for result in results.values():
-        total.add(result.ledger)
+    total = reduce(Ledger.add, (result.ledger for result in results.values()), Ledger())
     print(f"{len(results):,} answers; they cost {total.decode_tokens:,} tokens and {total.total_seconds:.1f} s")
     for task, number in sorted(Counter(result.task for result in results.values()).items()):
         print(f"  {inert(task) or '(no task)'}: {number}")

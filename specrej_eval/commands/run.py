@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import functools
 import json
 import os
 import sys
@@ -162,7 +163,10 @@ def run(args: argparse.Namespace) -> int:
         own, config, host = split(options)
         asked = PromptArguments.of(own)
         if ranks.world_size > 1 and config.device is None:
-            config = config.replace(device=_own_device(ranks))
+            import torch
+
+            # one GPU for each process of a machine; the CPU where there is none
+            config = config.replace(device=f"cuda:{ranks.local_rank}" if torch.cuda.is_available() else None)
         plan = api.resolve(config, host)
         for seed in seeds:
             folder = _run(plan if seed is None else plan.replace(seed=seed), asked, own, ranks, seed, loaded)
@@ -264,7 +268,7 @@ def _run(
     spent = Spent()
     answer(generator, questions[share], requests[share], store=store, progress=ranks.main, summary=False, spent=spent)
     store.close()
-    spent = _of_all_ranks(spent, ranks)
+    spent = functools.reduce(Spent.add, ranks.gathered(spent), Spent())
     ranks.wait()
     if ranks.main:
         _finish(store.path, record, questions, requests, spent)
@@ -324,20 +328,6 @@ def _is_complete(store: OutputsFolder, record: RunRecord, questions: Sequence[Qu
     except SpecRejError:  # a line is damaged: to be decoded anew
         return False
     return [item.instruction for item in answers] == [question.instruction for question in questions]
-
-
-def _own_device(ranks: Ranks) -> str | None:
-    """One GPU for each process of a machine; None (the CPU) where there is none."""
-    import torch
-
-    return f"cuda:{ranks.local_rank}" if torch.cuda.is_available() else None
-
-
-def _of_all_ranks(spent: Spent, ranks: Ranks) -> Spent:
-    added = Spent()
-    for other in ranks.gathered(spent):
-        added.add(other)
-    return added
 
 
 def _finish(

@@ -23,7 +23,7 @@ from specrej_eval.errors import ConfigError, RewardError
 from specrej_eval.options import add_reward_options, load_reward, reward_config
 from specrej_eval.paths import expanded
 from specrej_eval.records.fingerprint import check_same, of_models
-from specrej_eval.records.jsonl import drop_torn_line, open_append, read_lines, write_atomically
+from specrej_eval.records.jsonl import mend, open_append, scan, write_atomically
 from specrej_eval.records.prompt_files import read_rows
 
 if TYPE_CHECKING:
@@ -94,7 +94,11 @@ def run(args: argparse.Namespace) -> int:
         done = []
     if len(done) < len(entries):
         reward = load_reward(config, options.get("token"))
-        _check_reads_text(reward)
+        if not reward.reads_text:
+            raise ConfigError(
+                f"reward_model={reward.name!r} scores from numbers recorded while decoding, which a file lacks.",
+                hint="name a reward model that reads text.",
+            )
         with (
             open_append(str(target), argument="output") as file,
             stopping.keeping(len(entries), target, answers=len(done), what="rows") as kept,
@@ -155,19 +159,16 @@ def _pair(record: Mapping[str, Any], place: str) -> Pair:
 
 
 def _messages(value: Any, place: str) -> list[dict[str, str]]:
-    right = isinstance(value, list) and bool(value)
-    for message in value if right else ():
-        right = (
-            right
-            and isinstance(message, dict)
-            and all(isinstance(message.get(key), str) for key in ("role", "content"))
-        )
-    if not right:
+    if not isinstance(value, list) or not value or not all(map(_is_turn, value)):
         raise ConfigError(
             f"{place}: 'messages' must be a list of messages, got {str(value)[:60]!r}.",
             hint='for example [{"role": "user", "content": "Say hello."}]',
         )
     return [{"role": message["role"], "content": message["content"]} for message in value]
+
+
+def _is_turn(value: Any) -> bool:
+    return isinstance(value, dict) and all(isinstance(value.get(key), str) for key in ("role", "content"))
 
 
 def _fields(record: Mapping[str, Any]) -> str:
@@ -202,18 +203,14 @@ def _begin(target: Path, fingerprint: dict[str, Any], *, overwrite: bool) -> lis
             hint="replace it with --force, or give another --output.",
         ) from error
     check_same(then, fingerprint, what=repr(str(target)), remedy="replace it with --force, or give another --output.")
-    records, whole = read_lines(target, argument="output")
-    drop_torn_line(target, whole)
-    return records
-
-
-def _check_reads_text(reward: RewardModel) -> None:
-    if not reward.reads_text:
+    found = scan(target, argument="output", checksums=False)
+    if found.damaged:
         raise ConfigError(
-            f"reward_model={reward.name!r} scores from numbers recorded while decoding, which texts in a "
-            "file do not have.",
-            hint="name a reward model that reads text.",
+            f"output={str(target)!r} is not one of our files (line {found.damaged[0].number} is not a JSON object).",
+            hint="name another file, or delete this one.",
         )
+    mend(target, found)
+    return [line.record for line in found.lines]
 
 
 def _scored(

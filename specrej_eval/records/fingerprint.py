@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from specrej_eval import companions
+from specrej_eval.checked import object_in
 from specrej_eval.checkpoint import DEMO_POLICY, DEMO_REWARD, is_hub_name, stamp
 from specrej_eval.config import (
     DEFAULT_N,
@@ -35,10 +36,9 @@ from specrej_eval.config import (
     as_dict,
     names,
     reward_names,
-    without_passwords,
 )
 from specrej_eval.config.argument import checkpoint, rewards, template
-from specrej_eval.errors import ConfigError
+from specrej_eval.errors import ConfigError, without_passwords
 from specrej_eval.paths import expanded, is_folder, is_there
 from specrej_eval.records import callable_sources, digests
 
@@ -81,7 +81,7 @@ def of_models(config: RunConfig, host: Mapping[str, Any], *, loaded: Sequence[st
         policy_files = None
     else:
         policy_files = about.checkpoint(policy or str(DEMO_POLICY), revision=host.get("revision"), policy=True)
-    reward_files = about.reward(config, str(DEMO_REWARD) if reward == EMBEDDED else reward)
+    reward_files = about.reward(reward)
     for name in _OF_HOST:
         value = host.get(name)
         if isinstance(value, str):
@@ -137,14 +137,13 @@ def from_first_rank(compute: Callable[[], dict[str, Any]], *, rank: int, world_s
     found: list[Any] = [None, None]
     if rank == 0:
         try:
-            found = [compute(), None]
+            found[0] = compute()
         except Exception as error:  # the others wait for an answer
-            found = [None, error]
-    found = broadcast_object_list(found, from_process=0)
-    if found[1] is not None:
-        raise found[1]
-    result: dict[str, Any] = found[0]
-    return result
+            found[1] = error
+    result, failure = broadcast_object_list(found, from_process=0)
+    if failure is not None:
+        raise failure
+    return dict(result)
 
 
 # comparing
@@ -355,25 +354,19 @@ class _About:
             files = self.checkpoint(name, weights=False, role=f"{role} of {of}") or {}
         self.companions.update({f"{role} of {Path(of).name}: {file}": digest for file, digest in files.items()})
 
-    def _json(self, name: str, file: str, commit: str | None) -> dict[str, Any]:
+    def _json(self, name: str, file: str, commit: str | None) -> Mapping[str, Any]:
         """A JSON file of a checkpoint; empty where there is none, or none that can be read (loading will say so)."""
         if commit is None:
-            path: Path | None = expanded(name) / file
-        else:
-            path = digests.hub_file(name, file, commit, self.host.get("token"))
-        try:
-            told = {} if path is None else json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return {}
-        return told if isinstance(told, dict) else {}
+            return object_in(expanded(name) / file)
+        path = digests.hub_file(name, file, commit, self.host.get("token"))
+        return {} if path is None else object_in(path)
 
-    def reward(self, config: RunConfig, name: str) -> dict[str, str] | None:
+    def reward(self, name: str) -> dict[str, str] | None:
         """Digests of everything behind a reward's name; the files of an ensemble's parts carry the part's name."""
-        parts = reward_names.parts(name)
         if not reward_names.is_ensemble(name):
             return self._one_reward(name)
         found: dict[str, str] = {}
-        for number, part in enumerate(parts, start=1):
+        for number, part in enumerate(reward_names.parts(name), start=1):
             label = f"part {number}"
             found.update(
                 {f"{label}: {file}": digest for file, digest in (self._one_reward(part["reward_model"]) or {}).items()}

@@ -220,10 +220,10 @@ class Journal:
 
     def __init__(self, path: str, fingerprint: dict[str, Any]) -> None:
         self.path = path
-        self._entries: dict[str, Entry] = {}
-        self._elsewhere: dict[str, tuple[str, Entry]] = {}
-        """Entries of the files beside this one: file name, entry."""
-        self._told: set[str] = set()
+        self._name = Path(path).name
+        self._entries: dict[str, tuple[str, Entry]] = {}
+        """By key: the file's name, this one's or that of one beside it, and the entry."""
+        self._told = {self._name}
         self.capacity_tokens: int | None = None
         """What memory held when the run began (``n=max``)."""
         self._fingerprint = plain(fingerprint)
@@ -237,7 +237,7 @@ class Journal:
             self._write_header()
 
     def __len__(self) -> int:
-        return len(self._entries.keys() | self._elsewhere.keys())
+        return len(self._entries)
 
     def get(self, key: str, prompt: Prompt | None = None) -> GenerationResult | None:
         """The finished request, if this journal has it.
@@ -246,11 +246,9 @@ class Journal:
             prompt: whose it must be. Entries of older versions carry no checksum: one that another prompt's key was
                 put on is told from its content, and not used.
         """
-        name, entry = Path(self.path).name, self._entries.get(key)
-        if entry is None:
-            name, entry = self._elsewhere.get(key, (name, None))
-        if entry is None:
+        if key not in self._entries:
             return None
+        name, entry = self._entries[key]
         result = entry.result
         theirs = (result.task, result.prompt_hash, result.repeat)
         if prompt is not None and theirs != (prompt.task, prompt.prompt_hash, prompt.repeat):
@@ -259,10 +257,9 @@ class Journal:
                 entry.line.number,
                 name,
             )
-            self._entries.pop(key, None)
-            self._elsewhere.pop(key, None)
+            del self._entries[key]
             return None
-        if key not in self._entries and name not in self._told:
+        if name not in self._told:
             self._told.add(name)
             logger.warning(
                 "Answers are also taken from %s, written by a run with a different number of processes.", name
@@ -289,7 +286,6 @@ class Journal:
     def _read(self) -> bool:
         """Fill the entries and mend the file; False if its header has yet to be written."""
         found = read(self.path)
-        name = Path(self.path).name
         if found.fingerprint is not None:
             check_same(found.fingerprint, self._fingerprint, what=f"journal={self.path!r}", remedy=_REMEDY)
             self._run = digest(found.fingerprint)
@@ -302,13 +298,14 @@ class Journal:
                 "damaged, and `specrej-eval journal merge FILE JOURNAL --output NEW` gives its entries the first line "
                 "of another journal of the same run.",
             )
-        self._entries = found.entries
+        self._entries = {key: (self._name, entry) for key, entry in found.entries.items()}
         self.capacity_tokens = found.capacity_tokens
-        self._tell(found, name)
+        self._tell(found)
         mend(self.path, found.scan)
         if found.fingerprint is None and found.scan.lines:
             header = checked_line({"journal": SCHEMA_VERSION, "fingerprint": self._fingerprint})
-            mend_header(self.path, header)
+            place = Path(os.path.realpath(self.path))
+            replace_bytes(place, header.encode() + place.read_bytes())
             return True
         return found.fingerprint is not None
 
@@ -327,7 +324,7 @@ class Journal:
 
     def _take_over(self, path: Path, found: Contents) -> None:
         for key, entry in found.entries.items():
-            self._elsewhere.setdefault(key, (path.name, entry))
+            self._entries.setdefault(key, (path.name, entry))
         # where it has no answer yet, it is of this very run, whose processes measure for themselves
         if self.capacity_tokens is None and found.entries:
             self.capacity_tokens = found.capacity_tokens
@@ -338,12 +335,12 @@ class Journal:
                 len(found.entries),
             )
 
-    def _tell(self, found: Contents, name: str) -> None:
+    def _tell(self, found: Contents) -> None:
         if found.scan.damaged:
             logger.warning(
                 "%s: set aside in %s. The %d intact entries are used; a damaged one is decoded again.",
                 describe_damage(self.path, found.scan.damaged),
-                damaged_file(name),
+                damaged_file(self._name),
                 len(found.entries),
             )
         if found.unchecked:
@@ -351,7 +348,7 @@ class Journal:
             logger.warning(
                 "%s was started by an older version: %d of its entries carry no checksum, so an edit in them would not "
                 "be noticed%s. New entries carry one.",
-                name,
+                self._name,
                 found.unchecked,
                 lacking,
             )
@@ -359,7 +356,7 @@ class Journal:
             first, later = found.contradicting[0]
             logger.warning(
                 "%s answers %d requests more than once and differently (lines %d and %d): the first of them counts.",
-                name,
+                self._name,
                 len(found.contradicting),
                 first,
                 later,
@@ -388,12 +385,6 @@ class Journal:
         self._file = open_append(self.path, argument="journal")
         if empty:
             self._write_header()
-
-
-def mend_header(path: str | Path, header: str) -> None:
-    """Put a first line before the entries of a journal."""
-    place = Path(os.path.realpath(path))
-    replace_bytes(place, header.encode() + place.read_bytes())
 
 
 def lacking_fields(found: Contents) -> list[str]:

@@ -15,6 +15,8 @@ import logging
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
+from functools import reduce
+from itertools import count
 from pathlib import Path
 from typing import Any, Self
 
@@ -46,6 +48,7 @@ from specrej_eval.records.jsonl import (
     scan,
     write_atomically,
 )
+from specrej_eval.records.trace import rank_path
 
 logger = logging.getLogger(__name__)
 
@@ -245,7 +248,13 @@ class OutputsFolder:
         self.path = Path(path)
         self.prefix = prefix
         self.rank = rank
-        self.world_size = world_size
+        self.run_file = self.path / f"{prefix}_run.json"
+        self.outputs_file = self.path / f"{prefix}_outputs.jsonl"
+        self.trajectories_file = self.path / f"{prefix}_trajectories.jsonl"
+        """Journal with every row of every prompt (`specrej-eval run`)."""
+        self.kept_file = self.path / f"{prefix}_outputs_kept.jsonl"
+        """Answers to other prompts than those of the last run."""
+        self._own_part = Path(rank_path(str(self.outputs_file), rank, world_size))
         self._answers: dict[str, Answer] | None = None
         self._kept: dict[str, Answer] = {}
         self._damaged: list[tuple[Path, list[Damage]]] = []
@@ -253,24 +262,6 @@ class OutputsFolder:
         self._run: str | None = None
         self._file: Any = None
         self._writing = False
-
-    @property
-    def run_file(self) -> Path:
-        return self.path / f"{self.prefix}_run.json"
-
-    @property
-    def outputs_file(self) -> Path:
-        return self.path / f"{self.prefix}_outputs.jsonl"
-
-    @property
-    def trajectories_file(self) -> Path:
-        """Journal with every row of every prompt (`specrej-eval run`)."""
-        return self.path / f"{self.prefix}_trajectories.jsonl"
-
-    @property
-    def kept_file(self) -> Path:
-        """Answers to other prompts than those of the last run."""
-        return self.path / f"{self.prefix}_outputs_kept.jsonl"
 
     # reading
 
@@ -451,7 +442,7 @@ class OutputsFolder:
     def put(self, answer: Answer) -> None:
         """Append an answer and flush it to disk."""
         if self._file is None:
-            self._file = open_append(str(self._own_part()), argument="output")
+            self._file = open_append(str(self._own_part), argument="output")
         self._file.write(self._line(answer))
         self._file.flush()
         os.fsync(self._file.fileno())
@@ -483,7 +474,8 @@ class OutputsFolder:
         if self._run is None and (record := self.record()) is not None:
             self._run = digest(record.fingerprint)
         here = {answer.key for answer in answers}
-        before = {**self._read_again(), **self._kept}
+        self._answers = None  # what the other ranks wrote is there now
+        before = {**self._read(), **self._kept}
         others = [answer for key, answer in before.items() if key not in here]
         # first those that leave the file, then the file: a kill in between leaves an answer twice, and never none
         if others and others != list(self._kept.values()):
@@ -518,11 +510,6 @@ class OutputsFolder:
     def _write_lines(self, path: Path, answers: Iterable[Answer]) -> None:
         write_atomically(path, "".join(map(self._line, answers)))
 
-    def _own_part(self) -> Path:
-        if self.world_size == 1:
-            return self.outputs_file
-        return self.outputs_file.with_name(f"{self.prefix}_outputs_rank{self.rank}.jsonl")
-
     def _parts(self) -> list[Path]:
         ranks = sorted(self.path.glob(f"{self.prefix}_outputs_rank*.jsonl"))
         return [path for path in (self.outputs_file, *ranks) if path.is_file()]
@@ -547,10 +534,6 @@ class OutputsFolder:
         found.lines = lines
         return found, intact
 
-    def _read_again(self) -> dict[str, Answer]:
-        self._answers = None
-        return self._read()
-
     def _read(self) -> dict[str, Answer]:
         if self._answers is None:
             self._answers, self._kept, self._damaged = {}, {}, []
@@ -559,7 +542,7 @@ class OutputsFolder:
                 if not path.is_file():
                     continue
                 found, answers = self._sorted_out(path, record)
-                if found.torn and self._writing and path == self._own_part() and self._file is None:
+                if found.torn and self._writing and path == self._own_part and self._file is None:
                     mend(path, Scan(found.lines, [], found.torn, found.unended))
                 if found.damaged:
                     self._damaged.append((path, found.damaged))
@@ -572,20 +555,13 @@ class OutputsFolder:
 
 def _previous(path: Path) -> Path:
     """A free name beside a file that is set aside."""
-    number = 1
-    while True:
-        found = path.with_name(f"{path.name}.previous{'' if number == 1 else f'.{number}'}")
-        if not found.exists():
-            return found
-        number += 1
+    names = (f"{path.name}.previous{'' if number == 1 else f'.{number}'}" for number in count(1))
+    return next(found for found in map(path.with_name, names) if not found.exists())
 
 
 def total_cost(answers: Iterable[Answer]) -> Ledger:
     """The ledgers of answers added up."""
-    total = Ledger()
-    for answer in answers:
-        total.add(answer.ledger)
-    return total
+    return reduce(Ledger.add, (answer.ledger for answer in answers), Ledger())
 
 
 def open_run(path: str | Path) -> tuple[RunRecord, list[Answer]]:

@@ -14,11 +14,10 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from time import sleep
 from typing import Any, TypeVar
-from urllib.parse import urlsplit, urlunsplit
 
 import requests
 
-from specrej_eval.errors import RewardError
+from specrej_eval.errors import RewardError, without_passwords
 
 Answer = TypeVar("Answer")
 Item = TypeVar("Item")
@@ -61,7 +60,7 @@ class JsonServer:
 
     def __init__(self, url: str, *, key_variables: Sequence[str], timeout: float, retries: int) -> None:
         self.url = url.rstrip("/")
-        self.shown_url = without_password(self.url)
+        self.shown_url = without_passwords(self.url)
         self.key_variables = tuple(key_variables)
         self.timeout = timeout
         self.retries = retries
@@ -97,12 +96,7 @@ class JsonServer:
         if len(items) < 2:
             return [function(item) for item in items]
         with ThreadPoolExecutor(min(MAX_PARALLEL, len(items)), thread_name_prefix="reward") as pool:
-            futures = [pool.submit(function, item) for item in items]
-            try:
-                return [future.result() for future in futures]
-            except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
+            return list(pool.map(function, items))  # a failure cancels what has not begun
 
     def _ask(self, method: str, path: str, body: Any, parse: Callable[[Any], Answer]) -> Answer:
         for number in range(self.retries + 1):
@@ -115,7 +109,7 @@ class JsonServer:
                 if hopeless or looked_for or number == self.retries:
                     raise self._final(error, number + 1) from error
                 _logger.info("%s; trying again", error)
-                sleep(self._wait(number))
+                sleep(min(LONGEST_WAIT, FIRST_WAIT * 2**number) * self._random.uniform(0.5, 1))
         raise AssertionError("unreachable: the last try returns or raises")
 
     def _try(self, method: str, path: str, body: Any, parse: Callable[[Any], Answer]) -> Answer:
@@ -166,9 +160,6 @@ class JsonServer:
         message = str(error) if tries == 1 else f"{error} (after {tries} tries)"
         return ServerError(f"reward server: {message}", hint=hint, status=error.status, body=error.body)
 
-    def _wait(self, number: int) -> float:
-        return float(min(LONGEST_WAIT, FIRST_WAIT * 2**number) * self._random.uniform(0.5, 1))
-
     def _headers(self) -> dict[str, str]:
         for name in self.key_variables:
             if key := os.environ.get(name):
@@ -181,12 +172,6 @@ class _Local(threading.local):
 
     def __init__(self) -> None:
         self.session = requests.Session()
-
-
-def without_password(url: str) -> str:
-    """The address as it may be shown."""
-    parts = urlsplit(url)
-    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
 
 
 def number(value: Any) -> float:

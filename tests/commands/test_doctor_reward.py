@@ -406,7 +406,6 @@ def test_the_probes_are_what_they_should_be() -> None:
         assert len(probes.answers) == 4
         assert all(better != worse for _, better, worse in probes.pairs)
         assert all(len(set(answers)) == len(answers) >= 6 for _, answers in probes.answers)
-    assert demo_probes() == demo_probes()
 
 
 numbers = st.lists(st.floats(-10, 10) | st.sampled_from([0.0, 1.0]), min_size=3, max_size=12)

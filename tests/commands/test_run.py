@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from arithmetic import distinct_problems, question
 from support.rank_runs import numbers, records
 
 from specrej_eval import cli
 from specrej_eval.commands.run import split
 from specrej_eval.core import GenerationResult
-from specrej_eval.demo.arithmetic import distinct_problems, question
 from specrej_eval.errors import ConfigError
 from specrej_eval.generator import Generator
 from specrej_eval.records.outputs import Answer, OutputsFolder, open_run

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from arithmetic import distinct_problems, question
 from support import FULL
 from support.rank_runs import HANG, ROOT, finish, lines, numbers, opened, records, start, stop, wait_for
 
@@ -22,7 +23,6 @@ from specrej_eval import cli
 from specrej_eval.api import RunPlan
 from specrej_eval.checkpoint import DEMO_POLICY, DEMO_REWARD
 from specrej_eval.config import RunConfig
-from specrej_eval.demo.arithmetic import distinct_problems, question
 from specrej_eval.errors import ConfigError
 from specrej_eval.ranks import Peer, RankError, Watch
 

@@ -11,7 +11,8 @@ import site
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Literal, NamedTuple
+
+from specrej_eval.commands.doctor.findings import Finding, Status, show
 
 SUMMARY = "check the installation (versions, startup hook, devices, demo weights), a reward model or a language model"
 EXAMPLES = (
@@ -19,14 +20,6 @@ EXAMPLES = (
     "specrej-eval doctor --reward Skywork/Skywork-Reward-V2-Qwen3-0.6B",
     "specrej-eval doctor --pretrained Qwen/Qwen3-1.7B --dtype bfloat16",
 )
-
-Status = Literal["ok", "note", "broken"]
-
-
-class Finding(NamedTuple):
-    status: Status  # only "broken" makes the exit code 1
-    subject: str
-    detail: str
 
 
 def check_versions() -> Iterator[Finding]:
@@ -251,12 +244,4 @@ def run(args: argparse.Namespace) -> int:
 
         code = policy_doctor.run(args) if "pretrained" in args else 0
         return max(code, reward_doctor.run(args)) if "reward_model" in args else code
-    broken = 0
-    for title, check in SECTIONS:
-        print(title)
-        for status, subject, detail in check():
-            broken += status == "broken"
-            mark = {"ok": "ok    ", "note": "note  ", "broken": "BROKEN"}[status]
-            print(f"  {mark}  {subject:<21}  {detail}", flush=True)
-    print(f"\n{broken} thing{'s' * (broken != 1)} broken." if broken else "\nEverything needed works.")
-    return 1 if broken else 0
+    return show(((title, check()) for title, check in SECTIONS), well="Everything needed works.")

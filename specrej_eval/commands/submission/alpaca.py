@@ -35,7 +35,6 @@ class Submission:
 
     tree: Tree
     outputs: Path
-    contents: list[tuple[str, str]] = field(default_factory=list)  # file, what it is
     missing: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
@@ -105,7 +104,7 @@ def build(args: argparse.Namespace) -> Submission:
         config.fingerprint()  # its arguments are at least valid, and of no demo
 
     submission = Submission(Tree(args.output, force=args.force), outputs)
-    notes = submission.notes
+    tree, notes = submission.tree, submission.notes
     if record is None:
         notes.append("--unverified: nothing says how these outputs were made, and configs.yaml says so")
     if worse := [number for number, answer in enumerate(answers, start=1) if answer.degraded]:
@@ -115,20 +114,15 @@ def build(args: argparse.Namespace) -> Submission:
     if paths := alpaca_config.local_paths(config):
         notes.append(f"nobody else has the folder in {', '.join(paths)}: name the model on the hub")
 
-    add(submission, f"{PACKAGE}/models_configs/{name}/configs.yaml", alpaca_config.render(config, record, answers))
-    add(submission, f"{PACKAGE}/models_configs/{name}/prompt.txt", config.template)
+    tree.add(f"{PACKAGE}/models_configs/{name}/configs.yaml", alpaca_config.render(config, record, answers))
+    tree.add(f"{PACKAGE}/models_configs/{name}/prompt.txt", config.template)
     canonical = [{column: row[column] for column in COLUMNS} for row in rows]
     text = json.dumps(canonical, indent=2, ensure_ascii=False)
-    add(submission, f"results/{name}/model_outputs.json", text, f"{len(rows)} answers in AlpacaEval's order")
+    tree.add(f"results/{name}/model_outputs.json", text, f"{len(rows)} answers in AlpacaEval's order")
     add_annotations(submission, args, outputs, canonical)
     add_leaderboard(submission, args, outputs, canonical)
     add_weights(submission, args, outputs)
     return submission
-
-
-def add(submission: Submission, path: str, text: str, what: str = "") -> None:
-    submission.tree.add(path, text)
-    submission.contents.append((path, what))
 
 
 def add_annotations(
@@ -144,8 +138,7 @@ def add_annotations(
     failed = alpaca_checks.check_annotations(annotations, rows, name=args.name, file=file)
     if failed:
         submission.notes.append(f"the judge has no preference for {failed} answers")
-    submission.tree.copy(target, file)
-    submission.contents.append((target, "the judge's annotations"))
+    submission.tree.copy(target, file, "the judge's annotations")
 
 
 def add_leaderboard(
@@ -186,7 +179,7 @@ def add_leaderboard(
             "give --alpaca_eval_repo DIR"
         )
     text = leaderboard_rows.with_row(base.read_text(encoding="utf-8"), args.name, row, source=repr(str(file)))
-    add(submission, f"{PACKAGE}/{leaderboard_rows.LEADERBOARD}", text, "one row added or replaced")
+    submission.tree.add(f"{PACKAGE}/{leaderboard_rows.LEADERBOARD}", text, "one row added or replaced")
 
 
 def add_weights(submission: Submission, args: argparse.Namespace, outputs: Path) -> None:
@@ -207,13 +200,13 @@ def add_weights(submission: Submission, args: argparse.Namespace, outputs: Path)
     file, row = next(iter(rows.items()))
     if args.alpaca_eval_repo is None:  # the package on PyPI has no such file, so its other rows are not known here
         text = leaderboard_rows.line(["", *row]) + leaderboard_rows.line([args.name, *row.values()])
-        add(submission, f"{APPEND}/{PACKAGE}/{path}", text, "a row to append to the file of this name")
+        submission.tree.add(f"{APPEND}/{PACKAGE}/{path}", text, "a row to append to the file of this name")
         return
     base = base_of(args, path)
     if base is None:
         raise ConfigError(f"--alpaca_eval_repo {args.alpaca_eval_repo!r} has no {PACKAGE}/{path}.")
     text = leaderboard_rows.with_row(base.read_text(encoding="utf-8"), args.name, row, source=repr(str(file)))
-    add(submission, f"{PACKAGE}/{path}", text, "one row added or replaced")
+    submission.tree.add(f"{PACKAGE}/{path}", text, "one row added or replaced")
 
 
 def base_of(args: argparse.Namespace, path: str) -> Path | None:
@@ -236,7 +229,7 @@ def report(name: str, submission: Submission) -> str:
     """What lies where, and what to do next."""
     root = submission.tree.root
     lines = [f"checked; the files for {name} are in {root}:"]
-    lines += [f"  {path}" + (f"  ({what})" if what else "") for path, what in submission.contents]
+    lines += [f"  {path}" + (f"  ({what})" if what else "") for path, what in submission.tree.contents]
     lines += [f"note: {note}" for note in submission.notes]
     if submission.missing:
         lines += [

@@ -25,17 +25,21 @@ class Tree:
         self._texts: dict[str, str] = {}
         self._copies: dict[str, Path] = {}
         self._stale: set[str] = set()
+        self.contents: list[tuple[str, str]] = []
+        """Planned files and what they are, in the order they were added."""
 
     @property
     def paths(self) -> list[str]:
         """Planned files, below the root."""
         return sorted({*self._texts, *self._copies})
 
-    def add(self, path: str, text: str) -> None:
+    def add(self, path: str, text: str, what: str = "") -> None:
         self._texts[path] = text
+        self.contents.append((path, what))
 
-    def copy(self, path: str, source: Path) -> None:
+    def copy(self, path: str, source: Path, what: str = "") -> None:
         self._copies[path] = source
+        self.contents.append((path, what))
 
     def drop(self, path: str) -> None:
         """This file of an earlier submission must not stay: it would not belong to the others."""

@@ -67,15 +67,12 @@ def load_body(
     """
     if model_config is None:
         model_config = body_config(source.name, source.raw)
-    more: dict[str, Any] = {"config": model_config}
-    if key_mapping is not None:
-        more["key_mapping"] = key_mapping
-    if state is not None:
-        more["state_dict"] = dict(state)
+    given = {"config": model_config, "key_mapping": key_mapping, "state_dict": state and dict(state)}
+    more = {name: value for name, value in given.items() if value is not None}
     body_class: Any = MODEL_MAPPING[type(model_config)]
 
     def load(name: str, *, trust_remote_code: bool, **options: Any) -> Any:
-        del trust_remote_code  # a body of transformers' own has none
+        # a body of transformers' own has no remote code to trust
         return body_class.from_pretrained(name if state is None else None, **options, **more)
 
     with _quiet():  # transformers would report the head's weights as unexpected
@@ -248,7 +245,7 @@ class LastToken(nn.Module):
 
     def forward(self, hidden: Tensor, mask: Tensor) -> Tensor:
         """(rows, 1, hidden size) -> (rows,)"""
-        del mask  # one position in every row
+        # the mask says nothing: one position in every row
         scores: Tensor = self.layers(hidden[:, 0])[:, 0]
         return scores
 

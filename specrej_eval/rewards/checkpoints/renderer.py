@@ -99,23 +99,19 @@ class Renderer:
             RewardError: the chat template refuses the conversation, or a token is beyond the model's vocabulary.
         """
         known: dict[tuple[str, bool], tuple[Input, int]] = {}
-        inputs = []
-        dropped = []
+        found = []
         for row in rows:
             key = (readable(row, response_prefix), self._open_partials and not row.finished)
             if key not in known:
                 known[key] = self._input(conversation, *key, row=row.row)
-            entry, num_dropped = known[key]
-            inputs.append(entry)
-            if num_dropped:
-                dropped.append(num_dropped)
-        if dropped:
+            found.append(known[key])
+        if dropped := [num_dropped for _, num_dropped in found if num_dropped]:
             self.warn(
                 "truncation",
                 f"{len(dropped)} of {len(rows)} rows are longer than its {self.max_length:,} tokens; cut on the left "
                 f"by up to {max(dropped):,} tokens (reported once).",
             )
-        return inputs
+        return [entry for entry, _ in found]
 
     def encode(self, messages: list[dict[str, str]], response: str, *, open_turn: bool) -> Any:
         """Tokenise one conversation with its response; a family with a form of its own overrides this.

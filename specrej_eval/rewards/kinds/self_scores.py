@@ -92,7 +92,7 @@ class SelfScore(RewardModel):
         Raises:
             RewardError: a row came without the numbers that are needed: the engine ignored what the reward asks for.
         """
-        del conversation, response_prefix  # already in the condition of each number
+        # the conversation is in the condition of each number already
         return [self._floored(row, self._of(row)) for row in rows]
 
     @abstractmethod

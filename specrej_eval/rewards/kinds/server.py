@@ -14,10 +14,10 @@ from urllib.parse import urlsplit, urlunsplit
 
 from specrej_eval.config import RunConfig
 from specrej_eval.core import Message, RowView
-from specrej_eval.errors import CheckpointError, ConfigError, suggest
+from specrej_eval.errors import CheckpointError, ConfigError, suggest, without_passwords
 from specrej_eval.rewards.base import Pair, RewardModel, RewardPlan, readable
 from specrej_eval.rewards.checkpoints.renderer import Renderer, renderer_options
-from specrej_eval.rewards.http import JsonServer, without_password
+from specrej_eval.rewards.http import JsonServer
 from specrej_eval.rewards.kinds.base import AUTO, Asked, RewardKind
 from specrej_eval.rewards.servers.base import Item, ServerProtocol, find_protocol, protocols
 from specrej_eval.special_tokens import ENCODE_AS_TEXT, ContentGuard
@@ -85,7 +85,7 @@ def split_endpoint(name: str, endpoints: Sequence[str]) -> tuple[str, str | None
         usable = False
     if not usable:
         raise ConfigError(
-            f"reward_model={without_password(name)!r} is not the address of a server.",
+            f"reward_model={without_passwords(name)!r} is not the address of a server.",
             hint="such as http://localhost:8000",
         )
     path = parts.path.rstrip("/")

@@ -18,6 +18,7 @@ import pandas as pd
 import pytest
 import torch
 import yaml
+from arithmetic import distinct_problems, question
 from support import FULL, ROOT, forked
 from support.alpaca_runs import alpaca_eval, package_digest
 from support.fake_hub import add_dataset_files
@@ -26,7 +27,6 @@ from support.openai_server import JudgeServer
 from specrej_eval import load
 from specrej_eval.config import PromptArguments, RunConfig
 from specrej_eval.core import Message
-from specrej_eval.demo.arithmetic import distinct_problems, question
 from specrej_eval.engines.transformers.engine import TransformersEngine
 from specrej_eval.errors import ConfigError
 from specrej_eval.records.outputs import OutputsFolder, open_run

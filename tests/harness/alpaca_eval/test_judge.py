@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import alpaca_eval.main
+import arithmetic
 import huggingface_hub.constants
 import pandas as pd
 import pytest
@@ -18,7 +19,6 @@ from support.alpaca_runs import LITERAL, sums, write
 from support.alpaca_runs import alpaca_eval as run_alpaca_eval
 
 from specrej_eval import checkpoint
-from specrej_eval.demo import arithmetic
 from specrej_eval.errors import CheckpointError, ConfigError, RewardError
 from specrej_eval.harness.alpaca_eval import judge as alpaca_eval_judge
 from specrej_eval.harness.alpaca_eval.judge import identity, specrej_reward_judge
