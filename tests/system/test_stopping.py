@@ -139,7 +139,7 @@ def test_ctrl_c_while_rows_of_a_file_are_scored_tells_how_many(
     measured("seconds from SIGINT to the end: score", seconds)
     assert process.returncode == 130, errors[-2000:]
     assert "Traceback" not in errors
-    assert f"stopped by Ctrl-C: {lines(target)} of {ROWS} rows are kept in {target}" in errors
+    assert f"stopped by Ctrl-C: {lines(target):,} of {ROWS:,} rows are kept in {target}" in errors
 
 
 @pytest.mark.full
