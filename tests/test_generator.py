@@ -317,7 +317,7 @@ def test_n_max_is_resolved_once_recorded_and_taken_from_the_journal(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     generator = load(n="max", batch_size=1)
-    real = generator.engine.capacity_tokens(generator.config, 12)
+    real = generator.engine.capacity_tokens(12)
     assert real > 1000, "memory holds far more tokens of a tiny model"
     path = tmp_path / "journal.jsonl"
 

@@ -281,6 +281,15 @@ class Journal:
         self.capacity_tokens = tokens
         self._write({"key": CAPACITY, "result": tokens})
 
+    @property
+    def rows_of_capacity(self) -> int:
+        """Most rows of an answer that had all of ``capacity_tokens``: begun before there was ``n_max``, a run goes on
+        with as many."""
+        entries = [*self._entries.values(), *(entry for _, entry in self._elsewhere.values())]
+        found = [entry.result.resolved for entry in entries if self.capacity_tokens is not None]
+        rows = [numbers.get("n", 0) for numbers in found if numbers.get("kv_budget_tokens") == self.capacity_tokens]
+        return max(rows, default=0)
+
     def close(self) -> None:
         self._file.close()
 

@@ -57,9 +57,9 @@ class SpecRejLM(HFLM):
 
     ``batch_size`` is the number of prompts decoded at the same time; results never depend on it. lm-eval passes its
     own ``--batch_size`` (1 unless you say otherwise), so: in ``--model_args`` it means what it says, 1 included; as
-    ``--batch_size`` 1 counts as not given, and ``auto`` means our default. Log-likelihood requests take lm-eval's
-    ``--batch_size`` as they would with ``--model hf``, whose numbers they reproduce; the reward model has no part in
-    them.
+    ``--batch_size`` 1 counts as not given, and so does ``auto``, our own default. Log-likelihood requests take
+    lm-eval's ``--batch_size`` as they would with ``--model hf``, whose numbers they reproduce; the reward model has no
+    part in them.
 
     ``max_gen_toks`` holds for tasks that set none of their own; ``--gen_kwargs max_gen_toks=...`` overrides those too.
 
@@ -100,6 +100,9 @@ class SpecRejLM(HFLM):
         if config.attn_implementation is not None and loaded is None:
             host["attn_implementation"] = config.attn_implementation
         self._given_as_objects = ("pretrained",) if loaded is not None else ()
+        if loaded is None and policy["device"] == "cpu" and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            # torchrun alone: without this, accelerate takes every rank on a CPU for the only one
+            os.environ.setdefault("ACCELERATE_USE_CPU", "true")
         super().__init__(
             **policy if loaded is None else {**policy, "pretrained": loaded},
             trust_remote_code=config.trust_remote_code,
@@ -458,6 +461,7 @@ class SpecRejLM(HFLM):
             "seed_from": self.seed_from,
             "totals": {**tally.totals.to_dict(), "requests": tally.num_requests},
             "spent": tally.spent.to_dict(),
+            "prompts_in_flight": self.generator.prompts_in_flight,
             "mean_reward": tally.mean_reward,
             "per_task": {name: task.to_dict() for name, task in sorted(tally.tasks.items())},
             "warnings": list(tally.warnings.values()),
