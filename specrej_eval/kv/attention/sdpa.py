@@ -113,7 +113,8 @@ def _decode_math(
             shared = torch.bmm(packed, prefix_key.transpose(1, 2))  # (kv_heads, rows * groups padded, prefix)
         scores = torch.cat([_unpack(shared, rows, groups), scores], dim=-1)
     extra = None if params.sinks is None else params.sinks.view(1, kv_heads, groups).expand(rows, -1, -1)
-    weights = _softmax(_scores(scores, params), extra).to(suffix_value.dtype)
+    scores = _scores(scores, params)  # under the same name: memory of the products is free for what follows
+    weights = _softmax(scores, extra).to(suffix_value.dtype)
     out = torch.matmul(weights[..., prefix:], suffix_value)
     if prefix:
         out = out + _unpack(torch.bmm(_pack(weights[..., :prefix]), prefix_value), rows, groups)
