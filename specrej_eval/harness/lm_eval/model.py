@@ -100,7 +100,8 @@ class SpecRejLM(HFLM):
         if config.attn_implementation is not None and loaded is None:
             host["attn_implementation"] = config.attn_implementation
         self._given_as_objects = ("pretrained",) if loaded is not None else ()
-        if loaded is None and policy["device"] == "cpu" and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        started = int(os.environ.get("WORLD_SIZE", "1")) if loaded is None and not host.get("tp_plan") else 1
+        if started > 1 and "LOCAL_RANK" in os.environ and policy["device"] == "cpu":
             # torchrun alone: without this, accelerate takes every rank on a CPU for the only one
             os.environ.setdefault("ACCELERATE_USE_CPU", "true")
         super().__init__(
@@ -112,6 +113,12 @@ class SpecRejLM(HFLM):
         if hasattr(self, "accelerator"):  # HFLM leaves CPU ranks at 0 of 1, and takes the local index for the rank
             self._rank = self.accelerator.process_index
             self._world_size = self.accelerator.num_processes
+        if started > 1 and self.world_size == 1:
+            raise ConfigError(
+                f"{started} processes were started (WORLD_SIZE), but to accelerate this is the only one: each would "
+                "answer all prompts.",
+                hint="start them with `accelerate launch -m lm_eval` or `torchrun -m lm_eval`, or unset WORLD_SIZE.",
+            )
         self._watch = ranks.watch(self.rank, self.world_size)
 
         # HFLM has a `config` already: the checkpoint's
