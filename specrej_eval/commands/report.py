@@ -504,7 +504,7 @@ def _conclusion(ours: tuple[Score, Run, str], theirs: tuple[Score, Run, str], *,
     size = f"{abs(gap['difference']) * scale:.{digits}f}{unit} {'more' if gap['difference'] > 0 else 'less'} than"
     text = f"{label}: {size} {its_label}" if gap["difference"] else f"{label}: as much as {its_label}"
     if gap["low"] is not None:
-        chance = "; 0 is in it: this may be chance" if gap["low"] <= 0 <= gap["high"] else ""
+        chance = ", which includes 0: it may be chance" if gap["low"] <= 0 <= gap["high"] else ""
         text += f" (95 % interval {gap['low'] * scale:+.{digits}f} to {gap['high'] * scale:+.{digits}f}{chance})"
     tokens, its_tokens = run.totals.get("decode_tokens"), rival.totals.get("decode_tokens")
     if tokens and its_tokens:
