@@ -22,9 +22,9 @@ import time
 from pathlib import Path
 
 import psutil
+from demo_pair.arithmetic import distinct_problems, question
 
 from specrej_eval.checkpoint import DEMO_REWARD
-from specrej_eval.demo.arithmetic import distinct_problems, question
 
 ROOT = Path(__file__).parent.parent
 QUESTIONS = [question(operands) for operands in distinct_problems("test", 200, seed=3)]

@@ -81,8 +81,8 @@ def requests_for(
             room = max_tokens - prompt.num_tokens
             if room < 1:
                 raise PromptError(
-                    f"{question.name} has {prompt.num_tokens} tokens, and max_tokens={max_tokens} is for prompt and "
-                    "answer together.",
+                    f"{question.name} has {prompt.num_tokens:,} tokens, but max_tokens={max_tokens} is the limit of "
+                    "prompt and answer together.",
                     hint="raise max_tokens, or leave it out.",
                 )
             own = config.replace(max_gen_toks=min(config.max_gen_toks, room))
@@ -90,8 +90,8 @@ def requests_for(
         if prompt.num_tokens > room:
             if not truncate or room < 1:
                 raise PromptError(
-                    f"{question.name} has {prompt.num_tokens} tokens, and with max_gen_toks={own.max_gen_toks} exceeds "
-                    f"the model's context of {engine.max_length}.",
+                    f"{question.name} has {prompt.num_tokens:,} tokens; with max_gen_toks={own.max_gen_toks} it "
+                    f"exceeds the model's context of {engine.max_length:,} tokens.",
                     hint="lower max_gen_toks, shorten the prompt, or use a model with a longer context.",
                 )
             truncated.append(f"{question.name}, {prompt.num_tokens} tokens")
@@ -149,7 +149,7 @@ def answer(
         ConfigError, PromptError, RewardError, OutOfMemoryError: as ``Generator.run``; what finished is in ``store``.
     """
     if len(questions) != len(requests):
-        raise ConfigError(f"{len(questions)} questions and {len(requests)} requests do not belong together.")
+        raise ConfigError(f"{len(questions)} questions, but {len(requests)} requests: each question needs one.")
     answers: dict[int, Answer] = {}
     left = []
     for index, request in enumerate(requests):
@@ -163,7 +163,9 @@ def answer(
         spent.taken += len(answers)
     if left:
         if answers:
-            logger.warning("%d of %d answers were recorded already; %d to go.", len(answers), len(requests), len(left))
+            logger.warning(
+                "%d of %d answers are already recorded; %d are left to do.", len(answers), len(requests), len(left)
+            )
         work = [requests[index] for index in left]
         where = store.path if store is not None else generator.config.journal
         with stopping.keeping(len(requests), where, answers=len(answers)) as kept:

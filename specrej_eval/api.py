@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,8 @@ if TYPE_CHECKING:
     from specrej_eval.engines.transformers.engine import TransformersEngine
     from specrej_eval.generator import Generator
     from specrej_eval.rewards.base import RewardModel
+
+_logger = logging.getLogger(__name__)
 
 
 def load(**args: Any) -> Generator:
@@ -31,6 +34,8 @@ def load(**args: Any) -> Generator:
     """
     config, host = RunConfig.from_args(args)
     check(config, host)
+    if config.pretrained is None:
+        _logger.warning("No pretrained= is given: the embedded demo model is used, which knows nothing but small sums.")
     from specrej_eval.generator import Generator
 
     engine, reward = load_models(config, host)

@@ -83,7 +83,7 @@ def check_arguments(config: RunConfig, *, max_gen_toks_known: bool = True) -> No
             raise _disagree(n, first_look, budget, prompt_tokens=None)
         if config.rejects and n >= budget:
             raise ConfigError(
-                f"kv_budget_tokens={budget} cannot hold n={n} rows of one token beside the prompt.",
+                f"kv_budget_tokens={budget} cannot hold n={n} rows of one token next to the prompt.",
                 hint="raise kv_budget_tokens, or start fewer rows.",
             )
     if max_gen_toks_known:
@@ -111,7 +111,7 @@ def resolve(config: RunConfig, prompt_tokens: int, *, capacity_tokens: int | Non
         if kv_tokens is None:
             if capacity_tokens is None:
                 raise ConfigError(
-                    "n=max needs the memory's capacity, which this engine does not know.",
+                    "n=max needs to know how much memory is free, which this engine cannot tell.",
                     hint="give n as a number, or give kv_budget_tokens.",
                 )
             kv_tokens = capacity_tokens
@@ -129,7 +129,7 @@ def resolve(config: RunConfig, prompt_tokens: int, *, capacity_tokens: int | Non
         n = max(0, kv_tokens - prompt_tokens) // first_look
         if n < 1:
             raise ConfigError(
-                f"kv_budget_tokens={kv_tokens} holds the prompt of {prompt_tokens} tokens but not one row of "
+                f"kv_budget_tokens={kv_tokens} holds the prompt of {prompt_tokens:,} tokens, but not even one row of "
                 f"first_look={first_look}.",
                 hint="raise kv_budget_tokens, or lower first_look.",
             )
@@ -144,7 +144,7 @@ def resolve(config: RunConfig, prompt_tokens: int, *, capacity_tokens: int | Non
         look = suffix // n
         if look < 1 and config.rejects:
             raise ConfigError(
-                f"kv_budget_tokens={kv_tokens} cannot hold the prompt of {prompt_tokens} tokens and n={n} rows.",
+                f"kv_budget_tokens={kv_tokens} cannot hold the prompt of {prompt_tokens:,} tokens and n={n} rows.",
                 hint="raise kv_budget_tokens, or start fewer rows.",
             )
         look = max(1, look)
@@ -169,15 +169,15 @@ def resolve(config: RunConfig, prompt_tokens: int, *, capacity_tokens: int | Non
 def _disagree(n: int, first_look: int, kv_tokens: int, *, prompt_tokens: int | None) -> ConfigError:
     prompt = "the prompt" if prompt_tokens is None else f"a prompt of {prompt_tokens}"
     return ConfigError(
-        f"n={n}, first_look={first_look} and kv_budget_tokens={kv_tokens} disagree: "
-        f"{prompt} + {n} * {first_look} = kv_budget_tokens must hold.",
+        f"n={n}, first_look={first_look} and kv_budget_tokens={kv_tokens} contradict each other: "
+        f"{prompt} + {n} * {first_look} must equal kv_budget_tokens.",
         hint="give two of the three; the third follows for each prompt.",
     )
 
 
 def _too_small(suffix_tokens: int, max_gen_toks: int) -> ConfigError:
     return ConfigError(
-        f"the KV budget leaves {max(0, suffix_tokens)} tokens beside the prompt: "
-        f"not one row of max_gen_toks={max_gen_toks}.",
+        f"the KV budget leaves {max(0, suffix_tokens):,} tokens next to the prompt, "
+        f"too few for one row of max_gen_toks={max_gen_toks}.",
         hint="raise kv_budget_tokens (or n, or first_look), or lower max_gen_toks.",
     )

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterable, Mapping
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeVar
+
+T = TypeVar("T")
 
 
 class BadRecordError(ValueError):
@@ -16,38 +20,42 @@ _REQUIRED: Any = object()
 
 def an_object(value: Any, what: str) -> Mapping[str, Any]:
     """Raises:
-    BadRecordError: the value is no JSON object.
+    BadRecordError: the value is not a JSON object.
     """
     if not isinstance(value, Mapping):
         raise _wrong(what, "an object", value)
     return value
 
 
+def object_or_empty(value: Any) -> Mapping[str, Any]:
+    """For what is not ours, and may be anything."""
+    return value if isinstance(value, Mapping) else {}
+
+
+def object_in(path: Path) -> Mapping[str, Any]:
+    """What a JSON file holds; empty where there is none, where it cannot be read, and for anything but an object."""
+    try:
+        return object_or_empty(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError):
+        return {}
+
+
 def a_list(data: Mapping[str, Any], name: str, default: Any = _REQUIRED) -> list[Any]:
-    value = _of(data, name, default)
-    if not isinstance(value, list):
-        raise _wrong(name, "a list", value)
-    return value
+    return _a(list, "a list", data, name, default)
 
 
 def text(data: Mapping[str, Any], name: str, default: Any = _REQUIRED) -> str:
-    value = _of(data, name, default)
-    if not isinstance(value, str):
-        raise _wrong(name, "a text", value)
-    return value
+    return _a(str, "a text", data, name, default)
+
+
+def truth(data: Mapping[str, Any], name: str, default: Any = _REQUIRED) -> bool:
+    return _a(bool, "true or false", data, name, default)
 
 
 def one_of(data: Mapping[str, Any], name: str, choices: Iterable[str]) -> Any:
     value = text(data, name)
     if value not in choices:
         raise _wrong(name, f"one of {', '.join(choices)}", value)
-    return value
-
-
-def truth(data: Mapping[str, Any], name: str, default: Any = _REQUIRED) -> bool:
-    value = _of(data, name, default)
-    if not isinstance(value, bool):
-        raise _wrong(name, "true or false", value)
     return value
 
 
@@ -69,9 +77,16 @@ def as_number(value: Any, name: str) -> float:
     return value
 
 
-def number_or_none(data: Mapping[str, Any], name: str, default: Any = _REQUIRED) -> float | None:
-    value = _of(data, name, default)
+def number_or_none(data: Mapping[str, Any], name: str) -> float | None:
+    value = _of(data, name, _REQUIRED)
     return None if value is None else as_number(value, name)
+
+
+def _a(kind: type[T], wanted: str, data: Mapping[str, Any], name: str, default: Any) -> T:
+    value = _of(data, name, default)
+    if not isinstance(value, kind):
+        raise _wrong(name, wanted, value)
+    return value
 
 
 def _of(data: Mapping[str, Any], name: str, default: Any) -> Any:

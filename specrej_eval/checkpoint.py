@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -85,7 +86,7 @@ def read_config(
         hint = "save_pretrained writes it; a folder of GGUF files needs gguf_file=."
         if (path.parent / "adapter_config.json").is_file():
             hint = "this is an adapter: give its base model here and the adapter as peft=."
-        raise CheckpointError(f"{argument}: {str(path)!r} is missing, so this is no model's folder.", hint=hint)
+        raise CheckpointError(f"{argument}: {str(path)!r} is missing, so this is not a model's folder.", hint=hint)
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -107,7 +108,8 @@ def _hub_config(
         raise CheckpointError(
             f"{argument}: {name!r} is not a folder; could not download its config.json from the hub: "
             f"{_first_line(error)}",
-            hint=f"check name, network (HF_HUB_OFFLINE?) and access. If a folder was meant: {folder_hint(name)}",
+            hint="check the name, the network (is HF_HUB_OFFLINE set?) and your access. If you meant a folder: "
+            f"{folder_hint(name)}",
         ) from error
     return dict(config)
 
@@ -173,7 +175,7 @@ def _check_weight_file(argument: str, path: Path) -> None:
     expected = 8 + length + max(ends, default=0)
     if size < expected:
         raise CheckpointError(
-            f"{argument}: {str(path)!r} has {size} bytes, but its header promises {expected}.",
+            f"{argument}: {str(path)!r} has {size:,} bytes, but its header promises {expected:,}.",
             hint="the download or copy is not complete.",
         )
 
@@ -202,8 +204,8 @@ def stamp(name: str | None) -> str | None:
 
 
 def has_tokenizer(folder: Path) -> bool:
-    """Whether there is a tokenizer file in a folder."""
-    return any((folder / name).is_file() for name in TOKENIZER_FILES)
+    """Whether there is a tokenizer file in a folder; any text may be asked for as one."""
+    return any(os.path.isfile(folder / name) for name in TOKENIZER_FILES)
 
 
 def check_tokenizer_files(argument: str, folder: Path) -> None:
@@ -236,5 +238,6 @@ def check_device(argument: str, device: str) -> None:
         count = torch.cuda.device_count()
         if (parsed.index or 0) >= count:
             raise ConfigError(
-                f"{argument}={device}: there are {count} CUDA devices here.", hint="device=cpu always works."
+                f"{argument}={device}: this machine has {count or 'no'} CUDA device{'s' * (count != 1)}.",
+                hint="device=cpu always works.",
             )

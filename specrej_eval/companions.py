@@ -40,22 +40,15 @@ class Companion(NamedTuple):
 def of_reward(name: str, config: Mapping[str, Any], *, family: str = "auto") -> Iterator[Companion]:
     """What the reward families read beside the checkpoint ``name``, whose ``config.json`` says ``config``."""
     folder = expanded(name)
-    own = any(os.path.isfile(folder / file) for file in checkpoint.TOKENIZER_FILES)  # any text may be asked for
-    config_from, tokenizer_from = None, None
-    if not os.path.isfile(folder / "config.json"):
-        config_from = CONFIG_ELSEWHERE.get(Path(name).name)
-    if not own:
-        tokenizer_from = STARLING_TOKENIZERS.get(Path(name).name)
+    own = checkpoint.has_tokenizer(folder)
+    config_from = None if os.path.isfile(folder / "config.json") else CONFIG_ELSEWHERE.get(Path(name).name)
+    tokenizer_from = None if own else STARLING_TOKENIZERS.get(Path(name).name)
     if family == "alpaca_farm" or is_alpaca_farm(config):
         config_from = alpaca_farm_backbone(config)
         tokenizer_from = None if own else config_from
-    if config_from is not None and config_from == tokenizer_from:
-        yield Companion(config_from, "config and tokenizer")
-        return
-    if config_from is not None:
-        yield Companion(config_from, "config")
-    if tokenizer_from is not None:
-        yield Companion(tokenizer_from, "tokenizer")
+    roles = {"config": config_from, "tokenizer": tokenizer_from}
+    for other in dict.fromkeys(other for other in roles.values() if other is not None):
+        yield Companion(other, " and ".join(role for role, read in roles.items() if read == other))
 
 
 def is_alpaca_farm(config: Mapping[str, Any]) -> bool:

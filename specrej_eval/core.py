@@ -271,13 +271,14 @@ class Ledger:
     def total_seconds(self) -> float:
         return sum(self.seconds.values())
 
-    def add(self, other: Ledger) -> None:
-        """Add another ledger's counts to this one; peak memory is the larger of the two."""
+    def add(self, other: Ledger) -> Self:
+        """Add another ledger's counts to this one, and return it; peak memory is the larger of the two."""
         for name in _COUNTS:
             setattr(self, name, getattr(self, name) + getattr(other, name))
         for phase, value in other.seconds.items():
             self.seconds[phase] = self.seconds.get(phase, 0.0) + value
         self.peak_bytes = max(self.peak_bytes, other.peak_bytes)
+        return self
 
     @classmethod
     def from_dict(cls, record: Any) -> Self:
@@ -342,15 +343,15 @@ class GenerationResult:
         trajectories = [Trajectory.from_dict(item) for item in a_list(data, "trajectories")]
         rows = {trajectory.row: trajectory for trajectory in trajectories}
         if len(rows) != len(trajectories):
-            raise BadRecordError("two trajectories are of one row")
+            raise BadRecordError("two trajectories belong to the same row")
         best = rows.get(whole(data, "best"))
         if best is None or best.finish_reason == "rejected":
             raise BadRecordError(f"best is row {data['best']}, which is not among those that finished")
         if text(data, "text", best.text) != best.text:
-            raise BadRecordError(f"text is not that of row {best.row}, the best")
+            raise BadRecordError(f"text is not that of the best row, row {best.row}")
         resolved = dict(an_object(data.get("resolved"), "resolved"))
         if not isinstance(resolved.get("seed", 0), int):
-            raise BadRecordError("resolved has a seed that is no whole number")
+            raise BadRecordError("the seed in resolved is not a whole number")
         return cls(
             best=best,
             trajectories=trajectories,
@@ -399,10 +400,11 @@ class Spent:
             self.decoded += 1
             self.ledger.add(result.ledger)
 
-    def add(self, other: Spent) -> None:
+    def add(self, other: Spent) -> Self:
         self.decoded += other.decoded
         self.taken += other.taken
         self.ledger.add(other.ledger)
+        return self
 
     def to_dict(self) -> dict[str, Any]:
         return {"decoded": self.decoded, "taken_from_records": self.taken, **self.ledger.to_dict()}

@@ -93,7 +93,7 @@ class Generator:
     Made by ``specrej_eval.load`` or by a harness adapter.
 
     Args:
-        engine: decodes; see ``engine.base.Engine``.
+        engine: decodes; see ``engines.base.Engine``.
         reward: scores; see ``rewards.base.RewardModel``.
         config: defaults for ``generate``; ``batch_size``, ``trace_path`` and ``journal`` hold for all requests.
         identity: the host's arguments (``fingerprint.of_models``), for the journal's fingerprint.
@@ -277,7 +277,7 @@ class Generator:
         tokens = self.engine.capacity_tokens(longest.prompt.num_tokens) // prompts
         if not tokens:
             raise OutOfMemoryError(
-                "n=max needs to know how much memory a token of KV takes, which this engine or model does not show.",
+                "n=max needs to know how much memory a token of KV takes, which this engine or model cannot tell.",
                 hint="give n (and kv_budget_tokens) as numbers.",
             )
         budget = budgets.resolve(longest.config, longest.prompt.num_tokens, capacity_tokens=tokens)
@@ -448,7 +448,7 @@ class Generator:
         finished = [trajectory for trajectory in trajectories if trajectory.finish_reason != "rejected"]
         if not finished:
             raise OutOfMemoryError(
-                "out of memory: of this prompt's rows not one could be decoded to its end.",
+                "out of memory: none of this prompt's rows could be decoded to its end.",
                 hint="use a smaller model or dtype, a shorter prompt, or fewer rows (n).",
             )
         # the first of the highest reward; one that is not finite ranks last

@@ -15,12 +15,13 @@ which Gemma and GPT-NeoX have for plain text.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 from specrej_eval.errors import RewardError
 
@@ -39,12 +40,18 @@ _CONTROL_LIKE = re.compile(
     r"|\[/?(?:INST|SYSTEM_PROMPT|AVAILABLE_TOOLS|TOOL_CALLS|TOOL_RESULTS|THINK|CLS|SEP|PAD|MASK|UNK|gMASK)\]"
 )
 """What looks like a control token where the tokenizer is not known."""
+_NOTHING = r"(?!)"
+"""A pattern that nothing matches."""
 _JOINER = "\u200b"
 """Put behind the first character of such text where a server tokenises it: a zero-width space."""
 
 _logger = logging.getLogger(__name__)
 
 Placement = Literal["inside", "around", "wide"]
+"""Where a token is marked. ``wide``: the template itself cuts the text at this token and at the white space around it,
+so what it writes there is its own."""
+_PLACEMENTS: tuple[Placement, ...] = get_args(Placement)
+"""The first is taken that the template does not notice."""
 
 
 class SpecialTokenError(ValueError):
@@ -86,10 +93,10 @@ class Tokeniser:
         self._added: dict[str, Any] = _added_tokens(tokenizer)
         # as the tokenizer's own automaton: leftmost, longest
         texts = sorted(self._added, key=lambda text: (-len(text), text))
-        self._pattern = re.compile("|".join(map(re.escape, texts))) if texts else None
+        self._pattern = re.compile("|".join(map(re.escape, texts)) if texts else _NOTHING)
         # a normaliser that lowers letters may match what is not written so
-        loose = texts and any(entry.normalized for entry in self._added.values())
-        self._search = re.compile("|".join(map(re.escape, texts)), re.IGNORECASE) if loose else self._pattern
+        loose = any(entry.normalized for entry in self._added.values())
+        self._search = re.compile(self._pattern.pattern, re.IGNORECASE) if loose else self._pattern
         self._heads = {text[:size] for text in texts for size in range(1, len(text))}
         self._tails = {text[size:] for text in texts for size in range(1, len(text))}
         self._longest = max(map(len, texts), default=0)
@@ -103,7 +110,7 @@ class Tokeniser:
 
     def found_in(self, text: str) -> str | None:
         """The first special token that a text holds, or None."""
-        match = self._search.search(text) if self._search is not None else None
+        match = self._search.search(text)
         return match[0] if match else None
 
     def check(self, contents: Sequence[str]) -> bool:
@@ -122,7 +129,7 @@ class Tokeniser:
                     f"the text holds the special token {token!r} (special_tokens_in_content=error): "
                     f"{_near(content, token)!r}"
                 )
-            if token is not None or self._at_an_edge(content):
+            if token is not None or any(self._edges(content)):
                 return True
         return False
 
@@ -132,12 +139,11 @@ class Tokeniser:
         Raises:
             SpecialTokenError: as ``render``.
         """
-        if not self.check([message["content"] for message in messages]):
-            return self.tokenizer.apply_chat_template(list(messages), tokenize=True, return_dict=True, **options)
-        marked = self.render(messages, **options)
-        if not marked.marks:
-            return self.tokenizer.apply_chat_template(list(messages), tokenize=True, return_dict=True, **options)
-        return self.encode(marked, add_special_tokens=False)
+        if self.check([message["content"] for message in messages]):
+            marked = self.render(messages, **options)
+            if marked.marks:
+                return self.encode(marked, add_special_tokens=False)
+        return self.tokenizer.apply_chat_template(list(messages), tokenize=True, return_dict=True, **options)
 
     def render(self, messages: Sequence[Mapping[str, str]], *, parts: str = "content", **options: Any) -> Marked:
         """The rendered text, its content's special tokens marked.
@@ -165,29 +171,19 @@ class Tokeniser:
         if mark is None:
             raise SpecialTokenError("the text holds every private-use character that could mark its special tokens")
         tokens = sorted({match[0] for text in contents for match in self._own(text)})
+        tried = functools.partial(self._try, contents, render, plain, mark)
         for edges in (True, False):
-            ways: dict[str, Placement] = dict.fromkeys(tokens, "inside")
-            found = self._try(contents, render, plain, mark, ways, edges)
-            if found is None and tokens:
-                chosen = [(token, self._way_for(token, contents, render, plain, mark)) for token in tokens]
-                if all(way is not None for _, way in chosen):
-                    ways = {token: way for token, way in chosen if way is not None}
-                    found = self._try(contents, render, plain, mark, ways, edges)
-            if found is not None:
+            if (found := tried(dict.fromkeys(tokens, "inside"), edges)) is not None:
+                return found
+            alone = {token: next((way for way in _PLACEMENTS if tried({token: way}, False)), None) for token in tokens}
+            ways = {token: way for token, way in alone.items() if way is not None}
+            if tokens and len(ways) == len(tokens) and (found := tried(ways, edges)) is not None:
                 return found
         listed = ", ".join(map(repr, tokens))
         raise SpecialTokenError(
             f"the text holds {listed}, and in what the chat template makes of it, that cannot be told from the "
             "template's own special tokens (special_tokens_in_content=allow reads them all as control tokens)"
         )
-
-    def _way_for(
-        self, token: str, contents: Sequence[str], render: Callable[[Sequence[str]], str], plain: str, mark: str
-    ) -> Placement | None:
-        """How this token alone can be marked without the template noticing. ``wide``: the template itself cuts the
-        text at this token and at the white space around it, so what it writes there is its own."""
-        ways: tuple[Placement, ...] = ("inside", "around", "wide")
-        return next((way for way in ways if self._try(contents, render, plain, mark, {token: way}, False)), None)
 
     def _try(
         self,
@@ -204,22 +200,14 @@ class Tokeniser:
             return None
         if text.replace(mark, "") != plain:
             return None
-        places: list[int] = []
-        for place in (match.start() for match in re.finditer(mark, text)):
-            places.append(place - len(places))
-        marks = set(places)
-        protected = set()
-        for match in self._matches(plain):
+        marks = {match.start() - number for number, match in enumerate(re.finditer(mark, text))}
+        protected = []
+        for match in self._search.finditer(plain):
             start, end = match.span()
-            way = ways.get(match[0], "inside")
-            inner = any(start < place < end for place in marks)
-            outer = way == "around" and start in marks and end in marks
-            if inner or outer:
-                protected.add((start, end))
-        return Marked(plain, tuple(sorted(protected | self._straddling(plain, marks))))
-
-    def _straddling(self, plain: str, marks: set[int]) -> set[tuple[int, int]]:
-        return {m.span() for m in self._matches(plain) if any(m.start() < place < m.end() for place in marks)}
+            inside = any(start < place < end for place in marks)
+            if inside or (ways.get(match[0]) == "around" and start in marks and end in marks):
+                protected.append((start, end))
+        return Marked(plain, tuple(protected))
 
     def _with_marks(self, content: str, mark: str, ways: Mapping[str, Placement], edges: bool) -> str:
         made, last = [], 0
@@ -248,15 +236,9 @@ class Tokeniser:
         sizes = range(1, min(self._longest, len(content) + 1))
         return any(content[:n] in self._tails for n in sizes), any(content[-n:] in self._heads for n in sizes)
 
-    def _at_an_edge(self, content: str) -> bool:
-        return bool(content) and any(self._edges(content))
-
-    def _matches(self, text: str) -> list[re.Match[str]]:
-        return list(self._search.finditer(text)) if self._search is not None else []
-
     def _own(self, content: str) -> list[re.Match[str]]:
         """The special tokens that somebody wrote, in a content or in the spans of a ``ContentText``."""
-        found = self._matches(content)
+        found = list(self._search.finditer(content))
         if isinstance(content, ContentText):
             return [m for m in found if any(a < m.end() and m.start() < b for a, b in content.spans)]
         return found
@@ -294,7 +276,6 @@ class Tokeniser:
         """The text in pieces: what lies outside special tokens of the template, and those tokens."""
         content = set(marked.marks)
         parts, last, place = [], 0, 0
-        assert self._pattern is not None
         while (match := self._pattern.search(marked.text, place)) is not None:
             start, end = match.span()
             covered = next(((a, b) for a, b in content if a < end and start < b), None)
@@ -388,21 +369,18 @@ class _Twin:
     ) -> dict[str, Any]:
         """As the tokenizer's own call."""
         sides = [parts] if pair is None else [parts, pair]
-        texts = ["".join(self._written(part) for part in side) for side in sides]
+        texts = [
+            "".join(part.text if part.is_content else self._placeholders[part.text] for part in side) for side in sides
+        ]
         encoding = self._twin.encode(
             texts[0], texts[1] if pair is not None else None, add_special_tokens=add_special_tokens
         )
         ids = [self._ids.get(number, number) for number in encoding.ids]
         _check(self._tokenizer, set(self._ids.values()), sides, ids, add_special_tokens=add_special_tokens)
-        found: dict[str, Any] = {"input_ids": ids, "attention_mask": [1] * len(ids)}
-        if "token_type_ids" in self._tokenizer.model_input_names:
-            found["token_type_ids"] = list(encoding.type_ids)
+        found = _fields(self._tokenizer, ids, encoding.type_ids)
         if return_offsets_mapping:
             found["offset_mapping"] = list(encoding.offsets)
         return Encoded(found, tuple(encoding.sequence_ids))
-
-    def _written(self, part: _Part) -> str:
-        return part.text if part.is_content else self._placeholders[part.text]
 
 
 class _PythonTwin:
@@ -440,10 +418,7 @@ class _PythonTwin:
         types = [0] * len(ids)
         if "token_type_ids" in self._tokenizer.model_input_names and add_special_tokens:
             types = self._tokenizer.create_token_type_ids_from_sequences(*split)
-        found: dict[str, Any] = {"input_ids": list(ids), "attention_mask": [1] * len(ids)}
-        if "token_type_ids" in self._tokenizer.model_input_names:
-            found["token_type_ids"] = list(types)
-        return Encoded(found, self._sides(split, ids))
+        return Encoded(_fields(self._tokenizer, ids, types), self._sides(split, ids))
 
     def _sides(self, split: Sequence[list[int]], ids: Sequence[int]) -> tuple[int | None, ...]:
         """Which text an id is of; None for those that the tokenizer puts around them."""
@@ -479,6 +454,13 @@ class _PythonTwin:
         return found
 
 
+def _fields(tokenizer: Any, ids: Sequence[int], types: Sequence[int]) -> dict[str, Any]:
+    found = {"input_ids": list(ids), "attention_mask": [1] * len(ids), "token_type_ids": list(types)}
+    if "token_type_ids" not in tokenizer.model_input_names:
+        del found["token_type_ids"]
+    return found
+
+
 def _check(
     tokenizer: Any, special: set[int], sides: Sequence[Sequence[_Part]], ids: Sequence[int], *, add_special_tokens: bool
 ) -> None:
@@ -510,7 +492,7 @@ class Encoded(dict[str, Any]):
 
 DEFUSED = (
     "its server tokenises texts itself: special tokens that a prompt or an answer spells, such as '<|im_end|>', get a "
-    "zero-width space behind their first character, so that they stay text (said once). "
+    "zero-width space behind their first character, so that they stay text (reported once). "
     "special_tokens_in_content=allow sends them as they are, error refuses them."
 )
 
@@ -560,7 +542,7 @@ def defuse(text: str, tokeniser: Tokeniser | None) -> str:
             ``<start_of_turn>`` and the like) counts as one.
     """
     pattern = _CONTROL_LIKE if tokeniser is None else tokeniser._search
-    return text if pattern is None else pattern.sub(lambda match: match[0][0] + _JOINER + match[0][1:], text)
+    return pattern.sub(lambda match: match[0][0] + _JOINER + match[0][1:], text)
 
 
 def concerned(tokeniser: Tokeniser | None, prompts: Sequence[str]) -> str | None:

@@ -21,13 +21,14 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from types import FrameType
 
-STOPPED = "What is finished is recorded; run the same command again to go on."
+from specrej_eval.errors import without_passwords
+
+STOPPED = "What is finished is recorded; run the same command again to continue."
 PATIENCE = 4.0
 """Seconds that the way out may take."""
 NAMES = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}
 _DEFAULTS = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
 _SECRETS = re.compile(r"(?i)\b([\w-]*(?:token|api_?key|password|secret))([=:])(?!_id)[^,\s\"'}]+")
-_PASSWORD = re.compile(r"(https?://)[^/@\s]*@")
 _SECRET_NAME = re.compile(r"(?i)^--?[\w-]*(?:token|api[_-]?key|password|secret)$")
 
 
@@ -37,10 +38,6 @@ class Stopped(KeyboardInterrupt):
     def __init__(self, signum: int = signal.SIGINT) -> None:
         super().__init__(NAMES.get(signal.Signals(signum), str(signum)))
         self.signum = signum
-
-    @property
-    def exit_code(self) -> int:
-        return 128 + self.signum
 
 
 @dataclass(slots=True)
@@ -156,17 +153,15 @@ def what_is_kept() -> str:
     """The answers kept by now, and the command that goes on."""
     kept, rank = _state.kept, rank_name()
     whose = f" ({rank})" if rank else ""
-    again = "run the same command again to go on" + ("." if rank else f":\n  {command_line()}")
+    again = "run the same command again to continue" + ("." if rank else f":\n  {command_line()}")
     if kept is None:
-        return (
-            f"no answer was finished{whose} since this start; what earlier ones kept is still there. To start, {again}"
-        )
+        return f"no answer was finished{whose} since this start; what was kept before is still there. To start, {again}"
     if kept.where is None:
         return (
-            f"of {kept.total} answers none is kept{whose}, for no file was named. journal=FILE in --model_args keeps "
-            "each one as it is finished, and the same command goes on from there."
+            f"none of {kept.total:,} answers is kept{whose}, since no file was named. journal=FILE in --model_args "
+            "keeps each one as it is finished, and the same command continues from there."
         )
-    return f"{kept.answers} of {kept.total} {kept.what}{whose} are kept in {kept.where}; {again}"
+    return f"{kept.answers:,} of {kept.total:,} {kept.what}{whose} are kept in {kept.where}; {again}"
 
 
 def command_line() -> str:
@@ -177,7 +172,7 @@ def command_line() -> str:
     shown = []
     for place, word in enumerate(words):
         secret = place > 0 and _SECRET_NAME.match(words[place - 1])
-        shown.append("***" if secret else _PASSWORD.sub(r"\1***@", _SECRETS.sub(r"\1\2***", word)))
+        shown.append("***" if secret else without_passwords(_SECRETS.sub(r"\1\2***", word), "***@"))
     return shlex.join(shown)
 
 

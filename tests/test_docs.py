@@ -27,7 +27,10 @@ FENCE = re.compile(
 )
 OURS = ("specrej-eval ", "lm_eval ", "lm-eval ", "alpaca_eval ", "python ", "pytest ", "make ")
 SUMS = ["Q: 12 + 45 + 33 + 10 + 20 + 30 + 40 + 50 = ?", "Q: 11 + 12 + 13 + 14 + 15 + 16 + 17 + 18 = ?"]
+FROM_FILE = re.search(r"^```yaml\n(.*?)^```$", (ROOT / "docs/arguments.md").read_text(encoding="utf-8"), re.M | re.S)
+assert FROM_FILE is not None, "docs/arguments.md shows a run in a file"
 FILES = {
+    "run.yaml": re.sub(r"^limit: \d+", "limit: 2", FROM_FILE[1], flags=re.M),
     "prompts.csv": "instruction\n" + "".join(f"{text}\n" for text in SUMS),
     "mine.json": json.dumps([{"instruction": text, "output": "240", "generator": "reference"} for text in SUMS]),
 }
@@ -48,6 +51,7 @@ def runs(fence: Fence) -> bool:
     return not fence.note.startswith("not run: ")
 
 
+ALWAYS = (ROOT / "README.md", ROOT / "docs/arguments.md")
 WITH_CODE = [page for page in PAGES if any(runs(fence) for fence in fences(page))]
 
 
@@ -88,9 +92,9 @@ def short(code: str) -> str:
 @pytest.mark.parametrize(
     "page",
     [
-        pytest.param(page, marks=[] if page == ROOT / "README.md" else [pytest.mark.full])
+        pytest.param(page, marks=[] if page in ALWAYS else [pytest.mark.full])
         for page in WITH_CODE
-        if FULL or page == ROOT / "README.md"
+        if FULL or page in ALWAYS
     ],
     ids=lambda page: str(page.relative_to(ROOT)),
 )

@@ -221,8 +221,8 @@ def test_a_bad_stop_list_is_refused_before_anything_is_decoded(tiny: str, until:
         ({"alhpa": 0.5}, "did you mean 'alpha'"),
         ({"alpha": 1.0}, r"alpha must be in \[0, 1\)"),
         ({"n": 0}, "n must be at least 1"),
-        ({"n": 16, "first_look": 32, "kv_budget_tokens": 100}, "disagree"),
-        ({"kv_budget_tokens": 100}, "not one row of max_gen_toks=256"),
+        ({"n": 16, "first_look": 32, "kv_budget_tokens": 100}, "contradict each other"),
+        ({"kv_budget_tokens": 100}, "too few for one row of max_gen_toks=256"),
         ({"temperature": 0}, "greedily"),
         ({"strategy": "best_of"}, "best_of_n"),
         ({"reward_model": "likelyhood"}, "likelihood"),
@@ -336,7 +336,7 @@ def test_a_journal_of_another_configuration_is_refused_or_not_used(tmp_path: Pat
     other = load(n=4, journal=str(path), alpha=0.25)
     other.generate(PROMPTS[0])
     assert other.totals.decode_tokens > 0, "another alpha is another request"
-    with pytest.raises(ConfigError, match=r"another configuration.*reward_model"):
+    with pytest.raises(ConfigError, match=r"a different configuration.*reward_model"):
         load(n=4, journal=str(path), reward_model="likelihood").generate(PROMPTS[0])
     (tmp_path / "notes.txt").write_text("hello\nworld\n")
     with pytest.raises(ConfigError, match="not one of our files"):

@@ -5,12 +5,11 @@ from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
+from arithmetic import Operands, prompt, solution, training_batches
 from measure import sample
 from tokenizer import EOS_ID, MAX_LENGTH, PAD_ID, VOCAB_SIZE, encode
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
-
-from specrej_eval.demo.arithmetic import Operands, prompt, solution, training_batches
 
 StateDict = dict[str, Tensor]
 

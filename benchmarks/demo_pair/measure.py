@@ -11,12 +11,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from arithmetic import Operands, answer_of, num_correct_chars, prompt, solution
 from numpy.typing import NDArray
 from reward_model import probe_mask
 from tokenizer import EOS_ID, PAD_ID, decode, encode
 from transformers import LlamaForCausalLM, LlamaForSequenceClassification
-
-from specrej_eval.demo.arithmetic import Operands, answer_of, num_correct_chars, prompt, solution
 
 Floats = NDArray[np.float64]
 Bools = NDArray[np.bool_]

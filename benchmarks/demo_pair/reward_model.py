@@ -18,11 +18,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from tokenizer import EOS_ID, MAX_LENGTH, PAD_ID, VOCAB_SIZE, encode
-from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
-
-from specrej_eval.demo.arithmetic import (
+from arithmetic import (
     Operands,
     noise,
     num_correct_chars,
@@ -32,6 +28,9 @@ from specrej_eval.demo.arithmetic import (
     slip,
     solution,
 )
+from tokenizer import EOS_ID, MAX_LENGTH, PAD_ID, VOCAB_SIZE, encode
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
 RESIDUAL_SCALE = 1 / 16
 EMBEDDING_RMS, SIDE_RMS = 0.09, 0.3

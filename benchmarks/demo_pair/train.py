@@ -19,6 +19,15 @@ from typing import Any, TypeVar
 
 import torch
 import transformers
+from arithmetic import (
+    NUM_OPERANDS,
+    Operands,
+    distinct_problems,
+    problems,
+    prompt,
+    question,
+    solution,
+)
 from language_model import (
     LanguageModelArgs,
     Snapshot,
@@ -33,15 +42,6 @@ from tokenizer import EOS_ID, PAD_ID, build_tokenizer
 from transformers import GenerationConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
 from specrej_eval.demo import POLICY_DIR, REWARD_DIR
-from specrej_eval.demo.arithmetic import (
-    NUM_OPERANDS,
-    Operands,
-    distinct_problems,
-    problems,
-    prompt,
-    question,
-    solution,
-)
 
 T = TypeVar("T")
 

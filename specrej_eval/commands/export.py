@@ -99,7 +99,8 @@ def _some(prompts: Counter[str]) -> str:
 def _checked_runs(paths: Sequence[str], name: str | None) -> list[RecordedRun]:
     if name is not None and len(paths) > 1:
         raise ConfigError(
-            f"--name {name!r} would give {len(paths)} runs one name.", hint="export them one by one, or leave it out."
+            f"--name {name!r} would give {len(paths)} runs the same name.",
+            hint="export them one by one, or leave out --name.",
         )
     runs: list[RecordedRun] = []
     seen: dict[str, str] = {}
@@ -120,11 +121,11 @@ def _checked_runs(paths: Sequence[str], name: str | None) -> list[RecordedRun]:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     read = parser.add_argument_group("what to export")
-    read.add_argument("format", choices=FORMATS, help="who is to read the file")
+    read.add_argument("format", choices=FORMATS, help="the program that will read the file")
     read.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run (`specrej-eval run` or `gather`)")
     written = parser.add_argument_group("what to write")
     written.add_argument("--output", required=True, metavar="FILE.json", help="the file to write")
-    written.add_argument("--name", help="of the generator in the file, if there is one run (default: the run's own)")
+    written.add_argument("--name", help="name of the generator in the file, for a single run (default: the run's own)")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -137,7 +138,7 @@ def run(args: argparse.Namespace) -> int:
     write_atomically(output, _json(rows))
     for remark in remarks(runs):
         print(f"specrej-eval export: {remark}", file=sys.stderr)
-    print(f"{len(rows)} answers of {', '.join(run.name for run in runs)}\n{output}")
+    print(f"{len(rows):,} answers of {', '.join(run.name for run in runs)}\n{output}")
     return 0
 
 

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from specrej_eval.errors import ConfigError
-from specrej_eval.records.fingerprint import compare
+from specrej_eval.records.fingerprint import BETWEEN, differences
 from specrej_eval.records.outputs import GATHERED, Answer, OutputsFolder, RecordedRun, RunRecord, total_cost
 from specrej_eval.records.run_names import default_name
 
@@ -61,8 +61,8 @@ def gather(sources: Sequence[RecordedRun], *, name: str | None = None, incomplet
     """
     _check_same_but_seed(sources)
     if not incomplete:
-        _check_finished(sources)
-        _check_rewards(sources)
+        for source in sources:
+            _check_whole(source)
     found = _by_prompt(sources)
     seeds = sorted({seed for source in sources for seed in source.seeds})
     lacking = {place: missing for place, parts in found.items() if (missing := _missing(parts, seeds))}
@@ -85,31 +85,24 @@ def _check_same_but_seed(sources: Sequence[RecordedRun]) -> None:
     for other in sources[1:]:
         theirs = {**other.record.fingerprint, "seed": None}
         older, newer = (theirs, ours) if "numbers_version" in ours else (ours, theirs)
-        details = "; ".join(compare(older, newer, sides=("in one", "in another")).changed)
-        if details:
+        if details := differences(older, newer, told=BETWEEN):
             raise ConfigError(
                 f"{first.path!r} and {other.path!r} differ in more than the seed ({details}).",
-                hint="only runs of one method and one pair of models make one run; gather the others by themselves.",
+                hint="gather one method and one pair of models at a time.",
             )
 
 
-def _check_finished(sources: Sequence[RecordedRun]) -> None:
-    for source in sources:
-        if not source.record.complete:
-            raise ConfigError(
-                f"the run in {source.path!r} is not finished: it has {len(source.answers)} answers so far.",
-                hint="run its command again to finish it, or gather what there is with --incomplete.",
-            )
-
-
-def _check_rewards(sources: Sequence[RecordedRun]) -> None:
-    for source in sources:
-        for answer in source.answers:
-            if not _has_reward(answer):
-                raise ConfigError(
-                    f"{answer.called} has no finite reward in {source.path!r}, so nothing can be compared with it.",
-                    hint="--incomplete leaves such prompts out.",
-                )
+def _check_whole(source: RecordedRun) -> None:
+    if not source.record.complete:
+        raise ConfigError(
+            f"the run in {source.path!r} is not finished: it has {len(source.answers)} answers so far.",
+            hint="run its command again to finish it, or gather what there is with --incomplete.",
+        )
+    if without := [answer for answer in source.answers if not _has_reward(answer)]:
+        raise ConfigError(
+            f"{without[0].called} has no finite reward in {source.path!r}, so nothing can be compared with it.",
+            hint="--incomplete leaves such prompts out.",
+        )
 
 
 def _has_reward(answer: Answer) -> bool:
@@ -137,7 +130,8 @@ def _by_prompt(sources: Sequence[RecordedRun]) -> dict[Hashable, list[tuple[Reco
 def _drawn_twice(answer: Answer, seed: int, first: RecordedRun, second: RecordedRun) -> ConfigError:
     where = f"{first.path!r} and {second.path!r}" if first is not second else f"{first.path!r}, twice"
     return ConfigError(
-        f"{answer.called} was answered with seed={seed} in {where}: the same rows, which would count double in N.",
+        f"{answer.called} was answered with seed={seed} in {where}: these are the same rows and would "
+        "be counted twice in N.",
         hint="leave one of the runs out, or draw it again with another seed.",
     )
 
@@ -214,7 +208,8 @@ def _record(
     if name is None:
         merged = default_name(fingerprint, n=rows.pop() if len(rows) == 1 else None)
         name = names.pop() if len(names) == 1 and len({tuple(source.seeds) for source in sources}) == 1 else merged
-    alike = {key: value for key, value in first.arguments.items() if _all_have(sources, key, value)}
+    arguments = [source.record.arguments.items() for source in sources]
+    alike = {key: value for key, value in first.arguments.items() if all((key, value) in own for own in arguments)}
     capacities = {source.record.capacity_tokens for source in sources}
     return RunRecord(
         name=name,
@@ -226,10 +221,6 @@ def _record(
         complete=complete,
         num_prompts=len(answers),
     )
-
-
-def _all_have(sources: Iterable[RecordedRun], key: str, value: Any) -> bool:
-    return all(key in source.record.arguments and source.record.arguments[key] == value for source in sources)
 
 
 def _parts(source: RecordedRun) -> list[dict[str, Any]]:
@@ -266,7 +257,7 @@ def write(gathered: Gathered, folder: str | Path) -> OutputsFolder:
     before = store.record()
     if before is not None and GATHERED not in before.described:
         raise ConfigError(
-            f"{str(folder)!r} holds a run of its own ({before.name!r}), which this would overwrite.",
+            f"{str(folder)!r} holds another run ({before.name!r}), which this would overwrite.",
             hint="give --output another folder.",
         )
     complete = gathered.record.complete
@@ -286,7 +277,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     written = parser.add_argument_group("what to write")
     written.add_argument("--output", required=True, metavar="DIR", help="folder of the gathered run")
-    written.add_argument("--name", help="of the gathered run, in leaderboards (default: made of N and models)")
+    written.add_argument(
+        "--name", help="name of the gathered run in leaderboards (default: made from N and the models)"
+    )
 
 
 def run(args: argparse.Namespace) -> int:

@@ -85,7 +85,7 @@ def run(args: argparse.Namespace) -> int:
         below = sum(path.relative_to(target).parts[0] == name for path in written)
         print(f"{target / name}: {below} files written" if below else f"{target / name}: nothing to write")
     for path in kept:
-        print(f"left as it is, for it differs from ours: {path}")
+        print(f"not overwritten, since you changed it: {path}")
     if kept:
         print("`specrej-eval init --force` overwrites these.")
     for what, command in next_steps(target):

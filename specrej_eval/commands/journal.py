@@ -12,6 +12,7 @@ import re
 import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from functools import reduce
 from pathlib import Path
 
 from specrej_eval.core import GenerationResult, Ledger
@@ -33,12 +34,12 @@ EXAMPLES = (
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(dest="action", required=True, metavar="show|verify|merge")
-    show = actions.add_parser("show", help="what run it is of, how many answers, what they cost")
+    show = actions.add_parser("show", help="show which run it belongs to, how many answers it holds and what they cost")
     show.add_argument("journal", metavar="FILE")
-    show.add_argument("--key", help="print the answers whose key, or prompt hash, begins like this")
-    verify = actions.add_parser("verify", help="list all that is wrong, with line numbers; exit code 1 if anything is")
+    show.add_argument("--key", help="print the answers whose key or prompt hash begins with this")
+    verify = actions.add_parser("verify", help="list every problem with its line number; exit code 1 if there is any")
     verify.add_argument("journal", nargs="+", metavar="FILE", help="a journal, or the folder of a run")
-    merge = actions.add_parser("merge", help="put journals of one run together into a new file")
+    merge = actions.add_parser("merge", help="merge journals of one run into a new file")
     merge.add_argument("journal", nargs="+", metavar="FILE")
     merge.add_argument("--output", required=True, metavar="FILE", help="the journal to write")
     merge.add_argument("--force", action="store_true", help="replace the file of --output")
@@ -77,10 +78,8 @@ def show(path: str, key: str | None = None) -> int:
         return 0
     for name, value in (found.fingerprint or {"first line": "damaged"}).items():
         _print_value(name, value)
-    total = Ledger()
-    for result in results.values():
-        total.add(result.ledger)
-    print(f"{len(results)} answers; they cost {total.decode_tokens:,} tokens and {total.total_seconds:.1f} s")
+    total = reduce(Ledger.add, (result.ledger for result in results.values()), Ledger())
+    print(f"{len(results):,} answers; they cost {total.decode_tokens:,} tokens and {total.total_seconds:.1f} s")
     for task, number in sorted(Counter(result.task for result in results.values()).items()):
         print(f"  {inert(task) or '(no task)'}: {number}")
     if found.capacity_tokens is not None:
@@ -130,7 +129,7 @@ def verify(path: Path) -> Iterator[str]:
     if path.is_dir():
         store = OutputsFolder(path)
         if store.record() is None:
-            raise ConfigError(f"{str(path)!r} holds no run of specrej-eval: there is no {store.run_file.name}.")
+            raise ConfigError(f"{str(path)!r} is not a run of specrej-eval: there is no {store.run_file.name}.")
         for file, damage in store.problems():
             yield f"{inert(str(file))}, line {damage.number}: {damage.reason}"
         for file in sorted(path.glob(f"{store.trajectories_file.stem}*.jsonl")):
@@ -147,7 +146,7 @@ def verify(path: Path) -> Iterator[str]:
     for first, later in found.contradicting:
         yield f"{name}, line {later}: answers the request of line {first} differently; the first counts"
     for number in found.repeated:
-        yield f"{name}, line {number}: stands there twice"
+        yield f"{name}, line {number}: appears twice"
 
 
 def merge(paths: list[str], output: str, *, force: bool = False) -> int:
@@ -158,13 +157,15 @@ def merge(paths: list[str], output: str, *, force: bool = False) -> int:
     """
     target = Path(output)
     if target.exists() and not force:
-        raise ConfigError(f"{output!r} is there already.", hint="give --output another name, or replace it: --force.")
+        raise ConfigError(
+            f"{output!r} already exists.", hint="give another --output, or replace the file with --force."
+        )
     read_all = [(path, read(path)) for path in paths]
     headed = [(path, found) for path, found in read_all if found.fingerprint is not None]
     if not headed:
         raise ConfigError(
-            "none of these journals has an intact first line, which says what models its entries are of.",
-            hint="name another journal of the same run too, such as one that the same command has begun.",
+            "none of these journals has an intact first line, which says which models its entries come from.",
+            hint="add another journal of the same run, such as one that the same command has just started.",
         )
     fingerprint = headed[0][1].fingerprint or {}
     for path, found in headed[1:]:
@@ -180,11 +181,11 @@ def merge(paths: list[str], output: str, *, force: bool = False) -> int:
     head = [checked_line({"journal": SCHEMA_VERSION, "fingerprint": fingerprint})]
     head += [checked_line({"key": "capacity_tokens", "result": tokens, "run": run_digest}) for tokens in capacities]
     write_atomically(target, "".join([*head, *(checked_line({**line, "run": run_digest}) for line in lines)]))
-    print(f"{len(lines)} answers of {len(paths)} journals in {output}")
+    print(f"{len(lines):,} answers of {len(paths)} journals in {output}")
     if contradicting:
         print(f"{contradicting} requests were answered differently: the first answer counts", file=sys.stderr)
     if damaged:
-        print(f"{damaged} damaged lines were left out; they are where they were", file=sys.stderr)
+        print(f"{damaged} damaged lines were left out; they are still in the original files", file=sys.stderr)
     return 0
 
 

@@ -15,11 +15,13 @@ import io
 import json
 import math
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from operator import itemgetter
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+from specrej_eval.checked import object_or_empty
 from specrej_eval.config import DECIDING, NEUTRAL, RecordArguments, declared
 from specrej_eval.errors import ConfigError, SpecRejError, nearest
 from specrej_eval.records import alpaca_eval_files, lm_eval_files
@@ -121,10 +123,8 @@ def _runs_in(folder: Path) -> Iterable[Run]:
 
 def _of_lm_eval(results: lm_eval_files.Results) -> Run:
     block, arguments = results.block, results.arguments
+    given = object_or_empty(results.config.get("model_args"))
     embedded = bool(block.get("embedded_demo_pair"))
-    model_args = results.config.get("model_args")
-    given = model_args.get("pretrained") if isinstance(model_args, Mapping) else None
-    totals = block.get("totals")
     return Run(
         kind="lm-eval",
         path=results.path,
@@ -133,13 +133,13 @@ def _of_lm_eval(results: lm_eval_files.Results) -> Run:
         scores=list(results.scores()),
         arguments={name: value for name, value in arguments.items() if name not in RECORDS} if block else {},
         models={
-            "pretrained": EMBEDDED if embedded else arguments.get("pretrained") or given,
+            "pretrained": EMBEDDED if embedded else arguments.get("pretrained") or given.get("pretrained"),
             "reward_model": block.get("reward_model") or arguments.get("reward_model"),
         },
         limit=results.config.get("limit"),
         hardware=block.get("hardware"),
         warnings=[*map(str, block.get("warnings") or ()), *lm_eval_files.remarks(results)],
-        totals=totals if isinstance(totals, Mapping) else {},
+        totals=object_or_empty(block.get("totals")),
         mean_reward=block.get("mean_reward"),
     )
 
@@ -305,7 +305,7 @@ def paired_difference(ours: Mapping[str, float], theirs: Mapping[str, float]) ->
 def costs(run: Run) -> dict[str, Any]:
     """What the whole run cost (all its tasks together)."""
     seconds = run.totals.get("seconds")
-    phases = seconds if isinstance(seconds, Mapping) else {}
+    phases = object_or_empty(seconds)
     total = sum(phases.values())
     started, rejected = run.totals.get("rows_started"), run.totals.get("rows_rejected")
     return {
@@ -334,47 +334,52 @@ def render(runs: Sequence[Run], style: str = "text", baseline: str | None = None
     return "\n\n".join(parts)
 
 
+class Column(NamedTuple):
+    """One column of a table for the eye."""
+
+    heading: str
+    cell: Callable[[Mapping[str, Any]], str]
+    words: bool = False
+    """Set on the left."""
+    once: bool = False
+    """It belongs to the run: said in the first of its rows alone."""
+
+
 def _scores_table(runs: Sequence[Run], table: Sequence[Mapping[str, Any]], style: str) -> str:
-    several_tasks = len({row["task"] for row in table}) > 1
-    several_filters = len({(row["task"], row["metric"], row["filter"]) for row in table}) > len(
-        {(row["task"], row["metric"]) for row in table}
-    )
     metrics = list(dict.fromkeys(row["metric"] for row in table))
     one_metric = metrics[0] if len(metrics) == 1 else None
+    filtered = len({(row["task"], row["metric"], row["filter"]) for row in table})
+    several_filters = filtered > len({(row["task"], row["metric"]) for row in table})
     machines = _machines(runs)
 
-    header = ["run"]
-    header += ["task"] if several_tasks else []
-    header += ["filter"] if several_filters else []
-    header += [f"{one_metric} ± stderr"] if one_metric else ["metric", "value ± stderr"]
-    header += ["prompts"] + ([] if one_metric == "reward" else ["mean reward"])
-    header += ["tokens decoded", "reward tokens", "rejected", "seconds", "scoring", "machine"]
-    lines = []
-    previous = None
-    for row in table:
-        first = row["path"] != previous  # costs belong to the run: say them once
-        previous = row["path"]
-        line = [row["run"] if first or style == "markdown" else ""]
-        line += [row["task"]] if several_tasks else []
-        line += [row["filter"]] if several_filters else []
-        line += [] if one_metric else [row["metric"]]
-        line += [number(row["value"], ".4f") + ("" if row["stderr"] is None else f" ± {row['stderr']:.4f}")]
-        line += [_prompts(row)]
-        if first:
-            line += [] if one_metric == "reward" else [number(row["mean_reward"], ".3f")]
-            line += [
-                number(row["decode_tokens"], ",.0f"),
-                number(row["reward_tokens"], ",.0f"),
-                number(row["rejected_share"], ".1%"),
-                number(row["seconds"], ".1f"),
-                number(row["scoring_share"], ".0%"),
-                machines.get(describe(row["hardware"]), ABSENT),
-            ]
-        else:
-            line += [""] * (len(header) - len(line))
-        lines.append(line)
-    left = 1 + several_tasks + several_filters + (one_metric is None)  # so many columns of words, then numbers
-    return align(header, lines, left, style)
+    def cost(heading: str, name: str, spec: str) -> Column:
+        return Column(heading, lambda row: number(row[name], spec), once=True)
+
+    columns = [
+        Column("run", itemgetter("run"), words=True, once=style != "markdown"),
+        *_task_column(table),
+        *([Column("filter", itemgetter("filter"), words=True)] if several_filters else []),
+        *([] if one_metric else [Column("metric", itemgetter("metric"), words=True)]),
+        Column(f"{one_metric or 'value'} ± stderr", _value),
+        Column("prompts", _prompts),
+        *([] if one_metric == "reward" else [cost("mean reward", "mean_reward", ".3f")]),
+        cost("tokens decoded", "decode_tokens", ",.0f"),
+        cost("reward tokens", "reward_tokens", ",.0f"),
+        cost("rejected", "rejected_share", ".1%"),
+        cost("seconds", "seconds", ".1f"),
+        cost("scoring", "scoring_share", ".0%"),
+        Column("machine", lambda row: machines.get(describe(row["hardware"]), ABSENT), once=True),
+    ]
+    return _as_text(columns, table, style)
+
+
+def _task_column(table: Sequence[Mapping[str, Any]]) -> list[Column]:
+    several = len({row["task"] for row in table}) > 1
+    return [Column("task", itemgetter("task"), words=True)] if several else []
+
+
+def _value(row: Mapping[str, Any]) -> str:
+    return number(row["value"], ".4f") + ("" if row["stderr"] is None else f" ± {row['stderr']:.4f}")
 
 
 def _prompts(row: Mapping[str, Any]) -> str:
@@ -389,23 +394,27 @@ def _prompts(row: Mapping[str, Any]) -> str:
 
 def _differences_table(table: Sequence[Mapping[str, Any]], style: str) -> str:
     compared = [row for row in table if row["paired"]]
-    several_tasks = len({row["task"] for row in compared}) > 1
     baselines = list(dict.fromkeys(row["paired"]["baseline"] for row in compared))
-    header = ["run", *(["against"] if len(baselines) > 1 else []), *(["task"] if several_tasks else []), "metric"]
-    left = len(header)
-    lines = []
-    for row in compared:
-        found = row["paired"]
-        metric = row["metric"] + (f" ({row['filter']})" if row["filter"] not in ("", "none") else "")
-        line = [
-            row["run"],
-            *([found["baseline"]] if len(baselines) > 1 else []),
-            *([row["task"]] if several_tasks else []),
-        ]
-        interval = ABSENT if found["low"] is None else f"{_signed(found['low'])} to {_signed(found['high'])}"
-        lines.append([*line, metric, _signed(found["difference"]), interval, f"{found['prompts']:,}"])
+    columns = [
+        Column("run", itemgetter("run"), words=True),
+        *([Column("against", lambda row: row["paired"]["baseline"], words=True)] if len(baselines) > 1 else []),
+        *_task_column(compared),
+        Column("metric", _metric_and_filter, words=True),
+        Column("difference", lambda row: _signed(row["paired"]["difference"])),
+        Column("95 % interval", _interval),
+        Column("prompts", lambda row: f"{row['paired']['prompts']:,}"),
+    ]
     title = f"against {baselines[0]}, on the same prompts:" if len(baselines) == 1 else "on the same prompts:"
-    return f"{title}\n\n" + align([*header, "difference", "95 % interval", "prompts"], lines, left, style)
+    return f"{title}\n\n{_as_text(columns, compared, style)}"
+
+
+def _metric_and_filter(row: Mapping[str, Any]) -> str:
+    return str(row["metric"]) + (f" ({row['filter']})" if row["filter"] not in ("", "none") else "")
+
+
+def _interval(row: Mapping[str, Any]) -> str:
+    low, high = row["paired"]["low"], row["paired"]["high"]
+    return ABSENT if low is None else f"{_signed(low)} to {_signed(high)}"
 
 
 def _signed(value: float) -> str:
@@ -431,18 +440,22 @@ def _as_csv(table: Sequence[Mapping[str, Any]]) -> str:
     return written.getvalue().rstrip("\n")
 
 
-def align(header: Sequence[str], lines: Sequence[Sequence[str]], left: int, style: str) -> str:
-    widths = [max(len(line[column]) for line in (header, *lines)) for column in range(len(header))]
-
-    def spread(cells: Iterable[str]) -> list[str]:
-        pairs = zip(cells, widths, strict=True)
-        return [cell.ljust(width) if column < left else cell.rjust(width) for column, (cell, width) in enumerate(pairs)]
-
+def _as_text(columns: Sequence[Column], table: Sequence[Mapping[str, Any]], style: str) -> str:
+    lines = [[column.heading for column in columns]]
+    previous = None
+    for row in table:
+        lines.append(["" if column.once and row["path"] == previous else column.cell(row) for column in columns])
+        previous = row["path"]
+    widths = [max(map(len, cells)) for cells in zip(*lines, strict=True)]
+    set_, rule = [], []
+    for column, width in zip(columns, widths, strict=True):
+        set_.append(str.ljust if column.words else str.rjust)
+        rule.append("-" * (width - 1) + ":" if style == "markdown" and not column.words else "-" * width)
+    spread = [[put(cell, width) for put, cell, width in zip(set_, line, widths, strict=True)] for line in lines]
+    spread.insert(1, rule)
     if style == "markdown":
-        rule = ["-" * width if column < left else "-" * (width - 1) + ":" for column, width in enumerate(widths)]
-        return "\n".join(f"| {' | '.join(cells)} |" for cells in (spread(header), rule, *map(spread, lines)))
-    rule = ["-" * width for width in widths]
-    return "\n".join("  ".join(cells).rstrip() for cells in (spread(header), rule, *map(spread, lines)))
+        return "\n".join(f"| {' | '.join(cells)} |" for cells in spread)
+    return "\n".join("  ".join(cells).rstrip() for cells in spread)
 
 
 def notes(runs: Sequence[Run]) -> list[str]:
@@ -539,10 +552,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "folder",
         nargs="+",
         type=Path,
-        help="of lm_eval (--output_path), `specrej-eval run` or alpaca_eval; searched with its subfolders",
+        help="results of lm_eval (--output_path), `specrej-eval run` or alpaca_eval; subfolders are searched too",
     )
     shown = parser.add_argument_group("how to show it")
-    shown.add_argument("--format", choices=("text", "markdown", "json", "csv"), default="text", help="of the table")
+    shown.add_argument(
+        "--format", choices=("text", "markdown", "json", "csv"), default="text", help="format of the table"
+    )
     shown.add_argument(
         "--baseline", metavar="TEXT", help="part of the name of the run to compare with (default: the first)"
     )

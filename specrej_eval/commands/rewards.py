@@ -34,7 +34,7 @@ def run(args: argparse.Namespace) -> int:
     if args.format == "json":
         print(json.dumps({"families": listed, "other": {} if args.family else forms}, indent=2))
         return 0
-    print("Checkpoints: reward_model= a hub name or a folder. The family is found by itself; reward_family= decides.\n")
+    print("Checkpoints: reward_model= a hub name or a folder. The family is detected; reward_family= overrides that.\n")
     for name, entry in listed.items():
         print(f"  {name}")
         print(_indented(str(entry["reads"])))

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import functools
 import json
 import os
 import sys
@@ -125,17 +126,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.argument_default = argparse.SUPPRESS
     parser.set_defaults(hints=HINTS)
     files = parser.add_argument_group("files")
-    files.add_argument("--prompts", metavar="FILE", help="JSON, JSONL, CSV or TSV with one prompt a row; needed")
-    files.add_argument("--output", metavar="DIR", help="the archive (default: results/ and the run's name)")
-    files.add_argument("--name", help="of the run, in leaderboards (default: made of strategy, n and models)")
+    files.add_argument("--prompts", metavar="FILE", help="JSON, JSONL, CSV or TSV with one prompt a row (required)")
+    files.add_argument("--output", metavar="DIR", help="folder of the run (default: results/ and the run's name)")
+    files.add_argument("--name", help="name of the run in leaderboards (default: made from strategy, n and the models)")
     files.add_argument("--prompt_column", metavar="COLUMN", help="default: instruction, or else prompt")
     files.add_argument("--limit", metavar="ROWS", help="only the first rows of the file")
     files.add_argument(
         "--seeds", metavar="LIST", help="such as 0,1,2: a run for each, in folders seed0, seed1, ... of --output"
     )
-    files.add_argument("--force", action="store_true", help="start anew: delete the answers in the folder")
+    files.add_argument("--force", action="store_true", help="start again: delete the answers in the folder")
     files.add_argument(
-        "--keep_trajectories", metavar="BOOL", help="keep all rows of all prompts, not the best alone (default: true)"
+        "--keep_trajectories", metavar="BOOL", help="keep every row of every prompt, not only the best (default: true)"
     )
     prompts = parser.add_argument_group("prompts")
     add_options(prompts, _PROMPTS.values())
@@ -155,7 +156,7 @@ def run(args: argparse.Namespace) -> int:
     """
     options = {name: value for name, value in vars(args).items() if name != "hints"}
     if "prompts" not in options:
-        raise ConfigError("--prompts is missing: the file with the prompts.", hint="--prompts prompts.csv")
+        raise ConfigError("--prompts is missing.", hint="name the file with the prompts: --prompts prompts.csv")
     seeds = _seeds(options.pop("seeds", None), options.get("seed"))
     loaded: list[tuple[Engine, RewardModel]] = []
     ranks = _ranks(options.get("device"))
@@ -164,7 +165,7 @@ def run(args: argparse.Namespace) -> int:
             folder = _run(options if seed is None else {**options, "seed": str(seed)}, ranks, seed, loaded)
     if seeds != [None] and ranks.main:
         print(f"next: specrej-eval report {folder.parent}")
-        print(f"or, of each prompt the best answer: specrej-eval gather {folder.parent}/seed* --output DIR")
+        print(f"or keep the best answer to each prompt: specrej-eval gather {folder.parent}/seed* --output DIR")
     return 0
 
 
@@ -214,7 +215,7 @@ def _run(options: dict[str, Any], ranks: Ranks, seed: int | None, loaded: list[t
     )
     anew = bool(own.get("force"))
     if not anew and _is_complete(store, record, questions):
-        print(f"nothing to do: {len(questions)} answers in {store.outputs_file} (--force draws them anew)")
+        print(f"nothing to do: {len(questions):,} answers in {store.outputs_file} (--force draws them again)")
         return folder
     if ranks.main:
         store.begin(record, going_on=not anew, delete=anew)
@@ -229,11 +230,14 @@ def _run(options: dict[str, Any], ranks: Ranks, seed: int | None, loaded: list[t
         config = config.replace(journal=journal)
     if ranks.world_size > 1 and config.trace_path is not None:
         config = config.replace(trace_path=rank_path(config.trace_path, ranks.rank, ranks.world_size))
-    if record.embedded_demo_pair and ranks.main:
+    if record.embedded_demo_pair and ranks.main and not loaded:
         tqdm.write("DEMO: the embedded demo models answer; they know nothing but small sums.", file=sys.stderr)
 
     if ranks.world_size > 1 and config.device is None:
-        config = config.replace(device=_own_device(ranks))
+        import torch
+
+        # one GPU for each process of a machine; the CPU where there is none
+        config = config.replace(device=f"cuda:{ranks.local_rank}" if torch.cuda.is_available() else None)
     if not loaded:
         loaded.append(api.load_models(config, host))
     engine, reward = loaded[0]
@@ -260,7 +264,7 @@ def _run(options: dict[str, Any], ranks: Ranks, seed: int | None, loaded: list[t
     spent = Spent()
     answer(generator, questions[share], requests[share], store=store, progress=ranks.main, summary=False, spent=spent)
     store.close()
-    spent = _of_all_ranks(spent, ranks)
+    spent = functools.reduce(Spent.add, ranks.gathered(spent), Spent())
     ranks.wait()
     if ranks.main:
         _finish(store.path, record, questions, requests, spent)
@@ -322,20 +326,6 @@ def _is_complete(store: OutputsFolder, record: RunRecord, questions: Sequence[Qu
     return [item.instruction for item in answers] == [question.instruction for question in questions]
 
 
-def _own_device(ranks: Ranks) -> str | None:
-    """One GPU for each process of a machine; None (the CPU) where there is none."""
-    import torch
-
-    return f"cuda:{ranks.local_rank}" if torch.cuda.is_available() else None
-
-
-def _of_all_ranks(spent: Spent, ranks: Ranks) -> Spent:
-    added = Spent()
-    for other in ranks.gathered(spent):
-        added.add(other)
-    return added
-
-
 def _finish(
     folder: Path, record: RunRecord, questions: Sequence[Question], requests: Sequence[Request], spent: Spent
 ) -> None:
@@ -350,4 +340,4 @@ def _finish(
     store.mark_complete(record, answers, spent)
     for line in summary(answers, spent, name=record.name):
         tqdm.write(line, file=sys.stderr)
-    print(f"{len(answers)} answers in {store.outputs_file}")
+    print(f"{len(answers):,} answers in {store.outputs_file}")

@@ -23,7 +23,7 @@ from specrej_eval.errors import ConfigError, RewardError
 from specrej_eval.options import add_reward_options, load_reward, reward_config
 from specrej_eval.paths import expanded
 from specrej_eval.records.fingerprint import check_same, of_models
-from specrej_eval.records.jsonl import drop_torn_line, open_append, read_lines, write_atomically
+from specrej_eval.records.jsonl import mend, open_append, scan, write_atomically
 from specrej_eval.records.prompt_files import read_rows
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     files.add_argument(
         "--column", default="reward", metavar="NAME", help="of the scores in the output (default: reward)"
     )
-    files.add_argument("--force", action="store_true", help="start anew where the output exists")
+    files.add_argument("--force", action="store_true", help="start again if the output exists")
     files.add_argument(
         "--on_error",
         default="stop",
@@ -94,7 +94,11 @@ def run(args: argparse.Namespace) -> int:
         done = []
     if len(done) < len(entries):
         reward = load_reward(config, options.get("token"))
-        _check_reads_text(reward)
+        if not reward.reads_text:
+            raise ConfigError(
+                f"reward_model={reward.name!r} scores from numbers recorded while decoding, which a file lacks.",
+                hint="name a reward model that reads text.",
+            )
         with (
             open_append(str(target), argument="output") as file,
             stopping.keeping(len(entries), target, answers=len(done), what="rows") as kept,
@@ -128,7 +132,7 @@ def read_pairs(source: Path, *, column: str = "reward") -> list[Entry]:
             raise ConfigError(f"{place}: must be an object, got {str(record)[:60]!r}.")
         if column in record:
             raise ConfigError(
-                f"{place}: has a field {column!r} already.", hint="--column names the scores in the output otherwise."
+                f"{place}: already has a field {column!r}.", hint="give the scores another name with --column."
             )
         entries.append(Entry(where, record, _pair(record, place)))
     return entries
@@ -155,19 +159,16 @@ def _pair(record: Mapping[str, Any], place: str) -> Pair:
 
 
 def _messages(value: Any, place: str) -> list[dict[str, str]]:
-    right = isinstance(value, list) and bool(value)
-    for message in value if right else ():
-        right = (
-            right
-            and isinstance(message, dict)
-            and all(isinstance(message.get(key), str) for key in ("role", "content"))
-        )
-    if not right:
+    if not isinstance(value, list) or not value or not all(map(_is_turn, value)):
         raise ConfigError(
             f"{place}: 'messages' must be a list of messages, got {str(value)[:60]!r}.",
             hint='for example [{"role": "user", "content": "Say hello."}]',
         )
     return [{"role": message["role"], "content": message["content"]} for message in value]
+
+
+def _is_turn(value: Any) -> bool:
+    return isinstance(value, dict) and all(isinstance(value.get(key), str) for key in ("role", "content"))
 
 
 def _fields(record: Mapping[str, Any]) -> str:
@@ -199,20 +200,17 @@ def _begin(target: Path, fingerprint: dict[str, Any], *, overwrite: bool) -> lis
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"{str(target)!r} exists, and nothing says which reward model wrote it ({sidecar.name} is missing).",
-            hint="--force, or another --output.",
+            hint="replace it with --force, or give another --output.",
         ) from error
-    check_same(then, fingerprint, what=repr(str(target)), remedy="--force, or another --output.")
-    records, whole = read_lines(target, argument="output")
-    drop_torn_line(target, whole)
-    return records
-
-
-def _check_reads_text(reward: RewardModel) -> None:
-    if not reward.reads_text:
+    check_same(then, fingerprint, what=repr(str(target)), remedy="replace it with --force, or give another --output.")
+    found = scan(target, argument="output", checksums=False)
+    if found.damaged:
         raise ConfigError(
-            f"reward_model={reward.name!r} scores while decoding: texts of a file have no numbers of the engine.",
-            hint="name a reward model that reads text.",
+            f"output={str(target)!r} is not one of our files (line {found.damaged[0].number} is not a JSON object).",
+            hint="name another file, or delete this one.",
         )
+    mend(target, found)
+    return [line.record for line in found.lines]
 
 
 def _scored(
@@ -254,7 +252,7 @@ def _of_the_server(error: RewardError) -> bool:
     return isinstance(error, ServerError) and error.status not in (400, 413, 422)
 
 
-_SKIP = "--on_error skip goes on, and leaves such rows without a reward."
+_SKIP = "--on_error skip continues and leaves such rows without a reward."
 
 
 def _report(target: Path, records: Sequence[Mapping[str, Any]], column: str) -> int:
@@ -262,8 +260,8 @@ def _report(target: Path, records: Sequence[Mapping[str, Any]], column: str) -> 
     failed = len(records) - len(scores)
     if scores:
         mean = math.fsum(scores) / len(scores)
-        print(f"{len(scores)} rows scored: mean {mean:.4f}, min {min(scores):.4f}, max {max(scores):.4f}")
-    print(f"{len(records)} rows in {target}")
+        print(f"{len(scores):,} rows scored: mean {mean:.4f}, min {min(scores):.4f}, max {max(scores):.4f}")
+    print(f"{len(records):,} rows in {target}")
     if failed:
-        print(f"{failed} rows could not be scored; their 'error' says why", file=sys.stderr)
+        print(f"{failed:,} rows could not be scored; their 'error' says why", file=sys.stderr)
     return 1 if failed else 0

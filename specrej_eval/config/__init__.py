@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
@@ -32,7 +31,7 @@ from specrej_eval.config.models import HOST, ModelArguments
 from specrej_eval.config.records import RecordArguments
 from specrej_eval.config.rewards import RewardArguments
 from specrej_eval.config.running import AUTO, DecoderArguments, PromptArguments, RunningArguments
-from specrej_eval.errors import ConfigError, nearest
+from specrej_eval.errors import ConfigError, nearest, without_passwords
 
 __all__ = [
     "ARGUMENTS",
@@ -63,7 +62,6 @@ __all__ = [
     "known_elsewhere",
     "names",
     "suggest_argument",
-    "without_passwords",
 ]
 
 logger = logging.getLogger(__name__)
@@ -111,7 +109,7 @@ class RunConfig(RecordArguments, RunningArguments, EngineArguments, DecodingArgu
         config = dataclasses.replace(self, **read)
         if config.temperature == 0 and config.n != 1:
             raise ConfigError(
-                f"temperature=0 decodes greedily, so all n={config.n or DEFAULT_N} rows would be equal.",
+                f"temperature=0 decodes greedily, so all n={config.n or DEFAULT_N} rows would be identical.",
                 hint="set temperature above 0, or n=1 for plain greedy decoding.",
             )
         return config
@@ -134,7 +132,8 @@ class RunConfig(RecordArguments, RunningArguments, EngineArguments, DecodingArgu
 
     def to_dict(self) -> dict[str, Any]:
         """For records: without the password that an address may hold."""
-        return {**dataclasses.asdict(self), "reward_model": without_passwords(self.reward_model)}
+        reward_model = self.reward_model and without_passwords(self.reward_model)
+        return {**dataclasses.asdict(self), "reward_model": reward_model}
 
 
 ARGUMENTS = declared(RunConfig)
@@ -178,7 +177,7 @@ def in_our_names(args: Mapping[str, Any]) -> dict[str, Any]:
                 found[name] = value
             elif str(found[name]) != str(value):
                 raise ConfigError(
-                    f"{name}={found[name]} and {synonym}={value} are one argument with two values.",
+                    f"{name}={found[name]} and {synonym}={value} are two values for the same argument.",
                     hint=f"give {name} alone.",
                 )
     return found
@@ -207,8 +206,3 @@ def suggest_argument(name: str, choices: Iterable[str]) -> str:
     best = meant if meant in choices else nearest(name, choices)
     listing = "docs/arguments.md lists all arguments; `specrej-eval doctor` shows versions."
     return f"did you mean {best!r}? {listing}" if best else f"{listing} Ours: {', '.join(sorted(choices))}."
-
-
-def without_passwords(name: str | None) -> str | None:
-    """A ``reward_model`` as records may hold it: ``http://name:password@host`` becomes ``http://host``."""
-    return None if name is None else re.sub(r"(https?://)[^/@\s]*@", r"\1", name)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from enum import Enum
@@ -95,7 +96,7 @@ class Argument:
     @property
     def told(self) -> str:
         """The help of a command line."""
-        return f"{self.help} None = {self.none}." if self.none else self.help
+        return f"{self.help} (default: {self.none})" if self.none else self.help
 
 
 def argument(
@@ -185,7 +186,7 @@ def choice(
         found = (also or {}).get(value, value) if isinstance(value, str) else value
         known = tuple(among()) if among is not None else options
         if found not in known:
-            raise ConfigError(f"unknown {name} {value!r}.", hint=suggest(str(value), known))
+            raise ConfigError(f"unknown {name} {value!r}.", hint=missing_comma(value) or suggest(str(value), known))
         return str(found)
 
     return read
@@ -202,6 +203,12 @@ def held(name: str, value: Number, holds: bool, rule: str, hint: str | None = No
     return value
 
 
+def missing_comma(value: Any) -> str | None:
+    """The hint for a value that holds the next argument, as in ``alpha=0.5 n=16``; None if it does not."""
+    found = re.search(r"[\s;]\s*(\w+)=", value) if isinstance(value, str) else None
+    return f"is a comma missing before {found[1]}=?" if found else None
+
+
 def as_float(name: str, value: Any) -> float:
     """A finite float, from a number or its text."""
     try:
@@ -209,7 +216,7 @@ def as_float(name: str, value: Any) -> float:
             raise TypeError
         number = float(value)
     except (TypeError, ValueError, OverflowError):
-        raise ConfigError(f"{name} must be a number, got {value!r}.") from None
+        raise ConfigError(f"{name} must be a number, got {value!r}.", hint=missing_comma(value)) from None
     if not math.isfinite(number):
         raise ConfigError(f"{name} must be finite, got {value!r}.")
     return number
@@ -228,7 +235,7 @@ def as_int(name: str, value: Any, *, also: str = "") -> int:
             raise ValueError
     except (TypeError, ValueError, OverflowError):
         expected = f"a whole number {also}".strip()
-        raise ConfigError(f"{name} must be {expected}, got {value!r}.") from None
+        raise ConfigError(f"{name} must be {expected}, got {value!r}.", hint=missing_comma(value)) from None
     return int(number)
 
 
@@ -239,7 +246,7 @@ def as_bool(name: str, value: Any) -> bool:
         return bool(value)
     if isinstance(value, str) and value.strip().lower() in ("true", "false", "1", "0", "yes", "no"):
         return value.strip().lower() in ("true", "1", "yes")
-    raise ConfigError(f"{name} must be true or false, got {value!r}.")
+    raise ConfigError(f"{name} must be true or false, got {value!r}.", hint=missing_comma(value))
 
 
 def as_dict(name: str, value: Any) -> dict[str, Any]:

@@ -40,7 +40,7 @@ class SamplingArguments:
     top_k: int = argument(
         50,
         whole(0, told="0 switches it off"),
-        "The likeliest tokens alone; 0 switches the filter off.",
+        "Only this many of the likeliest tokens; 0 switches the filter off.",
         decides=Decides.ANSWERS,
         takes=_TAKES,
         idle_when_greedy=True,
@@ -115,7 +115,7 @@ class DecodingArguments(SamplingArguments):
     max_gen_toks: int = argument(
         256,
         whole(),
-        "Most tokens of an answer; a task's own value wins.",
+        "Largest number of tokens in an answer; a task's own value wins.",
         decides=Decides.ANSWERS,
         takes=_TAKES,
         elsewhere=("max_completion_tokens", "max_gen_tokens", "max_new_tokens"),
@@ -123,8 +123,8 @@ class DecodingArguments(SamplingArguments):
     seed: int = argument(
         0,
         whole(None),
-        "Of all draws; a row's tokens depend on (seed, task, prompt, repeat, row) and on nothing else. Inside lm-eval "
-        "its own ``--seed`` if none is given here.",
+        "Seed of all draws; a row's tokens depend on (seed, task, prompt, repeat, row) and on nothing else. Inside "
+        "lm-eval, its own ``--seed`` if none is given here.",
         decides=Decides.ANSWERS,
         takes=_TAKES,
     )

@@ -53,8 +53,8 @@ class ModelArguments:
     special_tokens_in_content: str | None = argument(
         None,
         choice("encode_as_text", "allow", "error"),
-        "Special tokens such as ``<|im_end|>`` that a user or an answer spells: ``encode_as_text``, ``allow`` (control "
-        "tokens) or ``error``.",
+        "Special tokens such as ``<|im_end|>`` written out by a user or in an answer: ``encode_as_text``, ``allow`` "
+        "(control tokens) or ``error``.",
         none="text for rewards, judges and chat messages; as ``--model hf`` for prompts of a harness",
         decides=Decides.MODELS,
         takes=(Takes.RUN, Takes.ALONE, Takes.POLICY),
@@ -91,38 +91,38 @@ _HOST = (
         not_in_python="add the delta weights to the base model once, save the sum, and give its folder as pretrained=.",
     ),
     _host("device_map", None, "Where layers go.", places=True, not_in_lm_eval="use parallelize=True."),
-    _host("enable_thinking", None, "The chat template's switch of that name."),
+    _host("enable_thinking", None, "The chat template's switch of the same name."),
     _host("gguf_file", None, "A GGUF file within ``pretrained``."),
     _host("gptqmodel", False, "Load with gptqmodel.", not_in_python=_GPTQ),
     _host("logits_cache", None, "Keep logits of equal prompts.", places=True, not_in_python=_LOGLIKELIHOOD),
     _host(
         "max_batch_size",
         None,
-        "Most prompts of ``--batch_size auto``.",
+        "Largest number of prompts under ``--batch_size auto``.",
         places=True,
         not_in_python="use batch_size (prompts in flight) and n (rows of one prompt).",
     ),
     _host(
         "max_cpu_memory",
         None,
-        "Most memory of the CPU, with ``parallelize``.",
+        "Memory limit of the CPU, with ``parallelize``.",
         places=True,
         not_in_python="use max_memory={...} with device_map=auto.",
     ),
     _host("max_length", None, "Context of the model in tokens."),
-    _host("max_memory", None, "Memory of each device.", places=True, not_in_lm_eval=f"use {_PLACING}"),
+    _host("max_memory", None, "Memory limit of each device.", places=True, not_in_lm_eval=f"use {_PLACING}"),
     _host(
         "max_memory_per_gpu",
         None,
-        "Most memory of each GPU, with ``parallelize``.",
+        "Memory limit of each GPU, with ``parallelize``.",
         places=True,
         not_in_python="use max_memory={...} with device_map=auto.",
     ),
     _host("mixed_precision_dtype", None, "Autocast of log-likelihood requests.", not_in_python="use dtype."),
-    _host("offload_folder", None, "For weights that no memory holds.", places=True),
+    _host("offload_folder", None, "Folder for weights that do not fit in memory.", places=True),
     _host("parallelize", None, "Spread the layers over the GPUs.", places=True, not_in_python="use device_map=auto."),
     _host("peft", None, "An adapter: a hub name or a folder.", checkpoint),
-    _host("prefix_token_id", None, "Token in the place of an empty context."),
+    _host("prefix_token_id", None, "Token that stands in for an empty context."),
     _host(
         "quantization_config",
         None,
@@ -133,8 +133,8 @@ _HOST = (
     _host("revision", "main", "Branch, tag or commit of the hub repository."),
     _host("softmax_dtype", None, "Precision of log-likelihood requests' softmax.", not_in_python=_LOGLIKELIHOOD),
     _host("subfolder", "", "Folder within the checkpoint."),
-    _host("think_end_token", None, "What ends a model's thinking, which is cut off the answer."),
-    _host("token", None, "The hub's, for gated checkpoints.", places=True, private=True),
+    _host("think_end_token", None, "The text that ends a model's thinking; everything up to it is cut off the answer."),
+    _host("token", None, "Access token of the hub, for gated checkpoints.", places=True, private=True),
     _host("tokenizer", None, "Another checkpoint's tokenizer: a hub name or a folder.", checkpoint),
     _host("tp_plan", None, "Tensor parallelism.", places=True, not_in_python="use device_map=auto."),
     _host(
@@ -143,7 +143,7 @@ _HOST = (
         "Truncate prompts in the tokenizer.",
         not_in_python="a prompt longer than the context is an error here; shorten it yourself.",
     ),
-    _host("use_fast_tokenizer", True, "The tokenizer in Rust."),
+    _host("use_fast_tokenizer", True, "Use the tokenizer in Rust."),
 )
 HOST = {made.name: made for made in _HOST}
 """Arguments of lm-eval's ``HFLM`` (or of ``from_pretrained``), by name: passed on as they are given."""

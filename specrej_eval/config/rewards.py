@@ -65,7 +65,7 @@ class RewardArguments:
         takes=_PART,
     )
     reward_batch_size: int = argument(
-        32, whole(), "Most texts in one request to a reward server.", decides=Decides.PLACE, takes=_PART
+        32, whole(), "Largest number of texts in one request to a reward server.", decides=Decides.PLACE, takes=_PART
     )
     reward_timeout: float = argument(
         60.0,
@@ -77,7 +77,7 @@ class RewardArguments:
     reward_retries: int = argument(
         5,
         whole(0),
-        "Tries after the first, with growing pauses, before a reward server counts as failed.",
+        "Further tries, with growing pauses, before a reward server counts as failed.",
         decides=Decides.PLACE,
         takes=_ALONE,
     )
@@ -100,7 +100,7 @@ class RewardArguments:
     judge_max_toks: int = argument(
         16,
         whole(),
-        "Most tokens of a judge's answer; give more to one that thinks before it grades.",
+        "Largest number of tokens in a judge's answer; give more to one that thinks before it grades.",
         decides=Decides.MODELS,
         takes=_ALONE,
     )

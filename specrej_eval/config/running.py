@@ -64,7 +64,11 @@ class PromptArguments:
         (), _until, "Stop string, or a list of them.", decides=Decides.ANSWERS, elsewhere=("stop", "stop_sequences")
     )
     max_tokens: int | None = argument(
-        None, whole(None), "Most tokens of prompt and answer together.", none="no limit", decides=Decides.ANSWERS
+        None,
+        whole(None),
+        "Largest number of tokens in prompt and answer together.",
+        none="no limit",
+        decides=Decides.ANSWERS,
     )
     apply_chat_template: bool | str = argument(
         AUTO,

@@ -11,4 +11,7 @@ POLICY_DIR: Path = Path(__file__).resolve().parent / "policy"
 REWARD_DIR: Path = Path(__file__).resolve().parent / "reward"
 """Directory of the reward model (`AutoModelForSequenceClassification`, one label), with its tokenizer and template."""
 
-__all__ = ["POLICY_DIR", "REWARD_DIR"]
+PROBES: Path = Path(__file__).resolve().parent / "probes.json"
+"""What `specrej-eval doctor` asks the reward model; made by `benchmarks/demo_pair/probes.py`."""
+
+__all__ = ["POLICY_DIR", "PROBES", "REWARD_DIR"]

@@ -118,8 +118,8 @@ class Engine(ABC):
             raise PromptError("the prompt has no tokens.", hint="give a non-empty string or at least one message.")
         if prompt.num_tokens + config.max_gen_toks > self.max_length:
             raise PromptError(
-                f"the prompt has {prompt.num_tokens} tokens; with max_gen_toks={config.max_gen_toks} that exceeds the "
-                f"model's context of {self.max_length} tokens.",
+                f"the prompt has {prompt.num_tokens:,} tokens; with max_gen_toks={config.max_gen_toks} that exceeds "
+                f"the model's context of {self.max_length:,} tokens.",
                 hint="shorten the prompt or lower max_gen_toks. (lm-eval's prompts are cut on the left instead.)",
             )
 

@@ -120,16 +120,10 @@ class ExtendStep(Step):
         return out[None]
 
     def _store(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        if self.pool is not None:
-            keys, values = self.pool.write(layer, key, value, self.rows + self.first, self.slots)
-            mine = slice(self.first, self.first + self.num_rows)
-            return keys[mine, :, : self.stored], values[mine, :, : self.stored]
-        stores = []
-        for new in (key, value):
-            store = new.new_zeros(self.num_rows, new.shape[1], self.stored, new.shape[2])
-            store[self.rows, :, self.slots] = new
-            stores.append(store)
-        return stores[0], stores[1]
+        pool = self.pool or RaggedPool(self.num_rows, capacity=self.stored)
+        keys, values = pool.write(layer, key, value, self.rows + self.first, self.slots)
+        mine = slice(self.first, self.first + self.num_rows)
+        return keys[mine, :, : self.stored], values[mine, :, : self.stored]
 
     def _attend_rows(
         self,

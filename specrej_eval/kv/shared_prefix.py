@@ -55,10 +55,10 @@ class _Layer(CacheLayerMixin):
     is_sliding = False
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        del key_states, value_states  # nothing to allocate: prefixes and pools allocate themselves
+        """Nothing to allocate: prefixes and pools allocate themselves."""
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        del args, kwargs  # what is stored are the keys and values that reach the attention function
+        # what is stored are the keys and values that reach the attention function
         return key_states, value_states
 
     def get_seq_length(self) -> int:
@@ -96,7 +96,7 @@ def attention_forward(
     Returns:
         (batch, tokens, heads, head_dim), contiguous, and None for the weights.
     """
-    del attention_mask, dropout, kwargs  # our engine pads nothing and never trains
+    # no mask, no dropout: our engine pads nothing and never trains
     step = _current()
     layer = int(module.layer_idx)  # type: ignore[arg-type]  # every attention module of transformers carries an int
     step.windows[layer] = sliding_window

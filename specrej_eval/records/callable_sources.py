@@ -204,11 +204,10 @@ def _follow(path: Path, package: str, found: Sources) -> Iterator[str]:
         elif isinstance(node, (ast.Name, ast.Attribute)):
             found.reads |= (node.id if isinstance(node, ast.Name) else node.attr) in _LOADS
         for name in names:
-            network = name.partition(".")[0] in _NETWORK
-            if network and not any(f"{name}.".startswith(f"{harmless}.") for harmless in _NOT_NETWORK):
-                root = name.partition(".")[0]
-                if name != root or not isinstance(node, ast.ImportFrom):
-                    found.uncovered.append(f"what {path.name} reads from the network (it imports {root})")
+            root = name.partition(".")[0]
+            harmless = any(f"{name}.".startswith(f"{one}.") for one in _NOT_NETWORK)
+            if root in _NETWORK and not harmless and (name != root or not isinstance(node, ast.ImportFrom)):
+                found.uncovered.append(f"what {path.name} reads from the network (it imports {root})")
             yield name
 
 

@@ -23,6 +23,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from specrej_eval.checked import object_in, object_or_empty
 from specrej_eval.errors import CheckpointError
 from specrej_eval.paths import expanded, is_folder
 
@@ -117,19 +118,18 @@ def of_files(files: Mapping[str, Path], *, what: str = "") -> dict[str, str]:
         else:
             found[name] = digest
     total = sum(path.stat().st_size for path in unread.values())
-    with tqdm(
-        total=total,
-        desc=f"reading {what} in full, once (its digest is remembered)",
-        unit="B",
-        unit_scale=True,
-        disable=total < SHOWN_FROM,
-        leave=False,
-    ) as bar:
-        if total < _PIECE:
-            found.update({name: _read(path, bar.update) for name, path in unread.items()})
-        else:
-            with ThreadPoolExecutor(_READERS) as pool:  # hashlib lets go of the interpreter's lock
-                found.update(zip(unread, pool.map(lambda path: _read(path, bar.update), unread.values()), strict=True))
+    with (
+        tqdm(
+            total=total,
+            desc=f"reading {what} in full, once (its digest is remembered)",
+            unit="B",
+            unit_scale=True,
+            disable=total < SHOWN_FROM,
+            leave=False,
+        ) as bar,
+        ThreadPoolExecutor(_READERS) as pool,
+    ):  # hashlib lets go of the interpreter's lock
+        found.update(zip(unread, pool.map(lambda path: _read(path, bar.update), unread.values()), strict=True))
     return {name: found[name] for name in files}
 
 
@@ -191,11 +191,9 @@ def _matches(name: str, patterns: tuple[str, ...]) -> bool:
 def _shards(folder: Path) -> Iterator[Path]:
     """Weight files that an index names, which may lie deeper."""
     for index in folder.glob("*.index.json"):
-        try:
-            named = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            continue  # checked, with words, where checkpoints are
-        yield from (folder / shard for shard in named if isinstance(shard, str) and (folder / shard).is_file())
+        named = object_or_empty(object_in(index).get("weight_map"))  # checked, with words, where checkpoints are
+        shards = {folder / shard for shard in named.values() if isinstance(shard, str)}
+        yield from (shard for shard in shards if shard.is_file())
 
 
 def _python_files(root: Path) -> Iterator[Path]:
@@ -277,7 +275,7 @@ def _read(path: Path, advance: Callable[[int], Any]) -> str:
                 return digest.hexdigest()
     except OSError as error:
         raise _unreadable(path, error) from error
-    raise CheckpointError(f"{str(path)!r} changes while it is read.", hint="wait until it is written.")
+    raise CheckpointError(f"{str(path)!r} is changing while it is read.", hint="wait until it is completely written.")
 
 
 def _unreadable(path: Path, error: OSError) -> CheckpointError:

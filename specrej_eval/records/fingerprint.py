@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from specrej_eval import companions
+from specrej_eval.checked import object_in
 from specrej_eval.checkpoint import DEMO_POLICY, DEMO_REWARD, is_hub_name, stamp
 from specrej_eval.config import (
     DEFAULT_N,
@@ -35,10 +36,9 @@ from specrej_eval.config import (
     as_dict,
     names,
     reward_names,
-    without_passwords,
 )
 from specrej_eval.config.argument import checkpoint, rewards, template
-from specrej_eval.errors import ConfigError
+from specrej_eval.errors import ConfigError, without_passwords
 from specrej_eval.paths import expanded, is_folder, is_there
 from specrej_eval.records import callable_sources, digests
 
@@ -81,7 +81,7 @@ def of_models(config: RunConfig, host: Mapping[str, Any], *, loaded: Sequence[st
         policy_files = None
     else:
         policy_files = about.checkpoint(policy or str(DEMO_POLICY), revision=host.get("revision"), policy=True)
-    reward_files = about.reward(config, str(DEMO_REWARD) if reward == EMBEDDED else reward)
+    reward_files = about.reward(reward)
     for name in _OF_HOST:
         value = host.get(name)
         if isinstance(value, str):
@@ -137,17 +137,19 @@ def from_first_rank(compute: Callable[[], dict[str, Any]], *, rank: int, world_s
     found: list[Any] = [None, None]
     if rank == 0:
         try:
-            found = [compute(), None]
+            found[0] = compute()
         except Exception as error:  # the others wait for an answer
-            found = [None, error]
-    found = broadcast_object_list(found, from_process=0)
-    if found[1] is not None:
-        raise found[1]
-    result: dict[str, Any] = found[0]
-    return result
+            found[1] = error
+    result, failure = broadcast_object_list(found, from_process=0)
+    if failure is not None:
+        raise failure
+    return dict(result)
 
 
 # comparing
+
+SINCE = "{name} was {before}, is now {after}"
+BETWEEN = "{name}: {before} in one, {after} in another"
 
 
 @dataclass(slots=True)
@@ -161,17 +163,17 @@ class Comparison:
     """Other versions, another device: worth a warning."""
 
 
-def compare(then: Mapping[str, Any], now: Mapping[str, Any], *, sides: tuple[str, str] = ("then", "now")) -> Comparison:
+def compare(then: Mapping[str, Any], now: Mapping[str, Any], *, told: str = SINCE) -> Comparison:
     """Hold two fingerprints against each other; one from before ``numbers_version`` by what both have.
 
     Args:
-        sides: what the two are called.
+        told: how a difference is told: ``SINCE``, or ``BETWEEN`` where neither is the earlier one.
     """
     found = Comparison()
     now, then = _plain(now), _plain(then)
     environment = then.get("environment") or {}
     found.environment = [
-        f"{name}: {_short(environment[name])} then, {_short(value)} now"
+        SINCE.format(name=name, before=_short(environment[name]), after=_short(value))
         for name, value in (now.get("environment") or {}).items()
         if name in environment and environment[name] != value
     ]
@@ -189,7 +191,7 @@ def compare(then: Mapping[str, Any], now: Mapping[str, Any], *, sides: tuple[str
         if before == after or (name in _LOCAL and _same_place(name, then, now)):
             continue
         if name == "hub_commits":
-            found.changed += _changed_commits(before or {}, after or {})
+            found.changed += _changed_commits(before or {}, after or {}, told)
         elif name.endswith("_files"):
             found.changed += _changed_files(name, before, after)
         elif (
@@ -200,13 +202,13 @@ def compare(then: Mapping[str, Any], now: Mapping[str, Any], *, sides: tuple[str
         ):
             found.changed.append(f"{name}: the text of its file changed")
         else:
-            found.changed.append(f"{name}: {_short(before)} {sides[0]}, {_short(after)} {sides[1]}")
+            found.changed.append(told.format(name=name, before=_short(before), after=_short(after)))
     return found
 
 
-def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+def differences(then: Mapping[str, Any], now: Mapping[str, Any], *, told: str = SINCE) -> str:
     """What two fingerprints differ in, in words; empty if nothing."""
-    return "; ".join(compare(then, now).changed)
+    return "; ".join(compare(then, now, told=told).changed)
 
 
 def same(then: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
@@ -218,11 +220,13 @@ def check_same(then: Mapping[str, Any], now: Mapping[str, Any], *, what: str, re
     """Warn, once, of other versions, and of what an old record does not know.
 
     Raises:
-        ConfigError: ``what`` was begun with another configuration; says what differs.
+        ConfigError: ``what`` was started with a different configuration; says what differs.
     """
     found = compare(then, now)
     if found.changed:
-        raise ConfigError(f"{what} was begun with another configuration ({'; '.join(found.changed)}).", hint=remedy)
+        raise ConfigError(
+            f"{what} was started with a different configuration ({'; '.join(found.changed)}).", hint=remedy
+        )
     for warning in warnings_of(found, what=what):
         _warn_once(warning)
 
@@ -231,11 +235,13 @@ def warnings_of(found: Comparison, *, what: str) -> list[str]:
     """What is to be said of a record that may be gone on from."""
     warnings = []
     if found.environment:
-        warnings.append(f"{what} was begun elsewhere ({'; '.join(found.environment)}): last bits may differ.")
+        warnings.append(
+            f"{what} was started elsewhere ({'; '.join(found.environment)}): the last bits of numbers may differ."
+        )
     if found.lacking:
         warnings.append(
-            f"{what} was begun by an older version and does not record {', '.join(found.lacking)}: "
-            "taken as unchanged since."
+            f"{what} was started by an older version and does not record {', '.join(found.lacking)}: "
+            "these are assumed to be unchanged."
         )
     return warnings
 
@@ -348,25 +354,19 @@ class _About:
             files = self.checkpoint(name, weights=False, role=f"{role} of {of}") or {}
         self.companions.update({f"{role} of {Path(of).name}: {file}": digest for file, digest in files.items()})
 
-    def _json(self, name: str, file: str, commit: str | None) -> dict[str, Any]:
+    def _json(self, name: str, file: str, commit: str | None) -> Mapping[str, Any]:
         """A JSON file of a checkpoint; empty where there is none, or none that can be read (loading will say so)."""
         if commit is None:
-            path: Path | None = expanded(name) / file
-        else:
-            path = digests.hub_file(name, file, commit, self.host.get("token"))
-        try:
-            told = {} if path is None else json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return {}
-        return told if isinstance(told, dict) else {}
+            return object_in(expanded(name) / file)
+        path = digests.hub_file(name, file, commit, self.host.get("token"))
+        return {} if path is None else object_in(path)
 
-    def reward(self, config: RunConfig, name: str) -> dict[str, str] | None:
+    def reward(self, name: str) -> dict[str, str] | None:
         """Digests of everything behind a reward's name; the files of an ensemble's parts carry the part's name."""
-        parts = reward_names.parts(name)
         if not reward_names.is_ensemble(name):
             return self._one_reward(name)
         found: dict[str, str] = {}
-        for number, part in enumerate(parts, start=1):
+        for number, part in enumerate(reward_names.parts(name), start=1):
             label = f"part {number}"
             found.update(
                 {f"{label}: {file}": digest for file, digest in (self._one_reward(part["reward_model"]) or {}).items()}
@@ -495,10 +495,10 @@ def _same_place(name: str, then: Mapping[str, Any], now: Mapping[str, Any]) -> b
     return plain and Path(one).name == Path(other).name
 
 
-def _changed_commits(then: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
+def _changed_commits(then: Mapping[str, str], now: Mapping[str, str], told: str) -> list[str]:
     # a name that only one side knows is told by the argument that names it, or was not known yet
     both = [name for name in sorted(then.keys() & now.keys()) if then[name] != now[name]]
-    return [f"{name}: commit {then[name][:12]} then, {now[name][:12]} now" for name in both]
+    return [told.format(name=f"the commit of {name}", before=then[name][:12], after=now[name][:12]) for name in both]
 
 
 def _changed_files(name: str, then: Any, now: Any) -> list[str]:

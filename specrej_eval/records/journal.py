@@ -92,7 +92,7 @@ class Contents:
     run: str | None = None
     """The digest of that fingerprint, or the one that all entries carry where the header is damaged."""
     entries: dict[str, Entry] = field(default_factory=dict)
-    """By key; where one stands there twice, the first."""
+    """By key; where one appears twice, the first."""
     capacity_tokens: int | None = None
     repeated: list[int] = field(default_factory=list)
     """Lines with a key and content that stood there before."""
@@ -124,7 +124,7 @@ def read(path: str | Path, *, argument: str = "journal") -> Contents:
     _sort(found)
     if found.header is None and not found.scan.lines and not _began_as_journal(found.scan):
         raise ConfigError(
-            f"{argument}={str(path)!r} is not one of our files: it does not begin as a journal does.",
+            f"{argument}={str(path)!r} is not one of our files: it does not begin like a journal.",
             hint="name another file, or delete this one.",
         )
     return found
@@ -164,13 +164,13 @@ def _sort(found: Contents) -> None:
                     raise BadRecordError("not a header of ours, or without its checksum")
                 section = digest(line.record["fingerprint"])
                 if section != found.run:
-                    raise BadRecordError("the header of another configuration")
+                    raise BadRecordError("the header of a different configuration")
             else:
                 if not line.checked and must_be_checked:
                     raise BadRecordError("it carries no checksum")
                 run = line.record.get(RUN, section)
                 if run != found.run:
-                    raise BadRecordError("it belongs to another configuration")
+                    raise BadRecordError("it belongs to a different configuration")
                 tokens = _take(found, line)
                 spare_capacity = tokens if spare_capacity is None else spare_capacity
         except BadRecordError as error:
@@ -220,10 +220,10 @@ class Journal:
 
     def __init__(self, path: str, fingerprint: dict[str, Any]) -> None:
         self.path = path
-        self._entries: dict[str, Entry] = {}
-        self._elsewhere: dict[str, tuple[str, Entry]] = {}
-        """Entries of the files beside this one: file name, entry."""
-        self._told: set[str] = set()
+        self._name = Path(path).name
+        self._entries: dict[str, tuple[str, Entry]] = {}
+        """By key: the file's name, this one's or that of one beside it, and the entry."""
+        self._told = {self._name}
         self.capacity_tokens: int | None = None
         """What memory held when the run began (``n=max``)."""
         self._fingerprint = plain(fingerprint)
@@ -237,7 +237,7 @@ class Journal:
             self._write_header()
 
     def __len__(self) -> int:
-        return len(self._entries.keys() | self._elsewhere.keys())
+        return len(self._entries)
 
     def get(self, key: str, prompt: Prompt | None = None) -> GenerationResult | None:
         """The finished request, if this journal has it.
@@ -246,25 +246,24 @@ class Journal:
             prompt: whose it must be. Entries of older versions carry no checksum: one that another prompt's key was
                 put on is told from its content, and not used.
         """
-        name, entry = Path(self.path).name, self._entries.get(key)
-        if entry is None:
-            name, entry = self._elsewhere.get(key, (name, None))
-        if entry is None:
+        if key not in self._entries:
             return None
+        name, entry = self._entries[key]
         result = entry.result
         theirs = (result.task, result.prompt_hash, result.repeat)
         if prompt is not None and theirs != (prompt.task, prompt.prompt_hash, prompt.repeat):
             logger.warning(
-                "line %d of %s holds the answer to another prompt than its key says: it will be decoded anew.",
+                "line %d of %s holds an answer to a different prompt than its key says; it will be decoded again.",
                 entry.line.number,
                 name,
             )
-            self._entries.pop(key, None)
-            self._elsewhere.pop(key, None)
+            del self._entries[key]
             return None
-        if key not in self._entries and name not in self._told:
+        if name not in self._told:
             self._told.add(name)
-            logger.warning("Answers are taken from %s too, which another number of processes has written.", name)
+            logger.warning(
+                "Answers are also taken from %s, written by a run with a different number of processes.", name
+            )
         result.taken = True
         return result
 
@@ -285,8 +284,9 @@ class Journal:
     def rows_of_capacity(self) -> int:
         """Most rows of an answer that had all of ``capacity_tokens``: begun before there was ``n_max``, a run goes on
         with as many."""
-        entries = [*self._entries.values(), *(entry for _, entry in self._elsewhere.values())]
-        found = [entry.result.resolved for entry in entries if self.capacity_tokens is not None]
+        if self.capacity_tokens is None:
+            return 0
+        found = [entry.result.resolved for _, entry in self._entries.values()]
         rows = [numbers.get("n", 0) for numbers in found if numbers.get("kv_budget_tokens") == self.capacity_tokens]
         return max(rows, default=0)
 
@@ -296,26 +296,26 @@ class Journal:
     def _read(self) -> bool:
         """Fill the entries and mend the file; False if its header has yet to be written."""
         found = read(self.path)
-        name = Path(self.path).name
         if found.fingerprint is not None:
             check_same(found.fingerprint, self._fingerprint, what=f"journal={self.path!r}", remedy=_REMEDY)
             self._run = digest(found.fingerprint)
         elif found.scan.lines and found.run != self._run:
             told = "its entries belong to another configuration" if found.run else "nothing says which models it is of"
             raise ConfigError(
-                f"journal={self.path!r} has {len(found.entries)} intact entries, but its first line, which says what "
-                f"models they are of, is damaged, and {told}. Nothing in it was changed.",
-                hint="the command that began it goes on from there; `specrej-eval journal verify` lists what is "
+                f"journal={self.path!r} has {len(found.entries)} intact entries, but its first line, which says which "
+                f"models they come from, is damaged, and {told}. Nothing in it was changed.",
+                hint="the command that started it continues from there; `specrej-eval journal verify` lists what is "
                 "damaged, and `specrej-eval journal merge FILE JOURNAL --output NEW` gives its entries the first line "
                 "of another journal of the same run.",
             )
-        self._entries = found.entries
+        self._entries = {key: (self._name, entry) for key, entry in found.entries.items()}
         self.capacity_tokens = found.capacity_tokens
-        self._tell(found, name)
+        self._tell(found)
         mend(self.path, found.scan)
         if found.fingerprint is None and found.scan.lines:
             header = checked_line({"journal": SCHEMA_VERSION, "fingerprint": self._fingerprint})
-            mend_header(self.path, header)
+            place = Path(os.path.realpath(self.path))
+            replace_bytes(place, header.encode() + place.read_bytes())
             return True
         return found.fingerprint is not None
 
@@ -334,7 +334,7 @@ class Journal:
 
     def _take_over(self, path: Path, found: Contents) -> None:
         for key, entry in found.entries.items():
-            self._elsewhere.setdefault(key, (path.name, entry))
+            self._entries.setdefault(key, (path.name, entry))
         # where it has no answer yet, it is of this very run, whose processes measure for themselves
         if self.capacity_tokens is None and found.entries:
             self.capacity_tokens = found.capacity_tokens
@@ -345,20 +345,20 @@ class Journal:
                 len(found.entries),
             )
 
-    def _tell(self, found: Contents, name: str) -> None:
+    def _tell(self, found: Contents) -> None:
         if found.scan.damaged:
             logger.warning(
-                "%s: set aside in %s. The %d intact entries are used; a damaged one is decoded anew.",
+                "%s: set aside in %s. The %d intact entries are used; a damaged one is decoded again.",
                 describe_damage(self.path, found.scan.damaged),
-                damaged_file(name),
+                damaged_file(self._name),
                 len(found.entries),
             )
         if found.unchecked:
             lacking = f"; they lack {', '.join(fields)} as well" if (fields := lacking_fields(found)) else ""
             logger.warning(
-                "%s was begun by an older version: %d of its entries carry no checksum, so an edit in them would not "
-                "be noticed%s. What is added now carries one.",
-                name,
+                "%s was started by an older version: %d of its entries carry no checksum, so an edit in them would not "
+                "be noticed%s. New entries carry one.",
+                self._name,
                 found.unchecked,
                 lacking,
             )
@@ -366,7 +366,7 @@ class Journal:
             first, later = found.contradicting[0]
             logger.warning(
                 "%s answers %d requests more than once and differently (lines %d and %d): the first of them counts.",
-                name,
+                self._name,
                 len(found.contradicting),
                 first,
                 later,
@@ -395,12 +395,6 @@ class Journal:
         self._file = open_append(self.path, argument="journal")
         if empty:
             self._write_header()
-
-
-def mend_header(path: str | Path, header: str) -> None:
-    """Put a first line before the entries of a journal."""
-    place = Path(os.path.realpath(path))
-    replace_bytes(place, header.encode() + place.read_bytes())
 
 
 def lacking_fields(found: Contents) -> list[str]:

@@ -118,8 +118,11 @@ def _no_constant(name: str) -> Any:
     raise ValueError(f"{name} is not JSON")
 
 
-def scan(path: str | Path, *, argument: str) -> Scan:
+def scan(path: str | Path, *, argument: str, checksums: bool = True) -> Scan:
     """Read a file line by line; never raises for what the lines hold.
+
+    Args:
+        checksums: False for a file that is not of our records, where ``checksum`` is a field as any.
 
     Raises:
         ConfigError: the file cannot be read.
@@ -132,10 +135,10 @@ def scan(path: str | Path, *, argument: str) -> Scan:
     raws = content.split(b"\n")
     last = raws.pop()
     for number, raw in enumerate(raws, 1):
-        _take(found, number, raw + b"\n")
+        _take(found, number, raw + b"\n", checksums)
     if last:
         tail = Scan()
-        _take(tail, len(raws) + 1, last)
+        _take(tail, len(raws) + 1, last, checksums)
         if tail.lines:
             found.lines += tail.lines
             found.unended = True
@@ -144,19 +147,18 @@ def scan(path: str | Path, *, argument: str) -> Scan:
     return found
 
 
-def _take(found: Scan, number: int, raw: bytes) -> None:
+def _take(found: Scan, number: int, raw: bytes, checksums: bool) -> None:
     try:
         record = parsed(raw)
         if not isinstance(record, dict):
             raise ValueError("not a JSON object")
-        wrong = CHECKSUM in record and record[CHECKSUM] != checksum(record)
+        checked = checksums and CHECKSUM in record
+        if checked and record[CHECKSUM] != checksum(record):
+            raise ValueError("its checksum is wrong")
     except ValueError as error:
         found.damaged.append(Damage(number, raw, str(error)))
-        return
-    if wrong:
-        found.damaged.append(Damage(number, raw, "its checksum is wrong"))
     else:
-        found.lines.append(Line(number, raw, record, CHECKSUM in record))
+        found.lines.append(Line(number, raw, record, checked))
 
 
 def mend(path: str | Path, found: Scan) -> None:
@@ -214,38 +216,6 @@ def open_append(path: str, *, argument: str) -> IO[str]:
         return open(path, "a", encoding="utf-8", errors="surrogatepass")
     except OSError as exc:
         raise ConfigError(f"{argument}={path!r} cannot be written: {exc.strerror or exc}.") from exc
-
-
-def read_lines(path: str | Path, *, argument: str) -> tuple[list[dict[str, Any]], int]:
-    """The records of a file's whole lines, and how many bytes those lines take. For files without checksums.
-
-    Raises:
-        ConfigError: a whole line is not a JSON object.
-    """
-    records: list[dict[str, Any]] = []
-    whole = 0
-    with open(path, "rb") as file:
-        for number, line in enumerate(file):
-            if not line.endswith(b"\n"):
-                break
-            try:
-                record = parsed(line)
-            except ValueError:
-                record = None
-            if not isinstance(record, dict):
-                raise ConfigError(
-                    f"{argument}={str(path)!r} is not one of our files (line {number + 1} is not a JSON object).",
-                    hint="name another file, or delete this one.",
-                )
-            records.append(record)
-            whole += len(line)
-    return records, whole
-
-
-def drop_torn_line(path: str | Path, whole_bytes: int) -> None:
-    """Cut off what a kill left behind the last whole line."""
-    if Path(path).stat().st_size > whole_bytes:
-        os.truncate(path, whole_bytes)
 
 
 def write_atomically(path: Path, text: str) -> None:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from specrej_eval.checked import object_or_empty
 from specrej_eval.checkpoint import DEMO_POLICY, DEMO_REWARD
 from specrej_eval.config import Decides, names
 from specrej_eval.errors import ConfigError, SpecRejError, start_of
@@ -32,27 +33,23 @@ class Results:
 
     @property
     def config(self) -> Mapping[str, Any]:
-        config: Mapping[str, Any] = self.content["config"]
-        return config
+        return object_or_empty(self.content["config"])
 
     @property
     def block(self) -> Mapping[str, Any]:
         """What our model wrote about itself; empty for another model's run."""
-        block = self.config.get("specrej")
-        return block if isinstance(block, Mapping) else {}
+        return object_or_empty(self.config.get("specrej"))
 
     @property
     def arguments(self) -> dict[str, Any]:
         """The arguments that decide answers."""
-        arguments = self.block.get("arguments")
-        arguments = arguments if isinstance(arguments, Mapping) else {}
+        arguments = object_or_empty(self.block.get("arguments"))
         return {name: value for name, value in arguments.items() if name not in _DECIDES_NOTHING}
 
     @property
     def tasks(self) -> Mapping[str, Any]:
         """Task -> numbers of samples, ``original`` and ``effective``."""
-        tasks: Mapping[str, Any] = self.content.get("n-samples") or {}
-        return tasks
+        return object_or_empty(self.content.get("n-samples"))
 
     @property
     def date(self) -> float:
@@ -78,8 +75,7 @@ class Results:
         for task, values in self.content["results"].items():
             if not isinstance(values, Mapping):
                 continue
-            counts = self.tasks.get(task)
-            counts = counts if isinstance(counts, Mapping) else {}
+            counts = object_or_empty(self.tasks.get(task))
             each = self._each(task)
             for key, value in values.items():
                 metric, _, filter_name = key.partition(",")
@@ -245,7 +241,7 @@ def _lines(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             except ValueError:
                 sample = None
             if not isinstance(sample, dict):
-                raise SpecRejError(f"{str(file)!r}, line {number}: no JSON object.", hint="the file was cut short.")
+                raise SpecRejError(f"{str(file)!r}, line {number}: not a JSON object.", hint="the file was cut short.")
             yield number, sample
 
 
@@ -273,13 +269,16 @@ def _answers(sample: Mapping[str, Any]) -> Iterator[str]:
 
 def remarks(results: Results) -> list[str]:
     """What a reader of the scores has to know, beside the warnings that the run wrote down."""
-    notes = []
-    for task, counts in (results.block.get("per_task") or {}).items():
-        if counts.get("degraded"):
-            notes.append(f"task {task!r}: {counts['degraded']} answers gave up rows for want of memory (degraded)")
-        if counts.get("truncated"):
-            notes.append(f"task {task!r}: {counts['truncated']} prompts were cut to fit the context")
-    return notes
+    kinds = {
+        "degraded": "answers gave up rows for want of memory (degraded)",
+        "truncated": "prompts were cut to fit the context",
+    }
+    return [
+        f"task {task!r}: {counts[kind]} {what}"
+        for task, counts in (results.block.get("per_task") or {}).items()
+        for kind, what in kinds.items()
+        if counts.get(kind)
+    ]
 
 
 def is_number(value: Any) -> bool:

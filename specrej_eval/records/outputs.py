@@ -15,6 +15,8 @@ import logging
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
+from functools import reduce
+from itertools import count
 from pathlib import Path
 from typing import Any, Self
 
@@ -46,6 +48,7 @@ from specrej_eval.records.jsonl import (
     scan,
     write_atomically,
 )
+from specrej_eval.records.trace import rank_path
 
 logger = logging.getLogger(__name__)
 
@@ -245,7 +248,13 @@ class OutputsFolder:
         self.path = Path(path)
         self.prefix = prefix
         self.rank = rank
-        self.world_size = world_size
+        self.run_file = self.path / f"{prefix}_run.json"
+        self.outputs_file = self.path / f"{prefix}_outputs.jsonl"
+        self.trajectories_file = self.path / f"{prefix}_trajectories.jsonl"
+        """Journal with every row of every prompt (`specrej-eval run`)."""
+        self.kept_file = self.path / f"{prefix}_outputs_kept.jsonl"
+        """Answers to other prompts than those of the last run."""
+        self._own_part = Path(rank_path(str(self.outputs_file), rank, world_size))
         self._answers: dict[str, Answer] | None = None
         self._kept: dict[str, Answer] = {}
         self._damaged: list[tuple[Path, list[Damage]]] = []
@@ -253,24 +262,6 @@ class OutputsFolder:
         self._run: str | None = None
         self._file: Any = None
         self._writing = False
-
-    @property
-    def run_file(self) -> Path:
-        return self.path / f"{self.prefix}_run.json"
-
-    @property
-    def outputs_file(self) -> Path:
-        return self.path / f"{self.prefix}_outputs.jsonl"
-
-    @property
-    def trajectories_file(self) -> Path:
-        """Journal with every row of every prompt (`specrej-eval run`)."""
-        return self.path / f"{self.prefix}_trajectories.jsonl"
-
-    @property
-    def kept_file(self) -> Path:
-        """Answers to other prompts than those of the last run."""
-        return self.path / f"{self.prefix}_outputs_kept.jsonl"
 
     # reading
 
@@ -286,8 +277,9 @@ class OutputsFolder:
             record = RunRecord.from_dict(parsed(self.run_file.read_bytes()))
         except (OSError, ValueError) as error:
             raise ConfigError(
-                f"{str(self.run_file)!r} cannot be read: {error}. It says what models the answers beside it are of.",
-                hint="put a copy of it back, or give this run another folder; nothing here was changed.",
+                f"{str(self.run_file)!r} cannot be read: {error}. It says which models the answers next to it "
+                "come from.",
+                hint="restore it from a copy, or give this run another folder; nothing here was changed.",
             ) from error
         if record.schema_version > SCHEMA_VERSION:
             raise ConfigError(
@@ -309,7 +301,7 @@ class OutputsFolder:
             path, damaged = self._damaged[0]
             raise SpecRejError(
                 f"{describe_damage(path, damaged)}: {str(self.path)!r} lacks an answer.",
-                hint="the command that made it, run again, sets it aside and decodes that answer anew.",
+                hint="run the command that made it again: it sets the line aside and decodes that answer again.",
             )
         return sorted(found, key=lambda answer: (answer.index is None, answer.index or 0))
 
@@ -332,7 +324,9 @@ class OutputsFolder:
         found = self._read().get(key) or self._kept.get(key)
         if found is None or prompt is None or (found.prompt_hash, found.repeat) == (prompt.prompt_hash, prompt.repeat):
             return found
-        logger.warning("the answer to %r was not recorded for this prompt: decoded anew.", found.instruction[:60])
+        logger.warning(
+            "the answer to %r was not recorded for this prompt; it is decoded again.", found.instruction[:60]
+        )
         self._read().pop(key, None)
         self._kept.pop(key, None)
         return None
@@ -359,13 +353,14 @@ class OutputsFolder:
             check_same(
                 before.fingerprint,
                 record.fingerprint,
-                what=f"{str(self.path)!r} holds answers of {before.name!r}, which",
-                remedy="to keep them, give this run another name or output folder; to start over, delete the folder.",
+                what=f"the run {before.name!r} in {str(self.path)!r}",
+                remedy="to keep it, give this run another name or output folder; to start over, delete the folder "
+                "(`specrej-eval run` does that with --force).",
             )
             if before.name != record.name:
                 raise ConfigError(
                     f"{str(self.path)!r} holds the same answers under the name {before.name!r}, not {record.name!r}.",
-                    hint="keep that name, or give this run a folder of its own.",
+                    hint="keep that name, or give this run its own folder.",
                 )
             record.fingerprint = before.fingerprint  # of the oldest answer here: what it did not know stays unknown
             record.capacity_tokens = before.capacity_tokens
@@ -388,7 +383,7 @@ class OutputsFolder:
         if going_on and paths and not self._all_of(paths, digest(record.fingerprint)):
             raise ConfigError(
                 f"{str(self.path)!r} holds answers, but nothing says what made them: there is no {self.run_file.name}.",
-                hint="put that file back, or give this run another folder; nothing here was changed.",
+                hint="restore that file, or give this run another folder; nothing here was changed.",
             )
         for path in () if going_on else paths:
             if delete:
@@ -410,7 +405,7 @@ class OutputsFolder:
             found, answers = self._sorted_out(path, before)
             if found.damaged:
                 logger.warning(
-                    "%s: set aside in %s, and decoded anew when it is asked for.",
+                    "%s: set aside in %s, and decoded again when it is asked for.",
                     describe_damage(path, found.damaged),
                     damaged_file(path).name,
                 )
@@ -447,7 +442,7 @@ class OutputsFolder:
     def put(self, answer: Answer) -> None:
         """Append an answer and flush it to disk."""
         if self._file is None:
-            self._file = open_append(str(self._own_part()), argument="output")
+            self._file = open_append(str(self._own_part), argument="output")
         self._file.write(self._line(answer))
         self._file.flush()
         os.fsync(self._file.fileno())
@@ -479,7 +474,8 @@ class OutputsFolder:
         if self._run is None and (record := self.record()) is not None:
             self._run = digest(record.fingerprint)
         here = {answer.key for answer in answers}
-        before = {**self._read_again(), **self._kept}
+        self._answers = None  # what the other ranks wrote is there now
+        before = {**self._read(), **self._kept}
         others = [answer for key, answer in before.items() if key not in here]
         # first those that leave the file, then the file: a kill in between leaves an answer twice, and never none
         if others and others != list(self._kept.values()):
@@ -514,11 +510,6 @@ class OutputsFolder:
     def _write_lines(self, path: Path, answers: Iterable[Answer]) -> None:
         write_atomically(path, "".join(map(self._line, answers)))
 
-    def _own_part(self) -> Path:
-        if self.world_size == 1:
-            return self.outputs_file
-        return self.outputs_file.with_name(f"{self.prefix}_outputs_rank{self.rank}.jsonl")
-
     def _parts(self) -> list[Path]:
         ranks = sorted(self.path.glob(f"{self.prefix}_outputs_rank*.jsonl"))
         return [path for path in (self.outputs_file, *ranks) if path.is_file()]
@@ -543,10 +534,6 @@ class OutputsFolder:
         found.lines = lines
         return found, intact
 
-    def _read_again(self) -> dict[str, Answer]:
-        self._answers = None
-        return self._read()
-
     def _read(self) -> dict[str, Answer]:
         if self._answers is None:
             self._answers, self._kept, self._damaged = {}, {}, []
@@ -555,7 +542,7 @@ class OutputsFolder:
                 if not path.is_file():
                     continue
                 found, answers = self._sorted_out(path, record)
-                if found.torn and self._writing and path == self._own_part() and self._file is None:
+                if found.torn and self._writing and path == self._own_part and self._file is None:
                     mend(path, Scan(found.lines, [], found.torn, found.unended))
                 if found.damaged:
                     self._damaged.append((path, found.damaged))
@@ -568,20 +555,13 @@ class OutputsFolder:
 
 def _previous(path: Path) -> Path:
     """A free name beside a file that is set aside."""
-    number = 1
-    while True:
-        found = path.with_name(f"{path.name}.previous{'' if number == 1 else f'.{number}'}")
-        if not found.exists():
-            return found
-        number += 1
+    names = (f"{path.name}.previous{'' if number == 1 else f'.{number}'}" for number in count(1))
+    return next(found for found in map(path.with_name, names) if not found.exists())
 
 
 def total_cost(answers: Iterable[Answer]) -> Ledger:
     """The ledgers of answers added up."""
-    total = Ledger()
-    for answer in answers:
-        total.add(answer.ledger)
-    return total
+    return reduce(Ledger.add, (answer.ledger for answer in answers), Ledger())
 
 
 def open_run(path: str | Path) -> tuple[RunRecord, list[Answer]]:
@@ -596,7 +576,7 @@ def open_run(path: str | Path) -> tuple[RunRecord, list[Answer]]:
     record = store.record()
     if record is None:
         raise SpecRejError(
-            f"{str(path)!r} holds no run of specrej-eval: there is no {store.run_file.name}.",
+            f"{str(path)!r} is not a run of specrej-eval: there is no {store.run_file.name}.",
             hint="`specrej-eval run --output DIR` writes one, and so does alpaca_eval with our decoders.",
         )
     return record, store.answers()

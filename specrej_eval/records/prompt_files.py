@@ -15,7 +15,8 @@ import json
 import logging
 import re
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,6 @@ logger = logging.getLogger(__name__)
 COLUMNS = ("instruction", "prompt")
 """Where the prompt stands unless another column is named; the first that the file has."""
 INPUT = "input"
-SUFFIXES = (".json", ".jsonl", ".csv", ".tsv")
 
 
 FileRow = tuple[str, Any]
@@ -73,9 +73,9 @@ def read_rows(path: str | Path) -> list[FileRow]:
 
 
 def _checked_path(file: Path) -> Path:
-    if file.suffix.lower() not in SUFFIXES:
+    if file.suffix.lower() not in _READERS:
         raise ConfigError(
-            f"{str(file)!r}: prompts are read from {', '.join(SUFFIXES)} files, not from {file.suffix or 'this'!r}.",
+            f"{str(file)!r}: prompts are read from {', '.join(_READERS)} files, not from {file.suffix or 'this'!r}.",
             hint="the end of the name tells the format; rename the file, or convert it.",
         )
     if file.is_file():
@@ -88,7 +88,9 @@ def _checked_path(file: Path) -> Path:
     close = nearest(file.name, [entry.name for entry in folder.iterdir() if entry.is_file()])
     raise ConfigError(
         f"there is no file {str(file)!r}.",
-        hint=f"did you mean {str(file.with_name(close))!r}?" if close else f"paths count from {str(Path.cwd())!r}.",
+        hint=f"did you mean {str(file.with_name(close))!r}?"
+        if close
+        else f"relative paths start from {str(Path.cwd())!r}.",
     )
 
 
@@ -105,15 +107,7 @@ def _rows(file: Path) -> Iterator[FileRow]:
         ) from error
     except OSError as error:
         raise ConfigError(f"{str(file)!r} cannot be read: {error.strerror or error}.") from error
-    match file.suffix.lower():
-        case ".json":
-            return _json_rows(file, text)
-        case ".jsonl":
-            return _jsonl_rows(file, text)
-        case ".csv":
-            return _table_rows(file, text, ",")
-        case _:
-            return _table_rows(file, text, "\t")
+    return _READERS[file.suffix.lower()](file, text)
 
 
 def _json_rows(file: Path, text: str) -> Iterator[FileRow]:
@@ -152,18 +146,23 @@ def _table_rows(file: Path, text: str, delimiter: str) -> Iterator[FileRow]:
     twice = sorted({name for name in names if name and names.count(name) > 1})
     if twice:
         raise ConfigError(f"{str(file)!r} has two columns {twice[0]!r}.", hint="rename one of them.")
-    number = 0
-    for cells in table:
-        if not cells:  # an empty line
-            continue
-        number += 1
+    for number, cells in enumerate(filter(None, table), 1):  # empty lines do not count
         if len(cells) > len(names):
             raise ConfigError(
                 f"{str(file)!r}, row {number}: {len(cells)} cells, but the header has {len(names)}.",
                 hint=f"a text with {'a tab' if delimiter == chr(9) else repr(delimiter)} in it must be in quotes.",
             )
-        padded = [*cells, *[""] * (len(names) - len(cells))]
-        yield f"row {number}", {name: cell for name, cell in zip(names, padded, strict=True) if name}
+        padded = itertools.zip_longest(names, cells, fillvalue="")
+        yield f"row {number}", {name: cell for name, cell in padded if name}
+
+
+_READERS: dict[str, Callable[[Path, str], Iterator[FileRow]]] = {
+    ".json": _json_rows,
+    ".jsonl": _jsonl_rows,
+    ".csv": partial(_table_rows, delimiter=","),
+    ".tsv": partial(_table_rows, delimiter="\t"),
+}
+"""End of a file's name -> what reads it."""
 
 
 def _cells(file: Path, text: str, delimiter: str) -> Iterator[list[str]]:
@@ -257,7 +256,7 @@ def _mention_duplicates(file: Path, rows: Iterable[FileRow], questions: Iterable
             again.append(f"{where} is {before} again")
     if again:
         logger.warning(
-            "%s: %d prompts occur before (%s%s); each is answered with draws of its own.",
+            "%s: %d prompts are repeated (%s%s); each repeat gets its own random draws.",
             file,
             len(again),
             again[0],

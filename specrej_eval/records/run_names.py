@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from specrej_eval.paths import is_there
+from specrej_eval.config import reward_names
 from specrej_eval.records.fingerprint import EMBEDDED, is_demo
 
 
@@ -49,9 +48,9 @@ def model_name(name: Any) -> str:
         return "demo"
     if text.startswith("judge:"):
         return f"judge-{model_name(text.removeprefix('judge:').partition('@http')[0])}"
-    parts = _parts(text)
+    parts = reward_names.parts(text)
     if len(parts) > 1:
-        return "-".join(model_name(part) for part in parts)
+        return "-".join(model_name(part["reward_model"]) for part in parts)
     address = urlsplit(text)
     if address.scheme in ("http", "https"):
         return _plain(address.netloc.rpartition("@")[2] + address.path.rstrip("/"))
@@ -59,20 +58,6 @@ def model_name(name: Any) -> str:
     if colon and function.isidentifier() and all(part.isidentifier() for part in module.split(".")):
         return function
     return _plain(Path(text).name or Path(text).resolve().name)
-
-
-def _parts(text: str) -> list[str]:
-    """The names in an ensemble's, ``a+0.5*b`` or a JSON list, without their weights."""
-    names: list[Any]
-    if text.startswith("["):
-        try:
-            entries = json.loads(text)
-        except ValueError:
-            return []
-        names = [entry.get("reward_model") if isinstance(entry, dict) else entry for entry in entries]
-    else:
-        names = [] if is_there(text) else text.split("+")
-    return [str(name).rpartition("*")[2].strip() for name in names]
 
 
 def _rows(fingerprint: Mapping[str, Any], n: int | None, draws: int, *, apart: bool = False) -> str:

@@ -38,12 +38,10 @@ class RewardSession(ABC):
 
         None where they did all along. Asked for once, when a prompt is done.
         """
-        del row_ids
         return None
 
     def parts(self, row_id: int) -> dict[str, float | None] | None:
         """What each of several rewards last said of a row, by name; None for a single reward."""
-        del row_id
         return None
 
     def close(self) -> None:  # noqa: B027 - nothing to free is the rule
@@ -77,7 +75,6 @@ class RewardModel(ABC):
 
     def text_sent(self, conversation: Sequence[Message], response: str) -> str | None:
         """The rendered text of a finished answer, where that is what a server gets."""
-        del conversation, response
         return None
 
     @property

@@ -14,11 +14,10 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from time import sleep
 from typing import Any, TypeVar
-from urllib.parse import urlsplit, urlunsplit
 
 import requests
 
-from specrej_eval.errors import RewardError
+from specrej_eval.errors import RewardError, without_passwords
 
 Answer = TypeVar("Answer")
 Item = TypeVar("Item")
@@ -61,7 +60,7 @@ class JsonServer:
 
     def __init__(self, url: str, *, key_variables: Sequence[str], timeout: float, retries: int) -> None:
         self.url = url.rstrip("/")
-        self.shown_url = without_password(self.url)
+        self.shown_url = without_passwords(self.url)
         self.key_variables = tuple(key_variables)
         self.timeout = timeout
         self.retries = retries
@@ -97,12 +96,7 @@ class JsonServer:
         if len(items) < 2:
             return [function(item) for item in items]
         with ThreadPoolExecutor(min(MAX_PARALLEL, len(items)), thread_name_prefix="reward") as pool:
-            futures = [pool.submit(function, item) for item in items]
-            try:
-                return [future.result() for future in futures]
-            except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
+            return list(pool.map(function, items))  # a failure cancels what has not begun
 
     def _ask(self, method: str, path: str, body: Any, parse: Callable[[Any], Answer]) -> Answer:
         for number in range(self.retries + 1):
@@ -115,7 +109,7 @@ class JsonServer:
                 if hopeless or looked_for or number == self.retries:
                     raise self._final(error, number + 1) from error
                 _logger.info("%s; trying again", error)
-                sleep(self._wait(number))
+                sleep(min(LONGEST_WAIT, FIRST_WAIT * 2**number) * self._random.uniform(0.5, 1))
         raise AssertionError("unreachable: the last try returns or raises")
 
     def _try(self, method: str, path: str, body: Any, parse: Callable[[Any], Answer]) -> Answer:
@@ -145,7 +139,7 @@ class JsonServer:
             answer = parse(reply.json())
         except requests.JSONDecodeError as error:
             raise ServerError(
-                f"{where}: status 200, but no JSON ({reply.headers.get('Content-Type', 'of no type')}): {text!r}",
+                f"{where}: status 200, but not JSON ({reply.headers.get('Content-Type', 'of no type')}): {text!r}",
                 status=200,
                 body=text,
             ) from error
@@ -166,9 +160,6 @@ class JsonServer:
         message = str(error) if tries == 1 else f"{error} (after {tries} tries)"
         return ServerError(f"reward server: {message}", hint=hint, status=error.status, body=error.body)
 
-    def _wait(self, number: int) -> float:
-        return float(min(LONGEST_WAIT, FIRST_WAIT * 2**number) * self._random.uniform(0.5, 1))
-
     def _headers(self) -> dict[str, str]:
         for name in self.key_variables:
             if key := os.environ.get(name):
@@ -183,12 +174,6 @@ class _Local(threading.local):
         self.session = requests.Session()
 
 
-def without_password(url: str) -> str:
-    """The address as it may be shown."""
-    parts = urlsplit(url)
-    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
-
-
 def number(value: Any) -> float:
     """A score of a JSON answer: a number, or a list of one; null, which is how strict JSON writes NaN, is NaN.
 
@@ -200,7 +185,7 @@ def number(value: Any) -> float:
     if value is None:
         return float("nan")
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise BadAnswerError(f"{str(value)[:60]!r} stands where one score should be")
+        raise BadAnswerError(f"one score was expected, got {str(value)[:60]!r}")
     return float(value)
 
 
@@ -211,9 +196,9 @@ def numbers(values: Any, count: int) -> list[float]:
         BadAnswerError: another number of them, or something that is not a score.
     """
     if not isinstance(values, list):
-        raise BadAnswerError(f"{type(values).__name__} stands where {count} scores should be")
+        raise BadAnswerError(f"{count} scores were expected, got {type(values).__name__}")
     if len(values) != count:
-        raise BadAnswerError(f"{len(values)} scores came for {count} texts")
+        raise BadAnswerError(f"{count} scores were expected, got {len(values)}")
     return [number(value) for value in values]
 
 

@@ -26,13 +26,11 @@ class State:
 class Strategy(Protocol):
     def init(self, budget: Budget) -> tuple[State, Plan]:
         """The first plan."""
-        ...
 
     def step(
         self, state: State, rows: Sequence[RowView], scores: Sequence[float], budget: Budget
     ) -> tuple[State, Plan | None]:
         """The next plan, or None: nothing is left to decode."""
-        ...
 
 
 def wave(state: State, budget: Budget) -> tuple[State, Plan | None]:

@@ -23,10 +23,9 @@ class BestOfN:
     def step(
         self, state: State, rows: Sequence[RowView], scores: Sequence[float], budget: Budget
     ) -> tuple[State, Plan | None]:
-        del rows, scores  # every row of a wave has finished by its look
+        # every row of a wave has finished by its look
         return wave(state, budget)
 
 
 def from_config(config: RunConfig) -> BestOfN:
-    del config  # n and the budget are all it has
-    return BestOfN()
+    return BestOfN()  # n and the budget are all it has

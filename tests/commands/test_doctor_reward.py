@@ -256,7 +256,7 @@ def test_what_is_no_number_is_broken_wherever_it_comes(
     total = calls
     for at in range(total):  # noqa: B007  read by score
         calls = 0
-        with pytest.raises(RewardError, match=r"no finite number|scores came for"):
+        with pytest.raises(RewardError, match=r"not a finite number|scores were expected"):
             list(check(Patient(reward, PROBES)))
     counted("scores that are no numbers put before the doctor", total)
     at, calls = 3, 0
@@ -366,7 +366,11 @@ def test_plain_doctor_says_where_the_promise_of_bits_is_told(threads: int, statu
     from specrej_eval.commands.doctor import _same_bits
 
     found = _same_bits(threads)
-    assert found.status == status and "doctor --pretrained M" in found.detail and "results say it" in found.detail
+    assert (
+        found.status == status
+        and "doctor --pretrained M" in found.detail
+        and "results say which it was" in found.detail
+    )
 
 
 def test_an_ensemble_is_looked_at_part_by_part(tmp_path: Path) -> None:
@@ -402,7 +406,6 @@ def test_the_probes_are_what_they_should_be() -> None:
         assert len(probes.answers) == 4
         assert all(better != worse for _, better, worse in probes.pairs)
         assert all(len(set(answers)) == len(answers) >= 6 for _, answers in probes.answers)
-    assert demo_probes() == demo_probes()
 
 
 numbers = st.lists(st.floats(-10, 10) | st.sampled_from([0.0, 1.0]), min_size=3, max_size=12)

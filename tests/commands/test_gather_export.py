@@ -194,7 +194,7 @@ def test_the_same_rows_twice_would_count_double(tmp_path: Path) -> None:
     other = a_run(tmp_path / "other", [an_answer("b", index=1), an_answer("c", index=2)])
     message = refused(one, other)
     assert "prompt 1 ('b') was answered with seed=0 in" in message and one in message and other in message
-    assert "count double" in refused(one, one)
+    assert "counted twice" in refused(one, one)
     merged = [a_run(tmp_path / f"s{seed}", [an_answer("a", seed=seed)], seed=seed) for seed in (1, 2)]
     write(gather([RecordedRun.read(path) for path in merged]), tmp_path / "merged")
     assert "seed=2" in refused(str(tmp_path / "merged"), merged[1])
@@ -268,7 +268,7 @@ def test_an_answer_without_a_finite_reward(tmp_path: Path) -> None:
 
 def test_a_run_without_answers_and_a_folder_without_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     empty = a_run(tmp_path / "empty", [], complete=False)
-    for path, message in ((empty, "has no answers yet"), (tmp_path, "holds no run of specrej-eval")):
+    for path, message in ((empty, "has no answers yet"), (tmp_path, "is not a run of specrej-eval")):
         assert command("gather", path, "--output", tmp_path / "all") == 1
         assert message in capsys.readouterr().err
 
@@ -345,7 +345,7 @@ def test_export_of_one_run_under_another_name(tmp_path: Path, capsys: pytest.Cap
     capsys.readouterr()
     for words, message in (
         ((one, other), "are both called 'Bo4'"),
-        ((one, other, "--name", "mine"), "would give 2 runs one name"),
+        ((one, other, "--name", "mine"), "would give 2 runs the same name"),
     ):
         assert command("export", "alpaca", *words, "--output", output) == 1
         assert message in capsys.readouterr().err

@@ -301,8 +301,8 @@ def test_one_line_says_what_the_numbers_mean(tmp_path: Path, capsys: pytest.Capt
     t = stats.ttest_rel(rewards["spr"], rewards["bo"]).confidence_interval()
     want = (
         f"Speculative Rejection, alpha=0.5, n=32: 37.5 points more than Best-of-N, n=16 (95 % interval "
-        f"{100 * t.low:+.1f} to {100 * t.high:+.1f}, which includes 0: it may be chance), for 100% of its decoded tokens "
-        "(exact_match)."
+        f"{100 * t.low:+.1f} to {100 * t.high:+.1f}, which includes 0: it may be chance), for 100% of its decoded "
+        "tokens (exact_match)."
     )
     assert want in capsys.readouterr().out
     write_results(tmp_path / "spr", date=9, resolved=arguments(n=32), samples=rewards["sampling"], whole=8)

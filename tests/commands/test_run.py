@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from arithmetic import distinct_problems, question
 from support.rank_runs import numbers, records
 
 from specrej_eval import cli
 from specrej_eval.commands.run import split
 from specrej_eval.core import GenerationResult
-from specrej_eval.demo.arithmetic import distinct_problems, question
 from specrej_eval.errors import ConfigError
 from specrej_eval.generator import Generator
 from specrej_eval.records.outputs import Answer, OutputsFolder, open_run
@@ -107,11 +107,11 @@ def test_a_rerun_does_nothing_and_another_configuration_is_refused(
     assert run("--prompts", prompts, "--output", out, *COMMON, "--limit", "2") == 0
     assert "nothing to do" in capsys.readouterr().out
     assert run("--prompts", prompts, "--output", out, *COMMON, "--limit", "2", "--seed", "1") == 1
-    assert "seed: 0 then, 1 now" in capsys.readouterr().err
+    assert "seed was 0, is now 1" in capsys.readouterr().err
     assert {path.name: path.read_bytes() for path in Path(out).iterdir()} == before
     monkeypatch.undo()
     assert run("--prompts", prompts, "--output", out, *COMMON) == 0  # two answers are there already
-    assert "2 of 6 answers were recorded already" in caplog.text
+    assert "2 of 6 answers are already recorded" in caplog.text
     assert run("--prompts", prompts, "--output", out, *COMMON, "--seed", "1", "--force") == 0
     assert {seed for item in open_run(out)[1] for seed in item.seeds} == {1}
 
@@ -320,5 +320,5 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_answers(prompts: str, tmp_p
         file.write(b'{"instruction": "half a li')  # what a kill within a write leaves
     done = specrej_eval(*words, "--output", killed)
     assert done.returncode == 0, done.stderr
-    assert "of 6 answers were recorded already" in done.stderr
+    assert "of 6 answers are already recorded" in done.stderr
     assert without_costs(open_run(killed)[1]) == without_costs(open_run(whole)[1])

@@ -151,7 +151,7 @@ def test_nan_is_named_or_skipped(pairs: Path, capsys: pytest.CaptureFixture[str]
         ({"messages": [], "response": "x"}, "line 6: 'messages' must be a list of messages"),
         ({"messages": [{"role": "user"}], "response": "x"}, "line 6: 'messages' must be a list of messages"),
         ({"messages": "Hi", "response": "x"}, "line 6: 'messages' must be a list of messages"),
-        ({"prompt": "x", "response": "y", "reward": 1}, "line 6: has a field 'reward' already"),
+        ({"prompt": "x", "response": "y", "reward": 1}, "line 6: already has a field 'reward'"),
         (["x", "y"], "line 6: must be an object"),
     ],
 )
@@ -169,7 +169,7 @@ def test_another_reward_or_another_file_is_never_mixed_in(pairs: Path, capsys: p
     assert run(pairs) == 0
     name = f"{__name__}:nan_for_empty"
     assert main(["score", "--input", str(pairs), "--reward_model", name, "--on_error", "skip"]) == 1
-    assert f"reward_model: '{__name__}:length' then, '{name}' now" in capsys.readouterr().err
+    assert f"reward_model was '{__name__}:length', is now '{name}'" in capsys.readouterr().err
     with open(pairs, "a", encoding="utf-8") as file:
         file.write(json.dumps(ROWS[0]) + "\n")
     assert run(pairs) == 1
@@ -190,7 +190,7 @@ def test_files_that_are_not_ours_to_write(pairs: Path, capsys: pytest.CaptureFix
 
 def test_self_scores_need_an_engine(pairs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["score", "--input", str(pairs), "--reward_model", "deepconf"]) == 1
-    assert "scores while decoding" in capsys.readouterr().err
+    assert "recorded while decoding" in capsys.readouterr().err
 
 
 def test_ranks_are_among_all_answers_to_a_prompt(pairs: Path) -> None:

@@ -427,9 +427,9 @@ def test_an_unfinished_run(finished: Run) -> None:
 def test_a_run_without_a_record(finished: Run) -> None:
     (finished.results / "specrej_run.json").unlink()
     error = finished.refused()
-    assert "no specrej_run.json beside it" in error and "--unverified" in error
+    assert "no specrej_run.json next to it" in error and "--unverified" in error
     text = finished.submit("--unverified")
-    assert "nobody can say" in text
+    assert "nothing says how" in text
     assert "without the record of the run" in finished.made(CONFIGS)
 
 
@@ -448,7 +448,7 @@ def test_an_output_edited_by_hand(finished: Run) -> None:
     finished.rows[12]["output"] += " Surely."
     finished.write_rows()
     error = finished.refused()
-    assert "row 13 (" in error and "not what the run answered" in error
+    assert "row 13 (" in error and "differs from the answer that the run recorded" in error
 
 
 def test_an_answer_the_run_does_not_have(finished: Run) -> None:
@@ -460,18 +460,18 @@ def test_an_answer_the_run_does_not_have(finished: Run) -> None:
 @pytest.mark.parametrize(
     ("changed", "then", "now"),
     [
-        ({"alpha": 0.25}, "alpha: 0.5", "0.25"),
-        ({"n": 16}, "n: 8", "16"),
-        ({"seed": 3}, "seed: 0", "3"),
-        ({"pretrained": "org/large"}, "pretrained: 'org/small'", "'org/large'"),
-        ({"until": ["\n"]}, "until: []", "['\\n']"),
-        ({"apply_chat_template": True}, "apply_chat_template: 'auto'", "True"),
+        ({"alpha": 0.25}, "alpha was 0.5", "0.25"),
+        ({"n": 16}, "n was 8", "16"),
+        ({"seed": 3}, "seed was 0", "3"),
+        ({"pretrained": "org/large"}, "pretrained was 'org/small'", "'org/large'"),
+        ({"until": ["\n"]}, "until was []", "['\\n']"),
+        ({"apply_chat_template": True}, "apply_chat_template was 'auto'", "True"),
     ],
 )
 def test_a_configuration_of_another_run(finished: Run, changed: dict[str, Any], then: str, now: str) -> None:
     finished.write_config({**KWARGS, **changed})
     error = finished.refused()
-    assert "mine.yaml' is not what was run" in error and f"{then} then" in error and f"{now} now" in error
+    assert f"mine.yaml' is not the configuration that was run ({then}, is now {now})" in error
 
 
 def test_another_prompt_template(finished: Run) -> None:

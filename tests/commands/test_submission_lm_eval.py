@@ -374,7 +374,7 @@ def test_the_bare_models_name(finished: Run, name: str) -> None:
 
 @pytest.mark.parametrize("name", ["../up", "two words", ""])
 def test_a_name_that_is_no_folder(finished: Run, name: str) -> None:
-    assert "cannot name a folder" in finished.refused("--name", name)
+    assert "is not a valid folder name" in finished.refused("--name", name)
 
 
 @pytest.mark.parametrize("words", [[], ["--name", "mine"]])
@@ -384,7 +384,7 @@ def test_two_runs_with_one_name(finished: Run, words: list[str]) -> None:
         lambda content: content["config"]["specrej"]["arguments"].update(seed=7),
     )
     error = finished.refused(*words)
-    assert "would both be called" in error and "seed: 0 then, 7 now" in error
+    assert "would both be called" in error and "seed: 0 in one, 7 in another" in error
 
 
 def test_an_existing_folder_is_left_alone_without_force(finished: Run) -> None:

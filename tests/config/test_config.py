@@ -326,7 +326,7 @@ def test_what_others_call_n_is_n(name):
     assert config(**{name: 8, "n": "8"}).n == 8
     assert config(**{name: None, "n": 4}).n == config(**{name: 4, "n": None}).n == 4
     assert config(**{name: "max"}) == config(n="max")
-    assert f"n=4 and {name}=8 are one argument with two values" in refused(**{name: 8, "n": 4})
+    assert f"n=4 and {name}=8 are two values for the same argument" in refused(**{name: 8, "n": 4})
     assert "n must be a whole number" in refused(**{name: "many"})
 
 

@@ -8,10 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support import ROOT
-
-from specrej_eval.demo import POLICY_DIR, REWARD_DIR
-from specrej_eval.demo.arithmetic import (
+from arithmetic import (
     HIGHEST,
     LOWEST,
     NUM_OPERANDS,
@@ -28,6 +25,9 @@ from specrej_eval.demo.arithmetic import (
     split_of,
     training_batches,
 )
+from support import ROOT
+
+from specrej_eval.demo import POLICY_DIR, PROBES, REWARD_DIR
 
 TASK_FILE = ROOT / "tasks" / "specrej_arithmetic" / "test.jsonl"
 MAX_BYTES = 12_000_000
@@ -170,3 +170,10 @@ def test_saved_models_load_and_tell_right_from_wrong() -> None:
         with torch.no_grad():
             scores.append(reward(input_ids=ids).logits.item())
     assert scores[0] > scores[1]
+
+
+def test_what_doctor_asks_the_reward_model_is_made_as_said() -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(ROOT / "benchmarks" / "demo_pair"))
+        made = importlib.import_module("probes").probes()
+    assert json.loads(PROBES.read_text()) == json.loads(json.dumps(made))

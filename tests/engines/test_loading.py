@@ -23,6 +23,7 @@ from support.tiny_models import (
 )
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSeq2SeqLM, PreTrainedModel
 
+import specrej_eval
 from specrej_eval import checkpoint
 from specrej_eval.config import RunConfig
 from specrej_eval.engines.transformers import loading
@@ -77,15 +78,17 @@ def test_dtype_is_the_checkpoints_unless_given(tmp_path: Path, dtype: str, expec
     assert load(folder, dtype=dtype)[0].dtype == expected
 
 
-def test_without_a_name_the_embedded_model_is_used_in_float32_and_said_so(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_without_a_name_the_embedded_model_is_used_in_float32(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     demo = save(tiny_causal_lm().to(torch.bfloat16), tiny_tokenizer(), tmp_path / "demo")
     monkeypatch.setattr(checkpoint, "DEMO_POLICY", demo)
     loaded, _ = load_model_and_tokenizer(RunConfig(device="cpu"), {})
     assert loaded.dtype == torch.float32
-    assert "embedded demo language model" in caplog.text
     assert load_model_and_tokenizer(RunConfig(device="cpu", dtype="bfloat16"), {})[0].dtype == torch.bfloat16
+
+
+def test_in_python_the_embedded_model_is_named_once(caplog: pytest.LogCaptureFixture) -> None:
+    specrej_eval.load(device="cpu")
+    assert caplog.text.count("the embedded demo model is used") == 1
 
 
 def test_tied_weights_are_not_taken_for_missing(tmp_path: Path) -> None:

@@ -79,6 +79,24 @@ def test_no_password_is_written_down() -> None:
     assert "secret" not in str(of_run(config, {}))
 
 
+@pytest.mark.parametrize(
+    ("name", "written"),
+    [
+        ("http://me:secret@host:8000/v1", "http://host:8000/v1"),
+        ("http://me:sec@ret@host", "http://host"),
+        ("judge:m@http://me:secret@host", "judge:m@http://host"),
+        ("http://me:secret@a+0.5*http://me:secret@b", "http://a+0.5*http://b"),
+        ("http://a:1+judge:m@http://b", "http://a:1+judge:m@http://b"),
+        (
+            '["http://a:1", {"reward_model": "judge:m@http://b"}]',
+            '["http://a:1", {"reward_model": "judge:m@http://b"}]',
+        ),
+    ],
+)
+def test_only_the_password_is_left_out_of_a_name(name: str, written: str) -> None:
+    assert RunConfig(reward_model=name).to_dict()["reward_model"] == written
+
+
 def test_the_demo_pair_is_known_wherever_it_lies() -> None:
     assert of_models(RunConfig(), {})["pretrained"] == "embedded"
     assert is_demo(of_models(RunConfig(), {}))
@@ -88,7 +106,7 @@ def test_the_demo_pair_is_known_wherever_it_lies() -> None:
 def test_a_difference_is_told_in_words() -> None:
     then, now = of_run(RunConfig(), {}), of_run(RunConfig(alpha=0.25, seed=3), {})
     with pytest.raises(
-        ConfigError, match=r"out was begun.*alpha: 0.5 then, 0.25 now; seed: 0 then, 3 now.*\n.*delete it"
+        ConfigError, match=r"out was started.*alpha was 0.5, is now 0.25; seed was 0, is now 3.*\n.*delete it"
     ):
         check_same(then, now, what="out", remedy="delete it")
     check_same(then, then, what="out", remedy="delete it")

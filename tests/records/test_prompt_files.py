@@ -225,7 +225,7 @@ def test_equal_prompts_are_kept_and_mentioned_once(tmp_path: Path, caplog: pytes
     with caplog.at_level(logging.WARNING):
         assert [record.instruction for record in read_prompts(path)] == ["a", "b", "a", "a"]
     (message,) = [record.getMessage() for record in caplog.records]
-    assert "2 prompts occur before (row 3 is row 1 again, ...)" in message
+    assert "2 prompts are repeated (row 3 is row 1 again, ...)" in message
 
 
 # names

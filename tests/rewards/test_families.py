@@ -291,8 +291,8 @@ def test_weights_published_without_a_config_have_their_bodys(
     shutil.copy(whole / "starling_rm.pt", bare)
     with pytest.raises(CheckpointError, match="meta-llama/Llama-2-7b-chat-hf"):  # gated, and no network here
         loaded(bare, case)
-    monkeypatch.setattr(starling, "CONFIGS", {bare.name: str(whole)})
-    monkeypatch.setattr(starling, "TOKENIZERS", {bare.name: str(whole)})
+    monkeypatch.setattr(starling, "CONFIG_ELSEWHERE", {bare.name: str(whole)})
+    monkeypatch.setattr(starling, "STARLING_TOKENIZERS", {bare.name: str(whole)})
     assert loaded(bare, case).score(HELLO, rows(*TEXTS)) == loaded(whole, case).score(HELLO, rows(*TEXTS))
 
 

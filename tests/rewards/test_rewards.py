@@ -160,7 +160,8 @@ def test_a_refused_system_message_goes_before_the_first_user_message(
     merged = [{"role": "user", "content": "Be brief.\n\nSay hello."}]
     assert set(seen) == {tuple(chat_ids(reward.tokenizer, merged, text)) for text in ("Hello!", "Hi")}
     assert [record.message for record in caplog.records if "system" in record.message] == [
-        "reward_model=reward model: its chat template takes no system message; it is put before the first user message."
+        "reward_model=reward model: its chat template takes no system message; the system message goes before "
+        "the first user message."
     ]
     assert conversation[0] == {"role": "system", "content": "Be brief."}  # the caller's own is left alone
 
@@ -223,7 +224,7 @@ def test_too_long_inputs_are_cut_on_the_left_with_one_warning(
     warnings = [record.message for record in caplog.records]
     assert len(warnings) == 1
     assert "1 of 1 rows are longer than its 64 tokens" in warnings[0]
-    assert f"up to {len(full) - 64} tokens" in warnings[0]
+    assert f"up to {len(full) - 64:,} tokens" in warnings[0]
 
 
 def test_the_tokenizers_maximum_counts_too_and_its_nonsense_does_not() -> None:

@@ -224,8 +224,8 @@ def test_a_family_by_hand_asks_nothing_about_the_kind(tokenizer_folder: str) -> 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"reward_model": "http://"}, "no address of a server"),
-        ({"reward_model": "http://host:port"}, "no address of a server"),
+        ({"reward_model": "http://"}, "not the address of a server"),
+        ({"reward_model": "http://host:port"}, "not the address of a server"),
         ({"reward_model": "http://h:1/get_reward", "reward_family": "tei"}, "is a path of openrlhf"),
         ({"reward_model": "http://h:1", "reward_family": "vlm"}, "Did you mean 'vllm'"),
         ({"reward_model": "http://h:1", "reward_family": "armorm"}, "unknown reward_family 'armorm' of a server"),
@@ -251,15 +251,15 @@ RETRIED: dict[str, tuple[servers.Fault, str]] = {
     "500": (servers.status(500, "x" * 5000), r"status 500 .*'x{200}'"),
     "429": (servers.status(429), "status 429"),
     "408": (servers.status(408), "status 408"),
-    "html": (servers.html, r"status 200, but no JSON \(text/html\): '<html>.*Back soon"),
+    "html": (servers.html, r"status 200, but not JSON \(text/html\): '<html>.*Back soon"),
     "hang up": (servers.hang_up, "no connection"),
-    "half an answer": (servers.answer(b'[{"embedding": [1.'), "status 200, but no JSON"),
+    "half an answer": (servers.answer(b'[{"embedding": [1.'), "status 200, but not JSON"),
     "slow": (servers.sleep(1.5), r"no answer within 0\.3 s"),
-    "too few": (servers.answer([{"embedding": [1.0]}]), "1 scores came for 2 texts"),
-    "too many": (servers.answer([{"embedding": [1.0]}] * 3), "3 scores came for 2 texts"),
-    "no numbers": (servers.answer([{"embedding": ["high"]}] * 2), "'high' stands where one score should be"),
-    "two labels": (servers.answer([{"embedding": [0.1, 0.9]}] * 2), r"stands where one score should be"),
-    "another shape": (servers.answer({"error": "no model"}), "scores came for 2 texts|stands where"),
+    "too few": (servers.answer([{"embedding": [1.0]}]), "2 scores were expected, got 1"),
+    "too many": (servers.answer([{"embedding": [1.0]}] * 3), "2 scores were expected, got 3"),
+    "no numbers": (servers.answer([{"embedding": ["high"]}] * 2), "one score was expected, got 'high'"),
+    "two labels": (servers.answer([{"embedding": [0.1, 0.9]}] * 2), r"one score was expected"),
+    "another shape": (servers.answer({"error": "no model"}), "2 scores were expected"),
     "no list": (servers.answer("fine"), "a list of objects was expected"),
 }
 REFUSED: dict[str, tuple[servers.Fault, str]] = {
@@ -521,7 +521,7 @@ def test_a_log_prob_that_is_none_is_a_bad_answer(value: Any) -> None:
     with servers.chat(lambda text: "") as server:
         tops = [{"token": "7", "logprob": value}]
         server.routes["POST", "/v1/chat/completions"] = lambda body: marked(body, "", tops)
-        with pytest.raises(RewardError, match="stands where the log-prob"):
+        with pytest.raises(RewardError, match="the log-prob of a grade was expected"):
             judge_at(server).score(HELLO, rows("x"))
 
 
@@ -647,7 +647,7 @@ def test_a_prompt_of_ones_own(tmp_path: Path) -> None:
         ({"reward_model": "judge:@http://h:1"}, "does not say which model"),
         ({"reward_model": "judge:m@http://"}, "does not say which model"),
         ({"reward_model": "judge:m@http://h:1", "judge_prompt": "only {response}"}, r"has no \{prompt\} in it"),
-        ({"reward_model": "judge:m@http://h:1", "judge_prompt": "nothing"}, "no file that can be read"),
+        ({"reward_model": "judge:m@http://h:1", "judge_prompt": "nothing"}, "is not a readable file"),
     ],
 )
 def test_what_a_judge_needs(arguments: dict[str, Any], message: str) -> None:

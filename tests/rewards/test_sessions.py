@@ -189,7 +189,7 @@ def test_the_prompt_alone_is_kept_where_that_is_asked_for_or_all_there_is_room_f
         assert reward.allowance.held == prompt
     assert [record.message for record in caplog.records if "its caches" in record.message] == [
         "reward_model=reward model: its caches may hold 100 tokens, too few for every row, so only the prompt is kept "
-        "(said once). Raise reward_kv_budget_tokens to cache more."
+        "(reported once). Raise reward_kv_budget_tokens to cache more."
     ]
 
 
@@ -231,7 +231,7 @@ def test_out_of_memory_costs_reading_and_no_score(
     monkeypatch.setattr(body, "extend", tight)
     for texts in (("one", "three", "fourteen"), ("one!", "three!", "fourteen!")):
         assert read(reward, session, views(*texts)) >= 3
-    assert sum("memory is short" in record.message for record in caplog.records) == (rows_that_fit == 0)
+    assert sum("memory is running low" in record.message for record in caplog.records) == (rows_that_fit == 0)
     if rows_that_fit == 0:
         assert reward.allowance.held == 0
 

@@ -19,12 +19,12 @@ import lm_eval
 import lm_eval.evaluator
 import pytest
 import yaml
+from arithmetic import distinct_problems, question
 from lm_eval.tasks import TaskManager
 from support import FULL, ROOT, forked
 
 from specrej_eval import cli
 from specrej_eval.core import GenerationResult
-from specrej_eval.demo.arithmetic import distinct_problems, question
 from specrej_eval.engines.transformers import engine as transformers_engine
 from specrej_eval.harness.alpaca_eval import decoder as alpaca_eval_decoder
 from specrej_eval.harness.alpaca_eval import judge as alpaca_eval_judge

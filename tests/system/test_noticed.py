@@ -369,7 +369,9 @@ def test_a_hub_model_is_known_by_its_commit(tmp_path: Path, monkeypatch: pytest.
             ref.write_text(commit)
         found.append(fingerprint.of_models(config, {"tokenizer": "own/reward"}))
     told = fingerprint.differences(*found)
-    assert "own/policy: commit aaaaaaaaaaaa then, bbbbbbbbbbbb now" in told and "own/reward: commit" in told
+    assert (
+        "the commit of own/policy was aaaaaaaaaaaa, is now bbbbbbbbbbbb" in told and "the commit of own/reward" in told
+    )
 
 
 LLAMA, YI, SFT = "meta-llama/Llama-2-7b-chat-hf", "01-ai/Yi-34B-Chat", "hmomin/sft10k"
@@ -459,7 +461,7 @@ def test_another_repository_that_a_checkpoint_is_read_with_is_known_by_its_commi
     enter(config, host)
     enter(config, host)
     add_model_files(hub, other, {}, commit="c" * 40)
-    with pytest.raises(ConfigError, match=f"{other}: commit bbbbbbbbbbbb then, cccccccccccc now"):
+    with pytest.raises(ConfigError, match=f"the commit of {other} was bbbbbbbbbbbb, is now cccccccccccc"):
         enter(config, host)
     counted(f"other repositories changed, noticed by {store}")
 
@@ -571,13 +573,13 @@ def test_other_versions_and_another_device_are_warned_about(caplog: pytest.LogCa
         then = {**now, "environment": {**now["environment"], name: "0.0.1"}}
         for _ in range(2):
             fingerprint.check_same(then, now, what=f"out for {name}", remedy="-")
-        told = [record.getMessage() for record in caplog.records if f"{name}: '0.0.1' then" in record.getMessage()]
+        told = [record.getMessage() for record in caplog.records if f"{name} was '0.0.1'" in record.getMessage()]
         assert len(told) == 1, "a warning, once, and no refusal"
 
 
 def test_other_numbers_of_ours_are_refused() -> None:
     now = fingerprint.of_run(BASE, {})
-    with pytest.raises(ConfigError, match="numbers_version: 0 then, 1 now"):
+    with pytest.raises(ConfigError, match="numbers_version was 0, is now 1"):
         fingerprint.check_same({**now, "numbers_version": 0}, now, what="out", remedy="-")
 
 

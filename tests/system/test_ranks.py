@@ -16,13 +16,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from arithmetic import distinct_problems, question
 from support import FULL
 from support.rank_runs import HANG, ROOT, finish, free_port, lines, numbers, opened, records, start, stop, wait_for
 
 from specrej_eval import cli
 from specrej_eval.checkpoint import DEMO_POLICY, DEMO_REWARD
 from specrej_eval.config import RunConfig
-from specrej_eval.demo.arithmetic import distinct_problems, question
 from specrej_eval.errors import ConfigError
 from specrej_eval.ranks import Peer, RankError, Watch
 

@@ -157,7 +157,7 @@ def test_another_number_of_processes_draws_nothing_again(ranks, asked, killed_af
     assert drawn == len(set(names) - first.keys() - second.keys())
     assert {**first, **second}.items() <= third.items()
     if ranks[0] != ranks[1]:
-        assert "which another number of processes has written" in caplog.text
+        assert "written by a run with a different number of processes" in caplog.text
     counted("second commands", 2)
 
 
@@ -172,7 +172,7 @@ def test_a_file_beside_a_journal_that_is_of_another_run_is_refused_and_one_that_
     Journal(str(tmp_path / "elsewhere" / "run.jsonl"), {"pretrained": "org/another"}).close()
     (tmp_path / "elsewhere" / "run.jsonl").rename(tmp_path / "run_rank1.jsonl")
     before = path.read_bytes()
-    with pytest.raises(ConfigError, match=r"run_rank1.jsonl' was begun with another configuration"):
+    with pytest.raises(ConfigError, match=r"run_rank1.jsonl' was started with a different configuration"):
         answered_by(path, names, ranks=1)
     assert path.read_bytes() == before
 
@@ -239,7 +239,7 @@ def test_a_budget_no_prompt_fits_is_refused_before_anything_is_decoded():
     processes = twenty_prompts()
     fine, bad = config(max_gen_toks=32), config(kv_budget_tokens=PROMPT_TOKENS + 31, max_gen_toks=32)
     generator = make_generator(processes, fine)
-    with pytest.raises(ConfigError, match="not one row of max_gen_toks=32"):
+    with pytest.raises(ConfigError, match="too few for one row of max_gen_toks=32"):
         list(generator.run([request(fine, "prompt 0"), request(bad, "prompt 1")], progress=False))
     assert not generator.engine.sessions
 

@@ -15,12 +15,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from arithmetic import distinct_problems, question
 from support import ROOT
 from support.rank_runs import HANG, lines
 
 from specrej_eval import stopping
 from specrej_eval.checkpoint import DEMO_REWARD
-from specrej_eval.demo.arithmetic import distinct_problems, question
 from specrej_eval.records.outputs import OutputsFolder
 
 PROMPTS = [question(operands) for operands in distinct_problems("test", 60, seed=3)]

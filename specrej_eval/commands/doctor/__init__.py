@@ -11,7 +11,8 @@ import site
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Literal, NamedTuple
+
+from specrej_eval.commands.doctor.findings import Finding, Status, show
 
 SUMMARY = "check the installation (versions, startup hook, devices, demo weights), a reward model or a language model"
 EXAMPLES = (
@@ -19,14 +20,6 @@ EXAMPLES = (
     "specrej-eval doctor --reward Skywork/Skywork-Reward-V2-Qwen3-0.6B",
     "specrej-eval doctor --pretrained Qwen/Qwen3-1.7B --dtype bfloat16",
 )
-
-Status = Literal["ok", "note", "broken"]
-
-
-class Finding(NamedTuple):
-    status: Status  # only "broken" makes the exit code 1
-    subject: str
-    detail: str
 
 
 def check_versions() -> Iterator[Finding]:
@@ -39,7 +32,7 @@ def check_versions() -> Iterator[Finding]:
     except importlib.metadata.PackageNotFoundError:
         yield Finding("broken", "specrej-eval", "runs from a checkout that is not installed; pip install -e .")
         return
-    yield Finding("ok", "specrej-eval", f"{ours.version} at {Path(__file__).resolve().parent}")
+    yield Finding("ok", "specrej-eval", f"{ours.version} at {Path(__file__).resolve().parents[2]}")
 
     python = ".".join(map(str, sys.version_info[:3]))
     wanted = ours.metadata["Requires-Python"] or ""
@@ -65,7 +58,7 @@ def check_versions() -> Iterator[Finding]:
 
 def check_startup_hook() -> Iterator[Finding]:
     """Where the .pth file is, whether it ran, and whether lm-eval now knows our models. Activates nothing itself."""
-    fallback = "`specrej-eval lm-eval ...` works all the same"
+    fallback = "`specrej-eval lm-eval ...` works without it"
     switch = os.environ.get("SPECREJ_EVAL_AUTOLOAD")
     autoload = sys.modules.get("_specrej_eval_autoload")
     off = bool(autoload and not autoload.enabled())
@@ -100,7 +93,7 @@ def check_startup_hook() -> Iterator[Finding]:
 
     known = [name for name in LM_EVAL_MODELS if name in registry.model_registry]
     if hasattr(registry, "load_plugins"):
-        yield Finding("ok", "lm_eval --model", "this lm-eval finds us by entry point; the startup hook stands back")
+        yield Finding("ok", "lm_eval --model", "this lm-eval finds us by entry point; the startup hook does nothing")
     elif len(known) == len(LM_EVAL_MODELS):
         yield Finding("ok", "lm_eval --model", ", ".join(known))
     elif files and not off:
@@ -119,7 +112,7 @@ def check_startup_hook() -> Iterator[Finding]:
 
 def check_alpaca_eval() -> Iterator[Finding]:
     """Whether alpaca_eval is imported with our repairs and knows our decoders. Activates nothing itself."""
-    fallback = "`specrej-eval alpaca-eval ...` works all the same"
+    fallback = "`specrej-eval alpaca-eval ...` works without it"
     autoload = sys.modules.get("_specrej_eval_autoload")
     watched = autoload is not None and autoload.installed()
     try:
@@ -166,8 +159,9 @@ def check_devices() -> Iterator[Finding]:
         yield Finding("ok", "cpu", cpu)
         yield Finding("broken", "torch", f"cannot be imported: {error!r}")
         return
-    yield Finding("ok", "cpu", f"{cpu}, torch uses {torch.get_num_threads()} threads")
-    yield _same_bits(torch.get_num_threads())
+    threads = torch.get_num_threads()
+    yield Finding("ok", "cpu", f"{cpu}, torch uses {threads} thread{'s' * (threads != 1)}")
+    yield _same_bits(threads)
     if not torch.cuda.is_available():
         build = "is built for CPU only" if torch.version.cuda is None else f"is built for CUDA {torch.version.cuda}"
         yield Finding("note", "cuda", f"no device; torch {torch.__version__} {build}")
@@ -183,11 +177,11 @@ def _same_bits(threads: int) -> Finding:
     """What results will call ``promises``; only a loaded model can tell which it is."""
     from specrej_eval.engines.transformers.model import MOST_THREADS
 
-    ask = "`specrej-eval doctor --pretrained M` measures it for a model, results say it"
+    ask = "`specrej-eval doctor --pretrained M` measures it for a model, and results say which it was"
     if threads <= MOST_THREADS:
-        return Finding("ok", "promises", f"bits are possible here in float32 on the CPU, else uniforms; {ask}")
+        return Finding("ok", "promises", f"bits in float32 on the CPU, else uniforms; {ask}")
     remedy = f"OMP_NUM_THREADS={MOST_THREADS} may give bits in float32 on the CPU"
-    return Finding("note", "promises", f"uniforms: torch uses {threads} threads; {remedy}; {ask}")
+    return Finding("note", "promises", f"uniforms, since torch uses {threads} threads; {remedy}; {ask}")
 
 
 def check_attention() -> Iterator[Finding]:
@@ -250,12 +244,4 @@ def run(args: argparse.Namespace) -> int:
 
         code = policy_doctor.run(args) if "pretrained" in args else 0
         return max(code, reward_doctor.run(args)) if "reward_model" in args else code
-    broken = 0
-    for title, check in SECTIONS:
-        print(title)
-        for status, subject, detail in check():
-            broken += status == "broken"
-            mark = {"ok": "ok    ", "note": "note  ", "broken": "BROKEN"}[status]
-            print(f"  {mark}  {subject:<21}  {detail}", flush=True)
-    print(f"\n{broken} thing{'s' * (broken != 1)} broken." if broken else "\nEverything needed works.")
-    return 1 if broken else 0
+    return show(((title, check()) for title, check in SECTIONS), well="Everything needed works.")

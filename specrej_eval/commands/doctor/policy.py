@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any
 
+from specrej_eval.commands.doctor.findings import Finding, Status, show
 from specrej_eval.config import ARGUMENTS, RunConfig, Takes, names
 from specrej_eval.errors import PromptError
 from specrej_eval.options import add_options
@@ -16,12 +17,6 @@ from specrej_eval.special_tokens import ALLOW, ERROR
 
 if TYPE_CHECKING:
     from specrej_eval.engines.transformers.engine import TransformersEngine
-
-
-class Finding(NamedTuple):
-    status: Literal["ok", "note", "broken"]  # only "broken" makes the exit code 1
-    subject: str
-    detail: str
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -47,15 +42,7 @@ def run(args: argparse.Namespace) -> int:
 
 def examine(engine: TransformersEngine) -> int:
     """Print what is found; 0 if nothing is broken, else 1."""
-    broken = 0
-    for title, check in CHECKS:
-        print(title)
-        for status, subject, detail in check(engine):
-            broken += status == "broken"
-            mark = {"ok": "ok    ", "note": "note  ", "broken": "BROKEN"}[status]
-            print(f"  {mark}  {subject:<21}  {detail}", flush=True)
-    print(f"\n{broken} thing{'s' * (broken != 1)} broken." if broken else "\nThis language model can be decoded.")
-    return 1 if broken else 0
+    return show(((title, check(engine)) for title, check in CHECKS), well="This language model can be decoded.")
 
 
 def check_decoding(engine: TransformersEngine) -> Iterator[Finding]:
@@ -115,7 +102,7 @@ def check_prompts(engine: TransformersEngine) -> Iterator[Finding]:
     more = sum(number in known for number in planted) - sum(number in known for number in plain)
     in_harness = "in prompts of lm-eval and alpaca_eval, where nothing is said, a control token as with --model hf"
     if more:
-        status: Literal["note", "broken"] = "note" if tokeniser.rule == ALLOW else "broken"
+        status: Status = "note" if tokeniser.rule == ALLOW else "broken"
         yield Finding(status, "special tokens", f"{token!r} in a message is read as a control token")
     else:
         yield Finding("ok", "special tokens", f"{token!r} in a message is read as text; {in_harness}")

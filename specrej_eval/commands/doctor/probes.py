@@ -3,8 +3,10 @@ mixed worth of which the first half is scored too."""
 
 from __future__ import annotations
 
-import random
+import json
 from typing import NamedTuple
+
+from specrej_eval import demo
 
 
 class Probes(NamedTuple):
@@ -103,20 +105,9 @@ PROBES = Probes(
 
 def demo_probes() -> Probes:
     """The same for the embedded reward model, which knows nothing but worked sums."""
-    from specrej_eval.demo import arithmetic
-
-    rng = random.Random(4)
-
-    def slipped(operands: tuple[int, ...]) -> str:
-        while (text := arithmetic.slip(operands, rng)) == arithmetic.solution(operands):
-            pass
-        return text
-
-    pairs = []
-    for operands in arithmetic.distinct_problems("select", 6, seed=4):
-        pairs.append((arithmetic.question(operands), arithmetic.solution(operands), slipped(operands)))
-    answers = []
-    for operands in arithmetic.distinct_problems("select", 4, seed=5):
-        mixed = [arithmetic.solution(operands), *(slipped(operands) for _ in range(7)), arithmetic.noise(operands, rng)]
-        answers.append((arithmetic.question(operands), tuple(mixed)))
-    return Probes(tuple(pairs), tuple(answers), in_order=((0, 1),))  # all but the first are wrong
+    told = json.loads(demo.PROBES.read_text(encoding="utf-8"))
+    return Probes(
+        pairs=tuple(map(tuple, told["pairs"])),
+        answers=tuple((prompt, tuple(answers)) for prompt, answers in told["answers"]),
+        in_order=tuple(map(tuple, told["in_order"])),
+    )

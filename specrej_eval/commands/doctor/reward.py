@@ -10,13 +10,14 @@ import argparse
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from statistics import fmean
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from statistics import StatisticsError, correlation, fmean
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+from specrej_eval.commands.doctor.findings import Finding, Status, show
 from specrej_eval.commands.doctor.probes import PROBES, Probes, demo_probes
 from specrej_eval.config import RunConfig
 from specrej_eval.core import RowView
-from specrej_eval.errors import ConfigError, RewardError, SpecRejError
+from specrej_eval.errors import ConfigError, RewardError
 from specrej_eval.options import load_reward, reward_config
 from specrej_eval.special_tokens import ALLOW, ERROR
 
@@ -30,12 +31,6 @@ FLOAT32_BOUND, COARSE_BOUND = 1e-4, 0.02
 """Most that a score may change with its batch or its padding, as a share of the score (or of 1): float32, others."""
 
 Conversation = list[dict[str, str]]
-
-
-class Finding(NamedTuple):
-    status: Literal["ok", "note", "broken"]  # only "broken" makes the exit code 1
-    subject: str
-    detail: str
 
 
 class Patient(NamedTuple):
@@ -63,26 +58,14 @@ def run(args: argparse.Namespace) -> int:
     config = reward_config(options)
     reward = load_reward(config, options.get("token"))
     if not reward.reads_text:
-        raise ConfigError(f"reward_model={reward.name!r} reads no text, so there is nothing to look at.")
+        raise ConfigError(f"reward_model={reward.name!r} reads no text, so there is nothing to show.")
     return examine(reward, demo_probes() if _is_demo(config) else PROBES)
 
 
 def examine(reward: RewardModel, probes: Probes = PROBES) -> int:
     """Print what is found; 0 if nothing is broken, else 1."""
-    broken = 0
     patient = Patient(reward, probes)
-    for title, check in CHECKS:
-        print(title)
-        try:
-            for status, subject, detail in check(patient):
-                broken += status == "broken"
-                mark = {"ok": "ok    ", "note": "note  ", "broken": "BROKEN"}[status]
-                print(f"  {mark}  {subject:<21}  {detail}", flush=True)
-        except SpecRejError as error:  # the other checks may still tell something
-            broken += 1
-            print(f"  BROKEN  {'failed':<21}  {error}", flush=True)
-    print(f"\n{broken} thing{'s' * (broken != 1)} broken." if broken else "\nThis reward model passed all checks.")
-    return 1 if broken else 0
+    return show(((title, check(patient)) for title, check in CHECKS), well="This reward model passed all checks.")
 
 
 # ---- what it reads ---------------------------------------------------------------------------------------------------
@@ -97,7 +80,7 @@ def check_input(patient: Patient) -> Iterator[Finding]:
         return
     renderer = patient.reward.renderer
     if renderer is None:
-        yield Finding("note", "tokens", f"{patient.reward.name} gets text; what it reads cannot be seen from here")
+        yield Finding("note", "tokens", f"{patient.reward.name} gets text; which tokens it reads cannot be shown here")
         return
     tokenizer = renderer.tokenizer
     (entry,) = renderer.inputs(patient.conversation, [_row(patient.response)])
@@ -250,14 +233,14 @@ def check_stability(patient: Patient) -> Iterator[Finding]:
     yield _compared("single == batch", single, together, bound)
     distinct = len(set(together))
     # a saturated sigmoid leaves one or two; whole grades of a judge leave a few
-    status: Literal["ok", "note", "broken"] = "ok" if distinct == len(answers) else "note"
+    status: Status = "ok" if distinct == len(answers) else "note"
     status = "broken" if 2 * distinct < len(answers) else status
     yield Finding(
         status, "ties", f"{len(answers)} different answers have {distinct} different scores: {_listed(together)}"
     )
     padded = _left_padded(reward, prompt, rows)
     if padded is None:
-        yield Finding("note", "left == right padding", "pads in its own way, out of our sight")
+        yield Finding("note", "left == right padding", "pads in its own way, which cannot be checked here")
     else:
         yield _compared("left == right padding", padded, together, bound)
 
@@ -323,7 +306,7 @@ def check_pairs(patient: Patient) -> Iterator[Finding]:
     for prompt, better, worse in patient.probes.pairs:
         good, bad = _scores(patient.reward, prompt, [_row(better), _row(worse, 1)])
         right.append(good > bad)
-        status: Literal["ok", "broken"] = "ok" if good > bad else "broken"
+        status: Status = "ok" if good > bad else "broken"
         shown = prompt if len(prompt) <= 60 else prompt[:57] + "..."
         yield Finding(
             status,
@@ -337,7 +320,7 @@ def check_pairs(patient: Patient) -> Iterator[Finding]:
     yield Finding(
         "ok" if chance < LUCK else "broken",
         f"{sum(right)} of {len(right)} pairs",
-        f"right, those of the mixed answers below included; a coin gets as many in {chance:.2g} of tries "
+        f"right, those of the mixed answers below included; a coin would do as well in {chance:.2g} of tries "
         f"(allowed: below {LUCK:g})",
     )
 
@@ -366,11 +349,10 @@ def rank_correlation(one: Sequence[float], other: Sequence[float]) -> float:
     """Spearman's, ties by mean ranks; 0 if either is constant."""
     from specrej_eval.rewards.kinds.ensemble import ranks
 
-    a, b = ranks(one), ranks(other)
-    mean_a, mean_b = fmean(a), fmean(b)
-    product = math.fsum((x - mean_a) * (y - mean_b) for x, y in zip(a, b, strict=True))
-    scale = math.sqrt(math.fsum((x - mean_a) ** 2 for x in a) * math.fsum((y - mean_b) ** 2 for y in b))
-    return product / scale if scale > 0 else 0.0
+    try:
+        return correlation(ranks(one), ranks(other))
+    except StatisticsError:
+        return 0.0
 
 
 def _scores(reward: RewardModel, prompt: str, rows: Sequence[RowView]) -> list[float]:
@@ -381,10 +363,10 @@ def _scores(reward: RewardModel, prompt: str, rows: Sequence[RowView]) -> list[f
     """
     scores = list(reward.score(_asked(prompt), rows))
     if len(scores) != len(rows):
-        raise RewardError(f"{len(scores)} scores came for {len(rows)} answers.")
+        raise RewardError(f"{len(rows)} scores were expected, got {len(scores)}.")
     for row, score in zip(rows, scores, strict=True):
         if isinstance(score, bool) or not isinstance(score, (int, float)) or not math.isfinite(score):
-            raise RewardError(f"an answer has the score {score!r}, which is no finite number: {row.text[:60]!r}")
+            raise RewardError(f"an answer has the score {score!r}, which is not a finite number: {row.text[:60]!r}")
     return scores
 
 

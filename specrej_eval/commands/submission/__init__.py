@@ -8,11 +8,6 @@ from specrej_eval.commands.submission import alpaca as submission_alpaca
 from specrej_eval.commands.submission import lm_eval as submission_lm_eval
 
 SUMMARY = "check a finished run and lay out its files for AlpacaEval's leaderboard, or lm-eval's for publication"
-EXAMPLES = (
-    "specrej-eval submission alpaca --name my-model-SpR --output alpaca_pr --model_config my-model.yaml",
-    "specrej-eval submission lm-eval results/mine --output submission",
-)
-
 KINDS = {
     "alpaca": (
         submission_alpaca,
@@ -25,6 +20,7 @@ KINDS = {
         "specrej-eval submission lm-eval results/mine --output submission",
     ),
 }
+EXAMPLES = tuple(example for _, _, example in KINDS.values())
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -40,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         module.add_arguments(made)
         written = made.add_argument_group("what to write")
         written.add_argument("--output", required=True, metavar="DIR", help="where the files go")
-        written.add_argument("--force", action="store_true", help="replace files of ours that lie there already")
+        written.add_argument("--force", action="store_true", help="replace our files that are already there")
 
 
 def run(args: argparse.Namespace) -> int:

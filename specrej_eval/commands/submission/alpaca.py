@@ -35,7 +35,6 @@ class Submission:
 
     tree: Tree
     outputs: Path
-    contents: list[tuple[str, str]] = field(default_factory=list)  # file, what it is
     missing: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
@@ -70,7 +69,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a checkout of alpaca_eval, whose CSV files get the new rows (default: the installed package's)",
     )
     read.add_argument(
-        "--unverified", action="store_true", help="take outputs without the record of the run that made them"
+        "--unverified", action="store_true", help="accept outputs without the record of the run that made them"
     )
 
 
@@ -89,7 +88,9 @@ def build(args: argparse.Namespace) -> Submission:
     """
     name = args.name
     if not _NAME.fullmatch(name):
-        raise ConfigError(f"--name {name!r} cannot name a folder.", hint="letters, digits, and . _ + - inside.")
+        raise ConfigError(
+            f"--name {name!r} is not a valid folder name.", hint="use letters and digits, with . _ + - in between."
+        )
     outputs = Path(args.model_outputs or Path("results", name, "model_outputs.json"))
     rows = read_rows(outputs, what="model outputs", hint="`alpaca_eval evaluate_from_model CONFIG.yaml` writes it.")
     record = alpaca_checks.find_run(name=name, file=outputs, unverified=args.unverified)
@@ -103,9 +104,9 @@ def build(args: argparse.Namespace) -> Submission:
         config.fingerprint()  # its arguments are at least valid, and of no demo
 
     submission = Submission(Tree(args.output, force=args.force), outputs)
-    notes = submission.notes
+    tree, notes = submission.tree, submission.notes
     if record is None:
-        notes.append("--unverified: nobody can say how these outputs were made, and configs.yaml says so")
+        notes.append("--unverified: nothing says how these outputs were made, and configs.yaml says so")
     if worse := [number for number, answer in enumerate(answers, start=1) if answer.degraded]:
         notes.append(f"{len(worse)} answers gave up rows for want of memory (degraded), the first in row {worse[0]}")
     if cut := sum(answer.finish_reason == "length" for answer in answers):
@@ -113,20 +114,15 @@ def build(args: argparse.Namespace) -> Submission:
     if paths := alpaca_config.local_paths(config):
         notes.append(f"nobody else has the folder in {', '.join(paths)}: name the model on the hub")
 
-    add(submission, f"{PACKAGE}/models_configs/{name}/configs.yaml", alpaca_config.render(config, record, answers))
-    add(submission, f"{PACKAGE}/models_configs/{name}/prompt.txt", config.template)
+    tree.add(f"{PACKAGE}/models_configs/{name}/configs.yaml", alpaca_config.render(config, record, answers))
+    tree.add(f"{PACKAGE}/models_configs/{name}/prompt.txt", config.template)
     canonical = [{column: row[column] for column in COLUMNS} for row in rows]
     text = json.dumps(canonical, indent=2, ensure_ascii=False)
-    add(submission, f"results/{name}/model_outputs.json", text, f"{len(rows)} answers in AlpacaEval's order")
+    tree.add(f"results/{name}/model_outputs.json", text, f"{len(rows)} answers in AlpacaEval's order")
     add_annotations(submission, args, outputs, canonical)
     add_leaderboard(submission, args, outputs, canonical)
     add_weights(submission, args, outputs)
     return submission
-
-
-def add(submission: Submission, path: str, text: str, what: str = "") -> None:
-    submission.tree.add(path, text)
-    submission.contents.append((path, what))
 
 
 def add_annotations(
@@ -142,8 +138,7 @@ def add_annotations(
     failed = alpaca_checks.check_annotations(annotations, rows, name=args.name, file=file)
     if failed:
         submission.notes.append(f"the judge has no preference for {failed} answers")
-    submission.tree.copy(target, file)
-    submission.contents.append((target, "the judge's annotations"))
+    submission.tree.copy(target, file, "the judge's annotations")
 
 
 def add_leaderboard(
@@ -161,7 +156,7 @@ def add_leaderboard(
         raise ConfigError(
             f"{str(file)!r}: avg_length of {args.name!r} is {row.get('avg_length')!r}, but these outputs have {length} "
             "characters on average.",
-            hint="the row is of other outputs; run alpaca_eval with --is_overwrite_leaderboard.",
+            hint="the row belongs to other outputs; run alpaca_eval with --is_overwrite_leaderboard.",
         )
     judged = row.get("n_total", "").removesuffix(".0")
     if not judged.isdigit() or int(judged) < NUM_INSTRUCTIONS - _FAILED_JUDGMENTS:
@@ -184,7 +179,7 @@ def add_leaderboard(
             "give --alpaca_eval_repo DIR"
         )
     text = leaderboard_rows.with_row(base.read_text(encoding="utf-8"), args.name, row, source=repr(str(file)))
-    add(submission, f"{PACKAGE}/{leaderboard_rows.LEADERBOARD}", text, "one row added or replaced")
+    submission.tree.add(f"{PACKAGE}/{leaderboard_rows.LEADERBOARD}", text, "one row added or replaced")
 
 
 def add_weights(submission: Submission, args: argparse.Namespace, outputs: Path) -> None:
@@ -199,19 +194,19 @@ def add_weights(submission: Submission, args: argparse.Namespace, outputs: Path)
     rows = {file: row for file in candidates if file.is_file() and (row := leaderboard_rows.read_row(file, args.name))}
     if not rows:
         if args.weights is not None:
-            raise ConfigError(f"--weights {args.weights!r} is no file with a row of {args.name!r}.")
+            raise ConfigError(f"--weights {args.weights!r} is not a file with a row of {args.name!r}.")
         submission.missing.append("the row of the length-controlled model's weights")
         return
     file, row = next(iter(rows.items()))
     if args.alpaca_eval_repo is None:  # the package on PyPI has no such file, so its other rows are not known here
         text = leaderboard_rows.line(["", *row]) + leaderboard_rows.line([args.name, *row.values()])
-        add(submission, f"{APPEND}/{PACKAGE}/{path}", text, "a row to append to the file of this name")
+        submission.tree.add(f"{APPEND}/{PACKAGE}/{path}", text, "a row to append to the file of this name")
         return
     base = base_of(args, path)
     if base is None:
         raise ConfigError(f"--alpaca_eval_repo {args.alpaca_eval_repo!r} has no {PACKAGE}/{path}.")
     text = leaderboard_rows.with_row(base.read_text(encoding="utf-8"), args.name, row, source=repr(str(file)))
-    add(submission, f"{PACKAGE}/{path}", text, "one row added or replaced")
+    submission.tree.add(f"{PACKAGE}/{path}", text, "one row added or replaced")
 
 
 def base_of(args: argparse.Namespace, path: str) -> Path | None:
@@ -234,7 +229,7 @@ def report(name: str, submission: Submission) -> str:
     """What lies where, and what to do next."""
     root = submission.tree.root
     lines = [f"checked; the files for {name} are in {root}:"]
-    lines += [f"  {path}" + (f"  ({what})" if what else "") for path, what in submission.contents]
+    lines += [f"  {path}" + (f"  ({what})" if what else "") for path, what in submission.tree.contents]
     lines += [f"note: {note}" for note in submission.notes]
     if submission.missing:
         lines += [

@@ -88,7 +88,7 @@ def check_outputs(rows: Rows, references: Rows, *, name: str, file: Path) -> Non
             raise ConfigError(
                 f"{str(file)!r} has {len(rows)} rows, not {len(references)}: the answer to instruction {index + 1} "
                 f"({start_of(reference['instruction'])}) is missing.",
-                hint="the same command goes on from here; leave out --max_instances.",
+                hint="run the same command again, without --max_instances; it continues from here.",
             )
     for index, (row, reference) in enumerate(zip(rows, references, strict=True)):
         if row["instruction"] != reference["instruction"]:
@@ -110,8 +110,8 @@ def find_run(*, name: str, file: Path, unverified: bool) -> RunRecord | None:
         if unverified:
             return None
         raise SpecRejError(
-            f"nobody can say how {str(file)!r} was made: there is no {store.run_file.name} beside it.",
-            hint="keep the two together. --unverified takes such outputs all the same, and says so in the submission.",
+            f"nothing says how {str(file)!r} was made: there is no {store.run_file.name} next to it.",
+            hint="keep the two together. --unverified accepts such outputs and says so in the submission.",
         )
     if _is_demo(record):
         raise SpecRejError(
@@ -126,7 +126,7 @@ def find_run(*, name: str, file: Path, unverified: bool) -> RunRecord | None:
     if not record.complete:
         raise SpecRejError(
             f"the run in {str(file.parent)!r} is not finished: {len(store.answers())} answers so far.",
-            hint="run the same command again; it goes on from there.",
+            hint="run the same command again; it continues from there.",
         )
     return record
 
@@ -156,11 +156,11 @@ def check_answers(rows: Rows, *, file: Path) -> list[Answer]:
         where = f"{str(file)!r}, row {index + 1} ({start_of(row['instruction'])})"
         candidates = recorded.get(row["instruction"], [])
         if not candidates:
-            raise SpecRejError(f"{where}: {store.outputs_file.name} beside it has no such answer.", hint=_AGAIN)
+            raise SpecRejError(f"{where}: {store.outputs_file.name} next to it has no such answer.", hint=_AGAIN)
         # alpaca_eval strips what it writes; ours is recorded as it was decoded
         same = [answer for answer in candidates if answer.output.strip() == row["output"].strip()]
         if not same:
-            raise SpecRejError(f"{where}: the output is not what the run answered.", hint=_AGAIN)
+            raise SpecRejError(f"{where}: the output differs from the answer that the run recorded.", hint=_AGAIN)
         found.append(same[0])
     return found
 

@@ -49,7 +49,7 @@ def read_row(file: Path, name: str) -> Row | None:
     except (OSError, ValueError, csv.Error) as error:
         raise ConfigError(f"{str(file)!r} cannot be read as CSV: {error}.") from error
     if not lines or len(lines[0]) < 2:
-        raise ConfigError(f"{str(file)!r} is no table with generators in its first column.")
+        raise ConfigError(f"{str(file)!r} is not a table with generators in its first column.")
     header, rows = lines[0], [line for line in lines[1:] if line and line[0] == name]
     return dict(zip(header[1:], rows[-1][1:], strict=False)) if rows else None
 

@@ -18,7 +18,7 @@ from typing import Any
 from specrej_eval import __version__
 from specrej_eval.commands.submission.tree import Tree
 from specrej_eval.errors import ConfigError
-from specrej_eval.records.fingerprint import differences
+from specrej_eval.records.fingerprint import BETWEEN, differences
 from specrej_eval.records.lm_eval_files import MARK, Results, check_samples, check_whole, find_results, remarks
 from specrej_eval.records.run_names import default_name
 from specrej_eval.records.trace import rank_path
@@ -59,7 +59,7 @@ def build(args: argparse.Namespace) -> tuple[Tree, list[str]]:
         check_whole(results)
         name = name_of(results, args.name)
         other = named.setdefault(name, results)
-        if found := differences(other.arguments, results.arguments):
+        if found := differences(other.arguments, results.arguments, told=BETWEEN):
             raise ConfigError(
                 f"{str(other.path)!r} and {str(results.path)!r} would both be called {name!r} ({found}).",
                 hint="give RESULTS_DIR the folder of one run, and --name.",
@@ -87,7 +87,7 @@ def name_of(results: Results, given: str | None) -> str:
     """What the run is called.
 
     Raises:
-        ConfigError: the given name is the bare model's, or cannot name a folder.
+        ConfigError: the given name is the bare model's, or is not a valid folder name.
     """
     arguments = dict(results.arguments)
     pretrained = str(arguments["pretrained"])
@@ -102,7 +102,9 @@ def name_of(results: Results, given: str | None) -> str:
             hint="leave --name out for a name that says what was run.",
         )
     if not re.fullmatch(r"[A-Za-z0-9][\w.+-]*", given, flags=re.ASCII):
-        raise ConfigError(f"--name {given!r} cannot name a folder.", hint="letters, digits, and . _ + - inside.")
+        raise ConfigError(
+            f"--name {given!r} is not a valid folder name.", hint="use letters and digits, with . _ + - in between."
+        )
     return given
 
 

@@ -25,17 +25,21 @@ class Tree:
         self._texts: dict[str, str] = {}
         self._copies: dict[str, Path] = {}
         self._stale: set[str] = set()
+        self.contents: list[tuple[str, str]] = []
+        """Planned files and what they are, in the order they were added."""
 
     @property
     def paths(self) -> list[str]:
         """Planned files, below the root."""
         return sorted({*self._texts, *self._copies})
 
-    def add(self, path: str, text: str) -> None:
+    def add(self, path: str, text: str, what: str = "") -> None:
         self._texts[path] = text
+        self.contents.append((path, what))
 
-    def copy(self, path: str, source: Path) -> None:
+    def copy(self, path: str, source: Path, what: str = "") -> None:
         self._copies[path] = source
+        self.contents.append((path, what))
 
     def drop(self, path: str) -> None:
         """This file of an earlier submission must not stay: it would not belong to the others."""
@@ -50,7 +54,8 @@ class Tree:
         there = [path for path in sorted({*self.paths, *self._stale}) if (self.root / path).exists()]
         if there and not self._force:
             raise ConfigError(
-                f"{str(self.root)!r} holds {there[0]!r} already" + (f" and {len(there) - 1} more." * (len(there) > 1)),
+                f"{str(self.root)!r} already contains {there[0]!r}"
+                + (f" and {len(there) - 1} more." * (len(there) > 1)),
                 hint="give another --output; --force replaces these files and leaves all others alone.",
             )
         if self.root.exists() and not self.root.is_dir():
@@ -85,5 +90,5 @@ def read_rows(path: Path, *, what: str, hint: str) -> list[dict[str, Any]]:
         raise SpecRejError(f"{what}: {str(path)!r} must hold a JSON list, got {type(rows).__name__}.", hint=hint)
     for number, row in enumerate(rows, start=1):
         if not isinstance(row, dict):
-            raise SpecRejError(f"{what}: row {number} of {str(path)!r} is no JSON object.", hint=hint)
+            raise SpecRejError(f"{what}: row {number} of {str(path)!r} is not a JSON object.", hint=hint)
     return rows

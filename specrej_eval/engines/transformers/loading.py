@@ -6,7 +6,6 @@ Inside lm-eval its own ``HFLM`` loads the model, with the same arguments; ``chec
 from __future__ import annotations
 
 import importlib.util
-import logging
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -27,8 +26,6 @@ from specrej_eval.paths import is_folder
 
 UNSUPPORTED = {name: made.not_in_python for name, made in HOST.items() if made.not_in_python}
 """Arguments of lm-eval's ``HFLM`` that have no meaning here, and what to use in their place."""
-
-_logger = logging.getLogger(__name__)
 
 
 def check_host_arguments(host: Mapping[str, Any]) -> None:
@@ -103,8 +100,6 @@ def load_model_and_tokenizer(config: RunConfig, host: Mapping[str, Any]) -> tupl
     """
     check_host_arguments(host)
     check_checkpoint(config, host)
-    if config.pretrained is None:
-        _logger.warning("pretrained= is not given, so the embedded demo language model, a toy, is used.")
     name = policy_name(config)
     shared: dict[str, Any] = {
         "revision": host.get("revision") or "main",

@@ -93,7 +93,7 @@ class ModelRunner:
                     )
                 return path
             reasons.append(f"{path}: {reason}")
-        raise RuntimeError(f"no way to decode {type(self.model).__name__}: {'; '.join(reasons)}")
+        raise RuntimeError(f"cannot decode {type(self.model).__name__}: {'; '.join(reasons)}")
 
     def _probe_error(self, path: Path) -> str | None:
         """Decode a few forced tokens on ``path`` with a row dropped on the way; None if the logits are the model's."""

@@ -53,8 +53,8 @@ class ModelConfig:
         config, host, asked = arguments_of(self.function, self.completions_kwargs)
         if config.pretrained is None:
             raise ConfigError(
-                f"{str(self.path)!r} names no model: it is a configuration of the embedded demo pair.",
-                hint="give the configuration that the answers were made with.",
+                f"{str(self.path)!r} names no model, so it is for the embedded demo pair.",
+                hint="give the configuration that made the answers.",
             )
         return of_run(config, host, prompt_template=self.template, **asked.deciding())
 
@@ -86,7 +86,7 @@ def find(path: str | None, name: str) -> ModelConfig:
         if not found:
             raise ConfigError(
                 f"no configuration of {name!r} in {str(_FOLDER)!r}.",
-                hint="give the one the answers were made with: --model_config FILE.yaml",
+                hint="give the one that made the answers: --model_config FILE.yaml",
             )
         config = read(found[0])
     if config.generator != name:
@@ -111,7 +111,7 @@ def read(path: Path) -> ModelConfig:
     ((generator, entry),) = loaded.items()
     if entry.get("fn_completions") not in STRATEGIES:
         raise ConfigError(
-            f"{str(path)!r}: fn_completions is {entry.get('fn_completions')!r}, and should be one of ours.",
+            f"{str(path)!r}: fn_completions is {entry.get('fn_completions')!r}, but must be one of ours.",
             hint=f"ours: {', '.join(STRATEGIES)}.",
         )
     if not isinstance(entry.get("completions_kwargs") or {}, dict):
@@ -135,8 +135,8 @@ def check_same_run(config: ModelConfig, record: RunRecord) -> None:
     found = differences({name: record.fingerprint[name] for name in shared}, {name: ours[name] for name in shared})
     if found:
         raise ConfigError(
-            f"{str(config.path)!r} is not what was run ({found}).",
-            hint="give the configuration the answers were made with.",
+            f"{str(config.path)!r} is not the configuration that was run ({found}).",
+            hint="give the configuration that made the answers.",
         )
 
 

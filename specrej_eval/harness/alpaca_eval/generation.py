@@ -165,7 +165,7 @@ def _check_owner(outputs: Path, store: OutputsFolder, going_on: bool) -> None:
     """
     if going_on and outputs.is_file() and not store.run_file.is_file():
         raise ConfigError(
-            f"{str(outputs)!r} was written by another decoder: there is no {store.run_file.name} beside it. Its "
+            f"{str(outputs)!r} was written by another decoder: there is no {store.run_file.name} next to it. Its "
             "outputs would be passed off as ours.",
             hint="give another --output_path or another generator name, or delete the file.",
         )

@@ -131,7 +131,7 @@ def _note(judge: Mapping[str, Any], generators: Sequence[str]) -> None:
     name = judge["reward_model"]
     if name == fingerprint.EMBEDDED:
         alpaca_eval_runs.note(
-            "DEMO judge: the embedded reward model has learnt small sums and nothing else. Its win rates say nothing "
+            "DEMO judge: the embedded reward model knows nothing but small sums. Its win rates say nothing "
             "about any other answers."
         )
     run = alpaca_eval_runs.current()
@@ -182,7 +182,7 @@ def _fields(prompt: str) -> tuple[str, str, str]:
         )
     missing = [name for name in ("instruction", "output_1", "output_2") if name not in rows[0]]
     if missing:
-        raise ConfigError(f"{NAME} needs the fields instruction, output_1 and output_2; {missing[0]} is not there.")
+        raise ConfigError(f"{NAME} needs the fields instruction, output_1 and output_2; {missing[0]} is missing.")
     return str(rows[0]["instruction"]), str(rows[0]["output_1"]), str(rows[0]["output_2"])
 
 
@@ -220,7 +220,7 @@ class _Scorer:
             if not release_models():
                 raise
         # outside the except block: the traceback would keep what was loaded alive
-        _logger.warning("The judge did not fit beside the models that answered; those are let go.")
+        _logger.warning("The judge did not fit in memory next to the models that answered, so these were unloaded.")
         return plan.load(device)
 
     def score(self, instruction: str, outputs: Sequence[str]) -> list[float]:

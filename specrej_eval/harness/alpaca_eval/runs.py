@@ -33,7 +33,7 @@ class Evaluation:
     """Generator -> ``{"reward_model": ..., "reward_files": ...}`` of the reward that chose among its answers (see
     ``fingerprint.of_models``)."""
     notes: list[str] = field(default_factory=list)
-    """Printed once more below the leaderboard."""
+    """Printed below the leaderboard; logged at the end of a run that prints none."""
     lengths: dict[str, str] = field(default_factory=dict)
     """Generator -> a sentence on the mean lengths of both sides."""
     recompute_only: bool = False
@@ -60,22 +60,27 @@ def run_in(output_path: Path | None, rewards: Mapping[str, Mapping[str, Any]], *
         yield run
     finally:
         _current.reset(token)
+        for text in run.notes if outer is None else ():
+            _logger.warning(text)
 
 
 def note(text: str) -> None:
-    """Say something that must not be missed: now, in the log, and once more below the leaderboard."""
+    """Say something that must not be missed: below the leaderboard; in the log where there is none."""
     run = _current.get()
-    if run is not None:
-        if text in run.notes:
-            return
+    if run is None:
+        _logger.warning(text)
+    elif text not in run.notes:
         run.notes.append(text)
-    _logger.warning(text)
 
 
 def epilogue() -> list[str]:
-    """What is printed below a leaderboard."""
+    """What is printed below a leaderboard, once."""
     run = _current.get()
-    return [] if run is None else [*run.lengths.values(), *(f"NOTE: {text}" for text in run.notes)]
+    if run is None:
+        return []
+    lines = [*run.lengths.values(), *(f"NOTE: {text}" for text in run.notes)]
+    run.notes.clear()
+    return lines
 
 
 def decoding_rewards(places: Iterable[Any]) -> dict[str, Mapping[str, Any]]:
@@ -142,6 +147,9 @@ def _evaluate(original: Callable[..., Any], main: ModuleType) -> Callable[..., A
         if outputs is not None and not isinstance(outputs, (str, Path)):
             # loaded here, since the folder takes its name from the generator; upstream would call a function again
             outputs = values["model_outputs"] = main.utils.load_or_convert_to_dataframe(outputs)
+        pair = str(values["reference_outputs"]), str(values["annotators_config"])
+        if values["precomputed_leaderboard"] == "auto" and pair not in main.constants.PRECOMPUTED_LEADERBOARDS:
+            values["precomputed_leaderboard"] = None  # as upstream, but without a warning that nobody can act on
         folder = None
         if outputs is not None:
             frame = outputs

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from specrej_eval.errors import ConfigError, nearest, suggest
+from specrej_eval.errors import ConfigError, nearest
 
 ENTRY = ("prompt_template", "fn_completions", "completions_kwargs", "pretty_name", "link")
 """What a generator's configuration holds. Anything beside these alpaca_eval passes over in silence."""
@@ -22,14 +22,15 @@ def check_entry(name: str, entry: Mapping[str, Any], template: str) -> None:
     """
     for key in entry:
         if key not in ENTRY:
+            best = nearest(str(key), ENTRY)
             raise ConfigError(
-                f"the configuration of {name!r} has {key!r} beside fn_completions, where it has no effect.",
-                hint=f"move it below completions_kwargs. {suggest(str(key), ENTRY)}",
+                f"the configuration of {name!r} has {key!r} next to fn_completions, where it has no effect.",
+                hint=f"did you mean {best!r}?" if best else "move it below completions_kwargs.",
             )
     if "{instruction}" not in template:
         raise ConfigError(
-            f"the prompt template of {name!r} does not hold {{instruction}}, so all instructions would be asked "
-            f"the same: {template[:80]!r}.",
+            f"the prompt template of {name!r} does not hold {{instruction}}, so all instructions would get "
+            f"the same prompt: {template[:80]!r}.",
             hint='prompt_template: "{instruction}" asks the instruction itself.',
         )
 

@@ -26,7 +26,9 @@ def add_position_swap(pairwise: ModuleType) -> None:
         def __init__(self: Any, *args: Any, position_swap: Any = False, **kwargs: Any) -> None:
             self.position_swap = as_bool("position_swap", position_swap)
             if self.position_swap and kwargs.get("p_label_flip"):
-                raise ConfigError("position_swap and p_label_flip exclude each other: noise would be averaged away.")
+                raise ConfigError(
+                    "position_swap and p_label_flip cannot be combined: the swap would average the noise away."
+                )
             original(self, *args, **kwargs)
 
         return __init__

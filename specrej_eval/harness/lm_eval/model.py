@@ -96,7 +96,7 @@ class SpecRejLM(HFLM):
         policy, reward = _resolved(config, host, language_model=loaded is None)
 
         if self.embedded_demo_pair:
-            logger.info("No pretrained given: using the embedded demo pair (a tiny arithmetic model, float32).")
+            logger.info("No pretrained= is given: the embedded demo pair answers, which knows nothing but small sums.")
         if config.attn_implementation is not None and loaded is None:
             host["attn_implementation"] = config.attn_implementation
         self._given_as_objects = ("pretrained",) if loaded is not None else ()
@@ -137,9 +137,9 @@ class SpecRejLM(HFLM):
             self._warn(note)
         if host_run is not None and self.rank == 0:
             seed = host_run.gen_kwargs.get("seed")
-            logger.info("Seed %s of all draws, from %s.", config.seed if seed is None else seed, self.seed_from)
+            logger.info("All draws use seed %s (from %s).", config.seed if seed is None else seed, self.seed_from)
         if self.mixed_precision_dtype is not None:
-            self._warn("mixed_precision_dtype holds for log-likelihood requests only; dtype decides for the others.")
+            self._warn("mixed_precision_dtype applies to log-likelihood requests only; dtype decides for the others.")
 
     # How lm-eval makes us
 
@@ -154,8 +154,8 @@ class SpecRejLM(HFLM):
         run = lm_eval_run.current()
         if run is None and lm_eval_run.is_blind() and "seed" not in arg_dict:
             logger.warning(
-                "lm-eval's --seed, if given, decides nothing here (our startup hook has not reached lm-eval, or it is "
-                "of a release we do not know): seed= in --model_args does. `specrej-eval doctor` tells more."
+                "lm-eval's --seed has no effect here (our startup hook has not reached lm-eval, or this is a "
+                "release we do not know). Give seed= in --model_args; `specrej-eval doctor` says more."
             )
         return cls(**{**arg_dict, "harness_options": additional_config, "host_run": run})
 
@@ -244,15 +244,15 @@ class SpecRejLM(HFLM):
             ) from None
         if translated.asks_greedy and translated.config.on_greedy == "error":
             raise ConfigError(
-                f"task {task!r} asks for greedy decoding, and on_greedy=error.",
-                hint="on_greedy=sample samples candidates all the same; on_greedy=greedy decodes one row greedily.",
+                f"task {task!r} asks for greedy decoding, which on_greedy=error refuses.",
+                hint="on_greedy=sample samples candidates anyway; on_greedy=greedy decodes one row greedily.",
             )
         if translated.asks_greedy and translated.config.on_greedy == "sample":
             config = translated.config
             self._warn(
-                f"Task {task!r} (or --gen_kwargs) asks for greedy decoding, with nothing to choose from: candidates "
-                f"are sampled (temperature={config.temperature}, top_p={config.top_p}, top_k={config.top_k}, "
-                f"seed={config.seed}). on_greedy=greedy or on_greedy=error change that."
+                f"Task {task!r} (or --gen_kwargs) asks for greedy decoding, which gives a single answer; several "
+                f"are sampled instead (temperature={config.temperature}, top_p={config.top_p}, top_k={config.top_k}, "
+                f"seed={config.seed}), unless you set on_greedy=greedy or on_greedy=error."
             )
         if translated.ignored:
             self._warn(f"Task {task!r}: gen_kwargs not used here: {describe_ignored(translated.ignored)}.")
@@ -263,7 +263,7 @@ class SpecRejLM(HFLM):
         if room < 1:
             raise ConfigError(
                 f"task {task!r}: max_gen_toks={config.max_gen_toks} leaves no room for a prompt in the model's context "
-                f"of {self.max_length} tokens.",
+                f"of {self.max_length:,} tokens.",
                 hint="lower max_gen_toks (a task's own value is overridden by --gen_kwargs max_gen_toks=...).",
             )
         token_ids = self._encoded(task, context) or [self.prefix_token_id]
@@ -523,5 +523,5 @@ def _version(package: str) -> str | None:
 def _stale_cache(reason: str) -> ConfigError:
     return ConfigError(
         f"--use_cache would return stale answers: {reason}.",
-        hint="give this run a cache path of its own, or delete the old file.",
+        hint="give this run its own --use_cache path, or delete the old file.",
     )

@@ -64,6 +64,6 @@ def name_of(loaded: Any) -> str:
 
 def seq2seq_refused() -> ConfigError:
     return ConfigError(
-        "encoder-decoder models are not supported: rows share the prompt's key-value cache, and these have none.",
+        "encoder-decoder models are not supported: rows share the prompt's KV cache, and these models have none.",
         hint="use a causal language model, or --model hf for this one.",
     )

@@ -181,7 +181,7 @@ def translate(
     _refuse_slips(ignored)
     if foreign := [name for name in ignored if name in explicit]:
         raise ConfigError(
-            f"--gen_kwargs has names that our decoding does not know: {describe_ignored(foreign)}.",
+            f"--gen_kwargs has names that our decoding does not use: {describe_ignored(foreign)}.",
             hint=f"leave them out. Known: {', '.join(sorted({*known, 'until'}))}.",
         )
     return Translated(config, until, asks_greedy, ignored)
@@ -218,7 +218,7 @@ def _let_explicit_win(given: dict[str, Any], explicit: Mapping[str, Any]) -> Non
     if lengths := [name for name in _LENGTHS if name in explicit]:
         if len({str(explicit[name]) for name in lengths}) > 1:
             told = ", ".join(f"{name}={explicit[name]}" for name in lengths)
-            raise ConfigError(f"{told} in gen_kwargs are one limit with two values.", hint="give one of them.")
+            raise ConfigError(f"{told} in gen_kwargs are two values for the same limit.", hint="give one of them.")
         for name in _LENGTHS:
             if name not in explicit:
                 given.pop(name, None)

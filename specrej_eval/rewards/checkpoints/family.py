@@ -59,7 +59,6 @@ class RewardFamily(ABC):
 
     def config_from(self, name: str) -> str | None:
         """Another checkpoint whose ``config.json`` stands for this one, if it is published without."""
-        del name
         return None
 
     def check(self, name: str, raw: Mapping[str, Any]) -> None:  # noqa: B027 - most have nothing to check

@@ -78,7 +78,8 @@ class Forward:
         unique = sorted(set(inputs), key=lambda entry: (len(entry.ids), entry))
         scores: dict[Input, float] = {}
         for batch in self._batches(unique):
-            scores.update(zip(batch, in_halves(batch, self._forward, self._too_big), strict=True))
+            found = in_halves(batch, self._forward, lambda entry: self.out_of_memory(len(entry.ids)))
+            scores.update(zip(batch, found, strict=True))
         return scores
 
     def _batches(self, unique: Sequence[Input]) -> Iterator[list[Input]]:
@@ -87,9 +88,6 @@ class Forward:
         short = [entry for entry in unique if limit is None or len(entry.ids) <= limit]
         yield from in_batches(short, lambda entry: len(entry.ids), self.max_padded_tokens)
         yield from ([entry] for entry in unique[len(short) :])
-
-    def _too_big(self, entry: Input) -> OutOfMemoryError:
-        return self.out_of_memory(len(entry.ids))
 
     def _forward(self, batch: list[Input]) -> list[float]:
         """Scores of one padded batch.
@@ -132,7 +130,7 @@ class Forward:
 
     def out_of_memory(self, num_tokens: int) -> OutOfMemoryError:
         return OutOfMemoryError(
-            f"reward_model={self.renderer.name!r}: one sequence of {num_tokens} tokens does not fit in memory.",
+            f"reward_model={self.renderer.name!r}: one sequence of {num_tokens:,} tokens does not fit in memory.",
             hint=SMALLER,
         )
 

@@ -79,7 +79,7 @@ class GatedHead(nn.Module):
 
     def forward(self, hidden: Tensor, mask: Tensor) -> Tensor:
         """(rows, 2 positions: prompt's end and last token, hidden size) -> (rows,)"""
-        del mask  # two positions in every row
+        # the mask says nothing: two positions in every row
         weights = self.gating(hidden[:, 0])  # (rows, ratings)
         quantiles = self.regression_layer(hidden[:, 1]).unflatten(-1, (-1, self.num_quantiles))
         ratings = quantiles.mean(dim=-1) @ self.reward_transform_matrix

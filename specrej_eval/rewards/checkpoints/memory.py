@@ -44,9 +44,8 @@ class Allowance:
 
     def measure(self, prefix: Prefix, device: torch.device) -> None:
         """Find the limit, unless there is one, from a prefilled prompt and the memory that is free."""
-        if self.limit is not None:
-            return
-        self.limit = int(free_bytes(device) * self._share) // bytes_per_token(prefix)
+        if self.limit is None:
+            self.limit = int(free_bytes(device) * self._share) // bytes_per_token(prefix)
 
 
 def in_batches(items: Sequence[Item], length: Callable[[Item], int], most: int) -> Iterator[list[Item]]:

@@ -67,15 +67,12 @@ def load_body(
     """
     if model_config is None:
         model_config = body_config(source.name, source.raw)
-    more: dict[str, Any] = {"config": model_config}
-    if key_mapping is not None:
-        more["key_mapping"] = key_mapping
-    if state is not None:
-        more["state_dict"] = dict(state)
+    given = {"config": model_config, "key_mapping": key_mapping, "state_dict": state and dict(state)}
+    more = {name: value for name, value in given.items() if value is not None}
     body_class: Any = MODEL_MAPPING[type(model_config)]
 
     def load(name: str, *, trust_remote_code: bool, **options: Any) -> Any:
-        del trust_remote_code  # a body of transformers' own has none
+        # a body of transformers' own has no remote code to trust
         return body_class.from_pretrained(name if state is None else None, **options, **more)
 
     with _quiet():  # transformers would report the head's weights as unexpected
@@ -194,7 +191,7 @@ def fill(source: RewardCheckpoint, head: nn.Module, tensors: Mapping[str, Tensor
             raise CheckpointError(
                 f"reward_model={source.name!r}: {prefix + key} has shape {tuple(tensor.shape)}, but its config.json "
                 f"calls for {tuple(expected[key].shape)}.",
-                hint="config.json and weights do not belong together, or the file was cut.",
+                hint="config.json and weights do not match, or the file was cut short.",
             )
     head.load_state_dict(state, strict=False)
     return head.float().eval().requires_grad_(False)
@@ -248,7 +245,7 @@ class LastToken(nn.Module):
 
     def forward(self, hidden: Tensor, mask: Tensor) -> Tensor:
         """(rows, 1, hidden size) -> (rows,)"""
-        del mask  # one position in every row
+        # the mask says nothing: one position in every row
         scores: Tensor = self.layers(hidden[:, 0])[:, 0]
         return scores
 

@@ -39,7 +39,7 @@ class Renderer:
     Args:
         tokenizer: the checkpoint's.
         name: the reward model's name, for messages.
-        vocab_size: ids from here on are refused: tokenizer and weights do not belong together.
+        vocab_size: ids from here on are refused: tokenizer and weights do not match.
         max_length: most tokens of an input; None = no limit (see ``max_length_of``).
         partial_turn: how an unfinished answer is read: ``closed``, as if it were the whole turn (the reference code's
             way), or ``open``, without the template's tail. Finished answers are always closed.
@@ -78,8 +78,8 @@ class Renderer:
         self.has_template = template is not None or tokenizer.chat_template is not None
         if not self.has_template and without_template == "ask":
             raise ConfigError(
-                f"reward_model={name!r}: its tokenizer has no chat template, so how a conversation is to be written "
-                "for it is not known.",
+                f"reward_model={name!r}: its tokenizer has no chat template, so it is not known how to write a "
+                "conversation for it.",
                 hint="reward_template= takes a Jinja chat template or a file that holds one; "
                 "\"{{ bos_token }}{% for m in messages %}{{ m['content'] }}{% endfor %}\" reads the plain text.",
             )
@@ -99,23 +99,19 @@ class Renderer:
             RewardError: the chat template refuses the conversation, or a token is beyond the model's vocabulary.
         """
         known: dict[tuple[str, bool], tuple[Input, int]] = {}
-        inputs = []
-        dropped = []
+        found = []
         for row in rows:
             key = (readable(row, response_prefix), self._open_partials and not row.finished)
             if key not in known:
                 known[key] = self._input(conversation, *key, row=row.row)
-            entry, num_dropped = known[key]
-            inputs.append(entry)
-            if num_dropped:
-                dropped.append(num_dropped)
-        if dropped:
+            found.append(known[key])
+        if dropped := [num_dropped for _, num_dropped in found if num_dropped]:
             self.warn(
                 "truncation",
-                f"{len(dropped)} of {len(rows)} rows are longer than its {self.max_length} tokens; cut on the left by "
-                f"up to {max(dropped)} tokens (said once).",
+                f"{len(dropped)} of {len(rows)} rows are longer than its {self.max_length:,} tokens; cut on the left "
+                f"by up to {max(dropped):,} tokens (reported once).",
             )
-        return inputs
+        return [entry for entry, _ in found]
 
     def encode(self, messages: list[dict[str, str]], response: str, *, open_turn: bool) -> Any:
         """Tokenise one conversation with its response; a family with a form of its own overrides this.
@@ -201,7 +197,7 @@ class Renderer:
             raise RewardError(
                 f"reward_model={self.name!r}: row {row} has token id {max(ids)}, but the model's vocabulary ends at "
                 f"{self.vocab_size}: {response[:80]!r}",
-                hint="tokenizer and weights do not belong together.",
+                hint="tokenizer and weights do not match.",
             )
         types = list(encoded.get("token_type_ids") or ()) if self.without_template == "pair" else []
         cut = self._positions_to_cut(ids, encoded)
@@ -241,7 +237,8 @@ class Renderer:
             if refusal is not None:
                 self._merge_system = True
                 self.warn(
-                    "system", "its chat template takes no system message; it is put before the first user message."
+                    "system",
+                    "its chat template takes no system message; the system message goes before the first user message.",
                 )
             return encoded
         assert refusal is not None

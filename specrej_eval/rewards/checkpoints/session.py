@@ -106,7 +106,7 @@ class CachedSession(RewardSession):
             # outside the except block: the traceback would keep the failed pass's tensors alive
             self._forget()
             self._reward.renderer.warn(
-                "memory", "memory is short: it caches less and reads more tokens again (said once)."
+                "memory", "memory is running low: it caches less and reads more tokens again (reported once)."
             )
         scores = self._reward.score_inputs(inputs)
         return [scores[entry] for entry in inputs]
@@ -182,8 +182,8 @@ class CachedSession(RewardSession):
         if not self._reward.allowance.grows_by(len(ids)):
             self._reward.renderer.warn(
                 "allowance of prompts",
-                f"its caches may hold {self._reward.allowance.limit} tokens, fewer than the prompts in flight have, so "
-                "every look is read in full (said once). Raise reward_kv_budget_tokens to cache more.",
+                f"its caches may hold {self._reward.allowance.limit:,} tokens, fewer than the prompts in flight have, "
+                "so every look is read in full (reported once). Raise reward_kv_budget_tokens to cache more.",
             )
             return None
         prefix, hidden = twice(lambda: self._body.prefill(ids))
@@ -251,8 +251,8 @@ class CachedSession(RewardSession):
         if not self._reward.allowance.grows_by(shared + len(jobs) * rounded - self._held):
             self._reward.renderer.warn(
                 "allowance",
-                f"its caches may hold {self._reward.allowance.limit} tokens, too few for every row, so only the prompt "
-                "is kept (said once). Raise reward_kv_budget_tokens to cache more.",
+                f"its caches may hold {self._reward.allowance.limit:,} tokens, too few for every row, so only the "
+                "prompt is kept (reported once). Raise reward_kv_budget_tokens to cache more.",
             )
             return None
         if self._pool is None:

@@ -105,10 +105,7 @@ class SharedBody:
 
     def probe(self) -> str | None:
         """Why this body cannot be cached: what went wrong when it was tried; None if it can."""
-        reason = obstacle(self.body)
-        if reason is not None:
-            return reason
-        return tried(self._mismatch)
+        return obstacle(self.body) or tried(self._mismatch)
 
     def _mismatch(self) -> str | None:
         error, largest = self._try_out()
@@ -130,8 +127,7 @@ class SharedBody:
         error = largest = 0.0
         wanted = []
         for index in range(3):
-            wanted.append([*shared, *first[index]])
-            wanted.append([*shared, *first[index][: again[index]], *second[index]])
+            wanted += [[*shared, *first[index]], [*shared, *first[index][: again[index]], *second[index]]]
         want = [
             self.body(input_ids=torch.tensor([row], device=self.device), use_cache=False)[0][0, -1] for row in wanted
         ]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,9 @@ from torch import Tensor, nn
 from specrej_eval.rewards.checkpoints.family import RewardCheckpoint
 from specrej_eval.rewards.checkpoints.native import lm_head
 from specrej_eval.rewards.checkpoints.renderer import Renderer
+
+Key = TypeVar("Key")
+Value = TypeVar("Value")
 
 PLUS_AND_MINUS = ("+", "-")
 """Good and bad, as ``sign_head`` reads them."""
@@ -112,18 +115,12 @@ class StepRenderer(Renderer, ABC):
         """Raises:
         ValueError: the marks are not found again; the tokenizer is not the one this family was written for.
         """
-        del open_turn
         prompt, steps, places = self.encode_steps(messages, response)
         if wrong := sum(steps[place] != self.mark for place in places):
             raise ValueError(f"of {len(places)} steps {wrong} do not end with the token id {self.mark}")
         if steps.count(self.mark) > len(places):
-            self._spelled[tuple(prompt + steps)] = tuple(len(steps) - place for place in places)
-            while len(self._spelled) > MAX_SPELLED:
-                del self._spelled[next(iter(self._spelled))]
-        self._prompts.pop(tuple(prompt), None)
-        self._prompts[tuple(prompt)] = None  # last in order: the newest
-        while len(self._prompts) > MAX_PROMPTS:
-            del self._prompts[next(iter(self._prompts))]
+            _remember(self._spelled, tuple(prompt + steps), tuple(len(steps) - place for place in places), MAX_SPELLED)
+        _remember(self._prompts, tuple(prompt), None, MAX_PROMPTS)
         return {"input_ids": prompt + steps}
 
     def positions_of(self, ids: tuple[int, ...]) -> tuple[int, ...]:
@@ -137,6 +134,14 @@ class StepRenderer(Renderer, ABC):
         start = max(whole or (_kept(prompt, ids) for prompt in self._prompts), default=0)
         found = tuple(i for i in range(start, len(ids)) if ids[i] == self.mark)
         return found or (len(ids) - 1,)
+
+
+def _remember(store: dict[Key, Value], key: Key, value: Value, most: int) -> None:
+    """The newest ``most`` entries, in order."""
+    store.pop(key, None)
+    store[key] = value
+    while len(store) > most:
+        del store[next(iter(store))]
 
 
 def _kept(prompt: tuple[int, ...], ids: tuple[int, ...]) -> int:

@@ -80,7 +80,7 @@ def llama_state(name: str, tensors: Mapping[str, Tensor], llama: Any) -> dict[st
                 raise CheckpointError(
                     f"reward_model={name!r}: {key} has {tensor.shape[0]} rows, but its config.json calls for "
                     f"{llama.num_key_value_heads} x ({queries} + 2) heads of {llama.head_dim}.",
-                    hint="config.json and weights do not belong together, or the file was cut.",
+                    hint="config.json and weights do not match, or the file was cut short.",
                 )
             heads = tensor.unflatten(0, (llama.num_key_value_heads, queries + 2, llama.head_dim))
             parts = {"q_proj": heads[:, :queries], "k_proj": heads[:, -2:-1], "v_proj": heads[:, -1:]}

@@ -58,7 +58,7 @@ class TurnRenderer(Renderer):
         """Raises:
         ValueError: the answers are not found again: a template without a header for the assistant.
         """
-        del open_turn  # the last turn is always "+"
+        # an open turn makes no difference: the last one is always "+"
         steps = [step.strip() for step in self.split(response)]
         turns = [f"{question(messages)} {steps[0]}", *steps[1:]]
         ids = rendered(

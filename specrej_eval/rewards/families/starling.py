@@ -19,8 +19,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from specrej_eval import checkpoint
-from specrej_eval.companions import CONFIG_ELSEWHERE as CONFIGS
-from specrej_eval.companions import STARLING_TOKENIZERS as TOKENIZERS
+from specrej_eval.companions import CONFIG_ELSEWHERE, STARLING_TOKENIZERS
 from specrej_eval.errors import CheckpointError
 from specrej_eval.paths import expanded
 from specrej_eval.rewards.checkpoints.family import RewardCheckpoint, RewardFamily
@@ -59,33 +58,31 @@ class Family(RewardFamily):
     BY_NAME = True  # the 7B checkpoint has no config, the 34B one's is a sequence classifier's
 
     def config_from(self, name: str) -> str | None:
-        return CONFIGS.get(Path(name).name)
+        return CONFIG_ELSEWHERE.get(Path(name).name)
 
     def check_files(self, folder: Path) -> None:
         """A raw .pt file will do, and the tokenizer may be another checkpoint's."""
         if not any(folder.glob(_RAW_WEIGHTS)):
             checkpoint.check_weights("reward_model", folder)
-        if folder.name not in TOKENIZERS:
+        if folder.name not in STARLING_TOKENIZERS:
             checkpoint.check_tokenizer_files("reward_model", folder)
 
     def load(self, source: RewardCheckpoint) -> CheckpointReward:
         model_config = body_config(source.name, source.raw)
         folder = expanded(source.name)
-        bare = any(folder.glob(_RAW_WEIGHTS)) if folder.is_dir() else folder.name in CONFIGS
-        tensors = read_tensors(source, _belongs, pattern=_RAW_WEIGHTS if bare else None)
+        bare = any(folder.glob(_RAW_WEIGHTS)) if folder.is_dir() else folder.name in CONFIG_ELSEWHERE
+        tensors = read_tensors(
+            source, lambda key: key.startswith(("transformer.", "v_head.")), pattern=_RAW_WEIGHTS if bare else None
+        )
         body, tokenizer = load_body(
             source,
             model_config=model_config,
             state=_body_state(source.name, tensors),
-            tokenizer_from=None if checkpoint.has_tokenizer(folder) else TOKENIZERS.get(folder.name),
+            tokenizer_from=None if checkpoint.has_tokenizer(folder) else STARLING_TOKENIZERS.get(folder.name),
         )
         head = fill(source, nn.Linear(model_config.hidden_size, 1, bias=False), tensors, "v_head.")
         template = CHATML_TEMPLATE if model_config.vocab_size >= _YI_VOCAB_SIZE else LLAMA_TEMPLATE
         return assemble(source, body, tokenizer, LastToken(head), renderer_class=TextRenderer, template=template)
-
-
-def _belongs(key: str) -> bool:
-    return key.startswith(("transformer.", "v_head."))
 
 
 def _body_state(name: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

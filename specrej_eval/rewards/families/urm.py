@@ -66,7 +66,7 @@ class URMHead(nn.Module):
 
     def forward(self, hidden: Tensor, mask: Tensor) -> Tensor:
         """(rows, 1, hidden size) -> (rows,)"""
-        del mask  # one position in every row
+        # the mask says nothing: one position in every row
         last = hidden[:, 0]
         means = self.score(last).unflatten(-1, (-1, 2))[..., 0]  # (rows, attributes)
         scores: Tensor = (means * self.weights(last)).sum(dim=-1)

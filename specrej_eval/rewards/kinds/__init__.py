@@ -1,1 +1,1 @@
-"""Ways to name a reward: one file each, and nothing else. The listing is the registry; See ``base``."""
+"""Ways to name a reward: one file each, and nothing else. The listing is the registry; see ``base``."""

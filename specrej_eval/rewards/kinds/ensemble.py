@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+from bisect import bisect_left, bisect_right
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
@@ -63,7 +64,7 @@ def _part(entry: Any, whole: str, config: RunConfig) -> Part:
     value = as_float(f"the weight of {name!r}", 1 if weight is None else weight)
     if value == 0 or not name.strip() or reward_names.is_ensemble(name):
         raise ConfigError(
-            f"reward_model={whole!r}: {entry!r} is no part of an ensemble.",
+            f"reward_model={whole!r}: {entry!r} is not a part of an ensemble.",
             hint=f"a weight other than 0 and one reward's name each: {_FORM}. A plus sign in an address is %2B.",
         )
     return Part(value, config.replace(reward_model=name.strip(), **given))
@@ -219,17 +220,10 @@ def ranks(scores: Sequence[float]) -> list[float]:
     """Each score's rank from 0 (lowest) to 1 (highest); equal ones share the mean of their places. 1 for one alone."""
     if len(scores) == 1:
         return [1.0]
-    order = sorted(range(len(scores)), key=lambda place: scores[place])
-    found = [0.0] * len(scores)
-    start = 0
-    while start < len(order):
-        end = start
-        while end + 1 < len(order) and scores[order[end + 1]] == scores[order[start]]:
-            end += 1
-        for place in order[start : end + 1]:
-            found[place] = (start + end) / 2 / (len(scores) - 1)
-        start = end + 1
-    return found
+    order = sorted(scores)
+    # twice the mean of the first place and the last
+    sums = [bisect_left(order, score) + bisect_right(order, score) - 1 for score in scores]
+    return [both / 2 / (len(scores) - 1) for both in sums]
 
 
 def _sum(products: Sequence[float]) -> float:

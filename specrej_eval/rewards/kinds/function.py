@@ -38,10 +38,11 @@ def import_callable(name: str) -> Callable[..., Any]:
     target: Any = module
     for part in attribute.split("."):
         if not hasattr(target, part):
+            where = getattr(module, "__file__", None) or "memory"
             best = nearest(part, [entry for entry in dir(target) if not entry.startswith("__")])
             raise ConfigError(
                 f"reward_model={name!r}: {module_name} has no attribute {attribute!r}.",
-                hint=f"did you mean {best!r}?" if best else f"the module was imported from {_origin(module)}.",
+                hint=f"did you mean {best!r}?" if best else f"the module was imported from {where}.",
             )
         target = getattr(target, part)
     if not callable(target):
@@ -79,10 +80,6 @@ def _cannot_import(name: str, error: Exception) -> ConfigError:
         f"reward_model={name!r} cannot be imported: {type(error).__name__}: {error}.",
         hint=f"it must be importable from the working directory ({os.getcwd()}) or PYTHONPATH.",
     )
-
-
-def _origin(module: Any) -> str:
-    return str(getattr(module, "__file__", None) or "memory")
 
 
 class CallableReward(RewardModel):
@@ -143,25 +140,20 @@ class CallableReward(RewardModel):
         return [self._number(value, row) for value, row in zip(values, rows, strict=True)]
 
     def _number(self, value: Any, row: RowView) -> float:
-        number = value
-        if isinstance(number, (str, bytes)) or number is None:
-            raise self._not_a_number(value, row)
         try:
-            if hasattr(number, "item"):  # numpy and torch scalars, arrays of one element
-                number = number.item()
-            elif isinstance(number, (list, tuple)) and len(number) == 1:  # a column (n, 1) of an array or tensor
-                number = number[0]
+            number = value
+            if hasattr(value, "item"):  # numpy and torch scalars, arrays of one element
+                number = value.item()
+            elif isinstance(value, (list, tuple)) and len(value) == 1:  # a column (n, 1) of an array or tensor
+                number = value[0]
             if isinstance(number, (str, bytes)):
                 raise TypeError("text")
             return float(number)
         except Exception as error:
-            raise self._not_a_number(value, row) from error
-
-    def _not_a_number(self, value: Any, row: RowView) -> RewardError:
-        return RewardError(
-            f"reward_model={self.name!r} returned {_named(value)} in place of a number for {_shown(row)}",
-            hint=f"{RULE}; return NaN for a response that cannot be scored and set on_nan=drop.",
-        )
+            raise RewardError(
+                f"reward_model={self.name!r} returned {_named(value)} in place of a number for {_shown(row)}",
+                hint=f"{RULE}; return NaN for a response that cannot be scored and set on_nan=drop.",
+            ) from error
 
 
 class Kind(RewardKind):

@@ -123,7 +123,7 @@ def read_prompt(value: str | None) -> str:
             text = expanded(value).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError, ValueError) as error:
             raise ConfigError(
-                f"judge_prompt={value!r} has no {{response}} in it, and is no file that can be read ({error}).",
+                f"judge_prompt={value!r} has no {{response}} in it, and is not a readable file ({error}).",
                 hint="a text with {prompt} and {response}, or a file that holds one.",
             ) from error
     missing = [place for place in ("{prompt}", "{response}") if place not in text]
@@ -367,7 +367,7 @@ def _expected_grade(logprobs: Any, content: str, place: int) -> float | None:
             continue
         value = other.get("logprob")
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not value <= 1e-3:
-            raise BadAnswerError(f"{str(value)[:60]!r} stands where the log-prob of a grade should be")
+            raise BadAnswerError(f"the log-prob of a grade was expected, got {str(value)[:60]!r}")
         weights[str(other["token"])] = math.exp(value)  # "7" and " 7" are two tokens
     total = math.fsum(weights.values())
     if total > 1.01:

@@ -92,7 +92,7 @@ class SelfScore(RewardModel):
         Raises:
             RewardError: a row came without the numbers that are needed: the engine ignored what the reward asks for.
         """
-        del conversation, response_prefix  # already in the condition of each number
+        # the conversation is in the condition of each number already
         return [self._floored(row, self._of(row)) for row in rows]
 
     @abstractmethod
@@ -114,8 +114,8 @@ class SelfScore(RewardModel):
             return score
         if not self.scores_floored:
             _logger.warning(
-                "reward_model=%s: row %d ranks last: %s (said once; floor_toks=1 and floor_repetition=1 switch this "
-                "off): %r",
+                "reward_model=%s: row %d ranks last: %s (reported once; floor_toks=1 and floor_repetition=1 switch "
+                "this off): %r",
                 self.name,
                 row.row,
                 reason,

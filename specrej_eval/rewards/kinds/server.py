@@ -14,10 +14,10 @@ from urllib.parse import urlsplit, urlunsplit
 
 from specrej_eval.config import RunConfig
 from specrej_eval.core import Message, RowView
-from specrej_eval.errors import CheckpointError, ConfigError, suggest
+from specrej_eval.errors import CheckpointError, ConfigError, suggest, without_passwords
 from specrej_eval.rewards.base import Pair, RewardModel, RewardPlan, readable
 from specrej_eval.rewards.checkpoints.renderer import Renderer, renderer_options
-from specrej_eval.rewards.http import JsonServer, without_password
+from specrej_eval.rewards.http import JsonServer
 from specrej_eval.rewards.kinds.base import AUTO, Asked, RewardKind
 from specrej_eval.rewards.servers.base import Item, ServerProtocol, find_protocol, protocols
 from specrej_eval.special_tokens import ENCODE_AS_TEXT, ContentGuard
@@ -85,7 +85,8 @@ def split_endpoint(name: str, endpoints: Sequence[str]) -> tuple[str, str | None
         usable = False
     if not usable:
         raise ConfigError(
-            f"reward_model={without_password(name)!r} is no address of a server.", hint="http://host:port"
+            f"reward_model={without_passwords(name)!r} is not the address of a server.",
+            hint="such as http://localhost:8000",
         )
     path = parts.path.rstrip("/")
     endpoint = next((known for known in endpoints if path.endswith(known)), None)
@@ -221,7 +222,7 @@ class HttpReward(RewardModel):
         self._warned = True
         _logger.warning(
             "reward_model=%s: %d different answers all scored exactly %g, so they cannot be told apart. A score of 0 "
-            "or 1 is a saturated sigmoid: ask the server for raw scores, or run its model in float32 (said once).",
+            "or 1 is a saturated sigmoid: ask the server for raw scores, or run its model in float32 (reported once).",
             self.name,
             len(values),
             values[0],

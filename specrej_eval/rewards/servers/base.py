@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal, NamedTuple
 
 from specrej_eval import registry
+from specrej_eval.checked import object_or_empty
 from specrej_eval.errors import ConfigError
 from specrej_eval.rewards.http import BadAnswerError, JsonServer
 
@@ -71,7 +72,6 @@ class ServerProtocol(ABC):
     @classmethod
     def is_told_by(cls, info: Mapping[str, Any]) -> bool:
         """Whether the JSON at ``/info`` is this kind's."""
-        del info
         return False
 
     @abstractmethod
@@ -118,14 +118,14 @@ def find_protocol(server: JsonServer) -> str:
         ServerError: it cannot be asked.
     """
     known = protocols()
-    paths = _object(_object(server.get("/openapi.json")).get("paths"))
+    paths = object_or_empty(object_or_empty(server.get("/openapi.json")).get("paths"))
     found = [name for name, protocol in known.items() if any(path in paths for path in protocol.PATHS)]
     if not found:
-        info = _object(server.get("/info"))
+        info = object_or_empty(server.get("/info"))
         found = [name for name, protocol in known.items() if protocol.is_told_by(info)]
     if not found:
-        served = _object(server.get("/v1/models")).get("data")
-        owners = [_object(model).get("owned_by") for model in served] if isinstance(served, list) else []
+        served = object_or_empty(server.get("/v1/models")).get("data")
+        owners = [object_or_empty(model).get("owned_by") for model in served] if isinstance(served, list) else []
         found = [owner for owner in owners if owner in known]
     if found:
         return found[0]
@@ -163,10 +163,5 @@ def entries(answer: Any, key: str | None) -> list[Mapping[str, Any]]:
 
 def token_count(value: Any, name: str) -> int:
     """What a server says it has read; 0 if it does not say."""
-    found = value.get(name) if isinstance(value, dict) else None
+    found = object_or_empty(value).get(name)
     return found if isinstance(found, int) else 0
-
-
-def _object(value: Any) -> Mapping[str, Any]:
-    """JSON that should be an object; empty if it is none."""
-    return value if isinstance(value, dict) else {}

@@ -19,7 +19,6 @@ class Protocol(ServerProtocol):
     PATHS = ("/get_reward",)
 
     def form(self, has_tokenizer: bool, has_template: bool) -> Form:
-        del has_template
         if not has_tokenizer:
             raise needs_tokenizer("openrlhf", self._server, None)
         return "text"

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from specrej_eval.checked import object_or_empty
 from specrej_eval.rewards.http import numbers
 from specrej_eval.rewards.servers.base import (
     Form,
@@ -28,12 +29,10 @@ class Protocol(ServerProtocol):
     PATHS = ("/get_model_info", "/model_info")
 
     def form(self, has_tokenizer: bool, has_template: bool) -> Form:
-        del has_template
         if has_tokenizer:
             return "ids"
-        told = self._server.get("/get_model_info") or self._server.get("/model_info")
-        path = told.get("tokenizer_path") or told.get("model_path") if isinstance(told, dict) else None
-        raise needs_tokenizer("sglang", self._server, path)
+        told = object_or_empty(self._server.get("/get_model_info") or self._server.get("/model_info"))
+        raise needs_tokenizer("sglang", self._server, told.get("tokenizer_path") or told.get("model_path"))
 
     def score(self, items: Sequence[Item]) -> Scored:
         def parse(answer: Any) -> Scored:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from specrej_eval.checked import object_or_empty
 from specrej_eval.errors import ConfigError
 from specrej_eval.rewards.base import in_groups
 from specrej_eval.rewards.http import BadAnswerError, JsonServer, number, numbers
@@ -26,8 +27,7 @@ class Protocol(ServerProtocol):
 
     def __init__(self, server: JsonServer, endpoint: str | None) -> None:
         super().__init__(server, endpoint)
-        told = server.get("/info")
-        told = told if isinstance(told, dict) else {}
+        told = object_or_empty(server.get("/info"))
         most = told.get("max_client_batch_size")
         self.most_items = most if isinstance(most, int) and most > 0 else 32
         kind = told.get("model_type")
@@ -65,7 +65,7 @@ class Protocol(ServerProtocol):
             told = entries(answer, None)
             found = {entry.get("index"): number(entry.get("score")) for entry in told}
             if sorted(found, key=str) != sorted(range(len(texts)), key=str):
-                raise BadAnswerError(f"{len(told)} ranks came for {len(texts)} texts")
+                raise BadAnswerError(f"{len(texts)} ranks were expected, got {len(told)}")
             return [found[index] for index in range(len(texts))]  # they come best first
 
         return self._server.post("/rerank", {"query": query, "texts": texts, "raw_scores": True}, parse)

@@ -31,7 +31,6 @@ class Protocol(ServerProtocol):
         self.max_length = length if isinstance(length, int) else None
 
     def form(self, has_tokenizer: bool, has_template: bool) -> Form:
-        del has_template
         return "ids" if has_tokenizer else "messages"
 
     def check(self, sample: Sequence[Item]) -> None:
@@ -61,14 +60,14 @@ class Protocol(ServerProtocol):
     def _ask_all(self, items: Sequence[Item], *, activation: bool) -> Scored:
         if not items[0].messages:
             return self._ask({"input": [list(item.ids) for item in items]}, len(items), activation)
-        # a request holds one conversation
-        parts = self._server.each(lambda item: self._ask(self._conversation(item), 1, activation), items)
-        return Scored([score for part in parts for score in part.scores], sum(part.tokens for part in parts))
 
-    @staticmethod
-    def _conversation(item: Item) -> dict[str, Any]:
-        messages = [{"role": role, "content": content} for role, content in item.messages]
-        return {"messages": messages, "add_generation_prompt": False, "continue_final_message": item.open_turn}
+        def one(item: Item) -> Scored:  # a request holds one conversation
+            messages = [{"role": role, "content": content} for role, content in item.messages]
+            body = {"messages": messages, "add_generation_prompt": False, "continue_final_message": item.open_turn}
+            return self._ask(body, 1, activation)
+
+        parts = self._server.each(one, items)
+        return Scored([score for part in parts for score in part.scores], sum(part.tokens for part in parts))
 
     def _ask(self, body: dict[str, Any], count: int, activation: bool) -> Scored:
         endpoint = self._endpoints[0]

@@ -18,6 +18,7 @@ import pandas as pd
 import pytest
 import torch
 import yaml
+from arithmetic import distinct_problems, question
 from support import FULL, ROOT, forked
 from support.alpaca_runs import alpaca_eval, package_digest
 from support.fake_hub import add_dataset_files
@@ -26,7 +27,6 @@ from support.openai_server import JudgeServer
 from specrej_eval import load
 from specrej_eval.config import RunConfig
 from specrej_eval.core import Message
-from specrej_eval.demo.arithmetic import distinct_problems, question
 from specrej_eval.engines.transformers.engine import TransformersEngine
 from specrej_eval.errors import ConfigError
 from specrej_eval.records.outputs import OutputsFolder, open_run
@@ -157,11 +157,11 @@ def test_a_rerun_decodes_nothing_and_a_changed_configuration_is_refused(
     assert (tmp_path / "results" / "spr" / "model_outputs.json").read_bytes() == before
 
     for changed, told in (
-        ({"completions_kwargs": {"alpha": 0.25}}, r"alpha: 0.5 then, 0.25 now"),
-        ({"completions_kwargs": {"seed": 1}}, r"seed: 0 then, 1 now"),
-        ({"prompt_template": "Please: {instruction}"}, r"prompt_template: '\{instruction\}' then, 'Please"),
-        ({"fn_completions": "specrej_best_of_n"}, r"strategy: 'speculative_rejection' then, 'best_of_n' now"),
-        ({"completions_kwargs": {"reward_model": "likelihood"}}, r"reward_model: 'embedded' then, 'likelihood' now"),
+        ({"completions_kwargs": {"alpha": 0.25}}, r"alpha was 0.5, is now 0.25"),
+        ({"completions_kwargs": {"seed": 1}}, r"seed was 0, is now 1"),
+        ({"prompt_template": "Please: {instruction}"}, r"prompt_template was '\{instruction\}', is now 'Please"),
+        ({"fn_completions": "specrej_best_of_n"}, r"strategy was 'speculative_rejection', is now 'best_of_n'"),
+        ({"completions_kwargs": {"reward_model": "likelihood"}}, r"reward_model was 'embedded', is now 'likelihood'"),
     ):
         with pytest.raises(ConfigError, match=told) as caught:
             evaluate(config(tmp_path, **changed))
@@ -347,7 +347,7 @@ def test_outputs_that_look_like_numbers_stay_text(evaluate: Callable[..., Any], 
         ({"completions_kwargs": {"price_per_hour": -1}}, "price_per_hour must be at least 0"),
         ({"completions_kwargs": {"pretrained": "./no/such"}}, "there is no folder"),
         ({"completions_kwargs": {"is_chatml_prompt": "perhaps"}}, "must be true or false"),
-        ({"alpha": 0.5}, "'alpha' beside fn_completions, where it has no effect"),
+        ({"alpha": 0.5}, "'alpha' next to fn_completions, where it has no effect"),
         ({"prompt_template": "Say something.\n"}, r"does not hold \{instruction\}"),
     ],
 )
@@ -460,7 +460,7 @@ def test_a_judge_that_does_not_fit_beside_the_models_gets_their_room(
     alpaca_eval_judge._scorer.cache_clear()
     dataset(tmp_path, INSTRUCTIONS[:2])
     evaluate(config(tmp_path))
-    assert "those are let go" in caplog.text and not alpaca_eval_decoder._loaded
+    assert "these were unloaded" in caplog.text and not alpaca_eval_decoder._loaded
     monkeypatch.undo()
     alpaca_eval_decoder.release_models()
     alpaca_eval_judge._scorer.cache_clear()
@@ -565,7 +565,7 @@ def test_kill_in_the_middle_and_rerun_give_the_same_bytes(tmp_path: Path) -> Non
     assert killed_at == sorted(set(killed_at)) and killed_at[0] >= 4 and killed_at[-1] < len(instructions)
     done = alpaca_eval(*words, "--output_path", "killed", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert f"{killed_at[-1] - chunk} of {chunk} answers were recorded already" in done.stderr
+    assert f"{killed_at[-1] - chunk} of {chunk} answers are already recorded" in done.stderr
     assert open_run(tmp_path / "killed")[0].complete
     assert (tmp_path / "killed/model_outputs.json").read_bytes() == (
         tmp_path / "undisturbed/model_outputs.json"

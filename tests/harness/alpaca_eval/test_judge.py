@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import alpaca_eval.main
+import arithmetic
 import huggingface_hub.constants
 import pandas as pd
 import pytest
@@ -18,7 +19,6 @@ from support.alpaca_runs import LITERAL, sums, write
 from support.alpaca_runs import alpaca_eval as run_alpaca_eval
 
 from specrej_eval import checkpoint
-from specrej_eval.demo import arithmetic
 from specrej_eval.errors import CheckpointError, ConfigError, RewardError
 from specrej_eval.harness.alpaca_eval import judge as alpaca_eval_judge
 from specrej_eval.harness.alpaca_eval.judge import identity, specrej_reward_judge
@@ -145,7 +145,7 @@ def test_it_judges_pairs_not_texts() -> None:
     with pytest.raises(ConfigError, match="got a plain text"):
         specrej_reward_judge(["Which is better?"])
     frame = pd.DataFrame([{"instruction": "i", "output": "a"}])
-    with pytest.raises(ConfigError, match="output_1 is not there"):
+    with pytest.raises(ConfigError, match="output_1 is missing"):
         specrej_reward_judge(utils.make_prompts(frame, "{instruction}")[0])
 
 
@@ -229,7 +229,7 @@ def test_a_judge_that_chose_the_answers_itself_is_called_circular(
     caplog.clear()
     _, out = judged(tmp_path, capsys)
     table, _, notes = out.partition("NOTE")
-    assert "CIRCULAR" in notes and "win_rate" in table and "CIRCULAR" in caplog.text
+    assert "CIRCULAR" in notes and "win_rate" in table and "CIRCULAR" not in caplog.text, "said once"
     other = {"reward_model": "someone/else", "reward_files": None}
     write(tmp_path / record, json.loads(json.dumps(RECORDS[record]).replace(LENGTHS, other["reward_model"])))
     assert "CIRCULAR" not in judged(tmp_path, capsys)[1]

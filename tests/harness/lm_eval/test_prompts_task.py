@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import logging
 import os
 import pickle
 import shutil
@@ -17,7 +18,7 @@ import lm_eval
 import pytest
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
-from lm_eval.tasks import TaskManager
+from lm_eval.tasks import TaskManager, get_task_dict
 
 import specrej_eval
 from specrej_eval import cli, demo, paths
@@ -284,3 +285,10 @@ def test_two_ranks_have_the_metric_of_one(tmp_path: Path, prompts: Path) -> None
     for metric in ("reward,none", "answer_tokens,none"):
         assert two["results"][TASK][metric] == pytest.approx(one["results"][TASK][metric], abs=1e-6)
     assert two["config"]["specrej"]["totals"]["requests"] == 7
+
+
+def test_the_demo_task_is_loaded_without_advice_on_data_that_it_does_not_take(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("WARNING", logger="lm_eval.api.task"):
+        get_task_dict(["specrej_arithmetic"], manager(include=paths.folder("tasks") / "specrej_arithmetic"))
+        logging.getLogger("lm_eval.api.task").warning("another warning")
+    assert "another warning" in caplog.text and "--metadata" not in caplog.text

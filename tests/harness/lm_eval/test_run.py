@@ -263,7 +263,7 @@ NO_DEVICE = {"n": 3, "max_gen_toks": 12, "first_look": 6, "device": None}
 
 def test_a_device_that_is_named_and_not_there_is_refused(no_gpu: None, no_weights: None) -> None:
     for device in ("cuda", "cuda:0", "cuda:1"):
-        with pytest.raises(ConfigError, match=f"device={device}: there are 0 CUDA devices"):
+        with pytest.raises(ConfigError, match=f"device={device}: this machine has no CUDA devices"):
             evaluate(args=NO_DEVICE, device=device)
 
 
@@ -289,7 +289,7 @@ def test_the_commands_default_device_is_told_from_one_that_is_named(
     monkeypatch.setattr("sys.argv", ["lm_eval", "--model", "specrej", *words])
     with stopping.command():
         if given:
-            with pytest.raises(ConfigError, match="there are 0 CUDA devices"):
+            with pytest.raises(ConfigError, match="this machine has no CUDA devices"):
                 evaluate(args=NO_DEVICE, device="cuda:0")
         else:
             assert evaluate(args=NO_DEVICE, device="cuda:0")["arguments"]["device"] == "cpu"

@@ -87,7 +87,7 @@ def _load(original: Callable[..., Any]) -> Callable[..., Any]:
         try:
             original(self, path)
         except ValueError as error:
-            _logger.warning("Annotations start anew: %s cannot be read: %s", path or self.caching_path, error)
+            _logger.warning("Annotations start from scratch: %s cannot be read: %s", path or self.caching_path, error)
 
     return load_
 

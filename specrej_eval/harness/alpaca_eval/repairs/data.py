@@ -56,7 +56,7 @@ def _load_json(datasets: ModuleType, name: str, options: dict[str, Any]) -> Any:
         )
     except Exception as error:  # the hub's client has many kinds of failure; all of them mean the same here
         raise ConfigError(
-            f"the data set {name!r} of {REPO} could not be had from the hub: {type(error).__name__}: {error}",
+            f"could not download the data set {name!r} of {REPO} from the hub: {type(error).__name__}: {error}",
             hint="check network and HF_HUB_OFFLINE, or name files of your own: --evaluation_dataset FILE.json with "
             "evaluate_from_model, --reference_outputs FILE.json with evaluate and make_leaderboard.",
         ) from error

@@ -56,7 +56,7 @@ def _named_in_errors(original: Callable[..., str]) -> Callable[..., str]:
             return original(repo_id=repo_id, filename=filename, **options)
         except Exception as error:
             reason = str(error).partition("\n")[0]
-            raise ConfigError(f"{filename} of {repo_id} could not be had from the hub: {reason}") from error
+            raise ConfigError(f"could not download {filename} of {repo_id} from the hub: {reason}") from error
 
     return hf_hub_download
 

@@ -3,7 +3,7 @@
     Q: 12 + 45 + 33 = ?
     A: 12+45=57; 57+33=90. Answer: 90
 
-Standard library only, so that the task's utilities and the tests can use it without torch.
+Standard library only, so that tests can use it without torch.
 """
 
 import random
