@@ -8,8 +8,10 @@ is full, so its results depend on the GPU; we differ here on purpose). ``n=max``
 from __future__ import annotations
 
 from dataclasses import dataclass
+from fractions import Fraction
+from math import floor
 
-from specrej_eval.config import DEFAULT_N, MAX, RunConfig
+from specrej_eval.config import DEFAULT_N, MAX, N_MAX, RunConfig
 from specrej_eval.errors import ConfigError
 
 
@@ -40,6 +42,18 @@ class Budget:
     def next_look(self, rows: int) -> int:
         """Tokens per row at which ``rows`` live rows have filled the budget, or reached max_gen_toks."""
         return min(self.max_gen_toks, self.suffix_tokens // rows)
+
+    def most_decoded(self, alpha: Fraction) -> int:
+        """Tokens decoded if no row ends before max_gen_toks and every look rejects ``alpha`` of the rows."""
+        if not alpha:
+            return self.n * self.max_gen_toks
+        rows, length, decoded = self.n, 0, 0
+        while length < self.max_gen_toks:
+            rows = min(rows, self.max_rows(length + 1))
+            look = self.next_look(rows)
+            decoded += rows * (look - length)
+            rows, length = rows - floor(alpha * rows), look
+        return decoded
 
     def kv_tokens(self, rows: int, tokens_per_row: int) -> int:
         """Tokens held by the shared prompt and ``rows`` suffixes."""
@@ -80,11 +94,13 @@ def check_arguments(config: RunConfig, *, max_gen_toks_known: bool = True) -> No
             raise _too_small(suffix, config.max_gen_toks)
 
 
-def resolve(config: RunConfig, prompt_tokens: int, *, capacity_tokens: int | None = None) -> Budget:
+def resolve(config: RunConfig, prompt_tokens: int, *, capacity_tokens: int | None = None, n_max: int = N_MAX) -> Budget:
     """The numbers for a prompt of ``prompt_tokens`` tokens.
 
     Args:
         capacity_tokens: tokens that free memory holds; needed for ``n=max`` without kv_budget_tokens only.
+        n_max: most rows of ``n=max`` where the argument of that name is not given. Where it is fewer than memory or
+            kv_budget_tokens hold, the budget is what so many rows fill.
 
     Raises:
         ConfigError: the arguments disagree for this prompt, or cannot hold one row of max_gen_toks.
@@ -99,9 +115,11 @@ def resolve(config: RunConfig, prompt_tokens: int, *, capacity_tokens: int | Non
                     hint="give n as a number, or give kv_budget_tokens.",
                 )
             kv_tokens = capacity_tokens
-        n = None
+        most = config.n_max or n_max
         if first_look is None:
-            first_look = default_first_look(DEFAULT_N, longest) if config.rejects else longest
+            first_look = default_first_look(min(DEFAULT_N, most), longest) if config.rejects else longest
+        kv_tokens = min(kv_tokens, prompt_tokens + most * min(first_look, longest))
+        n = None
     if n is None and (first_look is None or kv_tokens is None):
         n = DEFAULT_N
     assert not isinstance(n, str)  # "max" was resolved above

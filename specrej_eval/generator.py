@@ -6,18 +6,20 @@ It holds no tensor and no arithmetic on scores: engines decode, rewards score, s
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from fractions import Fraction
 from typing import Any
 
 from specrej_eval import budget as budgets
 from specrej_eval import stopping
 from specrej_eval.budget import Budget
 from specrej_eval.checkpoint import DEMO_REWARD
-from specrej_eval.config import DECIDING, MAX, RunConfig, checked_until
+from specrej_eval.config import AUTO, DECIDING, MAX, N_MAX, RunConfig, checked_until
 from specrej_eval.core import (
     GenerationResult,
     Ledger,
@@ -31,14 +33,16 @@ from specrej_eval.core import (
     finite_or_none,
 )
 from specrej_eval.engines.base import Engine, EngineSession
-from specrej_eval.errors import OutOfMemoryError, RewardError
+from specrej_eval.errors import ConfigError, OutOfMemoryError, RewardError
 from specrej_eval.progress import Progress
 from specrej_eval.records.fingerprint import EMBEDDED, of_models, warn_of_uncovered
 from specrej_eval.records.journal import Journal, request_key
 from specrej_eval.records.trace import Tracer
 from specrej_eval.rewards.base import RewardModel, RewardSession
-from specrej_eval.scheduler import Scheduler
+from specrej_eval.scheduler import FIXED_PROMPTS, Scheduler, auto_prompts
 from specrej_eval.strategies.base import State, Strategy, make_strategy
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -113,7 +117,10 @@ class Generator:
         self._tracer: Tracer | None = None
         self._journal: Journal | None = None
         self.capacity_tokens: int | None = None
-        """Tokens of KV that memory holds (``n=max``): measured by the first run that needs it, unless set before."""
+        """Tokens of KV that memory holds for one prompt (``n=max``): measured by the first run that needs them, unless
+        set before."""
+        self.prompts_in_flight: int | None = None
+        """What ``batch_size`` came to, in the last run."""
 
     def __repr__(self) -> str:
         names = ("strategy", "n", "alpha", "max_gen_toks", "temperature", "top_k", "seed")
@@ -187,10 +194,13 @@ class Generator:
         journal = self._open_journal()
         work = self._checked(requests, journal)
         tracer = self._open_tracer()
-        scheduler = Scheduler(self._not_in(journal, work), batch_size=self.config.batch_size)
+        waiting = self._not_in(journal, work)
+        in_flight = self._in_flight(waiting) if waiting else FIXED_PROMPTS
+        self.prompts_in_flight = in_flight if waiting else self.prompts_in_flight
+        scheduler = Scheduler(waiting, batch_size=in_flight)
         with (
             stopping.keeping(len(requests), None if journal is None else journal.path) as kept,
-            contextlib.closing(Progress(len(requests), shown=progress, summary=summary)) as bar,
+            contextlib.closing(Progress(len(requests), in_flight=in_flight, shown=progress, summary=summary)) as bar,
             contextlib.ExitStack() as to_close,
         ):
             running: list[_Running] = []
@@ -223,25 +233,94 @@ class Generator:
                 bar.step([work.session for work in running])
 
     def _checked(self, requests: Sequence[Request], journal: Journal | None) -> list[tuple[int, Request, Budget]]:
-        checked = []
-        for index, request in enumerate(requests):
+        for request in requests:
             self.engine.check(request.prompt, request.config)
-            if request.config.n == MAX:
-                if self.capacity_tokens is None:
-                    self.capacity_tokens = self.measured_capacity(requests)
-                if journal is not None and journal.capacity_tokens is None:
-                    journal.put_capacity(self.capacity_tokens)
-            budget = budgets.resolve(request.config, request.prompt.num_tokens, capacity_tokens=self.capacity_tokens)
-            checked.append((index, request, budget))
-        return checked
+        of_memory = [r for r in requests if r.config.n == MAX and r.config.kv_budget_tokens is None]
+        if of_memory:
+            if self.capacity_tokens is None:
+                self.capacity_tokens = self.measured_capacity(of_memory)
+            if journal is not None and journal.capacity_tokens is None:
+                journal.put_capacity(self.capacity_tokens)
+        return [(index, request, self._budget(request)) for index, request in enumerate(requests)]
+
+    def _budget(self, request: Request) -> Budget:
+        journal = self._open_journal()
+        return budgets.resolve(
+            request.config,
+            request.prompt.num_tokens,
+            capacity_tokens=self.capacity_tokens,
+            n_max=max(N_MAX, 0 if journal is None else journal.rows_of_capacity),
+        )
 
     def measured_capacity(self, requests: Sequence[Request]) -> int:
-        """Tokens of KV that memory holds: measured once in a run; a resumed run takes the journal's number."""
+        """Tokens of KV that memory holds for each prompt in flight, one if ``batch_size=auto``.
+
+        Measured, and said, once in a run; a resumed run takes the journal's number.
+
+        Args:
+            requests: some with ``n=max``.
+
+        Raises:
+            ConfigError: so many rows of one prompt would take very long on this engine, and ``n_max`` is not given.
+            OutOfMemoryError: the engine does not know.
+        """
         journal = self._open_journal()
         if journal is not None and journal.capacity_tokens is not None:
             return journal.capacity_tokens
-        longest = max(request.prompt.num_tokens for request in requests)
-        return self.engine.capacity_tokens(self.config, longest)
+        longest = max(requests, key=lambda request: request.prompt.num_tokens)
+        prompts = 1 if self.config.batch_size == AUTO else int(self.config.batch_size)
+        tokens = self.engine.capacity_tokens(longest.prompt.num_tokens) // prompts
+        if not tokens:
+            raise OutOfMemoryError(
+                "n=max needs to know how much memory a token of KV takes, which this engine or model cannot tell.",
+                hint="give n (and kv_budget_tokens) as numbers.",
+            )
+        budget = budgets.resolve(longest.config, longest.prompt.num_tokens, capacity_tokens=tokens)
+        told = f"n=max comes to {budget.n:,} rows of a prompt of {budget.prompt_tokens} tokens"
+        told += f", {budget.kv_budget_tokens:,} tokens of KV cache"
+        told += f" ({budget.kv_budget_tokens * self.engine.bytes_per_token() / 2**20:,.0f} MiB)"
+        most = self.engine.most_rows_unasked
+        if most is not None and budget.n > most and longest.config.n_max is None:
+            raise ConfigError(
+                f"{told}: more than {most} rows of one prompt take very long on this machine.",
+                hint=f"n_max={budget.n} starts them all the same, a smaller n_max= so many; n= gives a number.",
+            )
+        decoded = budget.most_decoded(longest.config.alpha_fraction if longest.config.rejects else Fraction(0))
+        seconds = self._seconds_per_token(longest, budget) * decoded
+        logger.warning(
+            "%s; decoding takes about %s a prompt if no row ends early (%s tokens; scoring comes on top).",
+            told,
+            f"{seconds:,.0f} s" if seconds >= 1 else "a second",
+            f"{decoded:,}",
+        )
+        return tokens
+
+    def _seconds_per_token(self, request: Request, budget: Budget) -> float:
+        """Of decoding all rows of a prompt together: its first tokens, the second time it is done."""
+        tokens = min(4, budget.first_look)
+        seconds = 0.0
+        for _ in range(2):
+            session = self.engine.open(request.prompt, request.config, budget, until=request.until)
+            self.engine.follow(session, Plan(keep=(), fresh=min(budget.n, budget.max_rows(tokens)), num_tokens=tokens))
+            started = time.perf_counter()
+            self.engine.decode([session], tokens)
+            seconds = (time.perf_counter() - started) / max(1, session.decode_tokens)
+            self.engine.close(session)
+        return seconds
+
+    def _in_flight(self, work: Sequence[tuple[int, Request, Budget]]) -> int:
+        """Prompts in flight: ``batch_size``; ``auto`` is 1 with ``n=max``, whose rows may have all of the memory."""
+        if self.config.batch_size != AUTO:
+            return int(self.config.batch_size)
+        if any(request.config.n == MAX for _, request, _ in work):
+            return 1
+        if self.engine.promises != "bits":
+            return FIXED_PROMPTS
+        return auto_prompts(
+            max(b.n if request.config.rejects else min(b.n, b.rows_to_the_end) for _, request, b in work),
+            max(budget.kv_budget_tokens for _, _, budget in work),
+            lambda: self.engine.capacity_tokens(max(budget.prompt_tokens for _, _, budget in work)),
+        )
 
     def _open(self, index: int, request: Request, budget: Budget) -> _Running:
         strategy = make_strategy(request.config)

@@ -15,8 +15,10 @@ from specrej_eval.engines.base import EngineSession
 class Progress:
     """A progress bar over prompts; when it closes, what the run cost and what it gained, on stderr."""
 
-    def __init__(self, total: int, *, shown: bool, summary: bool = True) -> None:
-        self._bar = tqdm(total=total, disable=not shown, desc="specrej", unit="prompt")
+    def __init__(self, total: int, *, in_flight: int, shown: bool, summary: bool = True) -> None:
+        self._bar = tqdm(
+            total=total, disable=not shown, desc=f"specrej ({min(in_flight, total)} at a time)", unit="prompt"
+        )
         self._summary = shown and summary
         self._started = time.perf_counter()
         self._spent = Spent()

@@ -3,10 +3,32 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Generic, Protocol, TypeVar
 
 T = TypeVar("T")
+
+AUTO_ROWS = 512
+"""Rows that ``batch_size=auto`` lets decode together: the demo pair's tokens per second hardly rise beyond
+(docs/benchmarks.md), and what is in flight is what a kill costs."""
+AUTO_PROMPTS = 128
+"""Prompts that it lets do so, however few rows each has."""
+FIXED_PROMPTS = 4
+"""What it comes to where company may change a result, or memory is not known."""
+
+
+def auto_prompts(rows: int, tokens: int, capacity_tokens: Callable[[], int]) -> int:
+    """Prompts in flight of ``batch_size=auto``, at least 1.
+
+    Args:
+        rows: that one of them decodes at a time, at most.
+        tokens: of KV that one of them may hold, at most.
+        capacity_tokens: tokens of KV that free memory holds, 0 = unknown; asked for only where it matters.
+    """
+    prompts = max(1, min(AUTO_ROWS // rows, AUTO_PROMPTS))
+    if prompts <= FIXED_PROMPTS:
+        return prompts
+    return max(FIXED_PROMPTS, min(prompts, capacity_tokens() // tokens))
 
 
 class Schedulable(Protocol):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
+
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
@@ -94,6 +96,26 @@ def test_n_max_fills_the_memory():
 def test_n_max_with_a_budget_fills_the_budget_and_needs_no_capacity():
     assert numbers(n="max", kv_budget_tokens=20 + 3200, capacity_tokens=10**6) == (100, 32, 3220)
     assert numbers(n="max", kv_budget_tokens=20 + 3200) == (100, 32, 3220)
+
+
+@pytest.mark.parametrize("strategy", ["speculative_rejection", "best_of_n"])
+def test_n_max_starts_no_more_rows_than_it_is_told_to(strategy):
+    def most(**args):
+        return numbers(n="max", strategy=strategy, **args)
+
+    look = most(capacity_tokens=10**9)[1]
+    assert most(capacity_tokens=10**9) == (1024, look, 20 + 1024 * look)
+    assert most(capacity_tokens=10**9, n_max=50) == (50, look, 20 + 50 * look)
+    assert most(capacity_tokens=10**9, n_max=1) == (1, 256, 20 + 256), "one row that reaches its end"
+    assert most(capacity_tokens=20 + 9 * look, n_max=50)[0] == 9, "no more than memory holds"
+    assert most(kv_budget_tokens=10**6, n_max=50) == (50, look, 20 + 50 * look)
+
+
+def test_the_most_that_can_be_decoded_is_what_a_run_without_early_ends_decodes():
+    budget = resolve(config(n=16, first_look=32), 20)
+    assert budget.most_decoded(Fraction(0)) == 16 * 256
+    # 16 rows to 32 tokens, 8 to 64, 4 to 128, 2 to 256
+    assert budget.most_decoded(Fraction(1, 2)) == 16 * 32 + 8 * 32 + 4 * 64 + 2 * 128
 
 
 def test_n_max_without_a_capacity_says_so():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +113,49 @@ def test_a_result_depends_on_no_other_prompt_and_on_no_batch_size() -> None:
         for mine, theirs in zip(together, results, strict=True):
             assert mine.trajectories == theirs.trajectories
             assert mine.rounds == theirs.rounds
+
+
+@pytest.mark.parametrize("args", [{"n": 4}, {"strategy": "best_of_n", "n": 3}], ids=str)
+def test_batch_size_auto_gives_the_bits_of_1_and_of_4_prompts_in_flight(
+    args: dict[str, Any], counted: Callable[[str, int], None]
+) -> None:
+    prompts = [f"Q: {a} + {b} + {100 - a} = ?\nA:" for a in (17, 35, 68) for b in (12, 40, 93)]
+    numbers = {"logprobs": True, "max_gen_toks": 32, **args}
+    auto = load(**numbers)
+    assert auto.engine.promises == "bits"
+    mine = auto.generate(prompts, until="\n")
+    assert auto.prompts_in_flight == min(512 // args["n"], 128) > 9, "all of them at once"
+    assert auto.config.batch_size == "auto"
+    for batch_size in (1, 4):
+        fixed = load(batch_size=batch_size, **numbers)
+        for result, theirs in zip(mine, fixed.generate(prompts, until="\n"), strict=True):
+            assert result.trajectories == theirs.trajectories  # texts, token ids, log-probs, rewards
+            assert result.rounds == theirs.rounds
+            assert result.resolved == theirs.resolved
+            counted(
+                "numbers of batch_size=auto compared bitwise", sum(2 * t.num_tokens + 1 for t in result.trajectories)
+            )
+        assert fixed.prompts_in_flight == batch_size
+
+
+def test_batch_size_auto_is_4_where_company_may_change_bits_and_1_with_n_max(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = load(n=2, max_gen_toks=4)
+    for promise in ("uniforms", "distribution"):
+        monkeypatch.setattr(generator.engine, "promises", promise)
+        generator.generate(PROMPTS)
+        assert generator.prompts_in_flight == 4
+    most = load(n="max", n_max=3, max_gen_toks=4)
+    most.generate(PROMPTS)
+    assert most.prompts_in_flight == 1
+
+
+def test_batch_size_auto_leaves_room_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = load(n=2, max_gen_toks=4)
+    needed = max(result.resolved["kv_budget_tokens"] for result in generator.generate(PROMPTS))
+    for capacity, prompts in ((100 * needed, 100), (9 * needed + 1, 9), (needed, 4), (0, 4)):
+        monkeypatch.setattr(generator.engine, "capacity_tokens", lambda _, tokens=capacity: tokens)
+        generator.generate(PROMPTS)
+        assert generator.prompts_in_flight == prompts
 
 
 def test_a_prompt_given_twice_is_drawn_twice_and_the_seed_decides() -> None:
@@ -317,7 +361,7 @@ def test_n_max_is_resolved_once_recorded_and_taken_from_the_journal(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     generator = load(n="max", batch_size=1)
-    real = generator.engine.capacity_tokens(generator.config, 12)
+    real = generator.engine.capacity_tokens(12)
     assert real > 1000, "memory holds far more tokens of a tiny model"
     path = tmp_path / "journal.jsonl"
 
@@ -331,6 +375,43 @@ def test_n_max_is_resolved_once_recorded_and_taken_from_the_journal(
     assert first.resolved["n"] == (200 - first.ledger.prompt_tokens) // first.resolved["first_look"]
     resumed = with_capacity(400).generate([PROMPTS[0], PROMPTS[1]])
     assert [result.resolved["kv_budget_tokens"] for result in resumed] == [200, 200]
+
+
+def test_n_max_is_said_and_capped_and_on_a_cpu_many_rows_need_n_max(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generator = load(n="max")  # a tiny model: memory holds thousands of rows
+    monkeypatch.setattr(generator.engine, "decode", lambda *_: pytest.fail("refused before anything is decoded"))
+    with pytest.raises(ConfigError, match=r"n=max comes to 1,024 rows(.|\n)*more than 256 rows(.|\n)*n_max=1024"):
+        generator.generate(PROMPTS[0])
+    result = load(n="max", n_max=20).generate(PROMPTS[0], until="\n")[0]
+    numbers = result.resolved
+    assert (numbers["n"], numbers["n_max"], len(result.trajectories)) == (20, 20, 20)
+    assert numbers["kv_budget_tokens"] == result.ledger.prompt_tokens + 20 * numbers["first_look"]
+    told = [record.message for record in caplog.records if record.message.startswith("n=max comes to 20 rows")]
+    assert len(told) == 1 and "MiB" in told[0] and "a second a prompt" in told[0]
+    fixed = load(n=20, first_look=numbers["first_look"]).generate(PROMPTS[0], until="\n")[0]
+    assert fixed.trajectories == result.trajectories
+
+
+def test_a_run_of_n_max_begun_before_n_max_was_capped_goes_on_with_as_many_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(specrej_eval.generator, "N_MAX", 40)
+    path = tmp_path / "journal.jsonl"
+
+    def rows(prompt: str) -> int:
+        generator = load(n="max", first_look=16, max_gen_toks=16, journal=str(path))
+        monkeypatch.setattr(generator.engine, "capacity_tokens", lambda _: 12 + 60 * 16)
+        return int(generator.generate(prompt)[0].resolved["n"])
+
+    with monkeypatch.context() as before:
+        before.setattr(specrej_eval.generator, "N_MAX", 10**6)
+        first = rows(PROMPTS[0])
+    assert first > 40
+    assert rows(PROMPTS[2]) >= first
+    path.unlink()
+    assert rows(PROMPTS[2]) == 40
 
 
 def nan_reward(conversation: list[dict[str, str]], responses: list[str]) -> list[float]:

@@ -486,6 +486,46 @@ def notes(runs: Sequence[Run]) -> list[str]:
     return found
 
 
+def conclusions(runs: Sequence[Run]) -> list[str]:
+    """What the numbers mean, a line for each task where Speculative Rejection meets Best-of-N on the same prompts.
+
+    The best run of the first is held against the best of the second (plain sampling aside), both by their means.
+    """
+    found: dict[str, tuple[tuple[Score, Run, str], tuple[Score, Run, str]]] = {}
+    told = [
+        (score, run, label) for run, label in zip(runs, labels(runs), strict=True) for score in run.scores if score.each
+    ]
+    for ours in told:
+        for theirs in told:
+            rejects = ours[1].arguments.get("strategy") == "speculative_rejection"
+            best_of_n = theirs[1].arguments.get("strategy") == "best_of_n" and theirs[1].arguments.get("n") != 1
+            if not (rejects and best_of_n) or ours[0].comparable != theirs[0].comparable:
+                continue
+            key = json.dumps(ours[0].comparable, default=str)
+            if ours[0].each.keys() & theirs[0].each.keys() and (
+                key not in found or [s.value for s, *_ in found[key]] < [ours[0].value, theirs[0].value]
+            ):
+                found[key] = ours, theirs
+    return [_conclusion(*pair, task=len(found) > 1) for pair in found.values()]
+
+
+def _conclusion(ours: tuple[Score, Run, str], theirs: tuple[Score, Run, str], *, task: bool) -> str:
+    (score, run, label), (other, rival, its_label) = ours, theirs
+    gap = paired_difference(score.each, other.each)
+    shares = all(0 <= value <= 1 for each in (score.each, other.each) for value in each.values())
+    scale, digits, unit = (100, 1, " points") if shares else (1, 3, "")
+    size = f"{abs(gap['difference']) * scale:.{digits}f}{unit} {'more' if gap['difference'] > 0 else 'less'} than"
+    text = f"{label}: {size} {its_label}" if gap["difference"] else f"{label}: as much as {its_label}"
+    if gap["low"] is not None:
+        chance = ", which includes 0: it may be chance" if gap["low"] <= 0 <= gap["high"] else ""
+        text += f" (95 % interval {gap['low'] * scale:+.{digits}f} to {gap['high'] * scale:+.{digits}f}{chance})"
+    tokens, its_tokens = run.totals.get("decode_tokens"), rival.totals.get("decode_tokens")
+    if tokens and its_tokens:
+        text += f", for {tokens / its_tokens:.0%} of its decoded tokens"
+    where = f" on {score.task} ({score.metric})" if task else f" ({score.metric})"
+    return f"{text}{where}."
+
+
 def _machines(runs: Sequence[Run]) -> dict[str, str]:
     """Each machine in words -> its letter in the table."""
     described = dict.fromkeys(describe(run.hardware) for run in runs if run.hardware)
@@ -526,6 +566,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     runs = find_runs(*args.folder)
     print(render(runs, args.format, args.baseline))
+    if args.format in ("text", "markdown") and (told := conclusions(runs)):
+        print("\n" + "\n".join(told))
     if args.format in ("text", "markdown") and (remarks := notes(runs)):
         print("\n" + "\n".join(remarks))
     return 0

@@ -25,7 +25,7 @@ from specrej_eval.config.argument import (
     checked_until,
     declared,
 )
-from specrej_eval.config.decoding import DEFAULT_N, MAX, DecodingArguments, SamplingArguments
+from specrej_eval.config.decoding import DEFAULT_N, MAX, N_MAX, DecodingArguments, SamplingArguments
 from specrej_eval.config.engines import EngineArguments
 from specrej_eval.config.models import HOST, ModelArguments
 from specrej_eval.config.records import RecordArguments
@@ -41,6 +41,7 @@ __all__ = [
     "HOST",
     "MAX",
     "NEUTRAL",
+    "N_MAX",
     "PLACEMENT",
     "SAMPLING",
     "Argument",

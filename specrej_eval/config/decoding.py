@@ -9,7 +9,10 @@ from specrej_eval.config.argument import Decides, Takes, argument, choice, numbe
 
 DEFAULT_N = 16
 MAX = "max"
-"""``n=max``: as many rows as free memory holds."""
+"""``n=max``: as many rows as free memory holds, and no more than ``n_max``."""
+N_MAX = 1024
+"""The default of ``n_max``. Of normally distributed rewards, the best of 1,024 is 3.25 standard deviations above the
+mean, and of twice as many 3.44."""
 
 _TAKES = (Takes.RUN, Takes.REQUEST)
 
@@ -80,6 +83,16 @@ class DecodingArguments(SamplingArguments):
         takes=_TAKES,
         synonyms=("n_samples", "num_samples", "num_return_sequences", "best_of"),
         idle_when_greedy=True,
+    )
+    n_max: int | None = argument(
+        None,
+        whole(),
+        "Most rows that ``n=max`` starts for a prompt, whatever memory holds.",
+        none=f"{N_MAX:,}; on a CPU more than 256 are refused unless this is given",
+        decides=Decides.ANSWERS,
+        takes=_TAKES,
+        idle_when_greedy=True,
+        later=True,
     )
     first_look: int | None = argument(
         None,

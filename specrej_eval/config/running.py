@@ -18,13 +18,17 @@ from specrej_eval.config.argument import (
 )
 
 AUTO = "auto"
-"""``apply_chat_template``: where the language model's tokenizer has one."""
+"""``batch_size``: what memory and rows allow. ``apply_chat_template``: where the tokenizer has one."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunningArguments:
-    batch_size: int = argument(
-        4, whole(), "Prompts in flight; changes results in their last bits at most.", decides=Decides.NOTHING
+    batch_size: int | str = argument(
+        AUTO,
+        whole(also=AUTO),
+        "Prompts in flight; ``auto`` = as many as memory and 512 rows allow where company changes no bit of a result "
+        "(float32 on a CPU), else 4. Changes results in their last bits at most.",
+        decides=Decides.NOTHING,
     )
     on_greedy: str = argument(
         "sample",

@@ -16,7 +16,7 @@ from specrej_eval.config import RunConfig
 from specrej_eval.core import Message, Plan, Prompt, RowView, TokenStat
 from specrej_eval.engines.prompts import encode_prompt
 from specrej_eval.engines.text import Detokenizer
-from specrej_eval.errors import OutOfMemoryError, PromptError
+from specrej_eval.errors import PromptError
 from specrej_eval.special_tokens import ENCODE_AS_TEXT, SpecialTokenError, Tokeniser
 
 Promise = Literal["bits", "uniforms", "distribution"]
@@ -67,6 +67,9 @@ class Engine(ABC):
     """
 
     promises: Promise = "distribution"
+    most_rows_unasked: int | None = None
+    """Rows of one prompt beyond which ``n=max`` needs ``n_max``, since they would take very long; None = no such
+    number."""
 
     def __init__(
         self,
@@ -178,17 +181,18 @@ class Engine(ABC):
     def close(self, session: Any) -> None:
         """Free what the session holds on the device."""
 
-    def capacity_tokens(self, config: RunConfig, prompt_tokens: int) -> int:
-        """Tokens of KV that free memory holds for one prompt, measured after a warm-up (``n=max``).
+    def capacity_tokens(self, prompt_tokens: int) -> int:
+        """Tokens of KV that free memory holds for all prompts in flight, measured after a warm-up; 0 = unknown.
 
-        Raises:
-            OutOfMemoryError: this engine cannot say.
+        Args:
+            prompt_tokens: of the longest prompt.
         """
-        del config, prompt_tokens
-        raise OutOfMemoryError(
-            "n=max needs to know how much memory a token of KV takes, which this engine or model cannot tell.",
-            hint="give n (and kv_budget_tokens) as numbers.",
-        )
+        del prompt_tokens
+        return 0
+
+    def bytes_per_token(self) -> int:
+        """Memory that a token of KV takes; 0 = unknown."""
+        return 0
 
     @abstractmethod
     def peak_bytes(self) -> int:

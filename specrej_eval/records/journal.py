@@ -280,6 +280,16 @@ class Journal:
         self.capacity_tokens = tokens
         self._write({"key": CAPACITY, "result": tokens})
 
+    @property
+    def rows_of_capacity(self) -> int:
+        """Most rows of an answer that had all of ``capacity_tokens``: begun before there was ``n_max``, a run goes on
+        with as many."""
+        if self.capacity_tokens is None:
+            return 0
+        found = [entry.result.resolved for _, entry in self._entries.values()]
+        rows = [numbers.get("n", 0) for numbers in found if numbers.get("kv_budget_tokens") == self.capacity_tokens]
+        return max(rows, default=0)
+
     def close(self) -> None:
         self._file.close()
 

@@ -292,6 +292,24 @@ def test_differences_are_those_of_a_paired_t_test(tmp_path: Path, capsys: pytest
     assert "no run is called 'nobody'" in capsys.readouterr().err
 
 
+def test_one_line_says_what_the_numbers_mean(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rewards = {"sampling": [0.0] * 8, "bo": [1, 0, 0, 1, 0, 1, 0, 0], "spr": [1, 1, 0, 1, 1, 1, 1, 0]}
+    settings = {"sampling": {"strategy": "best_of_n", "n": 1}, "bo": {"strategy": "best_of_n"}, "spr": {"n": 32}}
+    for date, (name, samples) in enumerate(rewards.items()):
+        write_results(tmp_path / name, date=date, resolved=arguments(**settings[name]), samples=samples, whole=8)
+    assert cli.main(["report", str(tmp_path)]) == 0
+    t = stats.ttest_rel(rewards["spr"], rewards["bo"]).confidence_interval()
+    want = (
+        f"Speculative Rejection, alpha=0.5, n=32: 37.5 points more than Best-of-N, n=16 (95 % interval "
+        f"{100 * t.low:+.1f} to {100 * t.high:+.1f}, which includes 0: it may be chance), for 100% of its decoded "
+        "tokens (exact_match)."
+    )
+    assert want in capsys.readouterr().out
+    write_results(tmp_path / "spr", date=9, resolved=arguments(n=32), samples=rewards["sampling"], whole=8)
+    assert cli.main(["report", str(tmp_path)]) == 0
+    assert "n=32: 37.5 points less than Best-of-N, n=16" in capsys.readouterr().out
+
+
 def test_other_prompts_and_other_rewards_are_not_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     a_run(tmp_path / "a", [an_answer(f"q{i}", reward=i) for i in range(6)])
     a_run(tmp_path / "b", [an_answer(f"r{i}", reward=i) for i in range(6)], seed=1)

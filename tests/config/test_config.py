@@ -55,7 +55,7 @@ def test_the_defaults_are_the_documented_ones():
         "top_p": 1.0,
         "min_p": 0.0,
         "seed": 0,
-        "batch_size": 4,
+        "batch_size": "auto",
         "max_gen_toks": 256,
         "on_greedy": "sample",
         "on_nan": "error",
@@ -155,7 +155,7 @@ def test_what_is_no_finite_number_is_refused_by_name_and_value(name, value):
     assert message.startswith(name) and repr(value) in message
 
 
-WHOLE = ["n", "first_look", "kv_budget_tokens", "top_k", "max_gen_toks", "seed", "batch_size"]
+WHOLE = ["n", "n_max", "first_look", "kv_budget_tokens", "top_k", "max_gen_toks", "seed", "batch_size"]
 
 
 @pytest.mark.parametrize("name", WHOLE)
@@ -235,7 +235,8 @@ def test_alpha_outside_0_to_1_is_refused_with_an_example(value):
         ("first_look", 0, "at least 1"),
         ("kv_budget_tokens", 0, "at least 1"),
         ("max_gen_toks", 0, "at least 1"),
-        ("batch_size", 0, "at least 1"),
+        ("batch_size", 0, "at least 1, or 'auto'"),
+        ("n_max", 0, "at least 1"),
         ("temperature", -0.1, "at least 0 (0 decodes greedily)"),
         ("top_k", -1, "at least 0 (0 switches it off)"),
         ("top_p", 0, "in (0, 1]"),

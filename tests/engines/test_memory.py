@@ -14,7 +14,7 @@ import torch
 from support.engine_runs import PROMPTS, generate, limit_rows, make_engine, outcome
 from support.tiny_models import tiny_causal_lm
 
-from specrej_eval.config import MAX, RunConfig
+from specrej_eval.config import MAX
 from specrej_eval.engines.transformers import decoding
 from specrej_eval.engines.transformers.engine import TransformersEngine
 from specrej_eval.engines.transformers.groups import Group
@@ -203,8 +203,9 @@ def test_the_model_is_left_as_it_was_after_failures() -> None:
 @pytest.mark.parametrize("path", PATHS[1:])
 def test_paths_that_show_no_kv_say_that_n_max_needs_a_number(path: Any) -> None:
     engine = make_engine(model(), path=path)
+    assert engine.capacity_tokens(12) == engine.bytes_per_token() == 0
     with pytest.raises(OutOfMemoryError, match="n=max"):
-        engine.capacity_tokens(RunConfig(n=MAX), 12)
+        generate(engine, PROMPTS[:1], n=MAX)
 
 
 @pytest.mark.parametrize("message", ["CUDA out of memory", "DefaultCPUAllocator: can't allocate memory"])

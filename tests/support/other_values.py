@@ -13,6 +13,7 @@ OTHER: dict[str, Any] = {
     "strategy": "best_of_n",
     "alpha": 0.25,
     "n": 8,
+    "n_max": 40,
     "first_look": 64,
     "kv_budget_tokens": 4096,
     "temperature": 0.5,

@@ -312,7 +312,7 @@ class SimulatedEngine(Engine):
     def close(self, session: Session) -> None:
         session.closed = True
 
-    def capacity_tokens(self, config: RunConfig, prompt_tokens: int) -> int:
+    def capacity_tokens(self, prompt_tokens: int) -> int:
         return self.capacity
 
     def peak_bytes(self) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 import random
 import shutil
 import signal
@@ -17,7 +18,7 @@ from pathlib import Path
 import pytest
 from arithmetic import distinct_problems, question
 from support import FULL
-from support.rank_runs import HANG, ROOT, finish, lines, numbers, opened, records, start, stop, wait_for
+from support.rank_runs import HANG, ROOT, finish, free_port, lines, numbers, opened, records, start, stop, wait_for
 
 from specrej_eval import cli
 from specrej_eval.api import RunPlan
@@ -245,6 +246,23 @@ def test_under_lm_eval_too_only_the_first_rank_reads_weights_for_their_digests(t
     words = ["-m", "lm_eval", "--model", "specrej", "--model_args", f"{models},n=2,journal=run.jsonl", *tasks]
     finish(start([*words, "--use_cache", "cache"], ranks=2, cwd=tmp_path), cwd=tmp_path)
     only_rank_0_read_weights(tmp_path, ranks=2)
+
+
+@pytest.mark.full
+@pytest.mark.timeout(1800)
+def test_under_torchrun_alone_each_rank_on_a_cpu_answers_its_share(tmp_path: Path) -> None:
+    """accelerate's launcher says that it is a CPU's run, torchrun does not."""
+    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(free_port())]
+    tasks = ["--tasks", "specrej_arithmetic", "--include_path", str(ROOT / "tasks"), "--limit", "6"]
+    words = ["--model", "specrej", "--model_args", "n=4,device=cpu,journal=run.jsonl", *tasks]
+    env = {name: value for name, value in os.environ.items() if not name.startswith("ACCELERATE_")}
+    command = [sys.executable, *launcher, "-m", "lm_eval", *words, "--output_path", "results"]
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=800)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert [lines(tmp_path / f"run_rank{rank}.jsonl") - 1 for rank in (0, 1)] == [3, 3]
+    (path,) = tmp_path.glob("results/**/results_*.json")
+    block = json.loads(path.read_text())["config"]["specrej"]
+    assert (block["world_size"], block["totals"]["requests"]) == (2, 6)
 
 
 @pytest.mark.full

@@ -34,6 +34,10 @@ MEMORY_FRACTION = {"cuda": 0.9, "cpu": 0.25}
 """Share of the free memory that ``n=max`` gives to the KV cache; the rest is for what a forward pass allocates. A GPU
 says when it is full; a CPU's memory belongs to others too, and its kernel kills without a word."""
 
+MOST_ROWS_ON_A_CPU = 256
+"""Rows of one prompt that ``n=max`` starts there without ``n_max``: a CPU's memory holds thousands of rows of a small
+model, and its cores would decode them for minutes."""
+
 
 class TransformersEngine(Engine):
     """Decodes any decoder-only model of transformers.
@@ -54,6 +58,7 @@ class TransformersEngine(Engine):
             self.runner = twice(lambda: ModelRunner(model, path=path))
         self.promises = self.runner.promises
         self.device = self.runner.device
+        self.most_rows_unasked = MOST_ROWS_ON_A_CPU if self.device.type == "cpu" else None
         self.eos_ids = stop_ids(model, tokenizer)
         self._decoder = Decoder(self.runner)
         self._codes: dict[tuple[str, ...], Tensor] = {}
@@ -153,27 +158,22 @@ class TransformersEngine(Engine):
 
     # memory and description
 
-    def capacity_tokens(self, config: RunConfig, prompt_tokens: int) -> int:
-        """Tokens of KV in MEMORY_FRACTION of the memory that is free after a warm-up. See ``base.Engine``.
-
-        One factor per line in ``bytes_per_token``: 2 x layers x kv heads x head dim x itemsize.
-        """
+    def capacity_tokens(self, prompt_tokens: int) -> int:
+        """Tokens of KV in MEMORY_FRACTION of the memory that is free after a warm-up. See ``base.Engine``."""
         length = min(max(prompt_tokens, 1), self.max_length - 1)
-        with torch.inference_mode(), self.runner.active():
-            prefix = self.runner.prefill([0] * length, "shared_prefix" if self.runner.path == "shared_prefix" else None)
-            if not prefix.keys:
-                return super().capacity_tokens(config, prompt_tokens)
-            per_token = bytes_per_token(prefix)
-            del prefix
+        per_token = self.bytes_per_token(length)
+        if not per_token:
+            return 0
         release_memory()
         share = MEMORY_FRACTION.get(self.device.type, MEMORY_FRACTION["cpu"])
-        tokens = int(free_bytes(self.device) * share) // per_token // config.batch_size
-        logger.warning(
-            "n=max: free memory holds %s tokens of KV cache for each of batch_size=%d prompts",
-            f"{tokens:,}",
-            config.batch_size,
-        )
-        return tokens
+        return int(free_bytes(self.device) * share) // per_token
+
+    def bytes_per_token(self, prompt_tokens: int = 1) -> int:
+        """2 x layers x kv heads x head dim x itemsize, of a prompt that is read. See ``base.Engine``."""
+        with torch.inference_mode(), self.runner.active():
+            path: Path | None = "shared_prefix" if self.runner.path == "shared_prefix" else None
+            prefix = self.runner.prefill([0] * prompt_tokens, path)
+            return bytes_per_token(prefix) if prefix.keys else 0
 
     def peak_bytes(self) -> int:
         """See ``base.Engine.peak_bytes``."""

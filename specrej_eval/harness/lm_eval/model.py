@@ -55,9 +55,9 @@ class SpecRejLM(HFLM):
 
     ``batch_size`` is the number of prompts decoded at the same time; results never depend on it. lm-eval passes its
     own ``--batch_size`` (1 unless you say otherwise), so: in ``--model_args`` it means what it says, 1 included; as
-    ``--batch_size`` 1 counts as not given, and ``auto`` means our default. Log-likelihood requests take lm-eval's
-    ``--batch_size`` as they would with ``--model hf``, whose numbers they reproduce; the reward model has no part in
-    them.
+    ``--batch_size`` 1 counts as not given, and so does ``auto``, our own default. Log-likelihood requests take
+    lm-eval's ``--batch_size`` as they would with ``--model hf``, whose numbers they reproduce; the reward model has no
+    part in them.
 
     ``max_gen_toks`` holds for tasks that set none of their own; ``--gen_kwargs max_gen_toks=...`` overrides those too.
 
@@ -96,6 +96,10 @@ class SpecRejLM(HFLM):
             logger.info("No pretrained= is given: the embedded demo pair answers, which knows nothing but small sums.")
         if config.attn_implementation is not None and loaded is None:
             host["attn_implementation"] = config.attn_implementation
+        started = int(os.environ.get("WORLD_SIZE", "1")) if loaded is None and not host.get("tp_plan") else 1
+        if started > 1 and "LOCAL_RANK" in os.environ and plan.engine.device == "cpu":
+            # torchrun alone: without this, accelerate takes every rank on a CPU for the only one
+            os.environ.setdefault("ACCELERATE_USE_CPU", "true")
         super().__init__(
             pretrained=plan.engine.name if loaded is None else loaded,
             device=plan.engine.device,
@@ -107,6 +111,12 @@ class SpecRejLM(HFLM):
         if hasattr(self, "accelerator"):  # HFLM leaves CPU ranks at 0 of 1, and takes the local index for the rank
             self._rank = self.accelerator.process_index
             self._world_size = self.accelerator.num_processes
+        if started > 1 and self.world_size == 1:
+            raise ConfigError(
+                f"{started} processes were started (WORLD_SIZE), but to accelerate this is the only one: each would "
+                "answer all prompts.",
+                hint="start them with `accelerate launch -m lm_eval` or `torchrun -m lm_eval`, or unset WORLD_SIZE.",
+            )
         self._watch = ranks.watch(self.rank, self.world_size)
 
         self.plan = plan.of_rank(self.rank, self.world_size, device=str(self.device))
@@ -442,6 +452,7 @@ class SpecRejLM(HFLM):
             "seed_from": self.seed_from,
             "totals": {**tally.totals.to_dict(), "requests": tally.num_requests},
             "spent": tally.spent.to_dict(),
+            "prompts_in_flight": self.generator.prompts_in_flight,
             "mean_reward": tally.mean_reward,
             "per_task": {name: task.to_dict() for name, task in sorted(tally.tasks.items())},
             "warnings": list(tally.warnings.values()),

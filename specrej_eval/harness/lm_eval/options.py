@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from specrej_eval.config import HOST
+from specrej_eval.config import AUTO, HOST
 from specrej_eval.errors import ConfigError
 
 
@@ -34,7 +34,7 @@ def merge_options(
             f"batch_size={given} in model_args wins over --batch_size {host_batch_size} for generation; "
             "log-likelihood requests use the latter."
         )
-    if ours is not None and not str(ours).startswith("auto"):
+    if ours is not None and not str(ours).startswith(AUTO):
         arguments["batch_size"] = ours
     for name, value in options.items():
         if arguments.get(name) is None:

@@ -452,7 +452,7 @@ def test_log_likelihoods_are_hflms_bit_for_bit_with_one_warning(tiny: str, warni
         ("kv_budget_tokens=1_000,first_look=20", {"kv_budget_tokens": 1000, "first_look": 20}),
         ({"alpha": "0.25", "n": 8.0, "logprobs": "true"}, {"alpha": 0.25, "n": 8, "logprobs": True}),
         ("batch_size=1", {"batch_size": 1}),
-        ("batch_size=auto", {"batch_size": 4}),
+        ("batch_size=auto", {"batch_size": "auto"}),
         ("max_batch_size=7,device=cpu", {"device": "cpu"}),
         ("strategy=best_of_n", {"strategy": "best_of_n"}),
     ],
@@ -469,20 +469,20 @@ def test_model_args(tiny: str, model_args: Any, expected: dict[str, Any]) -> Non
 @pytest.mark.parametrize(
     ("given", "harness", "ours", "hosts", "conflict"),
     [
-        (None, 1, 4, 1, False),
-        (None, None, 4, 1, False),
+        (None, 1, "auto", 1, False),
+        (None, None, "auto", 1, False),
         (None, 3, 3, 3, False),
         (None, "3", 3, 3, False),
-        (None, "auto", 4, "auto", False),
+        (None, "auto", "auto", "auto", False),
         (1, 1, 1, 1, False),
         (8, 1, 8, 1, False),
         (8, 3, 8, 3, True),
         (8, None, 8, 8, False),
-        ("auto", 3, 4, 3, True),
+        ("auto", 3, "auto", 3, True),
     ],
 )
 def test_batch_size(
-    tiny: str, warnings: list[str], given: Any, harness: Any, ours: int, hosts: Any, conflict: bool
+    tiny: str, warnings: list[str], given: Any, harness: Any, ours: Any, hosts: Any, conflict: bool
 ) -> None:
     arguments = {"pretrained": tiny, "reward_model": VOWELS, **SHORT}
     if given is not None:
