@@ -319,7 +319,7 @@ class Generator:
         return auto_prompts(
             max(b.n if request.config.rejects else min(b.n, b.rows_to_the_end) for _, request, b in work),
             max(budget.kv_budget_tokens for _, _, budget in work),
-            lambda: self.engine.capacity_tokens(max(budget.prompt_tokens for _, _, budget in work)),
+            lambda: self.engine.capacity_tokens(1),  # a guard against filling memory, not a measurement for n=max
         )
 
     def _open(self, index: int, request: Request, budget: Budget) -> _Running:

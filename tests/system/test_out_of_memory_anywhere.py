@@ -201,7 +201,7 @@ def points(case: Case) -> tuple[int, ...]:
 
 
 STEPS = ["prefill", "_commit", "records_of", "moved", "move", "selection", "_gathered", "_streams", "write"]
-STEPS += ["sample", "extend", "head_scores", "_try_out", "reordered", "_replicated", "_logits", "logprobs_of"]
+STEPS += ["_sample_chunk", "extend", "head_scores", "_try_out", "reordered", "_replicated", "_logits", "of_chunk"]
 
 
 def test_the_runs_go_through_everything() -> None:

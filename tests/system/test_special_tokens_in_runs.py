@@ -383,7 +383,7 @@ def test_lm_eval_prompts_are_read_as_model_hf_reads_them_unless_told_otherwise(
         prompts_read.clear()
         with Warnings("lm_eval.models.specrej") as told:
             lm.generate_until(requests_of(lm, questions, chat), disable_tqdm=True)
-        found[case] = list(prompts_read)
+        found[case] = [ids for ids in prompts_read if any(ids)]  # zeros: the engine asks what a token of KV takes
         assert [text for text in told if "2 of 3 prompts hold special tokens" in text] == told
         assert len(told) == (case == "default"), told
         assert any("2 of 3 prompts" in text for text in lm.tally.warnings.values()) == (case == "default")

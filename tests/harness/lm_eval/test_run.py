@@ -147,6 +147,7 @@ WIN: dict[str, tuple[str, Any]] = {
     "kv_budget_tokens": ("80", 80),
     "logprobs": ("True", None),
     "n": ("2", 2),
+    "n_max": ("64", 64),
     "on_greedy": ("sample", None),
     "on_nan": ("drop", None),
     "seed": ("9", 9),
