@@ -339,7 +339,7 @@ def test_a_journal_of_another_configuration_is_refused_or_not_used(tmp_path: Pat
     with pytest.raises(ConfigError, match=r"a different configuration.*reward_model"):
         load(n=4, journal=str(path), reward_model="likelihood").generate(PROMPTS[0])
     (tmp_path / "notes.txt").write_text("hello\nworld\n")
-    with pytest.raises(ConfigError, match="not one of our files"):
+    with pytest.raises(ConfigError, match="is not a journal"):
         load(n=4, journal=str(tmp_path / "notes.txt")).generate(PROMPTS[0])
     assert (tmp_path / "notes.txt").read_text() == "hello\nworld\n"
 

@@ -72,13 +72,15 @@ class Run:
     @property
     def identity(self) -> str:
         """Equal for two runs of the same thing."""
-        what = [self.model, self.arguments, self.limit, sorted({score.task for score in self.scores})]
+        what = [self.model, self.arguments, _limit(self), sorted({score.task for score in self.scores})]
         return json.dumps([*what, None if self.kind == "lm-eval" else str(self.path)], default=str)
 
     @property
     def label(self) -> str:
         strategy, n = self.arguments.get("strategy"), self.arguments.get("n")
         name = f"{self.model}: " if self.kind == "alpaca_eval" else ""
+        if strategy and n is None:
+            return f"{name}{self.model}, log-likelihood requests alone"
         if strategy == "speculative_rejection":
             return f"{name}Speculative Rejection, alpha={self.arguments.get('alpha')}, n={n}"
         if strategy == "best_of_n":
@@ -210,7 +212,7 @@ def labels(runs: Sequence[Run]) -> list[str]:
     told = [(name, {score.task for score in run.scores}) for name, run in zip(names, runs, strict=True)]
     same = [[o for o, (other, theirs) in enumerate(told) if other == name and tasks & theirs] for name, tasks in told]
     for index, alike in enumerate(same):
-        settings = {i: {**runs[i].arguments, "limit": runs[i].limit} for i in alike}
+        settings = {i: {**runs[i].arguments, "limit": _limit(runs[i])} for i in alike}
         # what an older version did not write down is no difference
         known = set.intersection(*map(set, settings.values()))
         keys = sorted(known.difference(NEUTRAL, MODELS))
@@ -218,6 +220,11 @@ def labels(runs: Sequence[Run]) -> list[str]:
         names[index] = ", ".join([names[index], *(f"{key}={settings[index].get(key)}" for key in differing)])
     twins = [[names[index] for index in alike].count(names[i]) > 1 for i, alike in enumerate(same)]
     return [f"{name} ({run.path.parent})" if twin else name for name, run, twin in zip(names, runs, twins, strict=True)]
+
+
+def _limit(run: Run) -> str | None:
+    """As a number is written, whether YAML or a command line gave it."""
+    return f"{run.limit:g}" if lm_eval_files.is_number(run.limit) else None
 
 
 # the table as data
@@ -501,10 +508,11 @@ def conclusions(runs: Sequence[Run]) -> list[str]:
             best_of_n = theirs[1].arguments.get("strategy") == "best_of_n" and theirs[1].arguments.get("n") != 1
             if not (rejects and best_of_n) or ours[0].comparable != theirs[0].comparable:
                 continue
-            key = json.dumps(ours[0].comparable, default=str)
-            if ours[0].each.keys() & theirs[0].each.keys() and (
-                key not in found or [s.value for s, *_ in found[key]] < [ours[0].value, theirs[0].value]
-            ):
+            # the same prompts, not merely common ones: means and tokens of other prompts do not compare
+            if ours[0].each.keys() != theirs[0].each.keys():
+                continue
+            key = json.dumps([ours[0].comparable, sorted(ours[0].each)], default=str)
+            if key not in found or [s.value for s, *_ in found[key]] < [ours[0].value, theirs[0].value]:
                 found[key] = ours, theirs
     return [_conclusion(*pair, task=len(found) > 1) for pair in found.values()]
 
@@ -515,12 +523,16 @@ def _conclusion(ours: tuple[Score, Run, str], theirs: tuple[Score, Run, str], *,
     shares = all(0 <= value <= 1 for each in (score.each, other.each) for value in each.values())
     scale, digits, unit = (100, 1, " points") if shares else (1, 3, "")
     size = f"{abs(gap['difference']) * scale:.{digits}f}{unit} {'more' if gap['difference'] > 0 else 'less'} than"
-    text = f"{label}: {size} {its_label}" if gap["difference"] else f"{label}: as much as {its_label}"
-    if gap["low"] is not None:
+    text = f"{label}: {size} {its_label}" if gap["difference"] else f"{label}: the same score as {its_label}"
+    if gap["low"] is None:
+        text += " (too few prompts for an interval)"
+    else:
         chance = ", which includes 0: it may be chance" if gap["low"] <= 0 <= gap["high"] else ""
-        text += f" (95 % interval {gap['low'] * scale:+.{digits}f} to {gap['high'] * scale:+.{digits}f}{chance})"
+        low, high = (f"{round(gap[end] * scale, digits) + 0.0:+.{digits}f}" for end in ("low", "high"))  # never -0.0
+        text += f" (95 % interval {low} to {high}{chance})"
     tokens, its_tokens = run.totals.get("decode_tokens"), rival.totals.get("decode_tokens")
-    if tokens and its_tokens:
+    # a run's total is of all its tasks
+    if tokens and its_tokens and all(len({s.task for s in each.scores}) == 1 for each in (run, rival)):
         text += f", for {tokens / its_tokens:.0%} of its decoded tokens"
     where = f" on {score.task} ({score.metric})" if task else f" ({score.metric})"
     return f"{text}{where}."

@@ -243,30 +243,32 @@ def _run(
     if record.embedded_demo_pair and ranks.main and not loaded:
         tqdm.write("DEMO: the embedded demo models answer; they know nothing but small sums.", file=sys.stderr)
 
-    if not loaded:
-        loaded.append(plan.load())
-    # a journal's fingerprint is that of a run without what stands in each entry's key
-    models = {name: value for name, value in fingerprint.items() if name not in (*DECIDING, *_PROMPTS)}
-    generator = plan.generator(*loaded[0], models=models)
-    requests = requests_for(generator.engine, questions, plan.config, asked, task=TASK)
-    settle_capacity(generator, requests, store, agree=ranks.least)
-    record.described = {**generator.describe(), "world_size": ranks.world_size}
-    if ranks.main:
-        store.write_record(record)
-    if ranks.main:
-        keys = {request.key for request in requests}
-        if kept := store.set_apart(lambda item: item.key in keys):
-            tqdm.write(
-                f"{kept} answers to other prompts are kept in {store.kept_file.name}; a run that asks for them again "
-                "takes them from there.",
-                file=sys.stderr,
-            )
-    ranks.wait()
-    if not ranks.main:
-        store.begin(record)  # rank 0 has moved answers since
-    share = slice(ranks.rank, None, ranks.world_size)
     spent = Spent()
-    answer(generator, questions[share], requests[share], store=store, progress=ranks.main, summary=False, spent=spent)
+    with store.unless_refused():
+        if not loaded:
+            loaded.append(plan.load())
+        # a journal's fingerprint is that of a run without what stands in each entry's key
+        models = {name: value for name, value in fingerprint.items() if name not in (*DECIDING, *_PROMPTS)}
+        generator = plan.generator(*loaded[0], models=models)
+        requests = requests_for(generator.engine, questions, plan.config, asked, task=TASK)
+        settle_capacity(generator, requests, store, agree=ranks.least)
+        record.described = {**generator.describe(), "world_size": ranks.world_size}
+        if ranks.main:
+            store.write_record(record)
+            keys = {request.key for request in requests}
+            if kept := store.set_apart(lambda item: item.key in keys):
+                tqdm.write(
+                    f"{kept} answers to other prompts are kept in {store.kept_file.name}; a run that asks for them "
+                    "again takes them from there.",
+                    file=sys.stderr,
+                )
+        ranks.wait()
+        if not ranks.main:
+            store.begin(record)  # rank 0 has moved answers since
+        share = slice(ranks.rank, None, ranks.world_size)
+        answer(
+            generator, questions[share], requests[share], store=store, progress=ranks.main, summary=False, spent=spent
+        )
     store.close()
     spent = functools.reduce(Spent.add, ranks.gathered(spent), Spent())
     ranks.wait()

@@ -124,8 +124,8 @@ def read(path: str | Path, *, argument: str = "journal") -> Contents:
     _sort(found)
     if found.header is None and not found.scan.lines and not _began_as_journal(found.scan):
         raise ConfigError(
-            f"{argument}={str(path)!r} is not one of our files: it does not begin like a journal.",
-            hint="name another file, or delete this one.",
+            f"{argument}={str(path)!r} is not a journal: it does not begin like one.",
+            hint="name a file that journal= wrote, or the specrej_trajectories.jsonl of a run's folder.",
         )
     return found
 

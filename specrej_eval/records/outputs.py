@@ -10,10 +10,11 @@ carry checksums (see ``jsonl``). Standard library only.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from functools import reduce
 from itertools import count
@@ -262,6 +263,7 @@ class OutputsFolder:
         self._run: str | None = None
         self._file: Any = None
         self._writing = False
+        self._is_new = False
 
     # reading
 
@@ -349,6 +351,7 @@ class OutputsFolder:
                 or holds answers of which nothing says how they were made.
         """
         before = self.record() if going_on else None
+        self._is_new = before is None
         if before is not None:
             check_same(
                 before.fingerprint,
@@ -377,6 +380,18 @@ class OutputsFolder:
                 self._mend(before)
             self.write_record(record)
         return record
+
+    @contextlib.contextmanager
+    def unless_refused(self) -> Iterator[None]:
+        """What is refused inside before its first answer leaves no record: nothing was paid for, and the arguments that
+        were wrong must not hold the folder against the right ones."""
+        try:
+            yield
+        except SpecRejError:
+            if self.rank == 0 and self._is_new and not any(p.stat().st_size for p in self._parts()):
+                self.close()
+                self.run_file.unlink(missing_ok=True)
+            raise
 
     def _begin_anew(self, record: RunRecord, *, going_on: bool, delete: bool) -> None:
         paths = [path for path in (*self._parts(), self.kept_file) if path.is_file()]

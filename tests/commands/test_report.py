@@ -308,6 +308,11 @@ def test_one_line_says_what_the_numbers_mean(tmp_path: Path, capsys: pytest.Capt
     write_results(tmp_path / "spr", date=9, resolved=arguments(n=32), samples=rewards["sampling"], whole=8)
     assert cli.main(["report", str(tmp_path)]) == 0
     assert "n=32: 37.5 points less than Best-of-N, n=16" in capsys.readouterr().out
+    # one prompt, answered well and cheaply, is no match for eight
+    write_results(tmp_path / "few", date=10, resolved=arguments(n=2), samples=[1.0], whole=8)
+    assert cli.main(["report", str(tmp_path)]) == 0
+    told = capsys.readouterr().out
+    assert "n=32: 37.5 points less than Best-of-N, n=16" in told and "n=2: " not in told
 
 
 def test_other_prompts_and_other_rewards_are_not_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -116,6 +116,21 @@ def test_a_rerun_does_nothing_and_another_configuration_is_refused(
     assert {seed for item in open_run(out)[1] for seed in item.seeds} == {1}
 
 
+@pytest.mark.parametrize("wrong", [("--max_gen_toks", "5000"), ("--kv_budget_tokens", "20")], ids=lambda it: it[0])
+def test_arguments_that_were_refused_before_the_first_answer_do_not_hold_the_folder(
+    prompts: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], wrong: tuple[str, str]
+) -> None:
+    out = tmp_path / "out"
+    words = ("--prompts", prompts, "--output", str(out), "--n", "4", "--until", "\n", "--limit", "1")
+    assert run(*words, *wrong) == 1
+    assert not list(out.rglob("specrej_run.json"))
+    capsys.readouterr()
+    assert run(*words, "--max_gen_toks", "40") == 0, capsys.readouterr().err
+    # of a run that has answers nothing is taken away
+    assert run(*words, *wrong) == 1
+    assert len(open_run(out)[1]) == 1
+
+
 def test_prompts_moved_in_their_file_keep_their_answers(prompts: str, tmp_path: Path) -> None:
     out = str(tmp_path / "out")
     assert run("--prompts", prompts, "--output", out, *COMMON) == 0

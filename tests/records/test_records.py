@@ -190,7 +190,7 @@ def test_a_damaged_header_is_written_anew_where_the_records_say_whose_they_are(t
 def test_a_file_that_is_no_journal_is_refused_and_left_alone(content: bytes, tmp_path: Path) -> None:
     path = tmp_path / "notes.txt"
     path.write_bytes(content)
-    with pytest.raises(ConfigError, match="not one of our files"):
+    with pytest.raises(ConfigError, match="is not a journal"):
         opened(path)
     assert path.read_bytes() == content and not (tmp_path / "notes.txt.damaged").exists()
 
