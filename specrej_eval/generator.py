@@ -10,7 +10,7 @@ import logging
 import math
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from typing import Any
@@ -33,7 +33,7 @@ from specrej_eval.core import (
     finite_or_none,
 )
 from specrej_eval.engines.base import Engine, EngineSession
-from specrej_eval.errors import ConfigError, OutOfMemoryError, RewardError
+from specrej_eval.errors import ConfigError, OutOfMemoryError, PromptError, RewardError
 from specrej_eval.progress import Progress
 from specrej_eval.records.fingerprint import EMBEDDED, of_models, warn_of_uncovered
 from specrej_eval.records.journal import Journal, request_key
@@ -159,7 +159,12 @@ class Generator:
         changes = {"max_gen_toks": max_gen_toks, "seed": seed}
         config = self.config.replace(**{name: value for name, value in changes.items() if value is not None})
         stops = checked_until(list(until) if isinstance(until, (tuple, set)) else until)
-        listed: Sequence[Any] = [prompts] if isinstance(prompts, str) else prompts
+        if not isinstance(prompts, Iterable):
+            raise PromptError(
+                f"prompts must be a string, a list of chat messages, or a list of either, got {prompts!r}.",
+                hint='generate("Name a fruit.") answers one prompt.',
+            )
+        listed: Sequence[Any] = [prompts] if isinstance(prompts, str) else list(prompts)
         if listed and all(isinstance(item, Mapping) for item in listed):
             listed = [listed]  # one conversation
         seen: Counter[str] = Counter()

@@ -88,6 +88,6 @@ def summary_line(
         parts.append(f"{cost.grades_unreadable:,} answers of the judge had no readable grade")
     if best:
         parts.append(
-            f"mean reward {sum(best) / len(best):.3f} (all rows that finished: {sum(finished) / len(finished):.3f})"
+            f"mean reward {sum(best) / len(best):.3f} (of all finished rows: {sum(finished) / len(finished):.3f})"
         )
     return "; ".join(parts)

@@ -155,7 +155,7 @@ def what_is_kept() -> str:
     whose = f" ({rank})" if rank else ""
     again = "run the same command again to continue" + ("." if rank else f":\n  {command_line()}")
     if kept is None:
-        return f"no answer was finished{whose} since this start; what was kept before is still there. To start, {again}"
+        return f"stopped before the first answer of this start{whose}; earlier answers are kept. To start, {again}"
     if kept.where is None:
         return (
             f"none of {kept.total:,} answers is kept{whose}, since no file was named. journal=FILE in --model_args "

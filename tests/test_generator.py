@@ -197,6 +197,8 @@ def test_a_bad_prompt_is_refused_before_anything_is_decoded(tiny: str, prompt: A
     generator = load(pretrained=tiny, reward_model=f"{__name__}:length_reward", n=2, max_gen_toks=8)
     with pytest.raises(PromptError, match=message):
         generator.generate(["fine", prompt])
+    with pytest.raises(PromptError, match="must be a string, a list of chat messages, or a list of either, got 5"):
+        generator.generate(5)  # type: ignore[arg-type]
     assert generator.totals.decode_tokens == 0
 
 

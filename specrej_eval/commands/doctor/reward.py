@@ -320,8 +320,8 @@ def check_pairs(patient: Patient) -> Iterator[Finding]:
     yield Finding(
         "ok" if chance < LUCK else "broken",
         f"{sum(right)} of {len(right)} pairs",
-        f"right, those of the mixed answers below included; a coin would do as well in {chance:.2g} of tries "
-        f"(allowed: below {LUCK:g})",
+        f"right, those of the mixed answers below included; a coin does as well with probability "
+        f"{chance:.2g} (allowed: below {LUCK:g})",
     )
 
 
