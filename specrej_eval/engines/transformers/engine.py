@@ -133,7 +133,7 @@ class TransformersEngine(Engine):
         batch = [(session, group) for session in sessions for group in session.groups]
         for _, group in batch:
             group.target = group.num_sampled + num_tokens
-        with torch.inference_mode(), self._active(), clear_error("decoding", SMALLER):
+        with torch.inference_mode(), clear_error("decoding", SMALLER), self._active():
             self._decoder.decode(batch)
 
     @contextmanager
