@@ -137,7 +137,7 @@ class LmEval(Command):
         )
         assert found is not None
         samples = found["samples"]["specrej_arithmetic"]
-        Path("out").mkdir()
+        Path("out").mkdir(exist_ok=True)
         Path("out/results_.json").write_text(json.dumps({"results": found["results"]}))
         Path("out/samples_.jsonl").write_text("".join(json.dumps(row, default=str) + "\n" for row in samples))
         return 0
