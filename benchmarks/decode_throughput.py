@@ -4,9 +4,9 @@
 
 Peers: ours, transformers' generate(num_return_sequences=rows), its continuous batching (generate_batch), vLLM (n=rows),
 and with --baseline_path an older checkout of ours ("before"). Each is a process of its own with the same weights,
-number of threads, temperature 1 and top_k 50; EOS is ignored. What is timed goes from the prompt's ids to all rows' ids,
-prefill included. Runs alternate; the ratio of each pair is taken, and the median of the ratios is the result. A peer
-that is absent is skipped by name.
+number of threads, temperature 1 and top_k 50; EOS is ignored. What is timed goes from the prompt's ids to all rows'
+ids, prefill included. Runs alternate; the ratio of each pair is taken, and the median of the ratios is the result. A
+peer that is absent is skipped by name.
 """
 
 from __future__ import annotations
