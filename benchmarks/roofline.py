@@ -7,7 +7,8 @@ Ceilings: the best rate of a plain product (torch's linear, weights as they lie 
 model's own shapes with the rows of the step, the best over other rows and square ones too, and the bandwidth of a large
 copy. Floors of a step of `rows` rows, t tokens after a prompt of P:
 
-- products: 2 x weights x rows / rate of the model's own products, or reading the weights once, whichever is longer;
+- products alone: no floor, but all linear layers called one after the other, nothing packed and nothing in between;
+- products: 2 x weights x rows / best rate of one of them, or reading the weights once, whichever is longer;
 - whole: the same at the best rate of any product, the prompt's KV read once (or its products with all rows' queries),
   the rows' own KV read once, and three passes over float32 logits. t is that of the middle of what was timed.
 
@@ -87,9 +88,12 @@ class Ceilings:
         self.kv_heads = config.num_key_value_heads
         self.head_dim = getattr(config, "head_dim", None) or config.hidden_size // self.heads
         self.vocab = config.vocab_size
+        self._linears = linears
         self._own = sorted({tuple(module.weight.shape) for module in linears})
         self._square = [(size, size) for size in SQUARE[kind]]
         self._copied = torch.empty(COPIED[kind], dtype=torch.uint8, device=self.device)
+        self.sweep: dict[int, float] = {}
+        """Seconds of all linear layers one after the other, by the rows of the step."""
         self.own_flops: dict[int, float] = {}
         """FLOP/s of the best of the model's own products, by their rows."""
         self.flops = self.bandwidth = 0.0
@@ -104,12 +108,20 @@ class Ceilings:
             for shape in self._own:
                 rate = max(self._rate(shape, count, seconds) for count in {rows, padded})
                 self.own_flops[rows] = max(rate, self.own_flops.get(rows, 0.0))
+            inputs = {width: torch.randn(padded, width, device=self.device, dtype=self.dtype) for _, width in self._own}
+            for _ in range(4):
+                took = seconds_of(lambda: self._sweep(inputs), self.device)
+                self.sweep[rows] = min(took, self.sweep.get(rows, took))
             for shape in self._square:
                 self._rate(shape, 512, seconds)
             half = len(self._copied) // 2
             for _ in range(4):
                 took = seconds_of(lambda: self._copied[:half].copy_(self._copied[half:]), self.device)
                 self.bandwidth = max(self.bandwidth, 2 * half / took)
+
+    def _sweep(self, inputs: dict[int, Tensor]) -> None:
+        for module in self._linears:
+            functional.linear(inputs[module.in_features], module.weight)
 
     def _rate(self, shape: tuple[int, int], rows: int, seconds: float) -> float:
         """FLOP/s of a product of ``rows`` with weights (outputs, inputs)."""
@@ -150,6 +162,7 @@ class Ceilings:
         suffix = max(rows * tokens * kv / self.bandwidth, rows * tokens * attention / self.flops)
         logits = 3 * rows * self.vocab * 4 / self.bandwidth
         return {
+            "products_alone_ms": 1000 * self.sweep[rows],
             "floor_products_ms": 1000 * own,
             "floor_products_best_ms": 1000 * products,
             "floor_attention_ms": 1000 * (prefix + suffix),
@@ -230,6 +243,7 @@ def ratios(found: dict[str, Any], ceilings: Ceilings) -> dict[str, float]:
     step = found["step_ms"]["median"]
     return {
         **floors,
+        "over_products_alone": step / floors["products_alone_ms"],
         "over_products": step / floors["floor_products_ms"],
         "over_products_best": step / floors["floor_products_best_ms"],
         "over_floor": step / floors["floor_ms"],
@@ -243,10 +257,10 @@ def markdown(result: dict[str, Any]) -> str:
             words,
             found["step_ms"]["median"],
             found.get("step_with_stats_ms", {}).get("median"),
+            found["products_alone_ms"],
+            f"{found['over_products_alone']:.2f}",
             found["floor_products_ms"],
             f"{found['over_products']:.2f}",
-            found["floor_products_best_ms"],
-            f"{found['over_products_best']:.2f}",
             found["floor_ms"],
             f"{found['over_floor']:.2f}",
             found["tokens_per_second"],
@@ -254,8 +268,8 @@ def markdown(result: dict[str, Any]) -> str:
         for words, found in result["shapes"].items()
     ]
     headers = [
-        "prompt x rows", "step, ms", "with statistics, ms", "products at the model's best rate, ms", "step over it",
-        "products at the machine's best rate, ms", "step over it", "whole floor, ms", "step over it", "tokens/s",
+        "prompt x rows", "step, ms", "with statistics, ms", "products alone, ms", "step over it", "their floor, ms",
+        "step over it", "whole floor, ms", "step over it", "tokens/s",
     ]  # fmt: skip
     seen = result["ceilings"]
     rates = ", ".join(f"{rows} rows {rate:,.0f}" for rows, rate in seen["own_gflops"].items())
