@@ -1,9 +1,11 @@
-"""Weights of linear layers laid out once for a CPU's matrix kernels, in bfloat16: the same bits in less time.
+"""Weights of linear layers laid out once for a CPU's matrix kernels (oneDNN's), which makes products faster.
 
-Torch lays a weight out for oneDNN in every call, which for the few rows of a decode step costs about as much as the
-product. Here it is done once. The model is not changed by it: parameters, ``state_dict``, hooks, adapters and whoever
-else calls the model find everything as it was; only inside ``active`` do its linear layers compute with the copies. In
-float32 the copies would give other bits, so there are none.
+In bfloat16 torch lays a weight out in every call, which for the few rows of a decode step costs about as much as the
+product; the bits are the same. In float32 torch calls MKL, whose bits are others, though not closer to the truth; with
+oneDNN a row's bits do not depend on how many rows there are (measured from two rows up, on one, two and four threads).
+
+The model is not changed by it: parameters, ``state_dict``, hooks, adapters and whoever else calls the model find
+everything as it was; only inside ``active`` do its linear layers compute with the copies.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from specrej_eval.kv.memory import free_bytes
 
 LARGEST_SHARE = 0.25
 """Of the free memory; if the copies were larger, there are none."""
+_DTYPES = (torch.bfloat16, torch.float32)
 _ROWS = 64
 """Rows that a layout is chosen for; others are right too."""
 
@@ -39,7 +42,7 @@ class _PackedForward:
 
     def __call__(self, input: Tensor) -> Tensor:
         layer = self._layer
-        if input.dtype != torch.bfloat16 or torch.is_grad_enabled():
+        if input.dtype != layer.weight.dtype or torch.is_grad_enabled():
             return functional.linear(input, layer.weight, layer.bias)
         out: Tensor = torch.ops.mkldnn._linear_pointwise(input, self._weight, layer.bias, "none", [], "")
         return out
@@ -58,7 +61,8 @@ class PackedWeights:
         self._depth = 0
         self.nbytes = sum({layer.weight.data_ptr(): layer.weight.nbytes for layer in self._layers}.values())
         """Memory that the copies take, in bytes; 0 = there are none."""
-        if self.nbytes > LARGEST_SHARE * free_bytes(torch.device("cpu")) or not _supported():
+        dtypes = {layer.weight.dtype for layer in self._layers}
+        if self.nbytes > LARGEST_SHARE * free_bytes(torch.device("cpu")) or not all(map(_supported, dtypes)):
             self._layers, self.nbytes = [], 0
 
     @contextmanager
@@ -96,13 +100,13 @@ class PackedWeights:
 
 
 def _packable(module: torch.nn.Module) -> TypeGuard[torch.nn.Linear]:
-    """Whether it is a plain linear layer in bfloat16 on the CPU: no subclass, and nobody has replaced its ``forward``
-    (accelerate's hooks do)."""
+    """Whether it is a plain linear layer on the CPU: no subclass, and nobody has replaced its ``forward`` (accelerate's
+    hooks do)."""
     if type(module) is not torch.nn.Linear or "forward" in vars(module):
         return False
     weight = module.weight
     plain = type(weight) is torch.nn.Parameter and weight.is_contiguous() and not weight.nbytes % 8
-    return plain and weight.dtype == torch.bfloat16 and weight.device.type == "cpu"
+    return plain and weight.dtype in _DTYPES and weight.device.type == "cpu"
 
 
 def _source(weight: Tensor) -> Source:
@@ -110,14 +114,15 @@ def _source(weight: Tensor) -> Source:
 
 
 @cache
-def _supported() -> bool:
-    """Tried out: the operators are torch's own business, and the bits must be the same."""
+def _supported(dtype: torch.dtype) -> bool:
+    """Tried out: the operators are torch's own business, and what they compute must be right."""
     generator = torch.Generator().manual_seed(0)
-    weight, rows = (torch.randn(size, 64, generator=generator).bfloat16() for size in (48, 16))
+    weight, rows = (torch.randn(size, 64, generator=generator).to(dtype) for size in (48, 16))
     try:
         with torch.inference_mode():
             packed = torch.ops.mkldnn._reorder_linear_weight(weight, _ROWS)
             out = torch.ops.mkldnn._linear_pointwise(rows, packed, None, "none", [], "")
-            return torch.equal(out, functional.linear(rows, weight))
     except (RuntimeError, AttributeError, NotImplementedError):
         return False
+    plain = functional.linear(rows, weight)
+    return torch.allclose(out, plain, atol=1e-4) if dtype == torch.float32 else torch.equal(out, plain)

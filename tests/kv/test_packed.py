@@ -13,7 +13,9 @@ from specrej_eval.engines.transformers.model import ModelRunner
 from specrej_eval.kv import packed
 from specrej_eval.kv.packed import PackedWeights
 
-pytestmark = pytest.mark.skipif(not packed._supported(), reason="this torch or CPU has no packed bfloat16 products")
+pytestmark = pytest.mark.skipif(
+    not all(map(packed._supported, packed._DTYPES)), reason="this torch or CPU has no packed products"
+)
 
 
 def model_in(dtype: torch.dtype = torch.bfloat16) -> Any:
@@ -43,6 +45,20 @@ def test_bits_are_those_of_the_plain_layer(rows: int, bias: bool) -> None:
             with PackedWeights(layer).active():
                 assert "forward" in vars(layer)
                 assert torch.equal(layer(given), want)
+
+
+@pytest.mark.parametrize("sizes", [(64, 64), (96, 40), (33, 21), (128, 513), (1536, 576)])
+def test_in_float32_a_row_does_not_depend_on_its_company(sizes: tuple[int, int]) -> None:
+    torch.manual_seed(0)
+    layer = torch.nn.Linear(*sizes)
+    given = torch.randn(200, sizes[0])
+    with torch.inference_mode():
+        want = layer(given)
+        with PackedWeights(layer).active():
+            together = layer(given)
+            assert torch.allclose(together, want, atol=1e-4)
+            for rows in (16, 32, 48, 112, 176):
+                assert torch.equal(layer(given[16 : 16 + rows]), together[16 : 16 + rows])
 
 
 def test_a_model_gives_the_same_bits_and_is_as_it_was() -> None:
@@ -125,7 +141,8 @@ def test_layers_of_other_kinds_are_left_alone(monkeypatch: pytest.MonkeyPatch) -
     class Mine(torch.nn.Linear):
         pass
 
-    assert not PackedWeights(model_in(torch.float32)).nbytes
+    assert not PackedWeights(model_in(torch.float16)).nbytes
+    assert not PackedWeights(model_in(torch.float64)).nbytes
     assert not PackedWeights(Mine(8, 8).bfloat16()).nbytes
     assert PackedWeights(torch.nn.Linear(8, 8).bfloat16()).nbytes == 128
     monkeypatch.setattr(packed, "free_bytes", lambda device: 500)
