@@ -21,7 +21,7 @@ import logging
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ from specrej_eval.records.jsonl import (
     RUN,
     Line,
     Scan,
+    check_writable,
     checked_line,
     damaged_file,
     describe_damage,
@@ -206,6 +207,60 @@ def _take(found: Contents, line: Line) -> int | None:
     return as_whole(capacity, CAPACITY) if capacity is not None else None
 
 
+def check(path: str, fingerprint: Callable[[], dict[str, Any]]) -> None:
+    """Refuse now what ``Journal`` would refuse once the models are loaded; nothing is written.
+
+    Args:
+        fingerprint: makes it; asked only where there is a journal to go on from.
+
+    Raises:
+        ConfigError: as ``Journal``.
+    """
+    check_writable(path, argument="journal")
+    others = [*beside(path)]
+    if others or Path(path).is_file():
+        now = fingerprint()
+        for other in others:
+            _of_this_run(other, now)
+        if Path(path).is_file():
+            _read_own(path, now)
+
+
+def _read_own(path: str, fingerprint: dict[str, Any]) -> Contents:
+    """The journal of a run that goes on. Raises as ``Journal``."""
+    found = read(path)
+    if found.fingerprint is not None:
+        check_same(found.fingerprint, fingerprint, what=f"journal={path!r}", remedy=_REMEDY)
+    elif found.scan.lines and found.run != digest(fingerprint):
+        told = "its entries belong to another configuration" if found.run else "nothing says which models it is of"
+        raise ConfigError(
+            f"journal={path!r} has {len(found.entries)} intact entries, but its first line, which says which "
+            f"models they come from, is damaged, and {told}. Nothing in it was changed.",
+            hint="the command that started it continues from there; `specrej-eval journal verify` lists what is "
+            "damaged, and `specrej-eval journal merge FILE JOURNAL --output NEW` gives its entries the first line "
+            "of another journal of the same run.",
+        )
+    return found
+
+
+def _of_this_run(path: Path, fingerprint: dict[str, Any]) -> Contents | None:
+    """What another process's file holds; None if it is of no use. Nothing in it is changed: it may be in use.
+
+    Raises:
+        ConfigError: it belongs to another configuration.
+    """
+    try:
+        found = read(path)
+    except ConfigError as error:
+        logger.warning("%s is not used: %s", path.name, error)
+        return None
+    if found.fingerprint is not None:
+        check_same(found.fingerprint, fingerprint, what=f"journal={str(path)!r}", remedy=_REMEDY)
+    elif found.run != digest(fingerprint):
+        return None
+    return found
+
+
 class Journal:
     """Reads what is there, then appends.
 
@@ -228,7 +283,7 @@ class Journal:
         """What memory held when the run began (``n=max``)."""
         self._fingerprint = plain(fingerprint)
         self._run = digest(fingerprint)
-        others = [(other, found) for other in beside(path) if (found := self._of_this_run(other)) is not None]
+        others = [(other, found) for other in beside(path) if (found := _of_this_run(other, fingerprint)) is not None]
         has_header = Path(path).is_file() and self._read()
         for other, found in others:
             self._take_over(other, found)
@@ -295,19 +350,9 @@ class Journal:
 
     def _read(self) -> bool:
         """Fill the entries and mend the file; False if its header has yet to be written."""
-        found = read(self.path)
+        found = _read_own(self.path, self._fingerprint)
         if found.fingerprint is not None:
-            check_same(found.fingerprint, self._fingerprint, what=f"journal={self.path!r}", remedy=_REMEDY)
             self._run = digest(found.fingerprint)
-        elif found.scan.lines and found.run != self._run:
-            told = "its entries belong to another configuration" if found.run else "nothing says which models it is of"
-            raise ConfigError(
-                f"journal={self.path!r} has {len(found.entries)} intact entries, but its first line, which says which "
-                f"models they come from, is damaged, and {told}. Nothing in it was changed.",
-                hint="the command that started it continues from there; `specrej-eval journal verify` lists what is "
-                "damaged, and `specrej-eval journal merge FILE JOURNAL --output NEW` gives its entries the first line "
-                "of another journal of the same run.",
-            )
         self._entries = {key: (self._name, entry) for key, entry in found.entries.items()}
         self.capacity_tokens = found.capacity_tokens
         self._tell(found)
@@ -318,19 +363,6 @@ class Journal:
             replace_bytes(place, header.encode() + place.read_bytes())
             return True
         return found.fingerprint is not None
-
-    def _of_this_run(self, path: Path) -> Contents | None:
-        """What another process's file holds; None if it is of no use. Nothing in it is changed: it may be in use."""
-        try:
-            found = read(path)
-        except ConfigError as error:
-            logger.warning("%s is not used: %s", path.name, error)
-            return None
-        if found.fingerprint is not None:
-            check_same(found.fingerprint, self._fingerprint, what=f"journal={str(path)!r}", remedy=_REMEDY)
-        elif found.run != self._run:
-            return None
-        return found
 
     def _take_over(self, path: Path, found: Contents) -> None:
         for key, entry in found.entries.items():
