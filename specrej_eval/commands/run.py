@@ -230,7 +230,7 @@ def _run(
         print(f"nothing to do: {len(questions):,} answers in {store.outputs_file} (--force draws them again)")
         return folder
     if ranks.main:
-        store.begin(record, going_on=not anew, delete=anew)
+        store.begin(record, going_on=not anew, delete=anew, to_start_over="add --force")
         if anew:
             for path in store.path.glob(f"{store.trajectories_file.stem}*.jsonl"):
                 path.unlink()

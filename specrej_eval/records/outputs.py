@@ -335,13 +335,21 @@ class OutputsFolder:
 
     # writing
 
-    def begin(self, record: RunRecord, *, going_on: bool = True, delete: bool = False) -> RunRecord:
+    def begin(
+        self,
+        record: RunRecord,
+        *,
+        going_on: bool = True,
+        delete: bool = False,
+        to_start_over: str = "delete the folder",
+    ) -> RunRecord:
         """Open the folder for a run. Only rank 0 writes ``specrej_run.json`` and mends what is damaged.
 
         Args:
             going_on: take over the answers found here; False starts anew, and moves what is here to
                 ``FILE.previous`` (``.previous.2`` and so on).
             delete: with ``going_on=False``, delete it: only where the user asked for that.
+            to_start_over: what the user is to do for ``going_on=False``, for messages.
 
         Returns:
             The record as it stands on disk now; ``capacity_tokens`` is that of the first run.
@@ -357,8 +365,7 @@ class OutputsFolder:
                 before.fingerprint,
                 record.fingerprint,
                 what=f"the run {before.name!r} in {str(self.path)!r}",
-                remedy="to keep it, give this run another name or output folder; to start over, delete the folder "
-                "(`specrej-eval run` does that with --force).",
+                remedy=f"to keep it, give this run another name or output folder; to start over, {to_start_over}.",
             )
             if before.name != record.name:
                 raise ConfigError(

@@ -29,6 +29,8 @@ SIDES = {
     "reference_model_configs": ("reference_outputs.json", "specrej_reference"),
 }
 
+_ANEW = "add `--is_load_outputs False --chunksize None`: the answers there are set aside"
+
 
 def wrap_evaluate_from_model(original: Callable[..., Any]) -> Callable[..., Any]:
     """``evaluate_from_model`` for our decoders too; other decoders' configurations pass through untouched."""
@@ -123,7 +125,8 @@ def _begin(
         outputs, prefix = SIDES[side]
         generation.store = OutputsFolder(folder, prefix=prefix)
         _check_owner(folder / outputs, generation.store, going_on)
-        generation.store.begin(generation.record, going_on=going_on)
+        anew = "delete the folder" if arguments["max_instances"] is not None else _ANEW
+        generation.store.begin(generation.record, going_on=going_on, to_start_over=anew)
         if kept := generation.store.set_apart(lambda item: item.instruction in generation.places):
             logger.warning("%d answers to other prompts are kept in %s.", kept, generation.store.kept_file.name)
         generation.mark_complete()  # a run that is over stays so, whatever becomes of the judge

@@ -71,7 +71,10 @@ def _combined(
                 merged[name] = _sum(one, other, name)
         found.append(merged)
     if undecided:
-        alpaca_eval_runs.note(f"the judge preferred the same position, not the same answer, in {undecided} pairs.")
+        alpaca_eval_runs.note(
+            f"the judge preferred the same position, not the same answer, in {undecided} pairs.",
+            of=in_order[0].get("generator_2"),
+        )
     return found
 
 

@@ -86,10 +86,11 @@ def _length_controlled(original: Callable[..., Any], glm: ModuleType) -> Callabl
         """
         frame = _complete(glm.utils.convert_to_dataframe(annotations))
         _remember_lengths(frame)
+        model = str(frame["generator_2"].iloc[0]) if len(frame) else None
         is_baseline = bool((frame["generator_1"] == frame["generator_2"]).all())
         choice = _Choice(glm_name or STANDARD) if glm_info else _choose(frame, glm_name, glm, is_fitted=not is_baseline)
         if choice.note:
-            alpaca_eval_runs.note(choice.note)
+            alpaca_eval_runs.note(choice.note, of=model)
         found = None
         while found is None and choice.glm != NONE:
             try:
@@ -108,7 +109,7 @@ def _length_controlled(original: Callable[..., Any], glm: ModuleType) -> Callabl
                     raise
                 _logger.debug("fit of %s", choice.glm, exc_info=True)
                 choice = _instead(choice, asked=glm_name or ("glm_info" if glm_info else None), error=error)
-                alpaca_eval_runs.note(choice.note)
+                alpaca_eval_runs.note(choice.note, of=model)
         if found is None:
             found = glm.get_winrate(frame)
             found["length_controlled_winrate"] = found["win_rate"]
