@@ -76,5 +76,9 @@ def without_passwords(text: str, put: str = "") -> str:
 
 def start_of(text: Any) -> str:
     """The beginning of an instruction or answer, for a message."""
-    words = " ".join(str(text).split())
-    return repr(words if len(words) <= 60 else words[:57] + "...")
+    return repr(shortened(" ".join(str(text).split())))
+
+
+def shortened(text: str, most: int = 60) -> str:
+    """At most so many characters; where some are left out, it ends with three dots."""
+    return text if len(text) <= most else text[: most - 3] + "..."

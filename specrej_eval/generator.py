@@ -203,9 +203,12 @@ class Generator:
         in_flight = self._in_flight(waiting) if waiting else FIXED_PROMPTS
         self.prompts_in_flight = in_flight if waiting else self.prompts_in_flight
         scheduler = Scheduler(waiting, batch_size=in_flight)
+        name = ", ".join(dict.fromkeys(request.config.strategy for request in requests))
         with (
             stopping.keeping(len(requests), None if journal is None else journal.path) as kept,
-            contextlib.closing(Progress(len(requests), in_flight=in_flight, shown=progress, summary=summary)) as bar,
+            contextlib.closing(
+                Progress(len(requests), name=name, in_flight=in_flight, shown=progress, summary=summary)
+            ) as bar,
             contextlib.ExitStack() as to_close,
         ):
             running: list[_Running] = []

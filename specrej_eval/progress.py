@@ -13,11 +13,16 @@ from specrej_eval.engines.base import EngineSession
 
 
 class Progress:
-    """A progress bar over prompts; when it closes, what the run cost and what it gained, on stderr."""
+    """A progress bar over prompts; when it closes, what the run cost and what it gained, on stderr.
 
-    def __init__(self, total: int, *, in_flight: int, shown: bool, summary: bool = True) -> None:
+    Args:
+        name: what answers: the strategy.
+    """
+
+    def __init__(self, total: int, *, name: str, in_flight: int, shown: bool, summary: bool = True) -> None:
+        self._name = name
         self._bar = tqdm(
-            total=total, disable=not shown, desc=f"specrej ({min(in_flight, total)} at a time)", unit="prompt"
+            total=total, disable=not shown, desc=f"{name} ({min(in_flight, total)} at a time)", unit="prompt"
         )
         self._summary = shown and summary
         self._started = time.perf_counter()
@@ -46,7 +51,7 @@ class Progress:
         self._bar.close()
         if self._summary and answers:
             line = summary_line(answers, self._spent, self._best, self._finished)
-            tqdm.write(f"specrej: {line}", file=sys.stderr)
+            tqdm.write(f"{self._name}: {line}", file=sys.stderr)
 
 
 def summary_line(

@@ -237,7 +237,7 @@ def rows(runs: Sequence[Run], baseline: str | None = None) -> list[dict[str, Any
         baseline: a part of the name of the run that the others are held against; None = the first.
 
     Raises:
-        ConfigError: no run is called so.
+        ConfigError: no run is called so, or several are.
     """
     names = labels(runs)
     chosen = _named(names, baseline)
@@ -275,11 +275,18 @@ def rows(runs: Sequence[Run], baseline: str | None = None) -> list[dict[str, Any
 def _named(names: Sequence[str], baseline: str | None) -> int:
     if baseline is None:
         return 0
-    found = [index for index, name in enumerate(names) if baseline.casefold() in name.casefold()]
+    wanted = baseline.casefold()
+    found = [index for index, name in enumerate(names) if wanted in name.casefold()]
+    found = [index for index in found if wanted == names[index].casefold()] or found
     if not found:
         close = nearest(baseline, names)
         hint = f"did you mean {close!r}?" if close else f"there are {'; '.join(names)}."
         raise ConfigError(f"no run is called {baseline!r}.", hint=hint)
+    if len(found) > 1:
+        raise ConfigError(
+            f"--baseline {baseline!r} is part of the names of {len(found)} runs.",
+            hint=f"give more of one: {'; '.join(names[index] for index in found)}.",
+        )
     return found[0]
 
 

@@ -13,6 +13,7 @@ import dataclasses
 import functools
 import json
 import os
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -26,6 +27,7 @@ from specrej_eval.config import (
     ARGUMENTS,
     DECIDING,
     HOST,
+    Decides,
     PromptArguments,
     RunConfig,
     Takes,
@@ -74,10 +76,8 @@ _SYNONYMS = {
 }
 HINTS = {
     **{name: f"did you mean --{meant}?" for name, meant in _SYNONYMS.items()},
-    **{
-        name: f"`specrej-eval run` keeps its own {name}; it lies in the folder of --output."
-        for name in ARGUMENTS.keys() - OURS.keys()
-    },
+    **{name: f"{name} is about tasks of lm-eval, and `specrej-eval run` has none." for name in names(Decides.TASKS)},
+    "journal": "`specrej-eval run` keeps its own journal; it lies in the folder of --output.",
     "speculative_rejection": "it is --strategy speculative_rejection, the default.",
     "variance_reduce": "it has no code behind it in the reference code either.",
 }
@@ -184,7 +184,14 @@ def _seeds(text: str | None, seed: Any) -> list[int | None]:
     """
     if text is None:
         return [None]
-    seeds: list[int | None] = [as_int("seeds", word.strip()) for word in text.split(",")]
+    if not re.fullmatch(r"\s*-?\d+\s*(,\s*-?\d+\s*)*", text):
+        found = re.fullmatch(r"(\d+)(?:-|\.\.|:)(\d+)", text.strip())
+        listed = ",".join(map(str, range(int(found[1]), int(found[2]) + 1))) if found else "0,1,2"
+        raise ConfigError(
+            f"--seeds must be whole numbers with commas between them, got {text!r}.",
+            hint=f"{'did you mean' if found else 'for example'} --seeds {listed if len(listed) < 80 else '0,1,2'}",
+        )
+    seeds: list[int | None] = [int(word) for word in text.split(",")]
     if seed is not None or len(set(seeds)) < len(seeds):
         what = f"--seed {seed} and --seeds {text}" if seed is not None else f"--seeds {text} names one seed twice"
         raise ConfigError(f"{what}: each seed is a run of its own.", hint="for example --seeds 0,1,2")

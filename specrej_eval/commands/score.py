@@ -93,6 +93,8 @@ def run(args: argparse.Namespace) -> int:
         target.unlink(missing_ok=True)
         done = []
     if len(done) < len(entries):
+        if config.reward_model is None:
+            tqdm.write("DEMO: the embedded demo reward scores; it knows nothing but small sums.", file=sys.stderr)
         reward = load_reward(config, options.get("token"))
         if not reward.reads_text:
             raise ConfigError(

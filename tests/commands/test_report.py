@@ -292,6 +292,17 @@ def test_differences_are_those_of_a_paired_t_test(tmp_path: Path, capsys: pytest
     assert "no run is called 'nobody'" in capsys.readouterr().err
 
 
+def test_a_baseline_that_several_runs_could_be_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for date, n in enumerate((2, 4, 16)):
+        write_results(tmp_path / str(n), date=date, resolved=arguments(strategy="best_of_n", n=n), samples=[1.0] * 8)
+    assert cli.main(["report", str(tmp_path), "--baseline", "best"]) == 1
+    told = capsys.readouterr().err
+    assert "'best' is part of the names of 3 runs" in told
+    assert "Best-of-N, n=2; Best-of-N, n=4; Best-of-N, n=16" in told
+    write_results(tmp_path / "1", date=9, resolved=arguments(strategy="best_of_n", n=160), samples=[1.0] * 8)
+    assert "against Best-of-N, n=16," in report(capsys, tmp_path, "--baseline", "best-of-n, N=16"), "its whole name"
+
+
 def test_one_line_says_what_the_numbers_mean(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rewards = {"sampling": [0.0] * 8, "bo": [1, 0, 0, 1, 0, 1, 0, 0], "spr": [1, 1, 0, 1, 1, 1, 1, 0]}
     settings = {"sampling": {"strategy": "best_of_n", "n": 1}, "bo": {"strategy": "best_of_n"}, "spr": {"n": 32}}

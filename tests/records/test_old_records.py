@@ -190,7 +190,7 @@ def test_what_reads_records_reads_those_of_earlier_versions(
     folders = [name for name in ("run", "alpaca") if (records / name).is_dir()]
     journals = ["run.jsonl", *(f"{name}/specrej_trajectories.jsonl" for name in folders if name == "run")]
     assert cli.main(["journal", "verify", *journals, *folders]) == 0
-    assert capsys.readouterr().out == "nothing is wrong\n"
+    assert capsys.readouterr().out == "no problems found\n"
     for name in journals:
         assert cli.main(["journal", "show", name]) == 0
         shown = capsys.readouterr().out

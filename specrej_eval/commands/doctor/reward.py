@@ -17,7 +17,7 @@ from specrej_eval.commands.doctor.findings import Finding, Status, show
 from specrej_eval.commands.doctor.probes import PROBES, Probes, demo_probes
 from specrej_eval.config import RunConfig
 from specrej_eval.core import RowView
-from specrej_eval.errors import ConfigError, RewardError
+from specrej_eval.errors import ConfigError, RewardError, shortened, start_of
 from specrej_eval.options import load_reward, reward_config
 from specrej_eval.special_tokens import ALLOW, ERROR
 
@@ -307,11 +307,10 @@ def check_pairs(patient: Patient) -> Iterator[Finding]:
         good, bad = _scores(patient.reward, prompt, [_row(better), _row(worse, 1)])
         right.append(good > bad)
         status: Status = "ok" if good > bad else "broken"
-        shown = prompt if len(prompt) <= 60 else prompt[:57] + "..."
         yield Finding(
             status,
             f"{good:.4g} {'>' if good > bad else '<='} {bad:.4g}",
-            f"better {'>' if good > bad else 'not >'} worse: {shown}",
+            f"better {'>' if good > bad else 'not >'} worse: {shortened(prompt)}",
         )
     for prompt, answers in patient.probes.answers:  # no answer is in two pairs, so a coin is right or wrong anew
         scores = _scores(patient.reward, prompt, [_row(text, number) for number, text in enumerate(answers)])
@@ -339,7 +338,7 @@ def check_partial(patient: Patient) -> Iterator[Finding]:
         halves = [RowView(number, text[: len(text) // 2], (), None) for number, text in enumerate(answers)]
         partial = _scores(patient.reward, prompt, halves)
         found.append(rank_correlation(partial, whole))
-        yield Finding("ok", f"{found[-1]:+.2f}", f"half against whole, {len(answers)} answers: {prompt[:57]}")
+        yield Finding("ok", f"{found[-1]:+.2f}", f"half against whole, {len(answers)} answers: {shortened(prompt)}")
     mean = fmean(found)
     detail = "mean rank correlation; below 0.15 rejecting rows early gains nothing"
     yield Finding("broken" if mean <= 0 else "note" if mean < 0.15 else "ok", f"{mean:+.2f}", detail)
@@ -366,7 +365,7 @@ def _scores(reward: RewardModel, prompt: str, rows: Sequence[RowView]) -> list[f
         raise RewardError(f"{len(rows)} scores were expected, got {len(scores)}.")
     for row, score in zip(rows, scores, strict=True):
         if isinstance(score, bool) or not isinstance(score, (int, float)) or not math.isfinite(score):
-            raise RewardError(f"an answer has the score {score!r}, which is not a finite number: {row.text[:60]!r}")
+            raise RewardError(f"an answer has the score {score!r}, which is not a finite number: {start_of(row.text)}")
     return scores
 
 
