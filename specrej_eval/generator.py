@@ -41,6 +41,7 @@ from specrej_eval.records.trace import Tracer
 from specrej_eval.rewards.base import RewardModel, RewardSession
 from specrej_eval.scheduler import FIXED_PROMPTS, Scheduler, auto_prompts
 from specrej_eval.strategies.base import State, Strategy, make_strategy
+from specrej_eval.wording import counted
 
 logger = logging.getLogger(__name__)
 
@@ -284,7 +285,7 @@ class Generator:
                 hint="give n (and kv_budget_tokens) as numbers.",
             )
         budget = budgets.resolve(longest.config, longest.prompt.num_tokens, capacity_tokens=tokens)
-        told = f"n=max comes to {budget.n:,} rows of a prompt of {budget.prompt_tokens} tokens"
+        told = f"n=max comes to {counted(budget.n, 'row')} of a prompt of {budget.prompt_tokens} tokens"
         told += f", {budget.kv_budget_tokens:,} tokens of KV cache"
         told += f" ({budget.kv_budget_tokens * self.engine.bytes_per_token() / 2**20:,.0f} MiB)"
         most = self.engine.most_rows_unasked

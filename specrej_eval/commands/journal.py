@@ -21,6 +21,7 @@ from specrej_eval.records.fingerprint import check_same
 from specrej_eval.records.journal import SCHEMA_VERSION, Contents, lacking_fields, read
 from specrej_eval.records.jsonl import checked_line, write_atomically
 from specrej_eval.records.outputs import OutputsFolder
+from specrej_eval.wording import counted
 
 _DIGEST = re.compile(r"\b([0-9a-f]{12})(?:[0-9a-f]{28}|[0-9a-f]{52})\b")
 
@@ -105,18 +106,20 @@ def _print_contents(path: str, found: Contents) -> None:
     _print_settings(found.fingerprint or {"first line": "damaged"})
     results = {name: entry.result for name, entry in found.entries.items()}
     total = reduce(Ledger.add, (result.ledger for result in results.values()), Ledger())
-    print(f"{len(results):,} answers; they cost {total.decode_tokens:,} tokens and {total.total_seconds:.1f} s")
+    print(
+        f"{counted(len(results), 'answer')}; they cost {counted(total.decode_tokens, 'token')} and "
+        f"{total.total_seconds:.1f} s"
+    )
     for task, number in sorted(Counter(result.task for result in results.values()).items()):
         print(f"  {inert(task) or '(no task)'}: {number}")
     if found.capacity_tokens is not None:
-        print(f"n=max was resolved with {found.capacity_tokens:,} tokens")
+        print(f"n=max was resolved with {counted(found.capacity_tokens, 'token')}")
     if found.unchecked:
         lacking = f" and lack {', '.join(fields)}" if (fields := lacking_fields(found)) else ""
-        print(f"{found.unchecked} of them were written by an older version: they carry no checksum{lacking}")
+        print(f"written by an older version, without a checksum{lacking}: {found.unchecked} of them")
     if found.scan.damaged:
         number = len(found.scan.damaged)
-        are = "1 line is" if number == 1 else f"{number} lines are"
-        print(f"{are} damaged: see `specrej-eval journal verify {inert(path)}`")
+        print(f"{counted(number, 'line is', 'lines are')} damaged: see `specrej-eval journal verify {inert(path)}`")
 
 
 def _print_settings(fingerprint: Mapping[str, object]) -> None:
@@ -143,7 +146,10 @@ def _print_answer(key: str, result: GenerationResult) -> None:
     for row in result.trajectories:
         mark = "*" if row is result.best else " "
         reward = "none" if row.reward is None else f"{row.reward:.4f}"
-        print(f"{mark} row {row.row}: {row.finish_reason}, {row.num_tokens} tokens, reward {reward}: {inert(row.text)}")
+        print(
+            f"{mark} row {row.row}: {row.finish_reason}, {counted(row.num_tokens, 'token')}, reward {reward}: "
+            f"{inert(row.text)}"
+        )
 
 
 def inert(text: str) -> str:
@@ -208,11 +214,11 @@ def merge(paths: list[str], output: str, *, force: bool = False) -> int:
     head = [checked_line({"journal": SCHEMA_VERSION, "fingerprint": fingerprint})]
     head += [checked_line({"key": "capacity_tokens", "result": tokens, "run": run_digest}) for tokens in capacities]
     write_atomically(target, "".join([*head, *(checked_line({**line, "run": run_digest}) for line in lines)]))
-    print(f"{len(lines):,} answers of {len(paths)} journals in {output}")
+    print(f"{counted(len(lines), 'answer')} of {counted(len(paths), 'journal')} in {output}")
     if contradicting:
-        print(f"{contradicting} requests were answered differently: the first answer counts", file=sys.stderr)
+        print(f"{counted(contradicting, 'request')} with different answers: the first counts", file=sys.stderr)
     if damaged:
-        print(f"{damaged} damaged lines were left out; they are still in the original files", file=sys.stderr)
+        print(f"{counted(damaged, 'damaged line')} left out, and still in the original files", file=sys.stderr)
     return 0
 
 

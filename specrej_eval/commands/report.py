@@ -29,6 +29,7 @@ from specrej_eval.records.fingerprint import EMBEDDED
 from specrej_eval.records.outputs import RUN_FILES, Answer, OutputsFolder, total_cost
 from specrej_eval.records.run_names import model_name
 from specrej_eval.records.scores import Score, mean_score
+from specrej_eval.wording import counted
 
 SUMMARY = "print one table of the runs found under a folder, with paired differences between them"
 EXAMPLES = (
@@ -190,13 +191,13 @@ def _reward_score(task: str, answers: Sequence[Answer], fingerprint: Mapping[str
 
 
 def _remarks(answers: Sequence[Answer], *, complete: bool) -> list[str]:
-    counts = {
-        "answers gave up rows for want of memory (degraded)": sum(answer.degraded for answer in answers),
-        "rewards were not finite": sum(answer.nan_rewards for answer in answers),
-        "answers are empty": sum(not answer.output.strip() for answer in answers),
-    }
-    found = [] if complete else [f"not finished: {len(answers)} answers so far"]
-    return found + [f"{count} {what}" for what, count in counts.items() if count]
+    counts = [
+        (sum(answer.degraded for answer in answers), "gave up rows for want of memory (degraded)", "answer", ""),
+        (sum(answer.nan_rewards for answer in answers), "not finite", "reward was", "rewards were"),
+        (sum(not answer.output.strip() for answer in answers), "empty", "answer is", "answers are"),
+    ]
+    found = [] if complete else [f"not finished: {counted(len(answers), 'answer')} so far"]
+    return found + [f"{counted(count, one, more)} {what}" for count, what, one, more in counts if count]
 
 
 # naming
@@ -284,7 +285,7 @@ def _named(names: Sequence[str], baseline: str | None) -> int:
         raise ConfigError(f"no run is called {baseline!r}.", hint=hint)
     if len(found) > 1:
         raise ConfigError(
-            f"--baseline {baseline!r} is part of the names of {len(found)} runs.",
+            f"--baseline {baseline!r} is part of the names of {counted(len(found), 'run')}.",
             hint=f"give more of one: {'; '.join(names[index] for index in found)}.",
         )
     return found[0]
@@ -487,7 +488,7 @@ def notes(runs: Sequence[Run]) -> list[str]:
         found.append("not all runs used the same hardware: their seconds do not compare")
     limits = [f"{run.limit:g}" for run in runs if run.limit is not None]
     if limits:
-        told = f"--limit was {', '.join(dict.fromkeys(limits))} in {len(limits)} of {len(runs)} runs"
+        told = f"--limit was {', '.join(dict.fromkeys(limits))} in {len(limits)} of {counted(len(runs), 'run')}"
         found.append(f"{told}: these are not scores of the whole task")
     by_warning: dict[str, list[str]] = {}
     for run, label in zip(runs, labels(runs), strict=True):

@@ -47,6 +47,7 @@ from specrej_eval.records.fingerprint import from_first_rank, same, warn_of_unco
 from specrej_eval.records.outputs import Answer, OutputsFolder, RunRecord
 from specrej_eval.records.prompt_files import read_prompts
 from specrej_eval.records.run_names import default_name
+from specrej_eval.wording import counted
 
 if TYPE_CHECKING:
     from specrej_eval.engines.base import Engine
@@ -234,7 +235,7 @@ def _run(
     )
     anew = bool(own.get("force"))
     if not anew and _is_complete(store, record, questions):
-        print(f"nothing to do: {len(questions):,} answers in {store.outputs_file} (--force draws them again)")
+        print(f"nothing to do: {counted(len(questions), 'answer')} in {store.outputs_file} (--force draws them again)")
         return folder
     if ranks.main:
         store.begin(record, going_on=not anew, delete=anew, to_start_over="add --force")
@@ -264,9 +265,9 @@ def _run(
             store.write_record(record)
             keys = {request.key for request in requests}
             if kept := store.set_apart(lambda item: item.key in keys):
+                told = counted(kept, "answer to another prompt is", "answers to other prompts are")
                 tqdm.write(
-                    f"{kept} answers to other prompts are kept in {store.kept_file.name}; a run that asks for them "
-                    "again takes them from there.",
+                    f"{told} kept in {store.kept_file.name}; a run that asks for them again takes them from there.",
                     file=sys.stderr,
                 )
         ranks.wait()
@@ -353,4 +354,4 @@ def _finish(
     store.mark_complete(record, answers, spent)
     for line in summary(answers, spent, name=record.name):
         tqdm.write(line, file=sys.stderr)
-    print(f"{len(answers):,} answers in {store.outputs_file}")
+    print(f"{counted(len(answers), 'answer')} in {store.outputs_file}")

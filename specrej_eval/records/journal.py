@@ -45,6 +45,7 @@ from specrej_eval.records.jsonl import (
     replace_bytes,
     scan,
 )
+from specrej_eval.wording import counted
 
 logger = logging.getLogger(__name__)
 
@@ -234,8 +235,8 @@ def _read_own(path: str, fingerprint: dict[str, Any]) -> Contents:
     elif found.scan.lines and found.run != digest(fingerprint):
         told = "its entries belong to another configuration" if found.run else "nothing says which models it is of"
         raise ConfigError(
-            f"journal={path!r} has {len(found.entries)} intact entries, but its first line, which says which "
-            f"models they come from, is damaged, and {told}. Nothing in it was changed.",
+            f"journal={path!r} has {counted(len(found.entries), 'intact entry', 'intact entries')}, but its first "
+            f"line, which says which models they come from, is damaged, and {told}. Nothing in it was changed.",
             hint="the command that started it continues from there; `specrej-eval journal verify` lists what is "
             "damaged, and `specrej-eval journal merge FILE JOURNAL --output NEW` gives its entries the first line "
             "of another journal of the same run.",
@@ -372,34 +373,34 @@ class Journal:
             self.capacity_tokens = found.capacity_tokens
         if found.scan.damaged:
             logger.warning(
-                "%s: it is left out here; the %d intact entries are used.",
+                "%s: it is left out here; %s used.",
                 describe_damage(path, found.scan.damaged),
-                len(found.entries),
+                counted(len(found.entries), "intact entry is", "intact entries are"),
             )
 
     def _tell(self, found: Contents) -> None:
         if found.scan.damaged:
             logger.warning(
-                "%s: set aside in %s. The %d intact entries are used; a damaged one is decoded again.",
+                "%s: set aside in %s. %s used; a damaged one is decoded again.",
                 describe_damage(self.path, found.scan.damaged),
                 damaged_file(self._name),
-                len(found.entries),
+                counted(len(found.entries), "intact entry is", "intact entries are"),
             )
         if found.unchecked:
-            lacking = f"; they lack {', '.join(fields)} as well" if (fields := lacking_fields(found)) else ""
+            lacking = f"; lacking as well: {', '.join(fields)}" if (fields := lacking_fields(found)) else ""
             logger.warning(
-                "%s was started by an older version: %d of its entries carry no checksum, so an edit in them would not "
-                "be noticed%s. New entries carry one.",
+                "%s was started by an older version: %s no checksum, so an edit there would not be noticed%s. New "
+                "entries carry one.",
                 self._name,
-                found.unchecked,
+                counted(found.unchecked, "entry carries", "entries carry"),
                 lacking,
             )
         if found.contradicting:
             first, later = found.contradicting[0]
             logger.warning(
-                "%s answers %d requests more than once and differently (lines %d and %d): the first of them counts.",
+                "%s answers %s more than once and differently (lines %d and %d): the first of them counts.",
                 self._name,
-                len(found.contradicting),
+                counted(len(found.contradicting), "request"),
                 first,
                 later,
             )

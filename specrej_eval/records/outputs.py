@@ -50,6 +50,7 @@ from specrej_eval.records.jsonl import (
     write_atomically,
 )
 from specrej_eval.records.trace import rank_path
+from specrej_eval.wording import counted
 
 logger = logging.getLogger(__name__)
 
@@ -438,10 +439,10 @@ class OutputsFolder:
                 self._write_lines(path, answers)
         if old:
             logger.warning(
-                "%s was written by an older version: %d of its answers carried no checksum, so an edit in them could "
-                "not be noticed. They carry one from now on.",
+                "%s was written by an older version: %s no checksum, so an edit there could not be noticed. From now "
+                "on each carries one.",
                 self.path,
-                old,
+                counted(old, "answer carried", "answers carried"),
             )
 
     def write_record(self, record: RunRecord) -> None:

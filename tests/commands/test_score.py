@@ -133,7 +133,7 @@ def test_a_failing_row_is_named_or_skipped(pairs: Path, capsys: pytest.CaptureFi
     found = output(pairs.with_suffix(".scored.jsonl"))
     assert [row["reward"] for row in found] == [*WANT[:3], None, WANT[4]]
     assert "that text" in found[3]["error"]
-    assert "1 rows could not be scored" in capsys.readouterr().err
+    assert "1 row could not be scored" in capsys.readouterr().err
 
 
 def test_nan_is_named_or_skipped(pairs: Path, capsys: pytest.CaptureFixture[str]) -> None:

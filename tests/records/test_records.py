@@ -215,7 +215,7 @@ def test_of_two_answers_to_one_request_the_first_counts(tmp_path: Path, caplog: 
     journal.put(key_of(2), a_result(5))
     journal.close()
     assert opened(path) == {number: a_result(number) for number in range(6)}
-    assert "answers 1 requests more than once and differently (lines 4 and 9)" in caplog.text
+    assert "answers 1 request more than once and differently (lines 4 and 9)" in caplog.text
 
 
 def test_a_record_that_lacks_only_its_line_break_is_whole(tmp_path: Path) -> None:

@@ -17,9 +17,10 @@ from specrej_eval.commands.doctor.findings import Finding, Status, show
 from specrej_eval.commands.doctor.probes import PROBES, Probes, demo_probes
 from specrej_eval.config import RunConfig
 from specrej_eval.core import RowView
-from specrej_eval.errors import ConfigError, RewardError, shortened, start_of
+from specrej_eval.errors import ConfigError, RewardError
 from specrej_eval.options import load_reward, reward_config
 from specrej_eval.special_tokens import ALLOW, ERROR
+from specrej_eval.wording import counted, shortened, start_of
 
 if TYPE_CHECKING:
     from specrej_eval.rewards.base import RewardModel
@@ -106,7 +107,7 @@ def _special_tokens(tokenizer: Any, ids: Sequence[int]) -> Iterator[Finding]:
         yield Finding("ok", "BOS", "the tokenizer has none")
     else:
         count = next((place for place, token in enumerate(ids) if token != bos), len(ids))
-        where = f"{tokenizer.bos_token!r} (id {bos}) stands {count} times at the start"
+        where = f"{tokenizer.bos_token!r} (id {bos}) stands {counted(count, 'time')} at the start"
         plain = tokenizer("x")["input_ids"][:1] == [bos]
         if count > 1:
             yield Finding("broken", "BOS", f"{where}: template and tokenizer both add it")
@@ -236,7 +237,9 @@ def check_stability(patient: Patient) -> Iterator[Finding]:
     status: Status = "ok" if distinct == len(answers) else "note"
     status = "broken" if 2 * distinct < len(answers) else status
     yield Finding(
-        status, "ties", f"{len(answers)} different answers have {distinct} different scores: {_listed(together)}"
+        status,
+        "ties",
+        f"{len(answers)} different answers have {counted(distinct, 'different score')}: {_listed(together)}",
     )
     padded = _left_padded(reward, prompt, rows)
     if padded is None:
@@ -318,7 +321,7 @@ def check_pairs(patient: Patient) -> Iterator[Finding]:
     chance = by_luck(sum(right), len(right))
     yield Finding(
         "ok" if chance < LUCK else "broken",
-        f"{sum(right)} of {len(right)} pairs",
+        f"{sum(right)} of {counted(len(right), 'pair')}",
         f"right, those of the mixed answers below included; a coin does as well with probability "
         f"{chance:.2g} (allowed: below {LUCK:g})",
     )
@@ -362,7 +365,7 @@ def _scores(reward: RewardModel, prompt: str, rows: Sequence[RowView]) -> list[f
     """
     scores = list(reward.score(_asked(prompt), rows))
     if len(scores) != len(rows):
-        raise RewardError(f"{len(rows)} scores were expected, got {len(scores)}.")
+        raise RewardError(f"{counted(len(rows), 'score was', 'scores were')} expected, got {len(scores)}.")
     for row, score in zip(rows, scores, strict=True):
         if isinstance(score, bool) or not isinstance(score, (int, float)) or not math.isfinite(score):
             raise RewardError(f"an answer has the score {score!r}, which is not a finite number: {start_of(row.text)}")

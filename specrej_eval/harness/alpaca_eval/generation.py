@@ -20,6 +20,7 @@ from specrej_eval.errors import ConfigError
 from specrej_eval.harness.alpaca_eval import slips as alpaca_eval_slips
 from specrej_eval.records.fingerprint import warn_of_uncovered
 from specrej_eval.records.outputs import OutputsFolder, RunRecord
+from specrej_eval.wording import counted
 
 logger = logging.getLogger(__name__)
 
@@ -128,7 +129,8 @@ def _begin(
         anew = "delete the folder" if arguments["max_instances"] is not None else _ANEW
         generation.store.begin(generation.record, going_on=going_on, to_start_over=anew)
         if kept := generation.store.set_apart(lambda item: item.instruction in generation.places):
-            logger.warning("%d answers to other prompts are kept in %s.", kept, generation.store.kept_file.name)
+            told = counted(kept, "answer to another prompt is", "answers to other prompts are")
+            logger.warning("%s kept in %s.", told, generation.store.kept_file.name)
         generation.mark_complete()  # a run that is over stays so, whatever becomes of the judge
         if going_on and arguments["is_load_outputs"]:
             _keep_only_a_prefix(folder / outputs, instructions)

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 from specrej_eval.errors import ConfigError, suggest
 from specrej_eval.harness.alpaca_eval import runs as alpaca_eval_runs
 from specrej_eval.harness.patching import patch, takes
+from specrej_eval.wording import counted
 
 CANONICAL_ROWS = 805
 STANDARD = "length_controlled_v1"
@@ -134,7 +135,7 @@ def _choose(frame: Any, asked: str | None, glm: ModuleType, *, is_fitted: bool) 
         raise ConfigError(f"unknown glm_name {asked!r}.", hint=suggest(asked, glm.GLM_INFO))
     preferences = frame["preference"].dropna()
     if is_fitted and len(preferences) < _FOLDS:
-        few = f"{len(preferences)} judged pairs are too few to fit a model of length"
+        few = f"{counted(len(preferences), 'judged pair is', 'judged pairs are')} too few to fit a model of length"
         return _Choice(NONE, _no_fit(few), named=True)
     if is_fitted and preferences.nunique() == 1:
         return _Choice(NONE, _no_fit("all preferences are the same"), named=True)
