@@ -12,7 +12,6 @@ import contextlib
 import dataclasses
 import functools
 import json
-import os
 import re
 import sys
 from collections.abc import Mapping, Sequence
@@ -41,7 +40,7 @@ from specrej_eval.core import Question, Spent
 from specrej_eval.errors import ConfigError, SpecRejError
 from specrej_eval.generator import Request
 from specrej_eval.options import add_options
-from specrej_eval.ranks import Watch
+from specrej_eval.ranks import Watch, check_seen, started
 from specrej_eval.ranks import watch as watch_ranks
 from specrej_eval.records.fingerprint import from_first_rank, same, warn_of_uncovered
 from specrej_eval.records.outputs import Answer, OutputsFolder, RunRecord
@@ -314,12 +313,17 @@ def _value(name: str, text: str) -> Any:
 
 
 def _ranks(device: str | None) -> Ranks:
-    if int(os.environ.get("WORLD_SIZE", "1")) < 2:
+    if started() < 2:
         return Ranks()
     import torch
     from accelerate import PartialState
 
-    state = PartialState(cpu=device == "cpu" or not torch.cuda.is_available())
+    try:
+        state = PartialState(cpu=device == "cpu" or not torch.cuda.is_available())
+    except ValueError:  # no address of the others: whatever has set WORLD_SIZE, it was no launcher
+        check_seen(started(), 1, command="specrej_eval run")
+        raise
+    check_seen(started(), state.num_processes, command="specrej_eval run")
     watch = watch_ranks(state.process_index, state.num_processes)
     return Ranks(state.process_index, state.num_processes, state.local_process_index, state, watch)
 
