@@ -200,7 +200,10 @@ class Generator:
         journal = self._open_journal()
         work = self._checked(requests, journal)
         tracer = self._open_tracer()
-        waiting = self._not_in(journal, work)
+        # looked up before the loop appends to the journal
+        found = {} if journal is None else {i: journal.get(request.key, request.prompt) for i, request, _ in work}
+        taken = {index: result for index, result in found.items() if result is not None}
+        waiting = [item for item in work if item[0] not in taken]
         in_flight = self._in_flight(waiting) if waiting else FIXED_PROMPTS
         self.prompts_in_flight = in_flight if waiting else self.prompts_in_flight
         scheduler = Scheduler(waiting, batch_size=in_flight)
@@ -214,7 +217,7 @@ class Generator:
         ):
             running: list[_Running] = []
             to_close.callback(self._close, running)
-            for index, done in self._taken_from(journal, work):
+            for index, done in taken.items():
                 bar.finished(done)
                 kept.add()
                 yield index, done
@@ -507,22 +510,6 @@ class Generator:
             self._journal = Journal(self.config.journal, fingerprint)
             warn_of_uncovered(fingerprint)
         return self._journal
-
-    def _not_in(
-        self, journal: Journal | None, work: Sequence[tuple[int, Request, Budget]]
-    ) -> list[tuple[int, Request, Budget]]:
-        return [item for item in work if journal is None or journal.get(item[1].key, item[1].prompt) is None]
-
-    def _taken_from(
-        self, journal: Journal | None, work: Sequence[tuple[int, Request, Budget]]
-    ) -> Iterator[tuple[int, GenerationResult]]:
-        if journal is None:
-            return
-        # looked up before the loop appends to the journal
-        found = [(index, journal.get(request.key, request.prompt)) for index, request, _ in work]
-        for index, result in found:
-            if result is not None:
-                yield index, result
 
 
 @contextlib.contextmanager

@@ -383,7 +383,7 @@ class _About:
             name = str(DEMO_REWARD)
         if name in reward_names.SELF_SCORES:
             return None
-        if reward_names.is_server(name):
+        if reward_names.is_address(name) or reward_names.is_judge(name):
             self.uncovered.append(f"reward_model: what the server behind {without_passwords(name)} computes")
             return None
         if is_folder(name):

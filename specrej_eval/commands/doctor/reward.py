@@ -72,13 +72,25 @@ def examine(reward: RewardModel, probes: Probes = PROBES) -> int:
 # ---- what it reads ---------------------------------------------------------------------------------------------------
 
 
+Check = Callable[["Patient"], Iterator[Finding]]
+
+
+def of_each_part(check: Check) -> Check:
+    """The check of a reward model; of an ensemble, that of each part."""
+
+    def checked(patient: Patient) -> Iterator[Finding]:
+        for member in patient.reward.members:
+            yield Finding("ok", "part", member.name)
+            yield from checked(patient._replace(reward=member))
+        if not patient.reward.members:
+            yield from check(patient)
+
+    return checked
+
+
+@of_each_part
 def check_input(patient: Patient) -> Iterator[Finding]:
-    """The tokens of one conversation, and BOS, EOS and padding in them; of each part of an ensemble."""
-    for member in patient.reward.members:
-        yield Finding("ok", "part", member.name)
-        yield from check_input(patient._replace(reward=member))
-    if patient.reward.members:
-        return
+    """The tokens of one conversation, and BOS, EOS and padding in them."""
     renderer = patient.reward.renderer
     if renderer is None:
         yield Finding("note", "tokens", f"{patient.reward.name} gets text; which tokens it reads cannot be shown here")
@@ -134,14 +146,10 @@ MOST_PLANTED = 4
 """Special tokens planted at once."""
 
 
+@of_each_part
 def check_content(patient: Patient) -> Iterator[Finding]:
     """Special tokens planted in an answer and in a prompt: are they read as text, or can an answer write turns?"""
     reward = patient.reward
-    for member in reward.members:
-        yield Finding("ok", "part", member.name)
-        yield from check_content(patient._replace(reward=member))
-    if reward.members:
-        return
     guard, renderer = reward.guard, reward.renderer
     if guard is not None:
         yield _guarded(guard)
@@ -372,7 +380,7 @@ def _scores(reward: RewardModel, prompt: str, rows: Sequence[RowView]) -> list[f
     return scores
 
 
-CHECKS: tuple[tuple[str, Callable[[Patient], Iterator[Finding]]], ...] = (
+CHECKS: tuple[tuple[str, Check], ...] = (
     ("What it reads", check_input),
     ("Special tokens in content", check_content),
     ("Scores depend on the answer alone", check_stability),

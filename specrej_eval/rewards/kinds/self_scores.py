@@ -27,7 +27,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from specrej_eval.config import RunConfig
+from specrej_eval.config import RunConfig, reward_names
 from specrej_eval.core import Message, RowView, TokenStat
 from specrej_eval.errors import RewardError
 from specrej_eval.rewards.base import RewardModel, RewardPlan
@@ -180,7 +180,7 @@ class Kind(RewardKind):
     }
 
     def claims(self, name: str) -> bool:
-        return name in self.FORMS
+        return name in reward_names.SELF_SCORES
 
     def resolve(self, asked: Asked) -> RewardPlan:
         floor = Floor.of(asked.config)
