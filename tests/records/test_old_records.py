@@ -38,7 +38,7 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         "open",
         lambda self, prompt, *args, **options: found.append(prompt) or opened(self, prompt, *args, **options),
     )
-    monkeypatch.setattr(fingerprint, "_said", set())
+    monkeypatch.setattr("specrej_eval.records.fingerprint.comparing._said", set())
     return found
 
 
