@@ -45,6 +45,7 @@ from specrej_eval.records.jsonl import (
     replace_bytes,
     scan,
 )
+from specrej_eval.records.lookup import look_up
 from specrej_eval.wording import counted
 
 logger = logging.getLogger(__name__)
@@ -79,14 +80,25 @@ def request_key(prompt: Prompt, arguments: dict[str, Any], until: tuple[str, ...
 class Entry:
     """One finished request, and where it stands."""
 
+    file: str
+    """Its name, without the folder."""
     line: Line
     result: GenerationResult
+
+    def is_to(self, prompt: Prompt) -> bool:
+        theirs = (self.result.task, self.result.prompt_hash, self.result.repeat)
+        return theirs == (prompt.task, prompt.prompt_hash, prompt.repeat)
+
+    def place(self) -> str:
+        return f"the answer in line {self.line.number} of {self.file}"
 
 
 @dataclass(slots=True)
 class Contents:
     """What a journal's file holds. Made by ``read``."""
 
+    name: str
+    """The file's, without the folder."""
     scan: Scan
     header: Line | None = None
     fingerprint: Mapping[str, Any] | None = None
@@ -113,7 +125,7 @@ def read(path: str | Path, *, argument: str = "journal") -> Contents:
     Raises:
         ConfigError: the file cannot be read, is no journal of ours, or was written by a newer version.
     """
-    found = Contents(scan(path, argument=argument))
+    found = Contents(Path(path).name, scan(path, argument=argument))
     for line in found.scan.lines:
         if "journal" in line.record:
             _check_version(path, line, argument)
@@ -198,7 +210,7 @@ def _take(found: Contents, line: Line) -> int | None:
     if len(key) != 64 or set(key) - set("0123456789abcdef"):
         raise BadRecordError("its key is none of ours")
     result = GenerationResult.from_dict(an_object(line.record.get("result"), "result"))
-    first = found.entries.setdefault(key, Entry(line, result))
+    first = found.entries.setdefault(key, Entry(found.name, line, result))
     if first.line is not line:
         if first.line.record["result"] == line.record["result"]:
             found.repeated.append(line.number)
@@ -277,8 +289,8 @@ class Journal:
     def __init__(self, path: str, fingerprint: dict[str, Any]) -> None:
         self.path = path
         self._name = Path(path).name
-        self._entries: dict[str, tuple[str, Entry]] = {}
-        """By key: the file's name, this one's or that of one beside it, and the entry."""
+        self._entries: dict[str, Entry] = {}
+        """By key, of this file and those beside it."""
         self._told = {self._name}
         self.capacity_tokens: int | None = None
         """What memory held when the run began (``n=max``)."""
@@ -296,32 +308,17 @@ class Journal:
         return len(self._entries)
 
     def get(self, key: str, prompt: Prompt | None = None) -> GenerationResult | None:
-        """The finished request, if this journal has it.
-
-        Args:
-            prompt: whose it must be. Entries of older versions carry no checksum: one that another prompt's key was
-                put on is told from its content, and not used.
-        """
-        if key not in self._entries:
+        """The finished request, if this journal has it; see ``look_up``."""
+        entry = look_up(key, prompt, self._entries)
+        if entry is None:
             return None
-        name, entry = self._entries[key]
-        result = entry.result
-        theirs = (result.task, result.prompt_hash, result.repeat)
-        if prompt is not None and theirs != (prompt.task, prompt.prompt_hash, prompt.repeat):
+        if entry.file not in self._told:
+            self._told.add(entry.file)
             logger.warning(
-                "line %d of %s holds an answer to a different prompt than its key says; it will be decoded again.",
-                entry.line.number,
-                name,
+                "Answers are also taken from %s, written by a run with a different number of processes.", entry.file
             )
-            del self._entries[key]
-            return None
-        if name not in self._told:
-            self._told.add(name)
-            logger.warning(
-                "Answers are also taken from %s, written by a run with a different number of processes.", name
-            )
-        result.taken = True
-        return result
+        entry.result.taken = True
+        return entry.result
 
     def put(self, key: str, result: GenerationResult) -> None:
         """Append a finished request and flush it to disk."""
@@ -342,7 +339,7 @@ class Journal:
         with as many."""
         if self.capacity_tokens is None:
             return 0
-        found = [entry.result.resolved for _, entry in self._entries.values()]
+        found = [entry.result.resolved for entry in self._entries.values()]
         rows = [numbers.get("n", 0) for numbers in found if numbers.get("kv_budget_tokens") == self.capacity_tokens]
         return max(rows, default=0)
 
@@ -354,7 +351,7 @@ class Journal:
         found = _read_own(self.path, self._fingerprint)
         if found.fingerprint is not None:
             self._run = digest(found.fingerprint)
-        self._entries = {key: (self._name, entry) for key, entry in found.entries.items()}
+        self._entries = dict(found.entries)
         self.capacity_tokens = found.capacity_tokens
         self._tell(found)
         mend(self.path, found.scan)
@@ -366,8 +363,7 @@ class Journal:
         return found.fingerprint is not None
 
     def _take_over(self, path: Path, found: Contents) -> None:
-        for key, entry in found.entries.items():
-            self._entries.setdefault(key, (path.name, entry))
+        self._entries = {**found.entries, **self._entries}
         # where it has no answer yet, it is of this very run, whose processes measure for themselves
         if self.capacity_tokens is None and found.entries:
             self.capacity_tokens = found.capacity_tokens

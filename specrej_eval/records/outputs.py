@@ -49,6 +49,7 @@ from specrej_eval.records.jsonl import (
     scan,
     write_atomically,
 )
+from specrej_eval.records.lookup import look_up
 from specrej_eval.records.trace import rank_path
 from specrej_eval.wording import counted
 
@@ -103,6 +104,12 @@ class Answer:
     def called(self) -> str:
         """How messages to the user call it."""
         return called(self.instruction, self.index)
+
+    def is_to(self, prompt: Prompt) -> bool:
+        return (self.prompt_hash, self.repeat) == (prompt.prompt_hash, prompt.repeat)
+
+    def place(self) -> str:
+        return f"the answer recorded for {self.called}"
 
     @classmethod
     def of(
@@ -319,20 +326,8 @@ class OutputsFolder:
         return [(path, damage) for path, damaged in self._damaged for damage in damaged]
 
     def get(self, key: str, prompt: Prompt | None = None) -> Answer | None:
-        """The answer recorded for a key, whichever prompts it was asked with.
-
-        Args:
-            prompt: whose it must be; lines of older versions carry no checksum, and one with another's key is told so.
-        """
-        found = self._read().get(key) or self._kept.get(key)
-        if found is None or prompt is None or (found.prompt_hash, found.repeat) == (prompt.prompt_hash, prompt.repeat):
-            return found
-        logger.warning(
-            "the answer to %r was not recorded for this prompt; it is decoded again.", found.instruction[:60]
-        )
-        self._read().pop(key, None)
-        self._kept.pop(key, None)
-        return None
+        """The answer recorded for a key, whichever prompts it was asked with; see ``look_up``."""
+        return look_up(key, prompt, self._read(), self._kept)
 
     # writing
 
