@@ -27,6 +27,8 @@ export HF_DATASETS_OFFLINE := 1
 .PHONY: demo demo-sampling demo-best-of-16 demo-alpha-0.5 demo-n-32 test test-slow lint clean
 .DELETE_ON_ERROR:
 
+# A folder for each LIMIT: a report holds runs on the same problems against each other.
+DEMO_RESULTS = results/demo/first_$(LIMIT)
 DEMO_TASK = --tasks specrej_arithmetic --include_path tasks --limit $(LIMIT) --log_samples
 
 # Each run's output is shown when it is done, where make can (not on macOS, whose make is of 2006).
@@ -35,19 +37,19 @@ demo: $(READY)
 	@OMP_NUM_THREADS=1 $(MAKE) --no-print-directory --jobs=$(DEMO_PROCESSES) \
 		$(if $(filter output-sync,$(.FEATURES)),--output-sync=target) \
 		demo-best-of-16 demo-n-32 demo-alpha-0.5 demo-sampling
-	specrej-eval report results/demo --baseline "Best-of-N, n=16"
+	specrej-eval report $(DEMO_RESULTS) --baseline "Best-of-N, n=16"
 
 demo-sampling:
-	lm_eval --model best_of_n --model_args n=1 $(DEMO_TASK) --output_path results/demo/sampling
+	lm_eval --model best_of_n --model_args n=1 $(DEMO_TASK) --output_path $(DEMO_RESULTS)/sampling
 
 demo-best-of-16:
-	lm_eval --model best_of_n --model_args n=16 $(DEMO_TASK) --output_path results/demo/best_of_16
+	lm_eval --model best_of_n --model_args n=16 $(DEMO_TASK) --output_path $(DEMO_RESULTS)/best_of_16
 
 demo-alpha-0.5:
-	lm_eval --model specrej --model_args alpha=0.5 $(DEMO_TASK) --output_path results/demo/specrej
+	lm_eval --model specrej --model_args alpha=0.5 $(DEMO_TASK) --output_path $(DEMO_RESULTS)/specrej
 
 demo-n-32:
-	lm_eval --model specrej --model_args alpha=0.5,n=32 $(DEMO_TASK) --output_path results/demo/specrej_32
+	lm_eval --model specrej --model_args alpha=0.5,n=32 $(DEMO_TASK) --output_path $(DEMO_RESULTS)/specrej_32
 
 test: lint
 	pytest -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder -m "not full"

@@ -10,7 +10,7 @@ from specrej_eval.config.engines import EngineArguments
 from specrej_eval.config.models import ModelArguments
 from specrej_eval.config.records import RecordArguments
 from specrej_eval.config.rewards import RewardArguments
-from specrej_eval.config.running import DecoderArguments, RunningArguments
+from specrej_eval.config.running import DecoderArguments, PromptArguments, RunningArguments
 
 FILE = Path(__file__).resolve().parents[1] / "docs" / "arguments.md"
 BEGIN = "<!-- made by `python .ci/arguments.py`: edit the declarations in specrej_eval/config/, not these tables -->"
@@ -26,6 +26,8 @@ ROOMS = {
     "Prompts, where no harness makes them: `specrej-eval run` and alpaca_eval's YAML": declared(DecoderArguments),
     "Passed on to the loader, as `--model hf` takes them": HOST,
 }
+ALPACA_EVAL_ALONE = declared(DecoderArguments).keys() - declared(PromptArguments).keys()
+"""Their help says so."""
 
 
 def tables() -> str:
@@ -33,7 +35,7 @@ def tables() -> str:
     parts = []
     for title, arguments in ROOMS.items():
         lines = [_row(made) for made in arguments.values()]
-        head = "| argument | default | what it does | decides | also taken by |\n|---|---|---|---|---|"
+        head = "| argument | default | what it does | decides | also taken by, or not |\n|---|---|---|---|---|"
         parts.append("\n".join([f"### {title}", "", head, *lines]))
     return "\n\n".join(parts)
 
@@ -48,8 +50,14 @@ def rewritten(text: str) -> str:
 def _row(made: Argument) -> str:
     default = made.none if made.default in (None, ()) else f"`{made.default}`" if made.default != "" else ""
     other = f" Also `{'`, `'.join(made.synonyms)}`." if made.synonyms else ""
-    takes = ", ".join(taker.value for taker in Takes if taker in made.takes and taker is not Takes.RUN)
-    cells = [f"`{made.name}`", default, made.help + other, made.decides.value.partition(":")[0], takes]
+    takes = [taker.value for taker in Takes if taker in made.takes and taker is not Takes.RUN]
+    if made.not_in_python:
+        takes.append("not Python, `run`, YAML")
+    elif Takes.RUN not in made.takes and made.name not in ALPACA_EVAL_ALONE:
+        takes.append("not `run`")
+    if made.not_in_lm_eval:
+        takes.append("not `lm_eval`")
+    cells = [f"`{made.name}`", default, made.help + other, made.decides.value.partition(":")[0], ", ".join(takes)]
     return f"| {' | '.join(cell.replace('``', '`').replace('|', chr(92) + '|') for cell in cells)} |"
 
 

@@ -21,6 +21,7 @@ from specrej_eval.generator import Generator, Request
 from specrej_eval.progress import summary_line
 from specrej_eval.records.outputs import Answer, OutputsFolder, total_cost
 from specrej_eval.special_tokens import ContentText
+from specrej_eval.wording import counted
 
 logger = logging.getLogger(__name__)
 
@@ -99,9 +100,9 @@ def requests_for(
         requests.append(Request(prompt=replace(prompt, repeat=repeat), config=own, until=asked.until))
     if truncated:
         logger.warning(
-            "%d prompts are longer than the model's context of %d tokens minus max_gen_toks=%d: their beginning is cut "
-            "off. The first: %s.",
-            len(truncated),
+            "%s longer than the model's context of %d tokens minus max_gen_toks=%d: cut off at the beginning, "
+            "the first of them %s.",
+            counted(len(truncated), "prompt is", "prompts are"),
             engine.max_length,
             config.max_gen_toks,
             truncated[0],
@@ -194,4 +195,4 @@ def summary(answers: Sequence[Answer], spent: Spent, *, name: str) -> Iterator[s
     line = summary_line(len(answers), spent, best, ended, total=total_cost(answers), source="the records")
     yield f"{name}: {line}"
     if empty := [item for item in answers if not item.output.strip()]:
-        yield f"{name}: {len(empty)} answers are empty, such as that to {empty[0].called}"
+        yield f"{name}: {counted(len(empty), 'answer is', 'answers are')} empty, such as that to {empty[0].called}"

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Self
 
 from specrej_eval import budget
 from specrej_eval.config import RunConfig
-from specrej_eval.records import fingerprint
+from specrej_eval.records import fingerprint, journal, jsonl
 from specrej_eval.records.trace import rank_path
 from specrej_eval.special_tokens import ENCODE_AS_TEXT
 
@@ -62,7 +63,7 @@ class RunPlan:
 
     @classmethod
     def of(cls, config: RunConfig, host: Mapping[str, Any], *, objects: tuple[str, ...] = ()) -> Self:
-        """Check the two models, whoever loads them. A judge or a server is asked here, and not again.
+        """Check the two models, whoever loads them, and the run's files. A judge or a server is asked here alone.
 
         Raises:
             ConfigError, CheckpointError, MissingDependencyError, RewardError: as ``load``.
@@ -72,7 +73,18 @@ class RunPlan:
 
         engine = resolve_engine(config, host, check="pretrained" not in objects)
         reward = resolve_reward(config, token=host.get("token"))
-        return cls(config=config, host=host, engine=engine, reward=reward, objects=objects)
+        plan = cls(config=config, host=host, engine=engine, reward=reward, objects=objects)
+        plan._check_records()
+        return plan
+
+    def _check_records(self) -> None:
+        """Whether the run's files can be written, and a journal be gone on from; of several ranks the first asks."""
+        if os.environ.get("RANK", "0") != "0":
+            return
+        if self.config.trace_path is not None:
+            jsonl.check_writable(self.config.trace_path, argument="trace_path")
+        if self.config.journal is not None:
+            journal.check(self.config.journal, self.of_models)
 
     def replace(self, **changes: Any) -> Self:
         """The same models with other arguments, none of them about the models.

@@ -15,6 +15,7 @@ from typing import Any
 
 from specrej_eval.errors import CheckpointError, ConfigError, nearest
 from specrej_eval.paths import PACKAGE, expanded, is_folder, is_there
+from specrej_eval.wording import counted
 
 DEMO_POLICY = PACKAGE / "demo" / "policy"
 """The embedded language model (``specrej_eval.demo.POLICY_DIR``, which rooms below the front do not import)."""
@@ -175,7 +176,7 @@ def _check_weight_file(argument: str, path: Path) -> None:
     expected = 8 + length + max(ends, default=0)
     if size < expected:
         raise CheckpointError(
-            f"{argument}: {str(path)!r} has {size:,} bytes, but its header promises {expected:,}.",
+            f"{argument}: {str(path)!r} has {counted(size, 'byte')}, but its header promises {expected:,}.",
             hint="the download or copy is not complete.",
         )
 

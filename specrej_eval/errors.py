@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterable
-from typing import Any
 
 _PASSWORD = re.compile(r"(https?://)(?:(?!judge:)[^/\s\"])*@")
 """``judge:`` begins another name of an ensemble, whose ``@`` separates model and server."""
@@ -72,9 +71,3 @@ def suggest(name: str, choices: Iterable[str]) -> str:
 def without_passwords(text: str, put: str = "") -> str:
     """``http://name:password@host`` becomes ``http://host`` wherever it stands: alone, in an ensemble, in a command."""
     return _PASSWORD.sub(rf"\1{put}", text)
-
-
-def start_of(text: Any) -> str:
-    """The beginning of an instruction or answer, for a message."""
-    words = " ".join(str(text).split())
-    return repr(words if len(words) <= 60 else words[:57] + "...")

@@ -41,6 +41,7 @@ from specrej_eval.records.trace import Tracer
 from specrej_eval.rewards.base import RewardModel, RewardSession
 from specrej_eval.scheduler import FIXED_PROMPTS, Scheduler, auto_prompts
 from specrej_eval.strategies.base import State, Strategy, make_strategy
+from specrej_eval.wording import counted
 
 logger = logging.getLogger(__name__)
 
@@ -199,18 +200,24 @@ class Generator:
         journal = self._open_journal()
         work = self._checked(requests, journal)
         tracer = self._open_tracer()
-        waiting = self._not_in(journal, work)
+        # looked up before the loop appends to the journal
+        found = {} if journal is None else {i: journal.get(request.key, request.prompt) for i, request, _ in work}
+        taken = {index: result for index, result in found.items() if result is not None}
+        waiting = [item for item in work if item[0] not in taken]
         in_flight = self._in_flight(waiting) if waiting else FIXED_PROMPTS
         self.prompts_in_flight = in_flight if waiting else self.prompts_in_flight
         scheduler = Scheduler(waiting, batch_size=in_flight)
+        name = ", ".join(dict.fromkeys(request.config.strategy for request in requests))
         with (
             stopping.keeping(len(requests), None if journal is None else journal.path) as kept,
-            contextlib.closing(Progress(len(requests), in_flight=in_flight, shown=progress, summary=summary)) as bar,
+            contextlib.closing(
+                Progress(len(requests), name=name, in_flight=in_flight, shown=progress, summary=summary)
+            ) as bar,
             contextlib.ExitStack() as to_close,
         ):
             running: list[_Running] = []
             to_close.callback(self._close, running)
-            for index, done in self._taken_from(journal, work):
+            for index, done in taken.items():
                 bar.finished(done)
                 kept.add()
                 yield index, done
@@ -281,7 +288,7 @@ class Generator:
                 hint="give n (and kv_budget_tokens) as numbers.",
             )
         budget = budgets.resolve(longest.config, longest.prompt.num_tokens, capacity_tokens=tokens)
-        told = f"n=max comes to {budget.n:,} rows of a prompt of {budget.prompt_tokens} tokens"
+        told = f"n=max comes to {counted(budget.n, 'row')} of a prompt of {budget.prompt_tokens} tokens"
         told += f", {budget.kv_budget_tokens:,} tokens of KV cache"
         told += f" ({budget.kv_budget_tokens * self.engine.bytes_per_token() / 2**20:,.0f} MiB)"
         most = self.engine.most_rows_unasked
@@ -503,22 +510,6 @@ class Generator:
             self._journal = Journal(self.config.journal, fingerprint)
             warn_of_uncovered(fingerprint)
         return self._journal
-
-    def _not_in(
-        self, journal: Journal | None, work: Sequence[tuple[int, Request, Budget]]
-    ) -> list[tuple[int, Request, Budget]]:
-        return [item for item in work if journal is None or journal.get(item[1].key, item[1].prompt) is None]
-
-    def _taken_from(
-        self, journal: Journal | None, work: Sequence[tuple[int, Request, Budget]]
-    ) -> Iterator[tuple[int, GenerationResult]]:
-        if journal is None:
-            return
-        # looked up before the loop appends to the journal
-        found = [(index, journal.get(request.key, request.prompt)) for index, request, _ in work]
-        for index, result in found:
-            if result is not None:
-                yield index, result
 
 
 @contextlib.contextmanager

@@ -10,14 +10,20 @@ from tqdm import tqdm
 
 from specrej_eval.core import GenerationResult, Ledger, Spent
 from specrej_eval.engines.base import EngineSession
+from specrej_eval.wording import counted
 
 
 class Progress:
-    """A progress bar over prompts; when it closes, what the run cost and what it gained, on stderr."""
+    """A progress bar over prompts; when it closes, what the run cost and what it gained, on stderr.
 
-    def __init__(self, total: int, *, in_flight: int, shown: bool, summary: bool = True) -> None:
+    Args:
+        name: what answers: the strategy.
+    """
+
+    def __init__(self, total: int, *, name: str, in_flight: int, shown: bool, summary: bool = True) -> None:
+        self._name = name
         self._bar = tqdm(
-            total=total, disable=not shown, desc=f"specrej ({min(in_flight, total)} at a time)", unit="prompt"
+            total=total, disable=not shown, desc=f"{name} ({min(in_flight, total)} at a time)", unit="prompt"
         )
         self._summary = shown and summary
         self._started = time.perf_counter()
@@ -39,14 +45,16 @@ class Progress:
         tokens = done.decode_tokens + sum(session.decode_tokens for session in sessions)
         speed = tokens / max(1e-9, time.perf_counter() - self._started)
         rejected = done.rows_rejected / max(1, done.rows_started)
-        self._bar.set_postfix_str(f"{live} live rows, {rejected:.0%} rejected, {speed:,.0f} tok/s", refresh=False)
+        self._bar.set_postfix_str(
+            f"{counted(live, 'live row')}, {rejected:.0%} rejected, {speed:,.0f} tok/s", refresh=False
+        )
 
     def close(self) -> None:
         answers = int(self._bar.n)
         self._bar.close()
         if self._summary and answers:
             line = summary_line(answers, self._spent, self._best, self._finished)
-            tqdm.write(f"specrej: {line}", file=sys.stderr)
+            tqdm.write(f"{self._name}: {line}", file=sys.stderr)
 
 
 def summary_line(
@@ -69,23 +77,24 @@ def summary_line(
     cost = spent.ledger
     seconds = ", ".join(f"{phase} {value:.1f}" for phase, value in cost.seconds.items())
     if spent.taken and not cost.rows_started:
-        parts = [f"{answers} answers, all of them taken from {source}"]
+        parts = [f"{counted(answers, 'answer')}, all of them taken from {source}"]
     else:
         parts = [
-            f"{answers} answers, "
+            f"{counted(answers, 'answer')}, "
             + (f"{spent.taken} of them taken from {source}, " if spent.taken else "")
-            + f"{cost.rows_started} rows ({cost.rows_rejected / max(1, cost.rows_started):.0%} rejected), "
-            f"{cost.decode_tokens:,} tokens decoded, reward model read {cost.reward_tokens:,} tokens in "
-            f"{cost.reward_calls:,} calls",
+            + f"{counted(cost.rows_started, 'row')} ({cost.rows_rejected / max(1, cost.rows_started):.0%} rejected), "
+            f"{counted(cost.decode_tokens, 'token')} decoded, reward model read "
+            f"{counted(cost.reward_tokens, 'token')} in {counted(cost.reward_calls, 'call')}",
             f"seconds: {seconds}",
             f"peak memory {cost.peak_bytes / 1e9:.2f} GB",
         ]
     if total is not None and spent.taken:
         parts.append(f"all answers cost {total.decode_tokens:,} tokens and {total.total_seconds:.1f} s")
     if cost.scores_floored:
-        parts.append(f"{cost.scores_floored:,} scores put below all others (answer repeats itself or is almost empty)")
+        floored = counted(cost.scores_floored, "score")
+        parts.append(f"{floored} put below all others (answer repeats itself or is almost empty)")
     if cost.grades_unreadable:
-        parts.append(f"{cost.grades_unreadable:,} answers of the judge had no readable grade")
+        parts.append(f"{counted(cost.grades_unreadable, 'answer')} of the judge had no readable grade")
     if best:
         parts.append(
             f"mean reward {sum(best) / len(best):.3f} (of all finished rows: {sum(finished) / len(finished):.3f})"

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from specrej_eval import stopping
-from specrej_eval.errors import SpecRejError
+from specrej_eval.errors import ConfigError, SpecRejError
 
 POLL = 1.0
 """Seconds between two looks at the others."""
@@ -201,6 +201,23 @@ class Watch:
             except RuntimeError:
                 self._store_is_gone = True
         return None
+
+
+def started() -> int:
+    """Processes that a launcher says it has started, this one among them."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def check_seen(started: int, seen: int, *, command: str) -> None:
+    """Raises:
+    ConfigError: several processes were started, and to accelerate this is the only one.
+    """
+    if started > 1 and seen == 1:
+        raise ConfigError(
+            f"{started} processes were started (WORLD_SIZE), but to accelerate this is the only one: each would "
+            "answer all prompts.",
+            hint=f"start them with `accelerate launch -m {command}` or `torchrun -m {command}`, or unset WORLD_SIZE.",
+        )
 
 
 def watch(rank: int, world_size: int) -> Watch | None:

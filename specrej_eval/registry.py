@@ -30,5 +30,5 @@ def load_module(package: str, name: str, *, argument: str) -> ModuleType:
         ConfigError: the package has no such entry; names the nearest one and lists all.
     """
     if name not in names(package):
-        raise ConfigError(f"{argument} must name a known entry, got {name!r}.", hint=suggest(name, names(package)))
+        raise ConfigError(f"unknown {argument} {name!r}.", hint=suggest(name, names(package)))
     return importlib.import_module(f"{package}.{name}")

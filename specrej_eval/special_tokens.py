@@ -24,6 +24,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, get_args
 
 from specrej_eval.errors import RewardError
+from specrej_eval.wording import counted
 
 ENCODE_AS_TEXT = "encode_as_text"
 ALLOW = "allow"
@@ -563,8 +564,8 @@ def concerned(tokeniser: Tokeniser | None, prompts: Sequence[str]) -> str | None
     if not found:
         return None
     return (
-        f"{len(found)} of {len(prompts)} prompts hold special tokens such as {found[0]!r}, which the model reads as "
-        "control tokens, as --model hf does; special_tokens_in_content=encode_as_text reads them as text."
+        f"special tokens such as {found[0]!r} stand in {len(found)} of {counted(len(prompts), 'prompt')}, and are read "
+        "as control tokens, as --model hf does; special_tokens_in_content=encode_as_text reads them as text."
     )
 
 

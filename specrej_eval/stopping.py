@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from types import FrameType
 
 from specrej_eval.errors import SpecRejError, without_passwords
+from specrej_eval.wording import counted
 
 STOPPED = "What is finished is recorded; run the same command again to continue."
 PATIENCE = 4.0
@@ -158,8 +159,8 @@ def what_is_kept() -> str:
         return f"stopped before the first answer of this start{whose}; earlier answers are kept. To start, {again}"
     if kept.where is None:
         return (
-            f"none of {kept.total:,} answers is kept{whose}, since no file was named. journal=FILE in --model_args "
-            "keeps each one as it is finished, and the same command continues from there."
+            f"none of {counted(kept.total, 'answer')} is kept{whose}, since no file was named. journal=FILE in "
+            "--model_args keeps each one as it is finished, and the same command continues from there."
         )
     return f"{kept.answers:,} of {kept.total:,} {kept.what}{whose} are kept in {kept.where}; {again}"
 

@@ -14,7 +14,7 @@ from specrej_eval.checkpoint import DEMO_REWARD
 from specrej_eval.config import HOST, RunConfig
 from specrej_eval.engines.transformers import loading
 from specrej_eval.errors import ConfigError
-from specrej_eval.records import fingerprint
+from specrej_eval.records import fingerprint, journal
 from specrej_eval.rewards import choose
 
 SMALL: dict[str, Any] = {"n": 2, "max_gen_toks": 8, "device": "cpu"}
@@ -93,3 +93,45 @@ def test_one_rank_of_several_has_files_of_its_own() -> None:
 def test_what_only_lm_evals_loader_takes_is_refused_before_a_model_is_looked_at(name: str) -> None:
     with pytest.raises(ConfigError, match=f"{name}='yes' is not supported in the Python API"):
         specrej_eval.load(pretrained="no/such/folder/at/all", **{name: "yes"})
+
+
+def of_lm_eval(**args: Any) -> Any:
+    from specrej_eval.harness.lm_eval.model import SpecRejLM
+
+    return SpecRejLM(**args)
+
+
+@pytest.fixture
+def no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loading.AutoModelForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("weights loaded"))
+
+
+@pytest.mark.parametrize("way", [specrej_eval.load, of_lm_eval])
+@pytest.mark.parametrize("beside", ["", "_rank0"], ids=["its own", "another process's"])
+def test_a_journal_of_other_models_is_refused_before_weights_load_and_left_alone(
+    way: Callable[..., Any], beside: str, tmp_path: Path, no_weights: None
+) -> None:
+    there, path = tmp_path / f"run{beside}.jsonl", str(tmp_path / "run.jsonl")
+    plan = api.resolve(RunConfig(n=2), {})
+    journal.Journal(str(there), plan.of_models()).close()
+    before = there.read_bytes()
+    with pytest.raises(ConfigError, match="reward_model was 'embedded', is now 'likelihood'"):
+        way(**SMALL, journal=path, reward_model="likelihood")
+    assert [(file, file.read_bytes()) for file in tmp_path.iterdir()] == [(there, before)]
+    api.resolve(RunConfig(n=4, alpha=0.25, journal=path), {})  # other requests of the same models
+
+
+@pytest.mark.parametrize("way", [specrej_eval.load, of_lm_eval])
+@pytest.mark.parametrize("argument", ["journal", "trace_path"])
+@pytest.mark.parametrize("place", ["", "file/run.jsonl", "file/deep/run.jsonl"])
+def test_a_file_of_the_run_that_cannot_be_written_is_refused_before_weights_load(
+    way: Callable[..., Any], argument: str, place: str, tmp_path: Path, no_weights: None
+) -> None:
+    (tmp_path / "file").write_text("not a folder")
+    with pytest.raises(ConfigError, match=f"{argument}='.*' cannot be written: (Is|Not) a directory"):
+        way(**SMALL, **{argument: str(tmp_path / place)})
+
+
+def test_a_file_that_can_be_written_is_not_made_before_weights_load(tmp_path: Path) -> None:
+    api.resolve(RunConfig(journal=str(tmp_path / "new" / "a.jsonl"), trace_path=str(tmp_path / "b.jsonl")), {})
+    assert not any(tmp_path.iterdir())

@@ -254,13 +254,16 @@ def test_likelihood_is_the_mean_log_prob_of_the_ids_under_the_untempered_model(t
         assert row.reward == pytest.approx(want, abs=1e-5)
 
 
-def test_a_run_says_at_its_end_what_it_cost_and_gained(capsys: pytest.CaptureFixture[str]) -> None:
-    generator = load(n=4)
+@pytest.mark.parametrize("strategy", ["speculative_rejection", "best_of_n"])
+def test_a_run_says_at_its_end_what_answered_and_what_it_cost_and_gained(
+    strategy: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    generator = load(n=4, strategy=strategy)
     results = generator.generate(PROMPTS)
     said = capsys.readouterr().err
     assert f"{generator.totals.decode_tokens:,} tokens decoded" in said
     assert f"{sum(result.best.reward or 0 for result in results) / 3:.3f}" in said
-    for word in ("3 answers", "12 rows", "rejected", "prefill", "peak memory"):
+    for word in (f"{strategy} (3 at a time)", f"{strategy}: 3 answers", "12 rows", "rejected", "peak memory"):
         assert word in said
     generator.generate(PROMPTS[0])
     assert "answers" not in capsys.readouterr().err, "a single prompt shows no bar and no summary"

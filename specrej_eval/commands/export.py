@@ -16,9 +16,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from specrej_eval.errors import ConfigError, start_of
+from specrej_eval.errors import ConfigError
 from specrej_eval.records.jsonl import write_atomically
 from specrej_eval.records.outputs import RecordedRun
+from specrej_eval.wording import counted, start_of
 
 SUMMARY = "write the answers of runs as alpaca_eval's model outputs or reference outputs"
 EXAMPLES = (
@@ -71,7 +72,7 @@ def remarks(runs: Sequence[RecordedRun]) -> list[str]:
         name, answers = run.name, run.answers
         prompts = Counter(answer.instruction for answer in answers)
         if not run.record.complete:
-            found.append(f"{name} is not finished: it has {len(answers)} answers so far")
+            found.append(f"{name} is not finished: it has {counted(len(answers), 'answer')} so far")
         if len(prompts) < len(answers):
             again = next(text for text, count in prompts.items() if count > 1)
             found.append(
@@ -85,21 +86,20 @@ def remarks(runs: Sequence[RecordedRun]) -> list[str]:
             found.append(f"{name} has answers to {_some(adds)} that {first} lacks ({start_of(next(iter(adds)))})")
         unscored = sum(answer.reward is None for answer in answers)
         if unscored:
-            found.append(f"{name}: {unscored} answers have no finite reward; their score is null")
+            found.append(f"{name}: no finite reward for {counted(unscored, 'answer')}, whose score is null")
         if run.record.embedded_demo_pair:
             found.append(f"{name} was made with embedded demo models, which say nothing about large ones")
     return found
 
 
 def _some(prompts: Counter[str]) -> str:
-    count = prompts.total()
-    return "1 prompt" if count == 1 else f"{count} prompts"
+    return counted(prompts.total(), "prompt")
 
 
 def _checked_runs(paths: Sequence[str], name: str | None) -> list[RecordedRun]:
     if name is not None and len(paths) > 1:
         raise ConfigError(
-            f"--name {name!r} would give {len(paths)} runs the same name.",
+            f"--name {name!r} would give {counted(len(paths), 'run')} the same name.",
             hint="export them one by one, or leave out --name.",
         )
     runs: list[RecordedRun] = []
@@ -138,7 +138,7 @@ def run(args: argparse.Namespace) -> int:
     write_atomically(output, _json(rows))
     for remark in remarks(runs):
         print(f"specrej-eval export: {remark}", file=sys.stderr)
-    print(f"{len(rows):,} answers of {', '.join(run.name for run in runs)}\n{output}")
+    print(f"{counted(len(rows), 'answer')} of {', '.join(run.name for run in runs)}\n{output}")
     return 0
 
 

@@ -26,6 +26,7 @@ from specrej_eval.errors import ConfigError
 from specrej_eval.records.fingerprint import BETWEEN, differences
 from specrej_eval.records.outputs import GATHERED, Answer, OutputsFolder, RecordedRun, RunRecord, total_cost
 from specrej_eval.records.run_names import default_name
+from specrej_eval.wording import counted
 
 SUMMARY = "put runs together: shards one after another, of several seeds the best answer to each prompt"
 EXAMPLES = (
@@ -95,7 +96,7 @@ def _check_same_but_seed(sources: Sequence[RecordedRun]) -> None:
 def _check_whole(source: RecordedRun) -> None:
     if not source.record.complete:
         raise ConfigError(
-            f"the run in {source.path!r} is not finished: it has {len(source.answers)} answers so far.",
+            f"the run in {source.path!r} is not finished: it has {counted(len(source.answers), 'answer')} so far.",
             hint="run its command again to finish it, or gather what there is with --incomplete.",
         )
     if without := [answer for answer in source.answers if not _has_reward(answer)]:
@@ -155,7 +156,7 @@ def _missing_prompts(
     for seed, answers in sorted(by_seed.items()):
         runs = ", ".join(repr(source.path) for source in sources if seed in source.seeds)
         named = "; ".join(answer.called for answer in answers[:3]) + ("; ..." if len(answers) > 3 else "")
-        details.append(f"seed={seed} ({runs}) lacks {len(answers)} of {len(found)} prompts: {named}")
+        details.append(f"seed={seed} ({runs}) lacks {len(answers)} of {counted(len(found), 'prompt')}: {named}")
     return ConfigError(
         "not every seed has answered every prompt, so N would differ between prompts. " + ". ".join(details) + ".",
         hint="answer them with the missing seeds, or keep the prompts that all have with --incomplete.",
@@ -291,7 +292,7 @@ def run(args: argparse.Namespace) -> int:
     store = write(gathered, args.output)
     if gathered.left_out:
         why = "not every seed has answered them with a finite reward"
-        print(f"specrej-eval gather: {gathered.left_out} prompts left out: {why}", file=sys.stderr)
+        print(f"specrej-eval gather: {counted(gathered.left_out, 'prompt')} left out: {why}", file=sys.stderr)
     gaps = _gaps(gathered.answers)
     if gaps:
         print(f"specrej-eval gather: prompts {gaps} are in none of the runs", file=sys.stderr)
@@ -299,7 +300,7 @@ def run(args: argparse.Namespace) -> int:
     n = str(rows[0]) if len(rows) == 1 else f"{rows[0]} to {rows[-1]}"
     rewards = [answer.reward for answer in gathered.answers if answer.reward is not None]
     print(
-        f"{gathered.record.name}: {len(gathered.answers)} answers of {len(args.runs)} runs, "
+        f"{gathered.record.name}: {counted(len(gathered.answers), 'answer')} of {counted(len(args.runs), 'run')}, "
         f"seeds {_listed(gathered.seeds)}, n={n}, mean reward {sum(rewards) / len(rewards):.3f}\n{store.outputs_file}"
     )
     return 0

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from specrej_eval.errors import ConfigError
 from specrej_eval.paths import FOLDERS, expanded, folder
+from specrej_eval.wording import counted
 
 SUMMARY = "write our lm-eval tasks and alpaca_eval configurations into a folder, to run and to edit"
 EXAMPLES = (
@@ -83,7 +84,7 @@ def run(args: argparse.Namespace) -> int:
     written, kept = write(target, force=args.force)
     for name in FOLDERS:
         below = sum(path.relative_to(target).parts[0] == name for path in written)
-        print(f"{target / name}: {below} files written" if below else f"{target / name}: nothing to write")
+        print(f"{target / name}: {counted(below, 'file')} written" if below else f"{target / name}: nothing to write")
     for path in kept:
         print(f"not overwritten, since you changed it: {path}")
     if kept:

@@ -1,7 +1,7 @@
 """`specrej-eval journal`: look into a journal, check it, put several of one run together. No model is loaded.
 
-A journal is the file of ``journal=FILE``, or ``specrej_trajectories.jsonl`` of `specrej-eval run`. ``verify`` takes
-the folder of a run too, and looks at all its files.
+A journal is the file of ``journal=FILE``, or ``specrej_trajectories.jsonl`` of `specrej-eval run`, whose folder may be
+named in its place; ``verify`` then looks at all files there.
 """
 
 from __future__ import annotations
@@ -21,12 +21,16 @@ from specrej_eval.records.fingerprint import check_same
 from specrej_eval.records.journal import SCHEMA_VERSION, Contents, lacking_fields, read
 from specrej_eval.records.jsonl import checked_line, write_atomically
 from specrej_eval.records.outputs import OutputsFolder
+from specrej_eval.wording import counted
 
 _DIGEST = re.compile(r"\b([0-9a-f]{12})(?:[0-9a-f]{28}|[0-9a-f]{52})\b")
+
+_FILE = "a journal, or the folder of a `specrej-eval run`"
 
 SUMMARY = "look into a journal of finished requests, check it for damage, or put several of one run together"
 EXAMPLES = (
     "specrej-eval journal show run.jsonl",
+    "specrej-eval journal show results/spr --key 3f9a",
     "specrej-eval journal verify run.jsonl results/spr",
     "specrej-eval journal merge run_rank0.jsonl run_rank1.jsonl --output whole.jsonl",
 )
@@ -35,12 +39,12 @@ EXAMPLES = (
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(dest="action", required=True, metavar="show|verify|merge")
     show = actions.add_parser("show", help="show which run it belongs to, how many answers it holds and what they cost")
-    show.add_argument("journal", metavar="FILE")
+    show.add_argument("journal", metavar="FILE", help=_FILE)
     show.add_argument("--key", help="print the answers whose key or prompt hash begins with this")
     verify = actions.add_parser("verify", help="list every problem with its line number; exit code 1 if there is any")
-    verify.add_argument("journal", nargs="+", metavar="FILE", help="a journal, or the folder of a run")
+    verify.add_argument("journal", nargs="+", metavar="FILE", help=_FILE)
     merge = actions.add_parser("merge", help="merge journals of one run into a new file")
-    merge.add_argument("journal", nargs="+", metavar="FILE")
+    merge.add_argument("journal", nargs="+", metavar="FILE", help=_FILE)
     merge.add_argument("--output", required=True, metavar="FILE", help="the journal to write")
     merge.add_argument("--force", action="store_true", help="replace the file of --output")
 
@@ -51,57 +55,83 @@ def run(args: argparse.Namespace) -> int:
             return show(args.journal, args.key)
         case "verify":
             problems = [problem for path in args.journal for problem in verify(Path(path))]
-            print("\n".join(problems) if problems else "nothing is wrong")
+            print("\n".join(problems) if problems else "no problems found")
             return 1 if problems else 0
         case _:
-            return merge(args.journal, args.output, force=args.force)
+            paths = [path for given in args.journal for path in journals_of(given)]
+            return merge(paths, args.output, force=args.force)
+
+
+def journals_of(path: str) -> list[str]:
+    """A journal, or those in the folder of a run: one of each process that wrote there.
+
+    Raises:
+        ConfigError: a folder without any.
+    """
+    if not Path(path).is_dir():
+        return [path]
+    found = sorted(map(str, Path(path).glob(f"{OutputsFolder(path).trajectories_file.stem}*.jsonl")))
+    if not found:
+        raise ConfigError(
+            f"{path!r} is a folder without the journal of a `specrej-eval run`.",
+            hint="name a journal: the file given as journal=FILE.",
+        )
+    return found
 
 
 def show(path: str, key: str | None = None) -> int:
     """Print what a journal holds, or the answers a key names.
 
     Raises:
-        ConfigError: no journal of ours, a folder, or no answer has such a key.
+        ConfigError: no journal of ours, or no answer has such a key.
     """
-    if Path(path).is_dir():
-        journals = sorted(Path(path).glob(f"{OutputsFolder(path).trajectories_file.stem}*.jsonl"))
-        hint = f"name its journal: {journals[0]}" if journals else "name a journal: the file given as journal=FILE."
-        raise ConfigError(f"{path!r} is a folder.", hint=hint)
-    found = read(path)
-    results = {name: entry.result for name, entry in found.entries.items()}
+    paths = journals_of(path)
+    contents = [read(file) for file in paths]
     if key is not None:
-        chosen = {n: r for n, r in results.items() if n.startswith(key) or r.prompt_hash.startswith(key)}
+        every = [(name, entry.result) for found in contents for name, entry in found.entries.items()]
+        chosen = [(n, r) for n, r in every if n.startswith(key) or r.prompt_hash.startswith(key)]
         if not chosen:
             raise ConfigError(f"{path!r} has no answer whose key or prompt hash begins with {key!r}.")
-        for name, result in chosen.items():
+        for name, result in chosen:
             _print_answer(name, result)
         return 0
-    for name, value in (found.fingerprint or {"first line": "damaged"}).items():
-        _print_value(name, value)
-    total = reduce(Ledger.add, (result.ledger for result in results.values()), Ledger())
-    print(f"{len(results):,} answers; they cost {total.decode_tokens:,} tokens and {total.total_seconds:.1f} s")
-    for task, number in sorted(Counter(result.task for result in results.values()).items()):
-        print(f"  {inert(task) or '(no task)'}: {number}")
-    if found.capacity_tokens is not None:
-        print(f"n=max was resolved with {found.capacity_tokens:,} tokens")
-    if found.unchecked:
-        lacking = f" and lack {', '.join(fields)}" if (fields := lacking_fields(found)) else ""
-        print(f"{found.unchecked} of them were written by an older version: they carry no checksum{lacking}")
-    if found.scan.damaged:
-        number = len(found.scan.damaged)
-        are = "1 line is" if number == 1 else f"{number} lines are"
-        print(f"{are} damaged: see `specrej-eval journal verify {inert(path)}`")
+    for place, (file, found) in enumerate(zip(paths, contents, strict=True)):
+        if len(paths) > 1:
+            print(f"{'' if place == 0 else chr(10)}{inert(file)}\n")
+        _print_contents(file, found)
     return 0
 
 
-def _print_value(name: str, value: object) -> None:
-    """One entry of a fingerprint; what is in groups, such as the digests of files, on lines of its own."""
-    if isinstance(value, Mapping):
-        print(f"{inert(name)}:")
-        for key, item in value.items():
-            print(f"  {inert(str(key))}: {_short(item)}")
-    else:
-        print(f"{inert(name)}: {_short(value)}")
+def _print_contents(path: str, found: Contents) -> None:
+    _print_settings(found.fingerprint or {"first line": "damaged"})
+    results = {name: entry.result for name, entry in found.entries.items()}
+    total = reduce(Ledger.add, (result.ledger for result in results.values()), Ledger())
+    print(
+        f"{counted(len(results), 'answer')}; they cost {counted(total.decode_tokens, 'token')} and "
+        f"{total.total_seconds:.1f} s"
+    )
+    for task, number in sorted(Counter(result.task for result in results.values()).items()):
+        print(f"  {inert(task) or '(no task)'}: {number}")
+    if found.capacity_tokens is not None:
+        print(f"n=max was resolved with {counted(found.capacity_tokens, 'token')}")
+    if found.unchecked:
+        lacking = f" and lack {', '.join(fields)}" if (fields := lacking_fields(found)) else ""
+        print(f"written by an older version, without a checksum{lacking}: {found.unchecked} of them")
+    if found.scan.damaged:
+        number = len(found.scan.damaged)
+        print(f"{counted(number, 'line is', 'lines are')} damaged: see `specrej-eval journal verify {inert(path)}`")
+
+
+def _print_settings(fingerprint: Mapping[str, object]) -> None:
+    """In columns: first what stands by itself, then each group, such as the digests of files, under its name."""
+    groups = {name: value for name, value in fingerprint.items() if isinstance(value, Mapping)}
+    alone = {name: value for name, value in fingerprint.items() if name not in groups}
+    for title, values in (("settings", alone), *groups.items()):
+        width = max((len(inert(str(name))) for name in values), default=0)
+        print(f"{inert(title)}:")
+        for name, value in values.items():
+            print(f"  {inert(str(name)):<{width}}  {_short(value)}")
+        print()
 
 
 def _short(value: object) -> str:
@@ -116,7 +146,10 @@ def _print_answer(key: str, result: GenerationResult) -> None:
     for row in result.trajectories:
         mark = "*" if row is result.best else " "
         reward = "none" if row.reward is None else f"{row.reward:.4f}"
-        print(f"{mark} row {row.row}: {row.finish_reason}, {row.num_tokens} tokens, reward {reward}: {inert(row.text)}")
+        print(
+            f"{mark} row {row.row}: {row.finish_reason}, {counted(row.num_tokens, 'token')}, reward {reward}: "
+            f"{inert(row.text)}"
+        )
 
 
 def inert(text: str) -> str:
@@ -181,11 +214,11 @@ def merge(paths: list[str], output: str, *, force: bool = False) -> int:
     head = [checked_line({"journal": SCHEMA_VERSION, "fingerprint": fingerprint})]
     head += [checked_line({"key": "capacity_tokens", "result": tokens, "run": run_digest}) for tokens in capacities]
     write_atomically(target, "".join([*head, *(checked_line({**line, "run": run_digest}) for line in lines)]))
-    print(f"{len(lines):,} answers of {len(paths)} journals in {output}")
+    print(f"{counted(len(lines), 'answer')} of {counted(len(paths), 'journal')} in {output}")
     if contradicting:
-        print(f"{contradicting} requests were answered differently: the first answer counts", file=sys.stderr)
+        print(f"{counted(contradicting, 'request')} with different answers: the first counts", file=sys.stderr)
     if damaged:
-        print(f"{damaged} damaged lines were left out; they are still in the original files", file=sys.stderr)
+        print(f"{counted(damaged, 'damaged line')} left out, and still in the original files", file=sys.stderr)
     return 0
 
 

@@ -12,7 +12,7 @@ import contextlib
 import dataclasses
 import functools
 import json
-import os
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -26,6 +26,7 @@ from specrej_eval.config import (
     ARGUMENTS,
     DECIDING,
     HOST,
+    Decides,
     PromptArguments,
     RunConfig,
     Takes,
@@ -39,12 +40,13 @@ from specrej_eval.core import Question, Spent
 from specrej_eval.errors import ConfigError, SpecRejError
 from specrej_eval.generator import Request
 from specrej_eval.options import add_options
-from specrej_eval.ranks import Watch
+from specrej_eval.ranks import Watch, check_seen, started
 from specrej_eval.ranks import watch as watch_ranks
 from specrej_eval.records.fingerprint import from_first_rank, same, warn_of_uncovered
 from specrej_eval.records.outputs import Answer, OutputsFolder, RunRecord
 from specrej_eval.records.prompt_files import read_prompts
 from specrej_eval.records.run_names import default_name
+from specrej_eval.wording import counted
 
 if TYPE_CHECKING:
     from specrej_eval.engines.base import Engine
@@ -74,10 +76,8 @@ _SYNONYMS = {
 }
 HINTS = {
     **{name: f"did you mean --{meant}?" for name, meant in _SYNONYMS.items()},
-    **{
-        name: f"`specrej-eval run` keeps its own {name}; it lies in the folder of --output."
-        for name in ARGUMENTS.keys() - OURS.keys()
-    },
+    **{name: f"{name} is about tasks of lm-eval, and `specrej-eval run` has none." for name in names(Decides.TASKS)},
+    "journal": "`specrej-eval run` keeps its own journal; it lies in the folder of --output.",
     "speculative_rejection": "it is --strategy speculative_rejection, the default.",
     "variance_reduce": "it has no code behind it in the reference code either.",
 }
@@ -184,7 +184,14 @@ def _seeds(text: str | None, seed: Any) -> list[int | None]:
     """
     if text is None:
         return [None]
-    seeds: list[int | None] = [as_int("seeds", word.strip()) for word in text.split(",")]
+    if not re.fullmatch(r"\s*-?\d+\s*(,\s*-?\d+\s*)*", text):
+        found = re.fullmatch(r"(\d+)(?:-|\.\.|:)(\d+)", text.strip())
+        listed = ",".join(map(str, range(int(found[1]), int(found[2]) + 1))) if found else "0,1,2"
+        raise ConfigError(
+            f"--seeds must be whole numbers with commas between them, got {text!r}.",
+            hint=f"{'did you mean' if found else 'for example'} --seeds {listed if len(listed) < 80 else '0,1,2'}",
+        )
+    seeds: list[int | None] = [int(word) for word in text.split(",")]
     if seed is not None or len(set(seeds)) < len(seeds):
         what = f"--seed {seed} and --seeds {text}" if seed is not None else f"--seeds {text} names one seed twice"
         raise ConfigError(f"{what}: each seed is a run of its own.", hint="for example --seeds 0,1,2")
@@ -227,10 +234,10 @@ def _run(
     )
     anew = bool(own.get("force"))
     if not anew and _is_complete(store, record, questions):
-        print(f"nothing to do: {len(questions):,} answers in {store.outputs_file} (--force draws them again)")
+        print(f"nothing to do: {counted(len(questions), 'answer')} in {store.outputs_file} (--force draws them again)")
         return folder
     if ranks.main:
-        store.begin(record, going_on=not anew, delete=anew)
+        store.begin(record, going_on=not anew, delete=anew, to_start_over="add --force")
         if anew:
             for path in store.path.glob(f"{store.trajectories_file.stem}*.jsonl"):
                 path.unlink()
@@ -257,9 +264,9 @@ def _run(
             store.write_record(record)
             keys = {request.key for request in requests}
             if kept := store.set_apart(lambda item: item.key in keys):
+                told = counted(kept, "answer to another prompt is", "answers to other prompts are")
                 tqdm.write(
-                    f"{kept} answers to other prompts are kept in {store.kept_file.name}; a run that asks for them "
-                    "again takes them from there.",
+                    f"{told} kept in {store.kept_file.name}; a run that asks for them again takes them from there.",
                     file=sys.stderr,
                 )
         ranks.wait()
@@ -306,12 +313,17 @@ def _value(name: str, text: str) -> Any:
 
 
 def _ranks(device: str | None) -> Ranks:
-    if int(os.environ.get("WORLD_SIZE", "1")) < 2:
+    if started() < 2:
         return Ranks()
     import torch
     from accelerate import PartialState
 
-    state = PartialState(cpu=device == "cpu" or not torch.cuda.is_available())
+    try:
+        state = PartialState(cpu=device == "cpu" or not torch.cuda.is_available())
+    except ValueError:  # no address of the others: whatever has set WORLD_SIZE, it was no launcher
+        check_seen(started(), 1, command="specrej_eval run")
+        raise
+    check_seen(started(), state.num_processes, command="specrej_eval run")
     watch = watch_ranks(state.process_index, state.num_processes)
     return Ranks(state.process_index, state.num_processes, state.local_process_index, state, watch)
 
@@ -346,4 +358,4 @@ def _finish(
     store.mark_complete(record, answers, spent)
     for line in summary(answers, spent, name=record.name):
         tqdm.write(line, file=sys.stderr)
-    print(f"{len(answers):,} answers in {store.outputs_file}")
+    print(f"{counted(len(answers), 'answer')} in {store.outputs_file}")

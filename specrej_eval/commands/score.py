@@ -25,6 +25,7 @@ from specrej_eval.paths import expanded
 from specrej_eval.records.fingerprint import check_same, of_models
 from specrej_eval.records.jsonl import mend, open_append, scan, write_atomically
 from specrej_eval.records.prompt_files import read_rows
+from specrej_eval.wording import counted
 
 if TYPE_CHECKING:
     from specrej_eval.rewards.base import Pair, RewardModel
@@ -93,6 +94,8 @@ def run(args: argparse.Namespace) -> int:
         target.unlink(missing_ok=True)
         done = []
     if len(done) < len(entries):
+        if config.reward_model is None:
+            tqdm.write("DEMO: the embedded demo reward scores; it knows nothing but small sums.", file=sys.stderr)
         reward = load_reward(config, options.get("token"))
         if not reward.reads_text:
             raise ConfigError(
@@ -260,8 +263,8 @@ def _report(target: Path, records: Sequence[Mapping[str, Any]], column: str) -> 
     failed = len(records) - len(scores)
     if scores:
         mean = math.fsum(scores) / len(scores)
-        print(f"{len(scores):,} rows scored: mean {mean:.4f}, min {min(scores):.4f}, max {max(scores):.4f}")
-    print(f"{len(records):,} rows in {target}")
+        print(f"{counted(len(scores), 'row')} scored: mean {mean:.4f}, min {min(scores):.4f}, max {max(scores):.4f}")
+    print(f"{counted(len(records), 'row')} in {target}")
     if failed:
-        print(f"{failed:,} rows could not be scored; their 'error' says why", file=sys.stderr)
+        print(f"{counted(failed, 'row')} could not be scored; their 'error' says why", file=sys.stderr)
     return 1 if failed else 0

@@ -1,4 +1,7 @@
-"""What the text of a ``reward_model`` is: a Python function, a server, several rewards in one, or a checkpoint."""
+"""What the text of a ``reward_model`` is: a Python function, a server, several rewards in one, or a checkpoint.
+
+The kinds of rewards ask here whether a name is theirs, and so do records, which import no reward.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,7 @@ from specrej_eval.paths import is_there
 
 SELF_SCORES = ("likelihood", "self_certainty", "deepconf")
 """Rewards made of what the engine records while it decodes."""
+JUDGE = "judge:"
 TERM = re.compile(r"\s*(?:(?P<weight>[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)\s*\*\s*)?(?P<name>.*?)\s*", re.DOTALL)
 """One part of ``a+0.5*b``."""
 
@@ -22,9 +26,14 @@ def is_callable(name: str) -> bool:
     return _CALLABLE.fullmatch(name) is not None
 
 
-def is_server(name: str) -> bool:
-    """Whether ``name`` is the address of a reward server, or a judge at one."""
-    return name.startswith(("http://", "https://", "judge:"))
+def is_judge(name: str) -> bool:
+    """Whether ``name`` is a model that grades, with the address of its server."""
+    return name.startswith(JUDGE)
+
+
+def is_address(name: str) -> bool:
+    """Whether ``name`` is that of a reward server."""
+    return name.startswith(("http://", "https://"))
 
 
 def is_ensemble(name: str) -> bool:

@@ -36,14 +36,14 @@ class RunningArguments:
         "What a task that asks for greedy decoding gets: ``sample``, with one warning, ``greedy`` (one row) or "
         "``error``.",
         decides=Decides.TASKS,
-        takes=(Takes.RUN, Takes.REQUEST),
+        takes=(Takes.REQUEST,),
     )
     force_sampling_args: bool = argument(
         False,
         as_bool,
         "True: our sampling arguments win over those of a task that samples.",
         decides=Decides.TASKS,
-        takes=(Takes.RUN, Takes.REQUEST),
+        takes=(Takes.REQUEST,),
         idle_when_greedy=True,
     )
 

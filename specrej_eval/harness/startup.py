@@ -38,7 +38,7 @@ def wrap_lm_eval(evaluator: ModuleType) -> None:
 
 def wrap_lm_eval_command(main: ModuleType) -> None:
     """After `lm_eval.__main__`: our errors, and signals, end in one message."""
-    importlib.import_module("specrej_eval.harness.lm_eval.run").wrap_command(main)
+    importlib.import_module("specrej_eval.harness.lm_eval.command").wrap_command(main)
 
 
 def register_lm_eval_models(models: ModuleType) -> None:

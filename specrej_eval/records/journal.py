@@ -21,7 +21,7 @@ import logging
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ from specrej_eval.records.jsonl import (
     RUN,
     Line,
     Scan,
+    check_writable,
     checked_line,
     damaged_file,
     describe_damage,
@@ -44,6 +45,8 @@ from specrej_eval.records.jsonl import (
     replace_bytes,
     scan,
 )
+from specrej_eval.records.lookup import look_up
+from specrej_eval.wording import counted
 
 logger = logging.getLogger(__name__)
 
@@ -77,14 +80,25 @@ def request_key(prompt: Prompt, arguments: dict[str, Any], until: tuple[str, ...
 class Entry:
     """One finished request, and where it stands."""
 
+    file: str
+    """Its name, without the folder."""
     line: Line
     result: GenerationResult
+
+    def is_to(self, prompt: Prompt) -> bool:
+        theirs = (self.result.task, self.result.prompt_hash, self.result.repeat)
+        return theirs == (prompt.task, prompt.prompt_hash, prompt.repeat)
+
+    def place(self) -> str:
+        return f"the answer in line {self.line.number} of {self.file}"
 
 
 @dataclass(slots=True)
 class Contents:
     """What a journal's file holds. Made by ``read``."""
 
+    name: str
+    """The file's, without the folder."""
     scan: Scan
     header: Line | None = None
     fingerprint: Mapping[str, Any] | None = None
@@ -111,7 +125,7 @@ def read(path: str | Path, *, argument: str = "journal") -> Contents:
     Raises:
         ConfigError: the file cannot be read, is no journal of ours, or was written by a newer version.
     """
-    found = Contents(scan(path, argument=argument))
+    found = Contents(Path(path).name, scan(path, argument=argument))
     for line in found.scan.lines:
         if "journal" in line.record:
             _check_version(path, line, argument)
@@ -196,7 +210,7 @@ def _take(found: Contents, line: Line) -> int | None:
     if len(key) != 64 or set(key) - set("0123456789abcdef"):
         raise BadRecordError("its key is none of ours")
     result = GenerationResult.from_dict(an_object(line.record.get("result"), "result"))
-    first = found.entries.setdefault(key, Entry(line, result))
+    first = found.entries.setdefault(key, Entry(found.name, line, result))
     if first.line is not line:
         if first.line.record["result"] == line.record["result"]:
             found.repeated.append(line.number)
@@ -204,6 +218,60 @@ def _take(found: Contents, line: Line) -> int | None:
             found.contradicting.append((first.line.number, line.number))
     capacity = line.record.get(CAPACITY)
     return as_whole(capacity, CAPACITY) if capacity is not None else None
+
+
+def check(path: str, fingerprint: Callable[[], dict[str, Any]]) -> None:
+    """Refuse now what ``Journal`` would refuse once the models are loaded; nothing is written.
+
+    Args:
+        fingerprint: makes it; asked only where there is a journal to go on from.
+
+    Raises:
+        ConfigError: as ``Journal``.
+    """
+    check_writable(path, argument="journal")
+    others = [*beside(path)]
+    if others or Path(path).is_file():
+        now = fingerprint()
+        for other in others:
+            _of_this_run(other, now)
+        if Path(path).is_file():
+            _read_own(path, now)
+
+
+def _read_own(path: str, fingerprint: dict[str, Any]) -> Contents:
+    """The journal of a run that goes on. Raises as ``Journal``."""
+    found = read(path)
+    if found.fingerprint is not None:
+        check_same(found.fingerprint, fingerprint, what=f"journal={path!r}", remedy=_REMEDY)
+    elif found.scan.lines and found.run != digest(fingerprint):
+        told = "its entries belong to another configuration" if found.run else "nothing says which models it is of"
+        raise ConfigError(
+            f"journal={path!r} has {counted(len(found.entries), 'intact entry', 'intact entries')}, but its first "
+            f"line, which says which models they come from, is damaged, and {told}. Nothing in it was changed.",
+            hint="the command that started it continues from there; `specrej-eval journal verify` lists what is "
+            "damaged, and `specrej-eval journal merge FILE JOURNAL --output NEW` gives its entries the first line "
+            "of another journal of the same run.",
+        )
+    return found
+
+
+def _of_this_run(path: Path, fingerprint: dict[str, Any]) -> Contents | None:
+    """What another process's file holds; None if it is of no use. Nothing in it is changed: it may be in use.
+
+    Raises:
+        ConfigError: it belongs to another configuration.
+    """
+    try:
+        found = read(path)
+    except ConfigError as error:
+        logger.warning("%s is not used: %s", path.name, error)
+        return None
+    if found.fingerprint is not None:
+        check_same(found.fingerprint, fingerprint, what=f"journal={str(path)!r}", remedy=_REMEDY)
+    elif found.run != digest(fingerprint):
+        return None
+    return found
 
 
 class Journal:
@@ -221,14 +289,14 @@ class Journal:
     def __init__(self, path: str, fingerprint: dict[str, Any]) -> None:
         self.path = path
         self._name = Path(path).name
-        self._entries: dict[str, tuple[str, Entry]] = {}
-        """By key: the file's name, this one's or that of one beside it, and the entry."""
+        self._entries: dict[str, Entry] = {}
+        """By key, of this file and those beside it."""
         self._told = {self._name}
         self.capacity_tokens: int | None = None
         """What memory held when the run began (``n=max``)."""
         self._fingerprint = plain(fingerprint)
         self._run = digest(fingerprint)
-        others = [(other, found) for other in beside(path) if (found := self._of_this_run(other)) is not None]
+        others = [(other, found) for other in beside(path) if (found := _of_this_run(other, fingerprint)) is not None]
         has_header = Path(path).is_file() and self._read()
         for other, found in others:
             self._take_over(other, found)
@@ -240,32 +308,17 @@ class Journal:
         return len(self._entries)
 
     def get(self, key: str, prompt: Prompt | None = None) -> GenerationResult | None:
-        """The finished request, if this journal has it.
-
-        Args:
-            prompt: whose it must be. Entries of older versions carry no checksum: one that another prompt's key was
-                put on is told from its content, and not used.
-        """
-        if key not in self._entries:
+        """The finished request, if this journal has it; see ``look_up``."""
+        entry = look_up(key, prompt, self._entries)
+        if entry is None:
             return None
-        name, entry = self._entries[key]
-        result = entry.result
-        theirs = (result.task, result.prompt_hash, result.repeat)
-        if prompt is not None and theirs != (prompt.task, prompt.prompt_hash, prompt.repeat):
+        if entry.file not in self._told:
+            self._told.add(entry.file)
             logger.warning(
-                "line %d of %s holds an answer to a different prompt than its key says; it will be decoded again.",
-                entry.line.number,
-                name,
+                "Answers are also taken from %s, written by a run with a different number of processes.", entry.file
             )
-            del self._entries[key]
-            return None
-        if name not in self._told:
-            self._told.add(name)
-            logger.warning(
-                "Answers are also taken from %s, written by a run with a different number of processes.", name
-            )
-        result.taken = True
-        return result
+        entry.result.taken = True
+        return entry.result
 
     def put(self, key: str, result: GenerationResult) -> None:
         """Append a finished request and flush it to disk."""
@@ -286,7 +339,7 @@ class Journal:
         with as many."""
         if self.capacity_tokens is None:
             return 0
-        found = [entry.result.resolved for _, entry in self._entries.values()]
+        found = [entry.result.resolved for entry in self._entries.values()]
         rows = [numbers.get("n", 0) for numbers in found if numbers.get("kv_budget_tokens") == self.capacity_tokens]
         return max(rows, default=0)
 
@@ -295,20 +348,10 @@ class Journal:
 
     def _read(self) -> bool:
         """Fill the entries and mend the file; False if its header has yet to be written."""
-        found = read(self.path)
+        found = _read_own(self.path, self._fingerprint)
         if found.fingerprint is not None:
-            check_same(found.fingerprint, self._fingerprint, what=f"journal={self.path!r}", remedy=_REMEDY)
             self._run = digest(found.fingerprint)
-        elif found.scan.lines and found.run != self._run:
-            told = "its entries belong to another configuration" if found.run else "nothing says which models it is of"
-            raise ConfigError(
-                f"journal={self.path!r} has {len(found.entries)} intact entries, but its first line, which says which "
-                f"models they come from, is damaged, and {told}. Nothing in it was changed.",
-                hint="the command that started it continues from there; `specrej-eval journal verify` lists what is "
-                "damaged, and `specrej-eval journal merge FILE JOURNAL --output NEW` gives its entries the first line "
-                "of another journal of the same run.",
-            )
-        self._entries = {key: (self._name, entry) for key, entry in found.entries.items()}
+        self._entries = dict(found.entries)
         self.capacity_tokens = found.capacity_tokens
         self._tell(found)
         mend(self.path, found.scan)
@@ -319,55 +362,41 @@ class Journal:
             return True
         return found.fingerprint is not None
 
-    def _of_this_run(self, path: Path) -> Contents | None:
-        """What another process's file holds; None if it is of no use. Nothing in it is changed: it may be in use."""
-        try:
-            found = read(path)
-        except ConfigError as error:
-            logger.warning("%s is not used: %s", path.name, error)
-            return None
-        if found.fingerprint is not None:
-            check_same(found.fingerprint, self._fingerprint, what=f"journal={str(path)!r}", remedy=_REMEDY)
-        elif found.run != self._run:
-            return None
-        return found
-
     def _take_over(self, path: Path, found: Contents) -> None:
-        for key, entry in found.entries.items():
-            self._entries.setdefault(key, (path.name, entry))
+        self._entries = {**found.entries, **self._entries}
         # where it has no answer yet, it is of this very run, whose processes measure for themselves
         if self.capacity_tokens is None and found.entries:
             self.capacity_tokens = found.capacity_tokens
         if found.scan.damaged:
             logger.warning(
-                "%s: it is left out here; the %d intact entries are used.",
+                "%s: it is left out here; %s used.",
                 describe_damage(path, found.scan.damaged),
-                len(found.entries),
+                counted(len(found.entries), "intact entry is", "intact entries are"),
             )
 
     def _tell(self, found: Contents) -> None:
         if found.scan.damaged:
             logger.warning(
-                "%s: set aside in %s. The %d intact entries are used; a damaged one is decoded again.",
+                "%s: set aside in %s. %s used; a damaged one is decoded again.",
                 describe_damage(self.path, found.scan.damaged),
                 damaged_file(self._name),
-                len(found.entries),
+                counted(len(found.entries), "intact entry is", "intact entries are"),
             )
         if found.unchecked:
-            lacking = f"; they lack {', '.join(fields)} as well" if (fields := lacking_fields(found)) else ""
+            lacking = f"; lacking as well: {', '.join(fields)}" if (fields := lacking_fields(found)) else ""
             logger.warning(
-                "%s was started by an older version: %d of its entries carry no checksum, so an edit in them would not "
-                "be noticed%s. New entries carry one.",
+                "%s was started by an older version: %s no checksum, so an edit there would not be noticed%s. New "
+                "entries carry one.",
                 self._name,
-                found.unchecked,
+                counted(found.unchecked, "entry carries", "entries carry"),
                 lacking,
             )
         if found.contradicting:
             first, later = found.contradicting[0]
             logger.warning(
-                "%s answers %d requests more than once and differently (lines %d and %d): the first of them counts.",
+                "%s answers %s more than once and differently (lines %d and %d): the first of them counts.",
                 self._name,
-                len(found.contradicting),
+                counted(len(found.contradicting), "request"),
                 first,
                 later,
             )

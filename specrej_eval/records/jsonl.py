@@ -8,6 +8,7 @@ damaged is never deleted: it moves to ``FILE.damaged``, and what is intact stays
 from __future__ import annotations
 
 import base64
+import errno
 import hashlib
 import json
 import os
@@ -216,6 +217,21 @@ def open_append(path: str, *, argument: str) -> IO[str]:
         return open(path, "a", encoding="utf-8", errors="surrogatepass")
     except OSError as exc:
         raise ConfigError(f"{argument}={path!r} cannot be written: {exc.strerror or exc}.") from exc
+
+
+def check_writable(path: str, *, argument: str) -> None:
+    """What ``open_append`` would refuse, as far as it can be said without writing.
+
+    Raises:
+        ConfigError: the file, or the folder it is to lie in, cannot be written.
+    """
+    place = Path(path)
+    there = next(known for known in (place, *place.absolute().parents) if os.path.exists(known))
+    wrong = errno.EISDIR if place.is_dir() else errno.ENOTDIR if there != place and not there.is_dir() else 0
+    if not wrong and not os.access(there, os.W_OK):
+        wrong = errno.EACCES
+    if wrong:
+        raise ConfigError(f"{argument}={path!r} cannot be written: {os.strerror(wrong)}.")
 
 
 def write_atomically(path: Path, text: str) -> None:

@@ -14,8 +14,9 @@ from typing import Any
 from specrej_eval.checked import object_or_empty
 from specrej_eval.checkpoint import DEMO_POLICY, DEMO_REWARD
 from specrej_eval.config import Decides, names
-from specrej_eval.errors import ConfigError, SpecRejError, start_of
+from specrej_eval.errors import ConfigError, SpecRejError
 from specrej_eval.records.scores import Score
+from specrej_eval.wording import counted, start_of
 
 MARK = "specrej_submission"
 """Key of a results file that a submission has written, which is no run."""
@@ -270,13 +271,13 @@ def _answers(sample: Mapping[str, Any]) -> Iterator[str]:
 def remarks(results: Results) -> list[str]:
     """What a reader of the scores has to know, beside the warnings that the run wrote down."""
     kinds = {
-        "degraded": "answers gave up rows for want of memory (degraded)",
-        "truncated": "prompts were cut to fit the context",
+        "degraded": ("answer gave", "answers gave", "up rows for want of memory (degraded)"),
+        "truncated": ("prompt was", "prompts were", "cut to fit the context"),
     }
     return [
-        f"task {task!r}: {counts[kind]} {what}"
+        f"task {task!r}: {counted(counts[kind], one, more)} {what}"
         for task, counts in (results.block.get("per_task") or {}).items()
-        for kind, what in kinds.items()
+        for kind, (one, more, what) in kinds.items()
         if counts.get(kind)
     ]
 

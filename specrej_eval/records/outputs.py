@@ -49,7 +49,9 @@ from specrej_eval.records.jsonl import (
     scan,
     write_atomically,
 )
+from specrej_eval.records.lookup import look_up
 from specrej_eval.records.trace import rank_path
+from specrej_eval.wording import counted
 
 logger = logging.getLogger(__name__)
 
@@ -102,6 +104,12 @@ class Answer:
     def called(self) -> str:
         """How messages to the user call it."""
         return called(self.instruction, self.index)
+
+    def is_to(self, prompt: Prompt) -> bool:
+        return (self.prompt_hash, self.repeat) == (prompt.prompt_hash, prompt.repeat)
+
+    def place(self) -> str:
+        return f"the answer recorded for {self.called}"
 
     @classmethod
     def of(
@@ -318,30 +326,26 @@ class OutputsFolder:
         return [(path, damage) for path, damaged in self._damaged for damage in damaged]
 
     def get(self, key: str, prompt: Prompt | None = None) -> Answer | None:
-        """The answer recorded for a key, whichever prompts it was asked with.
-
-        Args:
-            prompt: whose it must be; lines of older versions carry no checksum, and one with another's key is told so.
-        """
-        found = self._read().get(key) or self._kept.get(key)
-        if found is None or prompt is None or (found.prompt_hash, found.repeat) == (prompt.prompt_hash, prompt.repeat):
-            return found
-        logger.warning(
-            "the answer to %r was not recorded for this prompt; it is decoded again.", found.instruction[:60]
-        )
-        self._read().pop(key, None)
-        self._kept.pop(key, None)
-        return None
+        """The answer recorded for a key, whichever prompts it was asked with; see ``look_up``."""
+        return look_up(key, prompt, self._read(), self._kept)
 
     # writing
 
-    def begin(self, record: RunRecord, *, going_on: bool = True, delete: bool = False) -> RunRecord:
+    def begin(
+        self,
+        record: RunRecord,
+        *,
+        going_on: bool = True,
+        delete: bool = False,
+        to_start_over: str = "delete the folder",
+    ) -> RunRecord:
         """Open the folder for a run. Only rank 0 writes ``specrej_run.json`` and mends what is damaged.
 
         Args:
             going_on: take over the answers found here; False starts anew, and moves what is here to
                 ``FILE.previous`` (``.previous.2`` and so on).
             delete: with ``going_on=False``, delete it: only where the user asked for that.
+            to_start_over: what the user is to do for ``going_on=False``, for messages.
 
         Returns:
             The record as it stands on disk now; ``capacity_tokens`` is that of the first run.
@@ -357,8 +361,7 @@ class OutputsFolder:
                 before.fingerprint,
                 record.fingerprint,
                 what=f"the run {before.name!r} in {str(self.path)!r}",
-                remedy="to keep it, give this run another name or output folder; to start over, delete the folder "
-                "(`specrej-eval run` does that with --force).",
+                remedy=f"to keep it, give this run another name or output folder; to start over, {to_start_over}.",
             )
             if before.name != record.name:
                 raise ConfigError(
@@ -431,10 +434,10 @@ class OutputsFolder:
                 self._write_lines(path, answers)
         if old:
             logger.warning(
-                "%s was written by an older version: %d of its answers carried no checksum, so an edit in them could "
-                "not be noticed. They carry one from now on.",
+                "%s was written by an older version: %s no checksum, so an edit there could not be noticed. From now "
+                "on each carries one.",
                 self.path,
-                old,
+                counted(old, "answer carried", "answers carried"),
             )
 
     def write_record(self, record: RunRecord) -> None:

@@ -23,6 +23,7 @@ from typing import Any
 from specrej_eval.core import Question
 from specrej_eval.errors import ConfigError, nearest
 from specrej_eval.paths import expanded
+from specrej_eval.wording import counted
 
 logger = logging.getLogger(__name__)
 
@@ -256,9 +257,9 @@ def _mention_duplicates(file: Path, rows: Iterable[FileRow], questions: Iterable
             again.append(f"{where} is {before} again")
     if again:
         logger.warning(
-            "%s: %d prompts are repeated (%s%s); each repeat gets its own random draws.",
+            "%s: %s repeated (%s%s); each repeat gets its own random draws.",
             file,
-            len(again),
+            counted(len(again), "prompt is", "prompts are"),
             again[0],
             ", ..." if len(again) > 1 else "",
         )

@@ -46,13 +46,13 @@ def model_name(name: Any) -> str:
     text = str(name)
     if text == EMBEDDED:
         return "demo"
-    if text.startswith("judge:"):
-        return f"judge-{model_name(text.removeprefix('judge:').partition('@http')[0])}"
+    if reward_names.is_judge(text):
+        return f"judge-{model_name(text.removeprefix(reward_names.JUDGE).partition('@http')[0])}"
     parts = reward_names.parts(text)
     if len(parts) > 1:
         return "-".join(model_name(part["reward_model"]) for part in parts)
     address = urlsplit(text)
-    if address.scheme in ("http", "https"):
+    if reward_names.is_address(text):
         return _plain(address.netloc.rpartition("@")[2] + address.path.rstrip("/"))
     module, colon, function = text.rpartition(":")
     if colon and function.isidentifier() and all(part.isidentifier() for part in module.split(".")):

@@ -248,7 +248,7 @@ def test_runs_of_other_prompts_at_the_same_places(tmp_path: Path) -> None:
 def test_an_unfinished_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     one = a_run(tmp_path / "one", [an_answer(text, index=i) for i, text in enumerate("abc")])
     other = a_run(tmp_path / "other", [an_answer("b", seed=1, index=1)], seed=1, complete=False)
-    assert f"{other!r} is not finished: it has 1 answers so far" in refused(one, other)
+    assert f"{other!r} is not finished: it has 1 answer so far" in refused(one, other)
     assert command("gather", one, other, "--output", tmp_path / "all") == 1
     assert "--incomplete" in capsys.readouterr().err
     assert command("gather", one, other, "--output", tmp_path / "all", "--incomplete") == 0
@@ -370,7 +370,7 @@ def test_export_says_what_makes_runs_incomparable(tmp_path: Path, capsys: pytest
         "part has answers to 1 prompt asked before ('a')",
         "part has no answer to 2 prompts of whole ('b')",
         "part has answers to 2 prompts that whole lacks ('a')",
-        "part: 1 answers have no finite reward",
+        "part: no finite reward for 1 answer",
         "part was made with embedded demo models",
     ):
         assert remark in printed

@@ -61,7 +61,7 @@ def test_init_again_writes_nothing_and_keeps_what_was_changed(
     assert cli.main(["init"]) == 0
     printed = capsys.readouterr().out
     assert f"not overwritten, since you changed it: {Path('tasks/specrej_prompts.yaml')}" in printed
-    assert "tasks: 1 files written" in printed and "model_configs: nothing to write" in printed
+    assert "tasks: 1 file written" in printed and "model_configs: nothing to write" in printed
     assert tree(tmp_path) == {**fresh, "tasks/specrej_prompts.yaml": b"mine", "tasks/mine.yaml": b"mine too"}
     assert untouched.stat().st_mtime_ns == 1
 

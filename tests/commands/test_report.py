@@ -5,11 +5,14 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
+import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
 from scipy import stats
+from support import ROOT
 from support.run_folders import a_run, an_answer
 
 from specrej_eval import cli
@@ -290,6 +293,28 @@ def test_differences_are_those_of_a_paired_t_test(tmp_path: Path, capsys: pytest
     assert "against Speculative Rejection, alpha=0.5, n=16, on the same prompts:" in turned
     assert cli.main(["report", str(tmp_path), "--baseline", "nobody"]) == 1
     assert "no run is called 'nobody'" in capsys.readouterr().err
+
+
+def test_a_baseline_that_several_runs_could_be_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for date, n in enumerate((2, 4, 16)):
+        write_results(tmp_path / str(n), date=date, resolved=arguments(strategy="best_of_n", n=n), samples=[1.0] * 8)
+    assert cli.main(["report", str(tmp_path), "--baseline", "best"]) == 1
+    told = capsys.readouterr().err
+    assert "'best' is part of the names of 3 runs" in told
+    assert "Best-of-N, n=2; Best-of-N, n=4; Best-of-N, n=16" in told
+    write_results(tmp_path / "1", date=9, resolved=arguments(strategy="best_of_n", n=160), samples=[1.0] * 8)
+    assert "against Best-of-N, n=16," in report(capsys, tmp_path, "--baseline", "best-of-n, N=16"), "its whole name"
+
+
+def test_the_demos_report_reads_its_own_runs_alone(tmp_path: Path) -> None:
+    """Whatever other demos (another LIMIT) and the README's commands have left, its baseline names one run."""
+    told = subprocess.run(["make", "-n", "demo", "LIMIT=7"], cwd=ROOT, capture_output=True, text=True).stdout
+    folder = re.search(r"specrej-eval report (\S+) --baseline", told)
+    assert folder is not None and folder[1] == "results/demo/first_7"
+    targets = re.findall(r"^demo-[\w.-]+(?=:)", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    told = subprocess.run(["make", "-n", *targets, "LIMIT=7"], cwd=ROOT, capture_output=True, text=True).stdout
+    paths = re.findall(r"--output_path (\S+)", told)
+    assert len(set(paths)) == len(targets) == 4 and all(path.startswith(f"{folder[1]}/") for path in paths)
 
 
 def test_one_line_says_what_the_numbers_mean(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

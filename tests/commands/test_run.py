@@ -254,7 +254,10 @@ def test_several_seeds_are_runs_of_their_own_with_models_loaded_once(
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        (["--seeds", "0,one"], "seeds must be a whole number"),
+        (["--seeds", "0,one"], "--seeds must be whole numbers with commas between them, got '0,one'"),
+        (["--seeds", "0-2"], "did you mean --seeds 0,1,2"),
+        (["--seeds", "3..5"], "did you mean --seeds 3,4,5"),
+        (["--seeds", ","], "for example --seeds 0,1,2"),
         (["--seeds", "1,1"], "names one seed twice"),
         (["--seeds", "0,1", "--seed", "2"], "each seed is a run of its own"),
     ],

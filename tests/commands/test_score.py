@@ -89,6 +89,13 @@ def test_each_row_comes_back_with_its_reward(pairs: Path, capsys: pytest.Capture
     assert sum(CALLS) == 5
 
 
+def test_it_says_so_where_the_demo_reward_scores(pairs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(pairs) == 0
+    assert "DEMO" not in capsys.readouterr().err
+    assert main(["score", "--input", str(pairs), "--force"]) == 0
+    assert "DEMO: the embedded demo reward scores; it knows nothing but small sums." in capsys.readouterr().err
+
+
 def test_tables_and_lists_are_read_too(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text('prompt,response\nSay hello.,"Hello, you!"\n', encoding="utf-8")
     (tmp_path / "b.json").write_text(json.dumps(ROWS[:2]), encoding="utf-8")
@@ -126,7 +133,7 @@ def test_a_failing_row_is_named_or_skipped(pairs: Path, capsys: pytest.CaptureFi
     found = output(pairs.with_suffix(".scored.jsonl"))
     assert [row["reward"] for row in found] == [*WANT[:3], None, WANT[4]]
     assert "that text" in found[3]["error"]
-    assert "1 rows could not be scored" in capsys.readouterr().err
+    assert "1 row could not be scored" in capsys.readouterr().err
 
 
 def test_nan_is_named_or_skipped(pairs: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -307,8 +307,8 @@ def test_what_a_reader_has_to_know_is_said(finished: Run) -> None:
     finished.write_config(kwargs)
     finished.write_run(answers=worse, kwargs=kwargs)
     text = finished.submit()
-    assert "1 answers gave up rows for want of memory (degraded), the first in row 5" in text
-    assert "1 answers were cut at their length limit" in text
+    assert "1 answer gave up rows for want of memory (degraded), the first in row 5" in text
+    assert "1 answer was cut at their length limit" in text
     assert "pretrained=./small" in text
 
 
@@ -547,7 +547,7 @@ def test_annotations_that_are_not_all_there(finished: Run) -> None:
     assert "has 804 annotations, not 805" in finished.refused()
     annotations[0]["preference"] = None
     path.write_text(json.dumps(annotations))
-    assert "no preference for 1 answers" in finished.submit()
+    assert "no preference for 1 answer" in finished.submit()
 
 
 @pytest.mark.parametrize(

@@ -246,7 +246,7 @@ def test_degraded_and_truncated_answers_are_said(finished: Run) -> None:
     finished.change(lambda content: content["config"]["specrej"]["per_task"][TASK].update(degraded=2, truncated=1))
     text = finished.submit()
     assert "2 answers gave up rows for want of memory (degraded)" in text
-    assert "1 prompts were cut" in text
+    assert "1 prompt was cut" in text
 
 
 def test_a_submission_inside_the_results_folder_is_no_run(finished: Run) -> None:

@@ -320,7 +320,7 @@ def test_where_startup_files_are_not_read_our_own_command_still_works(
     )
     # fmt: on
     assert done.returncode == 1
-    assert "Attempted to load model 'nosuch'" in done.stderr
+    assert "lm-eval has no model 'nosuch'" in done.stderr
     assert all(name in done.stderr for name in ("hf", *NAMES)), "lm-eval lists the names it knows"
 
 

@@ -38,7 +38,7 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         "open",
         lambda self, prompt, *args, **options: found.append(prompt) or opened(self, prompt, *args, **options),
     )
-    monkeypatch.setattr(fingerprint, "_said", set())
+    monkeypatch.setattr("specrej_eval.records.fingerprint.comparing._said", set())
     return found
 
 
@@ -190,7 +190,7 @@ def test_what_reads_records_reads_those_of_earlier_versions(
     folders = [name for name in ("run", "alpaca") if (records / name).is_dir()]
     journals = ["run.jsonl", *(f"{name}/specrej_trajectories.jsonl" for name in folders if name == "run")]
     assert cli.main(["journal", "verify", *journals, *folders]) == 0
-    assert capsys.readouterr().out == "nothing is wrong\n"
+    assert capsys.readouterr().out == "no problems found\n"
     for name in journals:
         assert cli.main(["journal", "show", name]) == 0
         shown = capsys.readouterr().out

@@ -215,7 +215,7 @@ def test_of_two_answers_to_one_request_the_first_counts(tmp_path: Path, caplog: 
     journal.put(key_of(2), a_result(5))
     journal.close()
     assert opened(path) == {number: a_result(number) for number in range(6)}
-    assert "answers 1 requests more than once and differently (lines 4 and 9)" in caplog.text
+    assert "answers 1 request more than once and differently (lines 4 and 9)" in caplog.text
 
 
 def test_a_record_that_lacks_only_its_line_break_is_whole(tmp_path: Path) -> None:
@@ -517,15 +517,34 @@ def test_digests_are_shown_by_their_first_digits(tmp_path: Path, capsys: pytest.
     assert cli.main(["journal", "show", str(path), "--key", key_of(0)[:12]]) == 0
     shown = capsys.readouterr().out
     assert not re.search("[0-9a-f]{13}", shown)
-    for line in ("  config.json: 0123456789ab", "  org/policy: 012345678901", f"template: {'e' * 12}", "peft: none"):
-        assert line in shown.splitlines()
+    words = [line.split() for line in shown.splitlines()]
+    for line in ("config.json 0123456789ab", "org/policy 012345678901", f"template {'e' * 12}", "peft none"):
+        assert line.split() in words
+    settings = shown[: shown.index("\n\n")].splitlines()
+    assert settings[0] == "settings:" and len({line.index(line.split()[1], 3) for line in settings[1:]}) == 1, "columns"
     assert f"{key_of(0)[:12]}: task task, prompt 000000000000, repeat 0" in shown
 
 
-def test_a_folder_is_not_shown_but_its_journal_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "specrej_trajectories.jsonl").touch()
-    assert cli.main(["journal", "show", str(tmp_path)]) == 1
-    assert f"name its journal: {tmp_path / 'specrej_trajectories.jsonl'}" in capsys.readouterr().err
+def test_all_actions_take_the_folder_of_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "run"
+    folder.mkdir()
+    for action in (["show"], ["show", "--key", "0"], ["verify"], ["merge", "--output", str(tmp_path / "no.jsonl")]):
+        assert cli.main(["journal", action[0], str(folder), *action[1:]]) == 1
+        told = capsys.readouterr().err
+        assert "is a folder without the journal" in told or "is not a run of specrej-eval" in told
+    lines = a_journal(folder / "specrej_trajectories_rank0.jsonl")
+    whole = ["journal", "show", str(folder)]
+    assert cli.main(whole) == 0
+    assert "6 answers" in (shown := capsys.readouterr().out) and "rank0" not in shown
+    (folder / "specrej_trajectories_rank1.jsonl").write_bytes(b"".join(lines[:3]))
+    assert cli.main(whole) == 0
+    shown = capsys.readouterr().out
+    assert "6 answers" in shown and "2 answers" in shown and "rank0.jsonl\n" in shown and "rank1.jsonl\n" in shown
+    assert cli.main([*whole, "--key", key_of(0)[:12]]) == 0
+    assert "row 0" in capsys.readouterr().out
+    (folder / "specrej_trajectories_rank1.jsonl").unlink()
+    assert cli.main(["journal", "merge", str(folder), "--output", str(tmp_path / "whole.jsonl")]) == 0
+    assert opened(tmp_path / "whole.jsonl") == {number: a_result(number) for number in range(6)}
 
 
 def test_what_is_shown_does_nothing_to_a_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

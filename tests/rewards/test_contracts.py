@@ -64,7 +64,8 @@ def test_the_names_that_records_know_are_those_of_the_kinds() -> None:
     assert set(reward_names.SELF_SCORES) == set(kinds["self_scores"].FORMS)
     for name, kind in kinds.items():
         for form in kind.FORMS:
-            assert reward_names.is_server(form) == (name in ("judge", "server"))
+            assert reward_names.is_judge(form) == (name == "judge")
+            assert reward_names.is_address(form) == (name == "server")
             assert reward_names.is_ensemble(form) == (name == "ensemble")
 
 

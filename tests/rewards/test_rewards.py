@@ -223,7 +223,7 @@ def test_too_long_inputs_are_cut_on_the_left_with_one_warning(
     assert score == pytest.approx(plain_score(reward.model, seen[0]), abs=1e-5)
     warnings = [record.message for record in caplog.records]
     assert len(warnings) == 1
-    assert "1 of 1 rows are longer than its 64 tokens" in warnings[0]
+    assert "rows longer than its 64 tokens: 1 of 1;" in warnings[0]
     assert f"up to {len(full) - 64:,} tokens" in warnings[0]
 
 

@@ -16,6 +16,8 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any
 
+from accelerate import PartialState
+
 SECONDS = 240.0
 
 
@@ -100,13 +102,18 @@ def together(work: Callable[[], Any], ranks: int, *, killed_at: int | None = Non
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         port = found.getsockname()[1]
+
+    def alone() -> Any:
+        PartialState._reset_state()  # of whatever this test process has used accelerate for
+        return work()
+
     pids = []
     for rank in range(ranks):
         place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "MASTER_PORT": port}
         env = {name: str(value) for name, value in place.items()}
         env |= {"MASTER_ADDR": "127.0.0.1", "ACCELERATE_USE_CPU": "true"}
         moments = Moments(killed_at) if rank == 0 and killed_at is not None else None
-        pids.append(start(work, moments=moments, env=env))
+        pids.append(start(alone, moments=moments, env=env))
     codes = [ended(pids[0])]
     for pid in pids[1:]:
         if codes[0] == -signal.SIGKILL:

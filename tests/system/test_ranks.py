@@ -413,3 +413,29 @@ def test_a_run_that_went_well_never_ends_with_an_abort(tmp_path: Path, counted: 
     done = subprocess.run([sys.executable, str(program), str(processes)], capture_output=True, text=True, timeout=280)
     assert done.stdout.split() == ["0"] * processes, done.stderr[-2000:]
     counted("processes ended while their watch was busy", processes)
+
+
+@pytest.mark.parametrize("command", ["run", "lm-eval"])
+def test_a_world_of_which_accelerate_sees_one_process_is_refused(command: str, tmp_path: Path) -> None:
+    """WORLD_SIZE left in the environment, or a launcher that accelerate does not know: each would answer everything."""
+    (tmp_path / "prompts.json").write_text(json.dumps(PROMPTS[:2]))
+    words = {
+        "run": ["--prompts", "prompts.json", "--output", "out", "--n", "1"],
+        "lm-eval": ["--model", "specrej", "--model_args", "n=1", "--tasks", "tiny", "--include_path", "tasks"],
+    }
+    (tmp_path / "tasks").mkdir()
+    task = {"task": "tiny", "dataset_path": "json", "test_split": "test", "output_type": "generate_until"}
+    files = {"dataset_kwargs": {"data_files": {"test": str(tmp_path / "data.jsonl")}}, "doc_to_text": "q"}
+    (tmp_path / "data.jsonl").write_text('{"q": "1 + 1 =", "a": "2"}\n')
+    (tmp_path / "tasks" / "tiny.yaml").write_text(json.dumps({**task, **files, "doc_to_target": "a"}))
+    here = {name: value for name, value in os.environ.items() if name not in ("RANK", "LOCAL_RANK", "MASTER_ADDR")}
+    done = subprocess.run(
+        [sys.executable, "-m", "specrej_eval", command, *words[command]],
+        cwd=tmp_path,
+        env={**here, "WORLD_SIZE": "2"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
+    assert "2 processes were started (WORLD_SIZE), but to accelerate this is the only one" in done.stderr
+    assert "or unset WORLD_SIZE" in done.stderr and not (tmp_path / "out").exists()

@@ -384,7 +384,7 @@ def test_lm_eval_prompts_are_read_as_model_hf_reads_them_unless_told_otherwise(
         with Warnings("lm_eval.models.specrej") as told:
             lm.generate_until(requests_of(lm, questions, chat), disable_tqdm=True)
         found[case] = [ids for ids in prompts_read if any(ids)]  # zeros: the engine asks what a token of KV takes
-        assert [text for text in told if "2 of 3 prompts hold special tokens" in text] == told
+        assert [text for text in told if "stand in 2 of 3 prompts" in text] == told
         assert len(told) == (case == "default"), told
         assert any("2 of 3 prompts" in text for text in lm.tally.warnings.values()) == (case == "default")
     assert sorted(found["default"]) == sorted(read_by_hf(folder, QUESTIONS, chat)) == sorted(found["allowed"])
@@ -483,4 +483,4 @@ def test_alpaca_counts_the_instructions_of_all_chunks_once(alpaca: Callable[...,
     for place in (70, 127, 129):
         instructions[place] += "<|end|>"
     told = alpaca(instructions, n=1)
-    assert len(told) == 1 and "3 of 130 prompts hold special tokens such as '<|end|>'" in told[0]
+    assert len(told) == 1 and "special tokens such as '<|end|>' stand in 3 of 130 prompts" in told[0]

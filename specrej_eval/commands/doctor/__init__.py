@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from specrej_eval.commands.doctor.findings import Finding, Status, show
+from specrej_eval.wording import counted
 
 SUMMARY = "check the installation (versions, startup hook, devices, demo weights), a reward model or a language model"
 EXAMPLES = (
@@ -160,7 +161,7 @@ def check_devices() -> Iterator[Finding]:
         yield Finding("broken", "torch", f"cannot be imported: {error!r}")
         return
     threads = torch.get_num_threads()
-    yield Finding("ok", "cpu", f"{cpu}, torch uses {threads} thread{'s' * (threads != 1)}")
+    yield Finding("ok", "cpu", f"{cpu}, torch uses {counted(threads, 'thread')}")
     yield _same_bits(threads)
     if not torch.cuda.is_available():
         build = "is built for CPU only" if torch.version.cuda is None else f"is built for CUDA {torch.version.cuda}"

@@ -14,6 +14,7 @@ from specrej_eval.config import ARGUMENTS, RunConfig, Takes, names
 from specrej_eval.errors import PromptError
 from specrej_eval.options import add_options
 from specrej_eval.special_tokens import ALLOW, ENCODE_AS_TEXT, ERROR
+from specrej_eval.wording import counted
 
 if TYPE_CHECKING:
     from specrej_eval.engines.transformers.engine import TransformersEngine
@@ -84,7 +85,7 @@ def check_prompts(engine: TransformersEngine) -> Iterator[Finding]:
         return
     asked = [{"role": "user", "content": "Name a fruit."}]
     plain = engine.encode(asked).token_ids
-    yield Finding("ok", "chat template", f"a question of 3 words has {len(plain)} tokens")
+    yield Finding("ok", "chat template", f"a question of 3 words has {counted(len(plain), 'token')}")
     written = [known[number] for number in (*plain, *engine.eos_ids, *known) if number in known]
     token = written[0] if written else None
     if token is None:

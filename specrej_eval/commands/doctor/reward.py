@@ -20,6 +20,7 @@ from specrej_eval.core import RowView
 from specrej_eval.errors import ConfigError, RewardError
 from specrej_eval.options import load_reward, reward_config
 from specrej_eval.special_tokens import ALLOW, ERROR
+from specrej_eval.wording import counted, shortened, start_of
 
 if TYPE_CHECKING:
     from specrej_eval.rewards.base import RewardModel
@@ -71,13 +72,25 @@ def examine(reward: RewardModel, probes: Probes = PROBES) -> int:
 # ---- what it reads ---------------------------------------------------------------------------------------------------
 
 
+Check = Callable[["Patient"], Iterator[Finding]]
+
+
+def of_each_part(check: Check) -> Check:
+    """The check of a reward model; of an ensemble, that of each part."""
+
+    def checked(patient: Patient) -> Iterator[Finding]:
+        for member in patient.reward.members:
+            yield Finding("ok", "part", member.name)
+            yield from checked(patient._replace(reward=member))
+        if not patient.reward.members:
+            yield from check(patient)
+
+    return checked
+
+
+@of_each_part
 def check_input(patient: Patient) -> Iterator[Finding]:
-    """The tokens of one conversation, and BOS, EOS and padding in them; of each part of an ensemble."""
-    for member in patient.reward.members:
-        yield Finding("ok", "part", member.name)
-        yield from check_input(patient._replace(reward=member))
-    if patient.reward.members:
-        return
+    """The tokens of one conversation, and BOS, EOS and padding in them."""
     renderer = patient.reward.renderer
     if renderer is None:
         yield Finding("note", "tokens", f"{patient.reward.name} gets text; which tokens it reads cannot be shown here")
@@ -106,7 +119,7 @@ def _special_tokens(tokenizer: Any, ids: Sequence[int]) -> Iterator[Finding]:
         yield Finding("ok", "BOS", "the tokenizer has none")
     else:
         count = next((place for place, token in enumerate(ids) if token != bos), len(ids))
-        where = f"{tokenizer.bos_token!r} (id {bos}) stands {count} times at the start"
+        where = f"{tokenizer.bos_token!r} (id {bos}) stands {counted(count, 'time')} at the start"
         plain = tokenizer("x")["input_ids"][:1] == [bos]
         if count > 1:
             yield Finding("broken", "BOS", f"{where}: template and tokenizer both add it")
@@ -133,14 +146,10 @@ MOST_PLANTED = 4
 """Special tokens planted at once."""
 
 
+@of_each_part
 def check_content(patient: Patient) -> Iterator[Finding]:
     """Special tokens planted in an answer and in a prompt: are they read as text, or can an answer write turns?"""
     reward = patient.reward
-    for member in reward.members:
-        yield Finding("ok", "part", member.name)
-        yield from check_content(patient._replace(reward=member))
-    if reward.members:
-        return
     guard, renderer = reward.guard, reward.renderer
     if guard is not None:
         yield _guarded(guard)
@@ -236,7 +245,9 @@ def check_stability(patient: Patient) -> Iterator[Finding]:
     status: Status = "ok" if distinct == len(answers) else "note"
     status = "broken" if 2 * distinct < len(answers) else status
     yield Finding(
-        status, "ties", f"{len(answers)} different answers have {distinct} different scores: {_listed(together)}"
+        status,
+        "ties",
+        f"{len(answers)} different answers have {counted(distinct, 'different score')}: {_listed(together)}",
     )
     padded = _left_padded(reward, prompt, rows)
     if padded is None:
@@ -307,11 +318,10 @@ def check_pairs(patient: Patient) -> Iterator[Finding]:
         good, bad = _scores(patient.reward, prompt, [_row(better), _row(worse, 1)])
         right.append(good > bad)
         status: Status = "ok" if good > bad else "broken"
-        shown = prompt if len(prompt) <= 60 else prompt[:57] + "..."
         yield Finding(
             status,
             f"{good:.4g} {'>' if good > bad else '<='} {bad:.4g}",
-            f"better {'>' if good > bad else 'not >'} worse: {shown}",
+            f"better {'>' if good > bad else 'not >'} worse: {shortened(prompt)}",
         )
     for prompt, answers in patient.probes.answers:  # no answer is in two pairs, so a coin is right or wrong anew
         scores = _scores(patient.reward, prompt, [_row(text, number) for number, text in enumerate(answers)])
@@ -319,7 +329,7 @@ def check_pairs(patient: Patient) -> Iterator[Finding]:
     chance = by_luck(sum(right), len(right))
     yield Finding(
         "ok" if chance < LUCK else "broken",
-        f"{sum(right)} of {len(right)} pairs",
+        f"{sum(right)} of {counted(len(right), 'pair')}",
         f"right, those of the mixed answers below included; a coin does as well with probability "
         f"{chance:.2g} (allowed: below {LUCK:g})",
     )
@@ -339,7 +349,7 @@ def check_partial(patient: Patient) -> Iterator[Finding]:
         halves = [RowView(number, text[: len(text) // 2], (), None) for number, text in enumerate(answers)]
         partial = _scores(patient.reward, prompt, halves)
         found.append(rank_correlation(partial, whole))
-        yield Finding("ok", f"{found[-1]:+.2f}", f"half against whole, {len(answers)} answers: {prompt[:57]}")
+        yield Finding("ok", f"{found[-1]:+.2f}", f"half against whole, {len(answers)} answers: {shortened(prompt)}")
     mean = fmean(found)
     detail = "mean rank correlation; below 0.15 rejecting rows early gains nothing"
     yield Finding("broken" if mean <= 0 else "note" if mean < 0.15 else "ok", f"{mean:+.2f}", detail)
@@ -363,14 +373,14 @@ def _scores(reward: RewardModel, prompt: str, rows: Sequence[RowView]) -> list[f
     """
     scores = list(reward.score(_asked(prompt), rows))
     if len(scores) != len(rows):
-        raise RewardError(f"{len(rows)} scores were expected, got {len(scores)}.")
+        raise RewardError(f"{counted(len(rows), 'score was', 'scores were')} expected, got {len(scores)}.")
     for row, score in zip(rows, scores, strict=True):
         if isinstance(score, bool) or not isinstance(score, (int, float)) or not math.isfinite(score):
-            raise RewardError(f"an answer has the score {score!r}, which is not a finite number: {row.text[:60]!r}")
+            raise RewardError(f"an answer has the score {score!r}, which is not a finite number: {start_of(row.text)}")
     return scores
 
 
-CHECKS: tuple[tuple[str, Callable[[Patient], Iterator[Finding]]], ...] = (
+CHECKS: tuple[tuple[str, Check], ...] = (
     ("What it reads", check_input),
     ("Special tokens in content", check_content),
     ("Scores depend on the answer alone", check_stability),

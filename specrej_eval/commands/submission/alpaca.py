@@ -19,6 +19,7 @@ from specrej_eval.commands.submission.alpaca_checks import COLUMNS, JUDGE, NUM_I
 from specrej_eval.commands.submission.tree import Tree, read_rows
 from specrej_eval.errors import ConfigError, SpecRejError
 from specrej_eval.harness.alpaca_eval import config as alpaca_config
+from specrej_eval.wording import counted
 
 PACKAGE = "src/alpaca_eval"
 APPEND = "append"
@@ -108,9 +109,11 @@ def build(args: argparse.Namespace) -> Submission:
     if record is None:
         notes.append("--unverified: nothing says how these outputs were made, and configs.yaml says so")
     if worse := [number for number, answer in enumerate(answers, start=1) if answer.degraded]:
-        notes.append(f"{len(worse)} answers gave up rows for want of memory (degraded), the first in row {worse[0]}")
+        notes.append(
+            f"{counted(len(worse), 'answer')} gave up rows for want of memory (degraded), the first in row {worse[0]}"
+        )
     if cut := sum(answer.finish_reason == "length" for answer in answers):
-        notes.append(f"{cut} answers were cut at their length limit")
+        notes.append(f"{counted(cut, 'answer was', 'answers were')} cut at their length limit")
     if paths := alpaca_config.local_paths(config):
         notes.append(f"nobody else has the folder in {', '.join(paths)}: name the model on the hub")
 
@@ -118,7 +121,7 @@ def build(args: argparse.Namespace) -> Submission:
     tree.add(f"{PACKAGE}/models_configs/{name}/prompt.txt", config.template)
     canonical = [{column: row[column] for column in COLUMNS} for row in rows]
     text = json.dumps(canonical, indent=2, ensure_ascii=False)
-    tree.add(f"results/{name}/model_outputs.json", text, f"{len(rows)} answers in AlpacaEval's order")
+    tree.add(f"results/{name}/model_outputs.json", text, f"{counted(len(rows), 'answer')} in AlpacaEval's order")
     add_annotations(submission, args, outputs, canonical)
     add_leaderboard(submission, args, outputs, canonical)
     add_weights(submission, args, outputs)
@@ -137,7 +140,7 @@ def add_annotations(
     annotations = read_rows(file, what="annotations", hint="alpaca_eval writes it.")
     failed = alpaca_checks.check_annotations(annotations, rows, name=args.name, file=file)
     if failed:
-        submission.notes.append(f"the judge has no preference for {failed} answers")
+        submission.notes.append(f"the judge has no preference for {counted(failed, 'answer')}")
     submission.tree.copy(target, file, "the judge's annotations")
 
 

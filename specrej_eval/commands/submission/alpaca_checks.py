@@ -9,9 +9,10 @@ from typing import Any
 
 from specrej_eval.checkpoint import DEMO_POLICY, DEMO_REWARD
 from specrej_eval.commands.submission.tree import read_rows
-from specrej_eval.errors import ConfigError, SpecRejError, start_of
+from specrej_eval.errors import ConfigError, SpecRejError
 from specrej_eval.records.fingerprint import has_files_of
 from specrej_eval.records.outputs import Answer, OutputsFolder, RunRecord
+from specrej_eval.wording import counted, start_of
 
 COLUMNS = ("dataset", "instruction", "output", "generator")
 """Columns of a row of ``model_outputs.json`` in AlpacaEval's repository, in their order."""
@@ -125,7 +126,7 @@ def find_run(*, name: str, file: Path, unverified: bool) -> RunRecord | None:
         )
     if not record.complete:
         raise SpecRejError(
-            f"the run in {str(file.parent)!r} is not finished: {len(store.answers())} answers so far.",
+            f"the run in {str(file.parent)!r} is not finished: {counted(len(store.answers()), 'answer')} so far.",
             hint="run the same command again; it continues from there.",
         )
     return record

@@ -173,7 +173,9 @@ class Generation:
         found = self.everything()
         if not found:
             return
-        for line in summary(found, self.spent, name=self.record.name if self.record is not None else "specrej"):
+        for line in summary(
+            found, self.spent, name=self.record.name if self.record is not None else self.plan.config.strategy
+        ):
             logger.warning("%s", line)
         self.mark_complete()
 

@@ -20,6 +20,7 @@ from specrej_eval.errors import ConfigError
 from specrej_eval.harness.alpaca_eval import slips as alpaca_eval_slips
 from specrej_eval.records.fingerprint import warn_of_uncovered
 from specrej_eval.records.outputs import OutputsFolder, RunRecord
+from specrej_eval.wording import counted
 
 logger = logging.getLogger(__name__)
 
@@ -28,6 +29,8 @@ SIDES = {
     "model_configs": ("model_outputs.json", "specrej"),
     "reference_model_configs": ("reference_outputs.json", "specrej_reference"),
 }
+
+_ANEW = "add `--is_load_outputs False --chunksize None`: the answers there are set aside"
 
 
 def wrap_evaluate_from_model(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -123,9 +126,11 @@ def _begin(
         outputs, prefix = SIDES[side]
         generation.store = OutputsFolder(folder, prefix=prefix)
         _check_owner(folder / outputs, generation.store, going_on)
-        generation.store.begin(generation.record, going_on=going_on)
+        anew = "delete the folder" if arguments["max_instances"] is not None else _ANEW
+        generation.store.begin(generation.record, going_on=going_on, to_start_over=anew)
         if kept := generation.store.set_apart(lambda item: item.instruction in generation.places):
-            logger.warning("%d answers to other prompts are kept in %s.", kept, generation.store.kept_file.name)
+            told = counted(kept, "answer to another prompt is", "answers to other prompts are")
+            logger.warning("%s kept in %s.", told, generation.store.kept_file.name)
         generation.mark_complete()  # a run that is over stays so, whatever becomes of the judge
         if going_on and arguments["is_load_outputs"]:
             _keep_only_a_prefix(folder / outputs, instructions)

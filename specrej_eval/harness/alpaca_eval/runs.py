@@ -32,11 +32,17 @@ class Evaluation:
     decoding_rewards: dict[str, Mapping[str, Any]] = field(default_factory=dict)
     """Generator -> ``{"reward_model": ..., "reward_files": ...}`` of the reward that chose among its answers (see
     ``fingerprint.of_models``)."""
-    notes: list[str] = field(default_factory=list)
-    """Printed below the leaderboard; logged at the end of a run that prints none."""
+    notes: dict[str, list[str]] = field(default_factory=dict)
+    """What must not be missed -> the generators it is said of; none = of all. Printed below the leaderboard; logged at
+    the end of a run that prints none."""
     lengths: dict[str, str] = field(default_factory=dict)
     """Generator -> a sentence on the mean lengths of both sides."""
     recompute_only: bool = False
+
+    def told(self) -> Iterator[str]:
+        """The notes; where several generators were judged, with the names of those meant."""
+        for text, generators in self.notes.items():
+            yield f"{', '.join(generators)}: {text}" if generators and len(self.lengths) > 1 else text
 
 
 _current: ContextVar[Evaluation | None] = ContextVar("specrej_eval_alpaca_run", default=None)
@@ -60,17 +66,23 @@ def run_in(output_path: Path | None, rewards: Mapping[str, Mapping[str, Any]], *
         yield run
     finally:
         _current.reset(token)
-        for text in run.notes if outer is None else ():
+        for text in run.told() if outer is None else ():
             _logger.warning(text)
 
 
-def note(text: str) -> None:
-    """Say something that must not be missed: below the leaderboard; in the log where there is none."""
+def note(text: str, *, of: str | None = None) -> None:
+    """Say something that must not be missed: below the leaderboard; in the log where there is none.
+
+    Args:
+        of: the generator it is said of; None = of all.
+    """
     run = _current.get()
     if run is None:
         _logger.warning(text)
-    elif text not in run.notes:
-        run.notes.append(text)
+        return
+    generators = run.notes.setdefault(text, [])
+    if of is not None and of not in generators:
+        generators.append(of)
 
 
 def epilogue() -> list[str]:
@@ -78,7 +90,7 @@ def epilogue() -> list[str]:
     run = _current.get()
     if run is None:
         return []
-    lines = [*run.lengths.values(), *(f"NOTE: {text}" for text in run.notes)]
+    lines = [*run.lengths.values(), *(f"NOTE: {text}" for text in run.told())]
     run.notes.clear()
     return lines
 

@@ -11,6 +11,7 @@ from specrej_eval.config import as_bool
 from specrej_eval.errors import ConfigError
 from specrej_eval.harness.alpaca_eval import runs as alpaca_eval_runs
 from specrej_eval.harness.patching import patch, takes
+from specrej_eval.wording import counted
 
 _ADDED_UP = ("price_per_example", "time_per_example")
 
@@ -71,7 +72,10 @@ def _combined(
                 merged[name] = _sum(one, other, name)
         found.append(merged)
     if undecided:
-        alpaca_eval_runs.note(f"the judge preferred the same position, not the same answer, in {undecided} pairs.")
+        alpaca_eval_runs.note(
+            f"the judge preferred the same position, not the same answer, in {counted(undecided, 'pair')}.",
+            of=in_order[0].get("generator_2"),
+        )
     return found
 
 

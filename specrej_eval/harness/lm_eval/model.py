@@ -96,7 +96,7 @@ class SpecRejLM(HFLM):
             logger.info("No pretrained= is given: the embedded demo pair answers, which knows nothing but small sums.")
         if config.attn_implementation is not None and loaded is None:
             host["attn_implementation"] = config.attn_implementation
-        started = int(os.environ.get("WORLD_SIZE", "1")) if loaded is None and not host.get("tp_plan") else 1
+        started = ranks.started() if loaded is None and not host.get("tp_plan") else 1
         if started > 1 and "LOCAL_RANK" in os.environ and plan.engine.device == "cpu":
             # torchrun alone: without this, accelerate takes every rank on a CPU for the only one
             os.environ.setdefault("ACCELERATE_USE_CPU", "true")
@@ -111,12 +111,7 @@ class SpecRejLM(HFLM):
         if hasattr(self, "accelerator"):  # HFLM leaves CPU ranks at 0 of 1, and takes the local index for the rank
             self._rank = self.accelerator.process_index
             self._world_size = self.accelerator.num_processes
-        if started > 1 and self.world_size == 1:
-            raise ConfigError(
-                f"{started} processes were started (WORLD_SIZE), but to accelerate this is the only one: each would "
-                "answer all prompts.",
-                hint="start them with `accelerate launch -m lm_eval` or `torchrun -m lm_eval`, or unset WORLD_SIZE.",
-            )
+        ranks.check_seen(started, self.world_size, command="lm_eval")
         self._watch = ranks.watch(self.rank, self.world_size)
 
         self.plan = plan.of_rank(self.rank, self.world_size, device=str(self.device))

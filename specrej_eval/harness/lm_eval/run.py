@@ -3,7 +3,7 @@
 
 lm-eval seeds global generators (torch's with 1234 unless told otherwise) and merges ``--gen_kwargs`` into the tasks'
 own after the model is made. So ``simple_evaluate`` is wrapped: what it was called with can be read while it runs, from
-the command line and from Python alike. The command's entry is wrapped too, for how it ends.
+the command line and from Python alike.
 """
 
 from __future__ import annotations
@@ -12,19 +12,16 @@ import contextlib
 import contextvars
 import inspect
 import logging
-import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import yaml
-
 from specrej_eval import budget, stopping
-from specrej_eval.errors import ConfigError, SpecRejError
+from specrej_eval.errors import ConfigError
 from specrej_eval.harness.lm_eval import LM_EVAL_MODELS
+from specrej_eval.harness.lm_eval.command import options_of
 from specrej_eval.harness.patching import is_patched, patch, takes
 
 logger = logging.getLogger("lm_eval.models.specrej")
@@ -116,21 +113,8 @@ def _host_run(arguments: Mapping[str, Any], signature: inspect.Signature) -> Hos
         torch_seed=None if seed is None or seed == default else seed,
         gen_kwargs=dict(given or {}),
         tasks=dict(_known_tasks(arguments["tasks"] or (), arguments["task_manager"])),
-        device_given=not stopping.is_command() or "device" in _options(sys.argv),
+        device_given=not stopping.is_command() or "device" in options_of(sys.argv),
     )
-
-
-def _options(words: list[str]) -> set[str]:
-    """Options of the command that are given, on its line or in the file of ``--config``."""
-    given = {word[2:].partition("=")[0] for word in words if word.startswith("--")}
-    for flag, value in zip(words, [*words[1:], ""], strict=True):
-        name, _, joined = flag.partition("=")
-        if name in ("--config", "-C"):
-            try:
-                given |= {*(yaml.safe_load(Path(joined or value).read_text(encoding="utf-8")) or ())}
-            except (OSError, ValueError, yaml.YAMLError):
-                pass  # lm-eval says what is wrong with it
-    return given
 
 
 def _known_tasks(tasks: Iterable[Any], task_manager: Any) -> Iterator[tuple[str, Mapping[str, Any]]]:
@@ -144,40 +128,6 @@ def _known_tasks(tasks: Iterable[Any], task_manager: Any) -> Iterator[tuple[str,
         if isinstance(config, Mapping) and config.get("output_type") == "generate_until":
             own = config.get("generation_kwargs")
             yield str(config.get("task", item)), own if isinstance(own, Mapping) else {}
-
-
-# the command
-
-
-def wrap_command(main: ModuleType) -> None:
-    """After ``lm_eval.__main__``: errors raised on purpose, and signals, end our runs in one message."""
-
-    def make(original: Callable[[], Any]) -> Callable[[], Any]:
-        def cli_evaluate() -> Any:
-            with stopping.command():
-                try:
-                    with stopping.signals() if _names_our_model(sys.argv) else contextlib.nullcontext():
-                        return original()
-                except (SpecRejError, stopping.Stopped) as error:
-                    if isinstance(error, SpecRejError) and _wants_traceback(sys.argv):
-                        raise
-                    code = stopping.leave("lm_eval", error)
-            sys.exit(code)
-
-        return cli_evaluate
-
-    patch(main, "cli_evaluate", make)
-
-
-def _names_our_model(words: list[str]) -> bool:
-    values = {words[place + 1] for place, word in enumerate(words[:-1]) if word in ("--model", "-M")}
-    values |= {word.removeprefix("--model=") for word in words if word.startswith("--model=")}
-    return bool(values & LM_EVAL_MODELS.keys())
-
-
-def _wants_traceback(words: list[str]) -> bool:
-    level = os.environ.get("LMEVAL_LOG_LEVEL", "")
-    return level.upper() == "DEBUG" or os.environ.get("SPECREJ_DEBUG", "0") not in ("", "0") or "DEBUG" in words
 
 
 def checked_against(run: HostRun, translate: Callable[..., Any], config: Any) -> None:

@@ -108,7 +108,7 @@ class Renderer:
         if dropped := [num_dropped for _, num_dropped in found if num_dropped]:
             self.warn(
                 "truncation",
-                f"{len(dropped)} of {len(rows)} rows are longer than its {self.max_length:,} tokens; cut on the left "
+                f"rows longer than its {self.max_length:,} tokens: {len(dropped)} of {len(rows)}; cut on the left "
                 f"by up to {max(dropped):,} tokens (reported once).",
             )
         return [entry for entry, _ in found]

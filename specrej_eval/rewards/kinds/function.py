@@ -18,6 +18,7 @@ from specrej_eval.core import Message, RowView
 from specrej_eval.errors import ConfigError, RewardError, nearest
 from specrej_eval.rewards.base import RewardModel, RewardPlan
 from specrej_eval.rewards.kinds.base import Asked, RewardKind
+from specrej_eval.wording import counted
 
 RULE = "a reward callable must return one number per response"
 
@@ -116,7 +117,7 @@ class CallableReward(RewardModel):
         except Exception as error:
             raise RewardError(
                 f"reward_model={self.name!r} raised {type(error).__name__}: {error}\n"
-                f"  it was called with {len(rows)} responses; the first, {_shown(rows[0])}",
+                f"  it was called with {counted(len(rows), 'response')}; the first, {_shown(rows[0])}",
                 hint=f"{RULE}; it is called as function(conversation, responses).",
             ) from error
         return self._checked(returned, rows)
@@ -126,14 +127,15 @@ class CallableReward(RewardModel):
             returned = returned.tolist()
         if isinstance(returned, (str, bytes, dict)) or not isinstance(returned, Iterable):
             raise RewardError(
-                f"reward_model={self.name!r} returned {_named(returned)} for {len(rows)} responses; "
+                f"reward_model={self.name!r} returned {_named(returned)} for {counted(len(rows), 'response')}; "
                 f"the first, {_shown(rows[0])}",
                 hint=f"{RULE}: a list, a tuple, an array or a tensor.",
             )
         values = list(returned)
         if len(values) != len(rows):
             raise RewardError(
-                f"reward_model={self.name!r} returned {len(values)} values for {len(rows)} responses; "
+                f"reward_model={self.name!r} returned {counted(len(values), 'value')} for "
+                f"{counted(len(rows), 'response')}; "
                 f"the first, {_shown(rows[0])}",
                 hint=f"{RULE}, in the same order.",
             )

@@ -28,7 +28,7 @@ from itertools import accumulate, count
 from typing import Any, ClassVar, NamedTuple
 from urllib.parse import urlsplit
 
-from specrej_eval.config import RunConfig
+from specrej_eval.config import RunConfig, reward_names
 from specrej_eval.core import Message, RowView
 from specrej_eval.errors import ConfigError, RewardError
 from specrej_eval.paths import expanded
@@ -76,7 +76,7 @@ class Kind(RewardKind):
     }
 
     def claims(self, name: str) -> bool:
-        return name.startswith("judge:")
+        return reward_names.is_judge(name)
 
     def resolve(self, asked: Asked) -> RewardPlan:
         """Raises:

@@ -27,11 +27,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from specrej_eval.config import RunConfig
+from specrej_eval.config import RunConfig, reward_names
 from specrej_eval.core import Message, RowView, TokenStat
 from specrej_eval.errors import RewardError
 from specrej_eval.rewards.base import RewardModel, RewardPlan
 from specrej_eval.rewards.kinds.base import Asked, RewardKind
+from specrej_eval.wording import counted
 
 FLOOR_PENALTY = 100.0
 """Nats per token: more than any of the self-scores varies by. Rows below the floor keep their order."""
@@ -59,7 +60,7 @@ class Floor:
     def reason(self, row: RowView) -> str | None:
         """Why a row is below the floor, in words; None if it is not."""
         if row.finished and row.num_tokens < self.tokens:
-            return f"its answer has {row.num_tokens} token{'s' * (row.num_tokens != 1)} (minimum {self.tokens})"
+            return f"its answer has {counted(row.num_tokens, 'token')} (minimum {self.tokens})"
         share = repetition(row.token_ids)
         if share > self.max_repetition:
             return f"{share:.0%} of it is repetition"
@@ -179,7 +180,7 @@ class Kind(RewardKind):
     }
 
     def claims(self, name: str) -> bool:
-        return name in self.FORMS
+        return name in reward_names.SELF_SCORES
 
     def resolve(self, asked: Asked) -> RewardPlan:
         floor = Floor.of(asked.config)

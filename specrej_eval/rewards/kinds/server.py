@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 from urllib.parse import urlsplit, urlunsplit
 
-from specrej_eval.config import RunConfig
+from specrej_eval.config import RunConfig, reward_names
 from specrej_eval.core import Message, RowView
 from specrej_eval.errors import CheckpointError, ConfigError, suggest, without_passwords
 from specrej_eval.rewards.base import Pair, RewardModel, RewardPlan, readable
@@ -37,7 +37,7 @@ class Kind(RewardKind):
     FORMS: ClassVar[Mapping[str, str]] = {"http://host:port": "a reward server: vLLM, SGLang, TEI or OpenRLHF"}
 
     def claims(self, name: str) -> bool:
-        return name.startswith(("http://", "https://"))
+        return reward_names.is_address(name)
 
     def resolve(self, asked: Asked) -> RewardPlan:
         """Find the server and score two texts.

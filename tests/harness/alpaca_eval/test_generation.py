@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import random
@@ -167,7 +168,7 @@ def test_a_rerun_decodes_nothing_and_a_changed_configuration_is_refused(
     ):
         with pytest.raises(ConfigError, match=told) as caught:
             evaluate(config(tmp_path, **changed))
-        assert "delete the folder" in str(caught.value)
+        assert "--is_load_outputs False" in str(caught.value)
     assert (tmp_path / "results" / "spr" / "model_outputs.json").read_bytes() == before
 
 
@@ -293,6 +294,22 @@ def test_answers_drawn_anew_on_demand_leave_the_old_ones_beside_them(
         aside = file.with_name(f"{file.name}.previous{'' if number == 1 else f'.{number}'}")
         assert aside.read_bytes() == before
         assert [item.instruction for item in open_run(file)[1]] == asked
+
+
+def test_what_a_refusal_says_to_do_works_in_this_very_command(evaluate: Callable[..., Any], tmp_path: Path) -> None:
+    dataset(tmp_path)
+    evaluate(config(tmp_path, completions_kwargs={"n": 2, "max_gen_toks": 16}))
+    changed = config(tmp_path, completions_kwargs={"n": 3, "max_gen_toks": 16})
+    with pytest.raises(ConfigError, match="n was 2, is now 3") as refused:
+        evaluate(changed)
+    told = str(refused.value.hint)
+    words = told.partition("`")[2].partition("`")[0].split()
+    assert words and "specrej-eval run" not in told
+    options = dict(zip((word[2:] for word in words[::2]), map(ast.literal_eval, words[1::2]), strict=True))
+    evaluate(changed, **options)
+    with pytest.raises(ConfigError, match="is now 2") as refused:
+        evaluate(config(tmp_path, completions_kwargs={"n": 2, "max_gen_toks": 16}), max_instances=2)
+    assert "delete the folder" in str(refused.value.hint), "with max_instances these options would mean nothing"
 
 
 def numbers_only(conversation: list[Message], responses: list[str]) -> list[float]:

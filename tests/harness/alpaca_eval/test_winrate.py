@@ -394,6 +394,21 @@ def test_mean_lengths_of_both_sides_are_printed(metric: str, capsys: pytest.Capt
     assert "standard_error" in out
 
 
+@pytest.mark.usefixtures("no_hub")
+def test_a_note_on_one_of_several_generators_names_it(capsys: pytest.CaptureFixture[str]) -> None:
+    alpaca_eval.main.make_leaderboard(
+        all_model_outputs=[*sums("model"), *sums("few", wrong_by=2)[:3], *sums("fewer", wrong_by=2)[:3]],
+        reference_outputs=sums("ref", wrong_by=1),
+        annotators_config="specrej_reward_judge",
+        leaderboard_path="board.csv",
+    )
+    told = [line for line in capsys.readouterr().out.splitlines() if "length_controlled_winrate is" in line]
+    assert len(told) == 2 and told[1].startswith(
+        "NOTE: few, fewer: length_controlled_winrate is the plain win rate: 3 "
+    )
+    assert len(told) == 2 and told[0].startswith("NOTE: model: length_controlled_winrate is ")
+
+
 def test_prompts_are_loaded_once(monkeypatch: pytest.MonkeyPatch) -> None:
     loaded = []
 

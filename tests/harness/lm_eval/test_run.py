@@ -294,25 +294,3 @@ def test_the_commands_default_device_is_told_from_one_that_is_named(
                 evaluate(args=NO_DEVICE, device="cuda:0")
         else:
             assert evaluate(args=NO_DEVICE, device="cuda:0")["arguments"]["device"] == "cpu"
-
-
-# the command
-
-
-@pytest.mark.parametrize("debug", [False, True])
-def test_an_error_of_ours_is_one_message_and_a_traceback_only_on_demand(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], debug: bool
-) -> None:
-    def cli_evaluate() -> None:
-        SpecRejLM.create_from_arg_string("alhpa=0.5")
-
-    main = types.ModuleType("lm_eval.__main__")
-    main.cli_evaluate = cli_evaluate  # type: ignore[attr-defined]  # a stand-in for lm-eval's own
-    lm_eval_run.wrap_command(main)
-    monkeypatch.setattr("sys.argv", ["lm_eval", "--model", "specrej", "--model_args", "alhpa=0.5"])
-    monkeypatch.setenv("SPECREJ_DEBUG", "1" if debug else "0")
-    with pytest.raises(ConfigError if debug else SystemExit) as caught:
-        main.cli_evaluate()
-    told = str(caught.value) if debug else capsys.readouterr().err
-    assert "unknown argument 'alhpa'" in told and "did you mean 'alpha'" in told
-    assert debug or caught.value.code == 1

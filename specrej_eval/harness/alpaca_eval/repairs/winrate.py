@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 from specrej_eval.errors import ConfigError, suggest
 from specrej_eval.harness.alpaca_eval import runs as alpaca_eval_runs
 from specrej_eval.harness.patching import patch, takes
+from specrej_eval.wording import counted
 
 CANONICAL_ROWS = 805
 STANDARD = "length_controlled_v1"
@@ -86,10 +87,11 @@ def _length_controlled(original: Callable[..., Any], glm: ModuleType) -> Callabl
         """
         frame = _complete(glm.utils.convert_to_dataframe(annotations))
         _remember_lengths(frame)
+        model = str(frame["generator_2"].iloc[0]) if len(frame) else None
         is_baseline = bool((frame["generator_1"] == frame["generator_2"]).all())
         choice = _Choice(glm_name or STANDARD) if glm_info else _choose(frame, glm_name, glm, is_fitted=not is_baseline)
         if choice.note:
-            alpaca_eval_runs.note(choice.note)
+            alpaca_eval_runs.note(choice.note, of=model)
         found = None
         while found is None and choice.glm != NONE:
             try:
@@ -108,7 +110,7 @@ def _length_controlled(original: Callable[..., Any], glm: ModuleType) -> Callabl
                     raise
                 _logger.debug("fit of %s", choice.glm, exc_info=True)
                 choice = _instead(choice, asked=glm_name or ("glm_info" if glm_info else None), error=error)
-                alpaca_eval_runs.note(choice.note)
+                alpaca_eval_runs.note(choice.note, of=model)
         if found is None:
             found = glm.get_winrate(frame)
             found["length_controlled_winrate"] = found["win_rate"]
@@ -133,7 +135,7 @@ def _choose(frame: Any, asked: str | None, glm: ModuleType, *, is_fitted: bool) 
         raise ConfigError(f"unknown glm_name {asked!r}.", hint=suggest(asked, glm.GLM_INFO))
     preferences = frame["preference"].dropna()
     if is_fitted and len(preferences) < _FOLDS:
-        few = f"{len(preferences)} judged pairs are too few to fit a model of length"
+        few = f"{counted(len(preferences), 'judged pair is', 'judged pairs are')} too few to fit a model of length"
         return _Choice(NONE, _no_fit(few), named=True)
     if is_fitted and preferences.nunique() == 1:
         return _Choice(NONE, _no_fit("all preferences are the same"), named=True)
