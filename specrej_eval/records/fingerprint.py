@@ -38,6 +38,7 @@ from specrej_eval.config import (
     reward_names,
 )
 from specrej_eval.config.argument import checkpoint, rewards, template
+from specrej_eval.config.engines import AUTO_BACKEND, SDPA
 from specrej_eval.errors import ConfigError, without_passwords
 from specrej_eval.paths import expanded, is_folder, is_there
 from specrej_eval.records import callable_sources, digests
@@ -422,6 +423,8 @@ class _About:
 def _about_models(config: RunConfig) -> dict[str, Any]:
     of_file = names(template)
     found = {name: getattr(config, name) for name in names(Decides.MODELS, without=("pretrained", "reward_model"))}
+    if config.attention_backend in (AUTO_BACKEND, SDPA):  # what earlier records have; auto's choice is environment
+        del found["attention_backend"]
     return {name: _template(value) if value and name in of_file else value for name, value in found.items()}
 
 

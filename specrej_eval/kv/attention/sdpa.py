@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from specrej_eval.kv.attention.base import AttentionParams
+from specrej_eval.kv.attention.base import AttentionBackend, AttentionParams
 
 _QUERY_ALIGN = 16
 """On CPU, query rows of a matmul are padded to a multiple of this: with fewer than 4 rows per thread MKL takes
@@ -191,3 +191,33 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Te
     else:
         out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, scale=scale)
     return out.float(), lse.reshape(query.shape[:3]).float()
+
+
+class Backend(AttentionBackend):
+    """The functions above. It can do everything, anywhere."""
+
+    name = "sdpa"
+    devices = ("cpu", "cuda")
+
+    def why_not(
+        self, device: torch.device, dtype: torch.dtype, head_dim: int, value_dim: int | None = None
+    ) -> str | None:
+        """See ``AttentionBackend.why_not``."""
+        return None
+
+    def _prefill(self, query: Tensor, key: Tensor, value: Tensor, *, start: int, params: AttentionParams) -> Tensor:
+        return prefill(query, key, value, start=start, params=params)
+
+    def _masked(self, query: Tensor, key: Tensor, value: Tensor, seen: Tensor, params: AttentionParams) -> Tensor:
+        return masked(query, key, value, seen, params)
+
+    def _decode(
+        self,
+        query: Tensor,
+        prefix_key: Tensor,
+        prefix_value: Tensor,
+        suffix_key: Tensor,
+        suffix_value: Tensor,
+        params: AttentionParams,
+    ) -> Tensor:
+        return decode(query, prefix_key, prefix_value, suffix_key, suffix_value, params)
