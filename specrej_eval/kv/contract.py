@@ -134,6 +134,8 @@ def check(
 def outcome(backend: AttentionBackend, case: Case, dtype: torch.dtype, device: torch.device) -> Outcome:
     """Run one case. A backend that raises is an outcome too."""
     left_to = backend.why_not(device, dtype, case.head_dim, case.value_dim)
+    if left_to is None and case.prompt and not backend.reads_prompts:
+        left_to = "it has no kernel for prompts"
     try:
         drawn = _draw(case, dtype, device)
         with torch.inference_mode():

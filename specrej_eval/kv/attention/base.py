@@ -97,6 +97,11 @@ class AttentionBackend(ABC):
             self._able[key] = self if able or self._otherwise is None else self._otherwise
         return self._able[key]
 
+    @property
+    def reads_prompts(self) -> bool:
+        """Whether it has a kernel for prompts."""
+        return type(self)._prefill is not AttentionBackend._prefill
+
     # what steps call
 
     def prefill(self, query: Tensor, key: Tensor, value: Tensor, *, start: int, params: AttentionParams) -> Tensor:

@@ -33,6 +33,8 @@ _PART_TOKENS = 256
 _TILE_ROWS = 64
 _LEAST_TILE = 16
 """Rows of the smallest product tensor cores take."""
+_CHANGING = ("rows_per_batch", "num_queries", "part_stride", "tokens", "part_tokens", "num_parts")
+"""Numbers that change from step to step: a kernel is not compiled anew where one of them is 1 or a multiple of 16."""
 
 
 class Backend(AttentionBackend):
@@ -154,6 +156,7 @@ def _launch(
         lse_parts,
         merged if merged is not None else out_parts,
         sinks if sinks is not None else lse_parts,
+        per_batch,
         per_batch * groups,
         rows * kv_heads * groups,
         tokens,
@@ -166,7 +169,6 @@ def _launch(
         *value.stride()[:3],
         KV_HEADS=kv_heads,
         GROUPS=groups,
-        ROWS_PER_BATCH=per_batch,
         DIM=width,
         VALUE_DIM=value_dim,
         TILE=tile,
@@ -185,36 +187,36 @@ def _launch(
 @cache
 def _kernel(interpret: bool) -> Any:
     del interpret  # compiled and interpreted are two
-    return triton.jit(_attend)
+    return triton.jit(_attend, do_not_specialize=_CHANGING)
 
 
 def _attend(  # one program: a tile of queries of one kv head, over one part of the keys
-    query: Any,
-    key: Any,
-    value: Any,
-    out_parts: Any,  # float32 (parts, rows, kv_heads, groups, head_dim of the values)
-    lse_parts: Any,  # float32 (parts, rows, kv_heads, groups)
-    merged: Any,  # (rows, kv_heads, groups, head_dim of the values)
-    sinks: Any,  # (kv_heads * groups,)
-    num_queries: Any,  # of one batch and kv head
-    part_stride: Any,
-    tokens: Any,
-    part_tokens: Any,
-    num_parts: Any,
-    scale: Any,
-    softcap: Any,
-    query_row_stride: Any,
-    query_head_stride: Any,
-    query_group_stride: Any,
-    key_batch_stride: Any,
-    key_head_stride: Any,
-    key_token_stride: Any,
-    value_batch_stride: Any,
-    value_head_stride: Any,
-    value_token_stride: Any,
+    query: tl.tensor,
+    key: tl.tensor,
+    value: tl.tensor,
+    out_parts: tl.tensor,  # float32 (parts, rows, kv_heads, groups, head_dim of the values)
+    lse_parts: tl.tensor,  # float32 (parts, rows, kv_heads, groups)
+    merged: tl.tensor,  # (rows, kv_heads, groups, head_dim of the values)
+    sinks: tl.tensor,  # (kv_heads * groups,)
+    rows_per_batch: tl.tensor,
+    num_queries: tl.tensor,  # of one batch and kv head
+    part_stride: tl.tensor,
+    tokens: tl.tensor,
+    part_tokens: tl.tensor,
+    num_parts: tl.tensor,
+    scale: tl.tensor,
+    softcap: tl.tensor,
+    query_row_stride: tl.tensor,
+    query_head_stride: tl.tensor,
+    query_group_stride: tl.tensor,
+    key_batch_stride: tl.tensor,
+    key_head_stride: tl.tensor,
+    key_token_stride: tl.tensor,
+    value_batch_stride: tl.tensor,
+    value_head_stride: tl.tensor,
+    value_token_stride: tl.tensor,
     KV_HEADS: tl.constexpr,
     GROUPS: tl.constexpr,
-    ROWS_PER_BATCH: tl.constexpr,
     DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr,
     TILE: tl.constexpr,
@@ -231,7 +233,7 @@ def _attend(  # one program: a tile of queries of one kv head, over one part of 
     part = tl.program_id(2).to(tl.int64)
     place = tl.program_id(0) * TILE + tl.arange(0, TILE)
     there = place < num_queries
-    row = batch * ROWS_PER_BATCH + place // GROUPS
+    row = batch * rows_per_batch + place // GROUPS
     group = place % GROUPS
     index = (row * KV_HEADS + head) * GROUPS + group  # of (rows, kv_heads, groups)
     dims = tl.arange(0, BLOCK)
