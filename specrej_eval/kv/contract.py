@@ -50,6 +50,8 @@ class Case:
     scale: float | None = None
     moved: bool = False
     """The pool was larger once: it lies in memory with holes, and its rows are not in the order they came in."""
+    scattered: bool = False
+    """Keys lie token by token, values dimension by dimension."""
     in_company: bool = False
     """Another group with another prompt is in the batch, and padding behind it."""
 
@@ -70,6 +72,7 @@ CASES = (
     Case("one kv head for all", kv_heads=1, groups=7),
     Case("pool that was cut", moved=True),
     Case("pool that was cut, in company", moved=True, in_company=True, groups=4),
+    Case("keys and values in other layouts", scattered=True),
     Case("other scale", scale=0.3),
     Case("window ends in the prefix", window=17),
     Case("window ends before the prefix", window=46),
@@ -91,6 +94,7 @@ CASES = (
     Case("prompt of one token", prompt=True, prefix=0, suffix=1),
     Case("second chunk of a prompt", prompt=True, suffix=21),
     Case("second chunk, one token", prompt=True, suffix=1),
+    Case("prompt, other scale", prompt=True, scale=0.3),
     Case("prompt, window", prompt=True, prefix=12, suffix=30, window=8),
     Case("prompt, softcap", prompt=True, softcap=1.5),
     Case("prompt, sinks", prompt=True, sinks=True),
@@ -220,6 +224,23 @@ class _HauntedPool(SuffixPool):
         return like.new_full(shape, math.nan)
 
 
+class _ScatteredPool(_HauntedPool):
+    """Keys lie token by token, values dimension by dimension."""
+
+    _allocated = 0
+
+    def _allocate(self, like: Tensor, *shape: int) -> Tensor:
+        self._allocated += 1
+        order = (2, 0, 1, 3) if self._allocated % 2 else (0, 1, 3, 2)
+        return _laid_out(super()._allocate(like, *shape), order)
+
+
+def _laid_out(tensor: Tensor, order: tuple[int, ...]) -> Tensor:
+    """The same numbers in a memory of which ``order`` are the dims, the outermost first."""
+    back = [order.index(dim) for dim in range(len(order))]
+    return tensor.permute(order).contiguous().permute(back)
+
+
 def _attended(backend: AttentionBackend, drawn: _Drawn) -> Tensor:
     """(batch, tokens, heads, head_dim of the values), padding left out."""
     case = drawn.case
@@ -230,7 +251,7 @@ def _attended(backend: AttentionBackend, drawn: _Drawn) -> Tensor:
             prefix.store(0, group.prefix_key[None], group.prefix_value[None], 0)
         step = PrefillStep(prefix, case.prefix, attention=backend)
         return step.attend(0, drawn.query, group.suffix_key, group.suffix_value, drawn.params)
-    decoding = DecodeStep([_filled(group, moved=case.moved) for group in drawn.groups], attention=backend)
+    decoding = DecodeStep([_filled(group, case) for group in drawn.groups], attention=backend)
     keys, values = _new_tokens(drawn)
     out = decoding.attend(0, drawn.query, keys, values, drawn.params)
     if out[out.shape[0] - drawn.padding :].any():
@@ -247,16 +268,20 @@ def _new_tokens(drawn: _Drawn) -> tuple[Tensor, Tensor]:
     return found[0], found[1]
 
 
-def _filled(group: _Group, *, moved: bool) -> tuple[Prefix, SuffixPool]:
+def _filled(group: _Group, case: Case) -> tuple[Prefix, SuffixPool]:
     """Prefix and pool with all tokens but the last. A moved pool was filled with more rows in another order."""
+    moved = case.moved
     prefix = Prefix(length=group.prefix_key.shape[1])
     prefix.store(0, group.prefix_key[None], group.prefix_value[None], 0)
+    if case.scattered:
+        prefix.keys[0] = _laid_out(prefix.keys[0], (1, 0, 2))
+        prefix.values[0] = _laid_out(prefix.values[0], (0, 2, 1))
     rows, _, tokens, _ = group.suffix_key.shape
     strangers = 3 if moved else 0
     places = torch.arange(rows + strangers)
     if moved:  # the wanted rows lie behind some, in front of others, and backwards
         places = torch.cat([places[rows:], places[:rows].flip(0)]).roll(-1)
-    pool = _HauntedPool(rows + strangers, capacity=tokens + 5)
+    pool = (_ScatteredPool if case.scattered else _HauntedPool)(rows + strangers, capacity=tokens + 5)
     lying = places.clamp(max=rows - 1).to(group.suffix_key.device)
     for token in range(tokens - 1):
         new = slice(token, token + 1)
@@ -274,7 +299,7 @@ def _filled(group: _Group, *, moved: bool) -> tuple[Prefix, SuffixPool]:
 
 def _waits(backend: AttentionBackend, drawn: _Drawn) -> bool:
     """Whether the host waits for the device in a decode that is not the first of its kind."""
-    decoding = DecodeStep([_filled(group, moved=False) for group in drawn.groups], attention=backend)
+    decoding = DecodeStep([_filled(group, drawn.case) for group in drawn.groups], attention=backend)
     keys, values = _new_tokens(drawn)
     decoding.attend(0, drawn.query, keys, values, drawn.params)
     try:

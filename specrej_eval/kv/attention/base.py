@@ -176,6 +176,11 @@ class AttentionBackend(ABC):
         return self._otherwise
 
 
+def last_dim_contiguous(tensor: Tensor) -> Tensor:
+    """What every kernel wants: a head's numbers side by side. No copy where they are."""
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
 def merge(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
     """Attention over the union of two disjoint sets of keys, from the attention over each (natural logarithms).
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from specrej_eval.kv.attention.base import AttentionBackend, AttentionParams, merge, with_sinks
+from specrej_eval.kv.attention.base import AttentionBackend, AttentionParams, last_dim_contiguous, merge, with_sinks
 
 _NO_WINDOW = (-1, -1)
 
@@ -43,8 +43,8 @@ class Backend(AttentionBackend):
         del start  # its causal mask is aligned to the last key
         attended, lse, _ = flash_attn_func(
             query.transpose(1, 2),  # (1, chunk, heads, head_dim)
-            key.transpose(0, 1)[None],  # (1, start + chunk, kv_heads, head_dim)
-            value.transpose(0, 1)[None],
+            last_dim_contiguous(key).transpose(0, 1)[None],  # (1, start + chunk, kv_heads, head_dim)
+            last_dim_contiguous(value).transpose(0, 1)[None],
             softmax_scale=params.scale,
             causal=True,
             # both ends of its window are keys besides the query's own position
@@ -72,8 +72,8 @@ class Backend(AttentionBackend):
         how: dict[str, Any] = {"softmax_scale": params.scale, "causal": False, "softcap": params.softcap or 0.0}
         attended, lse = flash_attn_with_kvcache(
             query.reshape(rows, 1, kv_heads * groups, width),
-            _contiguous_last(suffix_key).transpose(1, 2),  # (rows, suffix, kv_heads, head_dim)
-            _contiguous_last(suffix_value).transpose(1, 2),
+            last_dim_contiguous(suffix_key).transpose(1, 2),  # (rows, suffix, kv_heads, head_dim)
+            last_dim_contiguous(suffix_value).transpose(1, 2),
             cache_seqlens=self._suffix_lengths(rows, suffix_key.shape[2], query.device),
             return_softmax_lse=True,
             **how,
@@ -85,8 +85,8 @@ class Backend(AttentionBackend):
 
             shared, shared_lse, _ = flash_attn_func(
                 query.transpose(1, 2).reshape(1, rows * groups, kv_heads, width),
-                prefix_key.transpose(0, 1)[None],
-                prefix_value.transpose(0, 1)[None],
+                last_dim_contiguous(prefix_key).transpose(0, 1)[None],
+                last_dim_contiguous(prefix_value).transpose(0, 1)[None],
                 return_attn_probs=True,
                 **how,
             )
@@ -104,7 +104,3 @@ class Backend(AttentionBackend):
         if self._lengths is None or self._lengths[0] != key:
             self._lengths = key, torch.full((rows,), tokens, dtype=torch.int32, device=device)
         return self._lengths[1]
-
-
-def _contiguous_last(tensor: Tensor) -> Tensor:
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()

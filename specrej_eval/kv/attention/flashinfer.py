@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from specrej_eval.kv.attention.base import AttentionBackend, AttentionParams, with_sinks
+from specrej_eval.kv.attention.base import AttentionBackend, AttentionParams, last_dim_contiguous, with_sinks
 
 _WORKSPACE_BYTES = 128 * 2**20
 """What FlashInfer recommends, for parts of long suffixes."""
@@ -60,8 +60,8 @@ class Backend(AttentionBackend):
         del start  # its causal mask is aligned to the last key
         attended, lse = single_prefill_with_kv_cache(
             query[0].transpose(0, 1),  # (chunk, heads, head_dim)
-            key,
-            value,
+            last_dim_contiguous(key),
+            last_dim_contiguous(value),
             causal=True,
             kv_layout="HND",
             sm_scale=params.scale,
@@ -94,8 +94,8 @@ class Backend(AttentionBackend):
         if prefix_key.shape[1]:
             shared, shared_lse = single_prefill_with_kv_cache(
                 queries,
-                prefix_key,
-                prefix_value,
+                last_dim_contiguous(prefix_key),
+                last_dim_contiguous(prefix_value),
                 causal=False,
                 kv_layout="HND",
                 sm_scale=params.scale,

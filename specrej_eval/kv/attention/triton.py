@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from specrej_eval.kv.attention.base import AttentionBackend, AttentionParams
+from specrej_eval.kv.attention.base import AttentionBackend, AttentionParams, last_dim_contiguous
 
 try:
     import triton
@@ -140,7 +140,7 @@ def _launch(
         out_parts, lse_parts: where ``parts`` parts are written; with ``merged``, what is taken in.
         merged: (rows, kv_heads, groups, head_dim of the values): where the whole is written.
     """
-    query, key, value = (each if each.stride(-1) == 1 else each.contiguous() for each in (query, key, value))
+    query, key, value = map(last_dim_contiguous, (query, key, value))
     rows, kv_heads, groups, width = query.shape
     batch, tokens, value_dim = key.shape[0], key.shape[2], value.shape[3]
     per_batch = rows // batch
