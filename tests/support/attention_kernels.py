@@ -8,14 +8,20 @@ and FlashInfer's own PyTorch references.
 from __future__ import annotations
 
 import importlib.machinery
+import importlib.util
 import math
+import sys
 from types import ModuleType
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
-HALF = (torch.float16, torch.bfloat16)
+from specrej_eval.kv.attention.base import AttentionBackend
+from specrej_eval.kv.attention.triton import interpreted
+
+TAKEN: tuple[torch.dtype, ...] = (torch.float16, torch.bfloat16)
 
 
 def attend(
@@ -56,7 +62,7 @@ def _refuse(condition: bool, rule: str) -> None:
 
 
 def _check_flash(q: Tensor, k: Tensor, v: Tensor) -> None:
-    _refuse(q.dtype in HALF, "FlashAttention only support fp16 and bf16 data type")
+    _refuse(q.dtype in TAKEN, "FlashAttention only support fp16 and bf16 data type")
     _refuse(q.dtype == k.dtype == v.dtype, "query, key and value must have the same dtype")
     _refuse(k.stride(-1) == v.stride(-1) == 1, "Input tensor must have contiguous last dimension")
     _refuse(q.shape[-1] == k.shape[-1] == v.shape[-1], "head dims must be equal")
@@ -130,7 +136,7 @@ def flash_attn_with_kvcache(
 
 
 def _check_flashinfer(q: Tensor, k: Tensor, v: Tensor) -> None:
-    _refuse(q.dtype in HALF and q.dtype == k.dtype == v.dtype, "no kernel is generated for this dtype")
+    _refuse(q.dtype in TAKEN and q.dtype == k.dtype == v.dtype, "no kernel is generated for this dtype")
     _refuse(q.shape[-1] in (64, 128, 256), f"Unsupported head_dim: {q.shape[-1]}")
     _refuse(k.stride(-1) == v.stride(-1) == 1, "the last dimension must be contiguous")
 
@@ -243,6 +249,29 @@ class BatchDecodeWithPagedKVCacheWrapper:
             found.append(attend(q[row][None], key, value, scale=self.scale, seen=seen, softcap=self.softcap))
         out, lse = torch.cat([each[0] for each in found]), torch.cat([each[1] for each in found])
         return (out, lse / math.log(2)) if return_lse else out
+
+
+def on_the_cpu(
+    backend: AttentionBackend, monkeypatch: pytest.MonkeyPatch, dtypes: tuple[torch.dtype, ...] = ()
+) -> AttentionBackend:
+    """The backend with a stand-in for its package; skips where there is none.
+
+    Args:
+        dtypes: what the stand-in computes besides half precision.
+    """
+    if backend.name == "triton":
+        if importlib.util.find_spec("triton") is None:
+            pytest.skip("triton is not installed")
+        if not interpreted():
+            pytest.skip("triton compiles for the GPU that is here")
+    for name, module in packages().items():
+        if name == backend.package:
+            monkeypatch.setitem(sys.modules, name, module)
+            monkeypatch.setattr(type(backend), "devices", ("cpu", "cuda"))
+            if dtypes:
+                monkeypatch.setattr(sys.modules[__name__], "TAKEN", (*TAKEN, *dtypes))
+                monkeypatch.setattr(type(backend), "dtypes", (*backend.dtypes, *dtypes))
+    return backend
 
 
 def packages() -> dict[str, ModuleType]:

@@ -109,12 +109,9 @@ def _num_parts(tokens: int, programs: int) -> int:
 
 
 def _tile_rows(query: Tensor) -> int:
-    wanted = _TILE_ROWS if _row_bytes(query) <= 512 else _TILE_ROWS // 2
+    """Queries of one kv head that a program takes."""
+    wanted = _TILE_ROWS if _power_of_two(query.shape[-1]) * query.element_size() <= 512 else _TILE_ROWS // 2
     return max(_LEAST_TILE, min(wanted, _power_of_two(query.shape[0] * query.shape[2])))
-
-
-def _row_bytes(tensor: Tensor) -> int:
-    return _power_of_two(tensor.shape[-1]) * tensor.element_size()
 
 
 def _power_of_two(number: int) -> int:
@@ -141,12 +138,11 @@ def _launch(
         merged: (rows, kv_heads, groups, head_dim of the values): where the whole is written.
     """
     query, key, value = map(last_dim_contiguous, (query, key, value))
-    rows, kv_heads, groups, width = query.shape
+    rows, kv_heads, groups, _ = query.shape
     batch, tokens, value_dim = key.shape[0], key.shape[2], value.shape[3]
     per_batch = rows // batch
-    tile = max(_LEAST_TILE, min(_tile_rows(query), _power_of_two(per_batch * groups)))
-    widest = max(_row_bytes(query), _row_bytes(value))
-    grid = (-(-per_batch * groups // tile), batch * kv_heads, parts)
+    constants = _shape_constants(query[:per_batch], value_dim)
+    grid = (-(-per_batch * groups // constants["TILE"]), batch * kv_heads, parts)
     sinks = params.sinks if merged is not None else None
     _kernel(interpreted())[grid](
         query,
@@ -169,19 +165,34 @@ def _launch(
         *value.stride()[:3],
         KV_HEADS=kv_heads,
         GROUPS=groups,
-        DIM=width,
-        VALUE_DIM=value_dim,
-        TILE=tile,
-        KEYS=max(_LEAST_TILE, min(64, 64 * 256 // widest)),
-        BLOCK=max(_LEAST_TILE, _power_of_two(width)),
-        VALUE_BLOCK=max(_LEAST_TILE, _power_of_two(value_dim)),
         SOFTCAP=params.softcap is not None,
         SINKS=sinks is not None,
         MERGES=merged is not None,
-        PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
-        num_warps=4,
-        num_stages=2,
+        **constants,
+        **_OPTIONS,
     )
+
+
+_OPTIONS = {"num_warps": 4, "num_stages": 2}
+
+
+def _shape_constants(query: Tensor, value_dim: int) -> dict[str, Any]:
+    """What is compiled in of shape and dtype: tiles that fit into a GPU's shared memory.
+
+    Args:
+        query: (rows of one batch, kv_heads, groups, head_dim).
+    """
+    width = query.shape[-1]
+    widest = _power_of_two(max(width, value_dim)) * query.element_size()
+    return {
+        "DIM": width,
+        "VALUE_DIM": value_dim,
+        "TILE": _tile_rows(query),
+        "KEYS": max(_LEAST_TILE, min(64, 64 * 256 // widest)),
+        "BLOCK": max(_LEAST_TILE, _power_of_two(width)),
+        "VALUE_BLOCK": max(_LEAST_TILE, _power_of_two(value_dim)),
+        "PRECISION": "ieee" if query.dtype == torch.float32 else "tf32",
+    }
 
 
 @cache
