@@ -87,7 +87,8 @@ def _trusted(backend: AttentionBackend, device: torch.device) -> bool:
 
 
 def device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    there = device.type == "cuda" and torch.cuda.is_available()
+    return torch.cuda.get_device_name(device) if there else device.type
 
 
 def stamp(backend: AttentionBackend, device: torch.device) -> dict[str, str]:
