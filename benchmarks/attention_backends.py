@@ -57,14 +57,20 @@ def bandwidth(device: torch.device) -> float:
     return 2 * source.numel() / (best / 1e3)
 
 
-def drawn(rows: int, prefix: int, suffix: int, device: torch.device) -> tuple[Tensor, ...]:
+def drawn(rows: int, prefix: int, suffix: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Query, keys and values of the prompt, keys and values of rows; as ``AttentionBackend.decode`` takes them."""
+
     def draw(*shape: int) -> Tensor:
         return torch.randn(*shape, dtype=torch.bfloat16, device=device)
 
     capacity = -(-suffix // 256) * 256  # as pools are: longer than what they hold
-    pools = (draw(rows, KV_HEADS, capacity, HEAD_DIM)[:, :, :suffix] for _ in range(2))
-    prefixes = (draw(KV_HEADS, prefix, HEAD_DIM) for _ in range(2))
-    return (draw(rows, KV_HEADS, GROUPS, HEAD_DIM), *prefixes, *pools)
+    return (
+        draw(rows, KV_HEADS, GROUPS, HEAD_DIM),
+        draw(KV_HEADS, prefix, HEAD_DIM),
+        draw(KV_HEADS, prefix, HEAD_DIM),
+        draw(rows, KV_HEADS, capacity, HEAD_DIM)[:, :, :suffix],
+        draw(rows, KV_HEADS, capacity, HEAD_DIM)[:, :, :suffix],
+    )
 
 
 def measured(

@@ -250,14 +250,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    if "attention" in args:
-        from specrej_eval.commands.doctor import attention as attention_doctor
+    from specrej_eval.commands.doctor import attention as attention_doctor
+    from specrej_eval.commands.doctor import policy as policy_doctor
+    from specrej_eval.commands.doctor import reward as reward_doctor
 
-        return attention_doctor.run(args)
-    if "pretrained" in args or "reward_model" in args:
-        from specrej_eval.commands.doctor import policy as policy_doctor
-        from specrej_eval.commands.doctor import reward as reward_doctor
-
-        code = policy_doctor.run(args) if "pretrained" in args else 0
-        return max(code, reward_doctor.run(args)) if "reward_model" in args else code
+    asked: dict[str, Callable[[argparse.Namespace], int]] = {
+        "attention": attention_doctor.run,
+        "pretrained": policy_doctor.run,
+        "reward_model": reward_doctor.run,
+    }
+    if codes := [look(args) for name, look in asked.items() if name in args]:
+        return max(codes)
     return show(((title, check()) for title, check in SECTIONS), well="Everything needed works.")
