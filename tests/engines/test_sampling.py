@@ -25,11 +25,12 @@ from specrej_eval.engines.transformers import sampling
 from specrej_eval.engines.transformers.sampling import (
     SamplingParams,
     filtered,
-    logprobs_of,
+    largest,
     row_stream,
     sample,
     uniform,
 )
+from specrej_eval.engines.transformers.token_stats import stats_of
 from specrej_eval.errors import ModelError
 
 Counted = Callable[[str, int], None]
@@ -39,6 +40,10 @@ NO_FILTER = SamplingParams(top_k=0)
 
 def uniforms(count: int, key: int = 1) -> Tensor:
     return uniform(row_stream(torch.tensor(key), torch.arange(count)), torch.tensor(0))
+
+
+def _logprobs(logits: Tensor, tokens: Tensor) -> Tensor:
+    return stats_of(logits, tokens, ["logprob"])[:, 0]
 
 
 def by_transformers(logits: Tensor, params: SamplingParams) -> Tensor:
@@ -172,10 +177,35 @@ def test_a_draw_does_not_depend_on_other_rows(params: SamplingParams) -> None:
 def test_more_rows_than_a_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
     logits = torch.randn(11, 30, generator=torch.Generator().manual_seed(0))
     want = sample(logits, uniforms(11), PARAMS[-1])
-    want_logprobs = logprobs_of(logits, want)
-    monkeypatch.setattr(sampling, "ROW_CHUNK", 4)
+    want_logprobs = _logprobs(logits, want)
+    monkeypatch.setattr(sampling, "CHUNK_BYTES", 16 * logits.shape[1])  # four rows
     assert torch.equal(sample(logits, uniforms(11), PARAMS[-1]), want)
-    assert torch.equal(logprobs_of(logits, want), want_logprobs)
+    assert torch.equal(_logprobs(logits, want), want_logprobs)
+
+
+@given(st.integers(1, 5), st.integers(1, 40), st.integers(0, 3000), st.integers(1, 6), st.integers(0, 10**6))
+def test_the_largest_are_the_largest(rows: int, width: int, more: int, levels: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    scores = torch.randn(rows, width + more, generator=generator)
+    if levels < 6:  # many ties
+        scores = (scores * levels).round()
+    if seed % 3 == 0:
+        scores[torch.rand(scores.shape, generator=generator) < 0.7] = float("-inf")
+    places = largest(scores, width)
+    assert all(len(set(row)) == width for row in places.tolist())
+    got = scores.gather(-1, places).sort(-1, descending=True).values
+    assert torch.equal(got, scores.topk(width).values)
+
+
+@given(st.integers(1, 300), st.sampled_from([0.0, 0.01, 0.5, 1]), st.sampled_from([0.3, 1.0, 4.0]), st.integers(0, 99))
+def test_drawing_from_all_is_the_inverse_cdf(vocab: int, min_p: float, temperature: float, seed: int) -> None:
+    params = SamplingParams(top_k=0, min_p=min_p, temperature=temperature)
+    logits = 3 * torch.randn(4, vocab, generator=torch.Generator().manual_seed(seed))
+    draws = uniforms(4, key=seed)
+    cdf = whole(logits, params).cumsum(-1)
+    for row, token in enumerate(sample(logits, draws, params).tolist()):
+        below = float(cdf[row, token - 1]) if token else 0.0
+        assert below - 1e-6 <= float(draws[row]) <= float(cdf[row, token]) + 1e-6
 
 
 def test_one_row_of_logits_serves_all_uniforms() -> None:
@@ -202,8 +232,8 @@ def test_logprobs_are_of_the_untempered_model() -> None:
     logits = torch.randn(5, 30, generator=torch.Generator().manual_seed(0))
     tokens = torch.tensor([1, 5, 0, 29, 7])
     want = logits.log_softmax(-1)[torch.arange(5), tokens]
-    assert torch.allclose(logprobs_of(logits, tokens), want, atol=1e-6)
-    assert torch.allclose(logprobs_of(logits[:1], tokens), logits[0].log_softmax(-1)[tokens], atol=1e-6)
+    assert torch.allclose(_logprobs(logits, tokens), want, atol=1e-6)
+    assert torch.allclose(_logprobs(logits[:1], tokens), logits[0].log_softmax(-1)[tokens], atol=1e-6)
 
 
 # ---- any temperature ---------------------------------------------------------------------------------------------

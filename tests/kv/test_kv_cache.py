@@ -65,9 +65,11 @@ class Naive:
         for layer in range(LAYERS):
             for kind, got in enumerate(group.pool.layer(layer)):
                 want = [[entry(row, p, layer, kind) for row, p in self.rows[mine]] for mine in group.row_ids]
-                assert torch.equal(got, torch.stack([torch.stack(row, 1) for row in want]))
+                count = group.pool.length + 1
+                assert torch.equal(got[:, :, :count], torch.stack([torch.stack(row, 1) for row in want]))
+                assert got[:, :, count:].isfinite().all()
         if not extra:
-            group.pool.length += 1
+            group.pool.advance()
         writers = [[row for row, _ in self.rows[mine]] for mine in group.row_ids]
         assert group.rows.tokens[:, : group.num_sampled].tolist() == writers
 
@@ -121,6 +123,20 @@ def test_pool_capacities_are_aligned_and_never_shrink() -> None:
     pool.append(0, torch.full((3, 1, 1, 2), 3.0), torch.full((3, 1, 1, 2), 4.0))
     key, value = pool.layer(0)
     assert key[2, 0].tolist() == [[1, 1], [3, 3]] and value[0, 0].tolist() == [[2, 2], [4, 4]]
+
+
+def test_a_pool_that_grows_is_one_block_whatever_capacity_was_asked_for() -> None:
+    pool = SuffixPool(2, capacity=100, align=4, grows=True)
+    for place in range(10):
+        new = torch.full((2, 1, 1, 3), float(place))
+        pool.append(0, new, -new)
+        key, value = pool.layer(0)
+        assert key.shape[2] == value.shape[2] == 4 * (place // 4 + 1)
+        assert key.is_contiguous() and value.is_contiguous()
+        assert key[1, 0, : place + 1, 0].tolist() == list(range(place + 1)) and not key[:, :, place + 1 :].any()
+        pool.advance()
+    pool.select(torch.tensor([1, 1]), 50)
+    assert pool.layer(0)[0].shape[2] == 12
 
 
 @pytest.mark.parametrize("fails_at", range(4))

@@ -123,9 +123,9 @@ def test_only_what_is_asked_for_is_computed(monkeypatch: pytest.MonkeyPatch) -> 
     asked: list[str] = []
     for name, function in list(token_stats._STATS.items()):
 
-        def counted(logits: Any, tokens: Any, name: str = name, function: Any = function) -> Any:
+        def counted(*given: Any, name: str = name, function: Any = function) -> Any:
             asked.append(name)
-            return function(logits, tokens)
+            return function(*given)
 
         monkeypatch.setitem(token_stats._STATS, name, counted)
     run("self_certainty")
@@ -155,19 +155,25 @@ def test_prompts_with_and_without_recorded_numbers_share_a_batch() -> None:
 
 
 def test_known_distributions() -> None:
+    def self_certainty(scores: torch.Tensor) -> float:
+        return token_stats.self_certainty(scores, scores.logsumexp(-1)).item()
+
+    def confidence(scores: torch.Tensor, top_k: int = token_stats.CONFIDENCE_TOP_K) -> float:
+        return token_stats.confidence(scores, scores.logsumexp(-1), top_k=top_k).item()
+
     uniform = torch.zeros(1, 100)
-    assert token_stats.self_certainty(uniform).item() == pytest.approx(0, abs=1e-5)
-    assert token_stats.confidence(uniform).item() == pytest.approx(math.log(100), abs=1e-5)
+    assert self_certainty(uniform) == pytest.approx(0, abs=1e-5)
+    assert confidence(uniform) == pytest.approx(math.log(100), abs=1e-5)
     half = torch.full((1, 100), -math.inf)
     half[0, :50] = 3.0  # half of the vocabulary is ruled out: it is the vocabulary no longer
-    assert token_stats.self_certainty(half).item() == pytest.approx(0, abs=1e-5)
-    assert token_stats.confidence(half).item() == pytest.approx(math.log(50), abs=1e-5)
+    assert self_certainty(half) == pytest.approx(0, abs=1e-5)
+    assert confidence(half) == pytest.approx(math.log(50), abs=1e-5)
     few = torch.full((1, 100), -math.inf)
     few[0, 7] = few[0, 9] = 1.0
-    assert token_stats.confidence(few).item() == pytest.approx(math.log(2), abs=1e-5)
+    assert confidence(few) == pytest.approx(math.log(2), abs=1e-5)
     skewed = torch.tensor([[0.5, 0.25, 0.125, 0.125]]).log()
-    assert token_stats.self_certainty(skewed).item() == pytest.approx(0.25 * math.log(2), abs=1e-5)
-    assert token_stats.confidence(skewed, top_k=2).item() == pytest.approx(1.5 * math.log(2), abs=1e-5)
+    assert self_certainty(skewed) == pytest.approx(0.25 * math.log(2), abs=1e-5)
+    assert confidence(skewed, top_k=2) == pytest.approx(1.5 * math.log(2), abs=1e-5)
 
 
 def test_many_rows_and_one_shared_row() -> None:

@@ -14,7 +14,7 @@ from specrej_eval.engines.transformers.sampling import row_stream
 from specrej_eval.kv.cache import Prefix, SuffixPool
 from specrej_eval.kv.memory import or_else
 
-CPU_TOKEN_ALIGN = 16  # see SuffixPool
+CPU_TOKEN_ALIGN = 32  # see SuffixPool: it grows by so much
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,8 +78,10 @@ class Group:
         self.pool: SuffixPool | None = None
         """Suffix KV on the shared-prefix path."""
         if prefix.keys:
-            align = CPU_TOKEN_ALIGN if device.type == "cpu" else 1
-            self.pool = SuffixPool(len(row_ids), capacity=capacity, align=align)
+            on_cpu = device.type == "cpu"
+            self.pool = SuffixPool(
+                len(row_ids), capacity=capacity, align=CPU_TOKEN_ALIGN if on_cpu else 1, grows=on_cpu
+            )
         self.cache: Any = None
         """A transformers cache on the replicated path, with rows of padding behind the group's own. None: the next step
         makes it (again), from the prefix's."""

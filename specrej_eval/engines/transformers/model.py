@@ -32,6 +32,7 @@ from specrej_eval.kv.attention.base import AttentionBackend
 from specrej_eval.kv.cache import Prefix
 from specrej_eval.kv.experts import expert_configs, padded_experts
 from specrej_eval.kv.models import obstacle, our_attention, reset_rotary, rope_limit, windows_missing
+from specrej_eval.kv.packed import PackedWeights
 from specrej_eval.kv.probe import difference, probe_ids, tried
 from specrej_eval.kv.shared_prefix import PREFILL_CHUNK, ROW_ALIGN
 from specrej_eval.kv.steps import SDPA, DecodeStep, PrefillStep
@@ -42,6 +43,7 @@ Path = Literal["shared_prefix", "replicated", "recompute"]
 PATHS: tuple[Path, ...] = ("shared_prefix", "replicated", "recompute")
 _PROBE_TOKENS = 12
 MOST_THREADS = 2
+HALF_ALIGN = 8
 _MANY_ROWS = 33
 """Rows that the probe of promises decodes together, and some of them alone: 48 after padding, and 16."""
 _FEW_ROWS = ([0], [_MANY_ROWS - 1, 5, 17, 9, 26, 12, 3, 30, 21])
@@ -73,7 +75,8 @@ class ModelRunner:
         """What the model's attention was, while ours is in its place."""
         self._windows: dict[int, int | None] = {}
         """Sliding window each layer asked for in the last prefill."""
-        self._row_align = _row_align(model) if self.device.type == "cpu" else 1
+        self._row_align = _row_align(model, self.dtype) if self.device.type == "cpu" else 1
+        self._packed = PackedWeights(model)
         self._expert_configs = expert_configs(model) if self.device.type == "cpu" else []
         self.attention = SDPA if attention is None or attention.name == SDPA.name else self._fitting(attention)
         self.path: Path = path or self._probe()
@@ -199,7 +202,7 @@ class ModelRunner:
     def active(self) -> Iterator[None]:
         """Our attention is the model's only in here, so the same object still serves log-likelihood requests."""
         reset_rotary(self.model, self.device)
-        with padded_experts(self._expert_configs):
+        with padded_experts(self._expert_configs), self._packed.active():
             if self.path != "shared_prefix":
                 yield
                 return
@@ -323,13 +326,16 @@ class ModelRunner:
         return logits[:, -1]
 
 
-def _row_align(model: Any) -> int:
+def _row_align(model: Any, dtype: torch.dtype) -> int:
     """What batches are padded to on a CPU.
 
     Torch's elementwise loops take 32 floats at a time and do what is left over with scalar functions, whose bits may
     differ (sigmoid, silu, softplus). A multiple of ROW_ALIGN leaves nothing over, unless a layer is an odd number wide:
     the one-output gate of a shared expert is. (An odd vocabulary is none: nothing of that kind comes behind the head.)
+    In half precision no bits are promised; there are only so many sizes, as each has kernels of its own to be made.
     """
+    if dtype != torch.float32:
+        return HALF_ALIGN
     head = model.get_output_embeddings()
     layers = (module for module in model.modules() if module is not head)
     widths = {module.out_features for module in layers if isinstance(module, torch.nn.Linear)}

@@ -29,7 +29,13 @@ _MIX_1 = -4658895280553007687
 _MIX_2 = -7723592293110705685
 
 ROW_CHUNK = 256
-"""Rows filtered at a time: bounds the float64 temporaries to ROW_CHUNK x vocab."""
+"""Rows looked at together on a GPU, which bounds the float64 temporaries."""
+CHUNK_BYTES = 2 * 2**20
+"""Float32 logits looked at together on a CPU: what stays in its cache is passed over ten times as fast."""
+BLOCK = 32
+"""Logits of which only the largest is looked at first when the likeliest tokens are searched (``largest``)."""
+CDF_BLOCK = 64
+"""Tokens whose probabilities are added up before the inverse CDF is searched."""
 TIE_SLACK = 64
 """Logits beyond the k-th that are looked at for ties."""
 TOP_P_CANDIDATES = 1024
@@ -76,7 +82,7 @@ def uniform(streams: Tensor, steps: Tensor) -> Tensor:
 
 
 def in_chunks(function: Callable[..., Tensor], logits: Tensor, *rowwise: Tensor) -> Tensor:
-    """``function(logits, *rowwise)`` for ROW_CHUNK rows at a time, which bounds what it allocates.
+    """``function(logits, *rowwise)`` for some rows at a time, which bounds what it allocates.
 
     Args:
         logits: (rows, vocab) or (1, vocab); one row is shared by all of ``rowwise``.
@@ -85,12 +91,13 @@ def in_chunks(function: Callable[..., Tensor], logits: Tensor, *rowwise: Tensor)
     Returns:
         (rows, ...).
     """
+    at_once = ROW_CHUNK if logits.is_cuda else max(1, CHUNK_BYTES // (4 * logits.shape[-1]))
     parts = [
         function(
-            logits if logits.shape[0] == 1 else logits[start : start + ROW_CHUNK],
-            *(mine[start : start + ROW_CHUNK] for mine in rowwise),
+            logits if logits.shape[0] == 1 else logits[start : start + at_once],
+            *(mine[start : start + at_once] for mine in rowwise),
         )
-        for start in range(0, (rowwise or (logits,))[0].shape[0], ROW_CHUNK)
+        for start in range(0, (rowwise or (logits,))[0].shape[0], at_once)
     ]
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
@@ -111,6 +118,8 @@ def sample(logits: Tensor, uniforms: Tensor, params: SamplingParams) -> Tensor:
 
 
 def _sample_chunk(params: SamplingParams, logits: Tensor, uniforms: Tensor) -> Tensor:
+    if not 0 < params.top_k < logits.shape[-1] and params.top_p >= 1:
+        return _draw_from_all(_tempered(logits, params.temperature), uniforms, params.min_p)
     probabilities, tokens = filtered(logits, params)
     cdf = probabilities.cumsum(-1)  # (rows or 1, candidates)
     targets = (uniforms * cdf[:, -1]).unsqueeze(-1)  # (rows, 1)
@@ -121,6 +130,38 @@ def _sample_chunk(params: SamplingParams, logits: Tensor, uniforms: Tensor) -> T
     if tokens is None:
         return drawn
     return tokens.expand(uniforms.shape[0], -1).gather(-1, drawn.unsqueeze(-1)).squeeze(-1)
+
+
+def _draw_from_all(scores: Tensor, uniforms: Tensor, min_p: float) -> Tensor:
+    """One token per row from the whole vocabulary: first a block of it, then a token of the block.
+
+    Args:
+        scores: (rows, vocab) or (1, vocab), float32; the largest of each row is finite.
+        uniforms: (rows,), float64.
+
+    Returns:
+        (rows,), int64.
+    """
+    rows, vocab = uniforms.shape[0], scores.shape[-1]
+    weights = (scores - scores.amax(-1, keepdim=True)).exp_()  # 1 for the likeliest
+    if min_p > 0:
+        weights = weights.masked_fill_(weights < min_p, 0.0)
+    weights = functional.pad(weights, (0, -vocab % CDF_BLOCK)).unflatten(-1, (-1, CDF_BLOCK))
+    ends = weights.sum(-1, dtype=torch.float64).cumsum(-1).expand(rows, -1)  # (rows, blocks)
+    targets = uniforms[:, None] * ends[:, -1:]
+    # u < 1, but u * total may round up to the total: step back onto the last block of non-zero mass
+    block = torch.minimum(_first_above(ends, targets), _first_above(ends, ends[:, -1:].nextafter(ends.new_zeros(()))))
+    before = functional.pad(ends, (1, 0)).gather(-1, block)
+    inside = weights.expand(rows, -1, -1).gather(1, block[..., None].expand(-1, -1, CDF_BLOCK))[:, 0]
+    place = _first_above(inside.double().cumsum(-1), targets - before)
+    places = torch.arange(1, CDF_BLOCK + 1, device=scores.device)
+    last = ((inside > 0) * places).amax(-1, keepdim=True) - 1
+    return (block * CDF_BLOCK + torch.minimum(place, last))[:, 0]
+
+
+def _first_above(rising: Tensor, targets: Tensor) -> Tensor:
+    """(rows, 1): the first place whose number is larger than the row's target; the width, if there is none."""
+    return torch.searchsorted(rising.contiguous(), targets, right=True)
 
 
 def filtered(logits: Tensor, params: SamplingParams) -> tuple[Tensor, Tensor | None]:
@@ -165,7 +206,7 @@ def _tempered(logits: Tensor, temperature: float) -> Tensor:
         ModelError: a logit is NaN, which has no place in any order.
     """
     wide = logits.float()
-    scores = wide / temperature
+    scores = wide if temperature == 1 else wide / temperature
     # infinite: the largest overflowed, or none is left; NaN: 0 / 0 or inf / inf, the temperature being no float32
     lost = ~scores.amax(-1).isfinite()
     if not bool(lost.any()):
@@ -179,8 +220,7 @@ def _tempered(logits: Tensor, temperature: float) -> Tensor:
     largest = rows.amax(-1, keepdim=True)
     # written so that inf - inf never counts: whatever equals the largest logit scores 0
     shifted = ((rows - largest) / temperature).masked_fill(rows == largest, 0.0)
-    scores[lost] = shifted.float()
-    return scores
+    return scores.index_put((lost,), shifted.float())
 
 
 def _most_likely(scores: Tensor, width: int) -> tuple[Tensor, Tensor]:
@@ -188,9 +228,28 @@ def _most_likely(scores: Tensor, width: int) -> tuple[Tensor, Tensor]:
     if width == scores.shape[-1]:
         values, tokens = scores.sort(dim=-1, descending=True, stable=True)
         return values, tokens
-    tokens = scores.topk(width, dim=-1).indices.sort(-1).values
+    tokens = largest(scores, width).sort(-1).values
     values, order = scores.gather(-1, tokens).sort(dim=-1, descending=True, stable=True)
     return values, tokens.gather(-1, order)
+
+
+def largest(scores: Tensor, width: int) -> Tensor:
+    """Places of the ``width`` largest scores of each row, (rows, width), in no order; which of equal ones is left open.
+
+    The vocabulary is cut into blocks of ``BLOCK`` tokens, and only those ``width`` blocks are searched whose largest
+    scores are the largest: a score outside them has ``width`` scores above or equal to it, one in each.
+    """
+    rows, vocab = scores.shape
+    blocks = vocab // BLOCK
+    if blocks < 4 * width:
+        return scores.topk(width, dim=-1, sorted=False).indices
+    # a block is every ``blocks``-th score, so that the maxima are taken along whole rows of memory
+    grid = scores[:, : blocks * BLOCK].unflatten(-1, (BLOCK, blocks))  # (rows, BLOCK, blocks)
+    chosen = grid.amax(1).topk(width, dim=-1, sorted=False).indices  # (rows, width)
+    rest = torch.arange(blocks * BLOCK, vocab, device=scores.device)
+    firsts = torch.arange(0, blocks * BLOCK, blocks, device=scores.device)[:, None]
+    places = torch.cat([(chosen[:, None] + firsts).flatten(1), rest.expand(rows, -1)], dim=-1)
+    return places.gather(-1, scores.gather(-1, places).topk(width, dim=-1, sorted=False).indices)
 
 
 def _with_sorted_rows(
@@ -221,22 +280,3 @@ def _nucleus(probabilities: Tensor, params: SamplingParams) -> Tensor:
         floor = params.min_p * probabilities[:, :1]
         probabilities = probabilities.masked_fill(probabilities < floor, 0.0)
     return probabilities
-
-
-def logprobs_of(logits: Tensor, tokens: Tensor) -> Tensor:
-    """Log-prob of each drawn token under the untempered, unfiltered model.
-
-    Args:
-        logits: (rows, vocab) or (1, vocab).
-        tokens: (rows,), int64.
-
-    Returns:
-        (rows,), float32.
-    """
-
-    def of_chunk(logits: Tensor, tokens: Tensor) -> Tensor:
-        wide = logits.float()
-        picked = wide.expand(tokens.shape[0], -1).gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
-        return picked - wide.logsumexp(-1)
-
-    return in_chunks(of_chunk, logits, tokens)

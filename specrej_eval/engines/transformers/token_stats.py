@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from specrej_eval.core import TokenStat
-from specrej_eval.engines.transformers.sampling import in_chunks, logprobs_of
+from specrej_eval.engines.transformers.sampling import in_chunks, largest
 
 CONFIDENCE_TOP_K = 20
 """As in DeepConf (arXiv 2508.15260)."""
@@ -28,58 +28,71 @@ def stats_of(logits: Tensor, tokens: Tensor, names: Sequence[TokenStat]) -> Tens
         (rows, names), float32.
     """
     if not names:
-        return logits.new_empty(tokens.shape[0], 0)
-    return torch.stack([_STATS[name](logits, tokens) for name in names], dim=1)
+        return logits.new_empty(tokens.shape[0], 0, dtype=torch.float32)
+
+    def of_chunk(logits: Tensor, tokens: Tensor) -> Tensor:
+        scores = logits.float()
+        total = scores.logsumexp(-1)  # the one pass that takes time: all of them need it
+        return torch.stack([_STATS[name](scores, total, tokens).expand(tokens.shape[0]) for name in names], dim=1)
+
+    return in_chunks(of_chunk, logits, tokens)
 
 
-def self_certainty(logits: Tensor) -> Tensor:
+def logprob(scores: Tensor, total: Tensor, tokens: Tensor) -> Tensor:
+    """Log-prob of each drawn token.
+
+    Args:
+        scores: (rows, vocab) or (1, vocab), float32.
+        total: (rows,) or (1,), their log-sum-exp.
+        tokens: (rows,), int64.
+
+    Returns:
+        (rows,), float32.
+    """
+    return scores.expand(tokens.shape[0], -1).gather(-1, tokens[:, None])[:, 0] - total
+
+
+def self_certainty(scores: Tensor, total: Tensor, tokens: Tensor | None = None) -> Tensor:
     """KL(uniform || p) per row, in nats: 0 for a uniform p, and the larger the surer the model is.
 
     Self-certainty (arXiv 2502.18581) is its mean over an answer. Tokens that a model rules out altogether (a logit of
     minus infinity, as for padding of the vocabulary) do not count as part of the vocabulary; else it were infinite.
 
     Args:
-        logits: (rows, vocab).
+        scores, total: see ``logprob``; which token was drawn does not matter.
 
     Returns:
         (rows,), float32.
     """
-    scores = logits.float()
+    del tokens
     possible = scores > float("-inf")
     size = possible.sum(-1)  # (rows,)
-    total = scores.masked_fill(~possible, 0.0).sum(-1)
-    return scores.logsumexp(-1) - total / size - size.log()
+    mean = scores.masked_fill(~possible, 0.0).sum(-1) / size
+    return total - mean - size.log()
 
 
-def confidence(logits: Tensor, top_k: int = CONFIDENCE_TOP_K) -> Tensor:
+def confidence(scores: Tensor, total: Tensor, tokens: Tensor | None = None, top_k: int = CONFIDENCE_TOP_K) -> Tensor:
     """Minus the mean log-prob of the ``top_k`` likeliest tokens, per row: DeepConf's token confidence.
 
     Never below log(top_k), which it has where these tokens share all probability evenly; the surer the model is of one
     of them, the less likely the others, and the larger it is.
 
     Args:
-        logits: (rows, vocab); a smaller vocabulary counts whole, and so do fewer tokens that are possible at all.
+        scores, total: see ``logprob``; which token was drawn does not matter. A smaller vocabulary counts whole, and so
+            do fewer tokens that are possible at all.
 
     Returns:
         (rows,), float32.
     """
-    scores = logits.float()
-    best = scores.topk(min(top_k, scores.shape[-1]), dim=-1).values
+    del tokens
+    places = largest(scores, min(top_k, scores.shape[-1]))
+    best = scores.gather(-1, places).sort(-1, descending=True).values  # (rows, top_k); sums depend on the order
     possible = best > float("-inf")
-    return scores.logsumexp(-1) - best.masked_fill(~possible, 0.0).sum(-1) / possible.sum(-1)
+    return total - best.masked_fill(~possible, 0.0).sum(-1) / possible.sum(-1)
 
 
-def _of_distribution(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
-    """In chunks of rows, which bounds the float32 copies; distributions shared by all rows are looked at once."""
-
-    def of(logits: Tensor, tokens: Tensor) -> Tensor:
-        return in_chunks(function, logits).expand(tokens.shape[0])
-
-    return of
-
-
-_STATS: dict[TokenStat, Callable[[Tensor, Tensor], Tensor]] = {
-    "logprob": logprobs_of,
-    "self_certainty": _of_distribution(self_certainty),
-    "confidence": _of_distribution(confidence),
+_STATS: dict[TokenStat, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+    "logprob": logprob,
+    "self_certainty": self_certainty,
+    "confidence": confidence,
 }

@@ -45,6 +45,8 @@ class AttentionBackend(ABC):
     """What to type where the package is missing."""
     devices: ClassVar[tuple[str, ...]] = ("cuda",)
     dtypes: ClassVar[tuple[torch.dtype, ...]] = (torch.float16, torch.bfloat16)
+    reads_behind: ClassVar[bool] = False
+    """It takes suffixes with memory behind their tokens, and multiplies that by 0: faster where it saves a copy."""
     preference: ClassVar[int] = 0
     """``attention_backend=auto`` takes the one with the highest, of those that are verified on the device."""
 
@@ -137,19 +139,26 @@ class AttentionBackend(ABC):
         suffix_key: Tensor,
         suffix_value: Tensor,
         params: AttentionParams,
+        *,
+        tokens: int | None = None,
     ) -> Tensor:
         """One new token per row over the shared prefix and the row's own suffix. Windows are cut by the caller.
 
         Args:
             query: (rows, kv_heads, groups, head_dim): the query heads of each kv head side by side.
             prefix_key, prefix_value: (kv_heads, prefix tokens, head_dim); may hold no token.
-            suffix_key, suffix_value: (rows, kv_heads, suffix tokens, head_dim), views of a pool; at least one token.
+            suffix_key, suffix_value: (rows, kv_heads, stored, head_dim), views of a pool; at least one token.
+            tokens: of the suffix that count, from the first on; None = all. What is stored behind them is finite.
 
         Returns:
             (rows, kv_heads, groups, head_dim of the values), in the values' dtype.
         """
         taken = self._of(query, suffix_value)
-        return taken._decode(query, prefix_key, prefix_value, suffix_key, suffix_value, params)
+        stored = suffix_key.shape[2]
+        count = stored if tokens is None else tokens
+        if count < stored and not taken.reads_behind:
+            suffix_key, suffix_value = suffix_key[:, :, :count], suffix_value[:, :, :count]
+        return taken._decode(query, prefix_key, prefix_value, suffix_key, suffix_value, params, count)
 
     # what a backend is made of
 
@@ -168,8 +177,13 @@ class AttentionBackend(ABC):
         suffix_key: Tensor,
         suffix_value: Tensor,
         params: AttentionParams,
+        tokens: int,
     ) -> Tensor:
-        """``decode`` of what ``why_not`` has nothing against. Nothing in it may wait for the device."""
+        """``decode`` of what ``why_not`` has nothing against. Nothing in it may wait for the device.
+
+        Args:
+            tokens: those of the suffix; it is no longer than that, unless the backend ``reads_behind``.
+        """
 
     def _fallback(self) -> AttentionBackend:
         assert self._otherwise is not None, f"{self.name} has no kernel for this and nobody to leave it to"

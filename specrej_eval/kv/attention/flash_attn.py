@@ -65,6 +65,7 @@ class Backend(AttentionBackend):
         suffix_key: Tensor,
         suffix_value: Tensor,
         params: AttentionParams,
+        tokens: int,
     ) -> Tensor:
         from flash_attn import flash_attn_with_kvcache
 
@@ -74,7 +75,7 @@ class Backend(AttentionBackend):
             query.reshape(rows, 1, kv_heads * groups, width),
             last_dim_contiguous(suffix_key).transpose(1, 2),  # (rows, suffix, kv_heads, head_dim)
             last_dim_contiguous(suffix_value).transpose(1, 2),
-            cache_seqlens=self._suffix_lengths(rows, suffix_key.shape[2], query.device),
+            cache_seqlens=self._suffix_lengths(rows, tokens, query.device),
             return_softmax_lse=True,
             **how,
         )

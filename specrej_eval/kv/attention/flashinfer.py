@@ -82,6 +82,7 @@ class Backend(AttentionBackend):
         suffix_key: Tensor,
         suffix_value: Tensor,
         params: AttentionParams,
+        tokens: int,
     ) -> Tensor:
         from flashinfer import merge_state, single_prefill_with_kv_cache
 

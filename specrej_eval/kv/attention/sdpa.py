@@ -11,6 +11,8 @@ Two ways to attend over (shared prefix, own suffix):
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -20,6 +22,10 @@ from specrej_eval.kv.attention.base import AttentionBackend, AttentionParams
 _QUERY_ALIGN = 16
 """On CPU, query rows of a matmul are padded to a multiple of this: with fewer than 4 rows per thread MKL takes
 another kernel, whose bits differ (measured: 1-3 rows on one thread, also 5, 6, 7 and 9 on two)."""
+_CACHE_BYTES = 2 * 2**20
+"""Scores that are computed at a time on a CPU, in float32."""
+_LONG_SOFTMAX = 128
+"""Columns from which on torch's softmax of half-precision scores is faster than by way of float32."""
 
 
 def prefill(query: Tensor, key: Tensor, value: Tensor, *, start: int, params: AttentionParams) -> Tensor:
@@ -35,6 +41,10 @@ def prefill(query: Tensor, key: Tensor, value: Tensor, *, start: int, params: At
     _, heads, chunk, width = query.shape
     kv_heads = key.shape[0]
     groups = heads // kv_heads
+    all_seen = params.window is None or start + chunk <= params.window
+    plain = params.softcap is None and params.sinks is None and value.shape[-1] == width
+    if plain and all_seen and not query.is_cuda:
+        return _prefill_fused(query, key, value, start, params.scale)
     positions = torch.arange(start, start + chunk, device=query.device)[:, None]  # (chunk, 1)
     sources = torch.arange(key.shape[1], device=query.device)[None]  # (1, start + chunk)
     seen = sources <= positions
@@ -42,6 +52,19 @@ def prefill(query: Tensor, key: Tensor, value: Tensor, *, start: int, params: At
         seen &= sources > positions - params.window
     packed = query.reshape(1, kv_heads, groups * chunk, width)
     return masked(packed, key[None], value[None], seen.repeat(groups, 1), params).reshape(1, heads, chunk, -1)
+
+
+def _prefill_fused(query: Tensor, key: Tensor, value: Tensor, start: int, scale: float) -> Tensor:
+    """``prefill`` by fused kernels: what lies before the chunk, and the chunk itself; no mask is made."""
+    heads, kv_heads = query.shape[1], key.shape[0]
+    # the query heads of one kv head as a batch: its keys are shared, not repeated
+    # (groups, kv_heads, chunk, head_dim)
+    queries = query[0].unflatten(0, (kv_heads, heads // kv_heads)).transpose(0, 1)
+    keys, values = (each.expand(queries.shape[0], *each.shape) for each in (key, value))
+    out, lse = _attend(queries, keys[:, :, start:], values[:, :, start:], scale, is_causal=True)
+    if start:
+        out, _ = merge(out, lse, *_attend(queries, keys[:, :, :start], values[:, :, :start], scale))
+    return out.to(value.dtype).transpose(0, 1).flatten(0, 1)[None]
 
 
 def masked(query: Tensor, key: Tensor, value: Tensor, seen: Tensor, params: AttentionParams) -> Tensor:
@@ -57,7 +80,8 @@ def masked(query: Tensor, key: Tensor, value: Tensor, seen: Tensor, params: Atte
     """
     if params.softcap is None and params.sinks is None:
         return functional.scaled_dot_product_attention(query, key, value, attn_mask=seen, scale=params.scale)
-    scores = _scores(torch.matmul(query, key.transpose(2, 3)), params).masked_fill(~seen, float("-inf"))
+    products = torch.matmul(query, key.transpose(2, 3)).float() * params.scale
+    scores = _capped(products, params).masked_fill(~seen, float("-inf"))
     extra = None
     if params.sinks is not None:
         batch, kv_heads, queries, _ = query.shape
@@ -74,6 +98,7 @@ def decode(
     suffix_value: Tensor,
     params: AttentionParams,
     *,
+    tokens: int | None = None,
     way: str | None = None,
 ) -> Tensor:
     """One new token per row over the shared prefix and the row's own suffix. Windows are cut by the caller (slices).
@@ -81,7 +106,9 @@ def decode(
     Args:
         query: (rows, kv_heads, groups, head_dim): the query heads of each kv head side by side.
         prefix_key, prefix_value: (kv_heads, prefix tokens, head_dim); may hold no token.
-        suffix_key, suffix_value: (rows, kv_heads, suffix tokens, head_dim); at least one token.
+        suffix_key, suffix_value: (rows, kv_heads, stored, head_dim); at least one token.
+        tokens: of the suffix that count, from the first on; None = all. What is stored behind them must be
+            finite: it is multiplied by 0.
         way: ``math`` or ``flash``; None = by device and dtype.
 
     Returns:
@@ -90,8 +117,12 @@ def decode(
     if way is None:
         fused = query.is_cuda and query.dtype in (torch.float16, torch.bfloat16)
         way = "flash" if fused and query.shape[-1] % 8 == 0 and query.shape[-1] <= 256 else "math"
-    attend = _decode_math if way == "math" or params.softcap is not None else _decode_flash
-    return attend(query, prefix_key, prefix_value, suffix_key, suffix_value, params)
+    tokens = suffix_key.shape[2] if tokens is None else tokens
+    if way == "math" or params.softcap is not None:
+        return _decode_math(query, prefix_key, prefix_value, suffix_key, suffix_value, params, tokens)
+    return _decode_flash(
+        query, prefix_key, prefix_value, suffix_key[:, :, :tokens], suffix_value[:, :, :tokens], params
+    )
 
 
 def _decode_math(
@@ -101,45 +132,99 @@ def _decode_math(
     suffix_key: Tensor,
     suffix_value: Tensor,
     params: AttentionParams,
+    tokens: int,
 ) -> Tensor:
     rows, kv_heads, groups, _ = query.shape
+    # scaled here, where it costs least: all scores of a prompt's rows are far larger than its queries
+    scaled = query * params.scale
+    own = torch.matmul(scaled, suffix_key.transpose(2, 3))  # (rows, kv_heads, groups, stored)
     prefix = prefix_key.shape[1]
-    scores = torch.matmul(query, suffix_key.transpose(2, 3))  # (rows, kv_heads, groups, suffix)
-    if prefix:
-        packed = _pack(query)
-        if prefix == 1:  # a product with one column takes MKL's matrix-vector kernel, whose bits depend on the rows
-            shared = (packed * prefix_key).sum(-1, keepdim=True)
-        else:
-            shared = torch.bmm(packed, prefix_key.transpose(1, 2))  # (kv_heads, rows * groups padded, prefix)
-        scores = torch.cat([_unpack(shared, rows, groups), scores], dim=-1)
-    extra = None if params.sinks is None else params.sinks.view(1, kv_heads, groups).expand(rows, -1, -1)
-    scores = _scores(scores, params)  # under the same name: memory of the products is free for what follows
-    weights = _softmax(scores, extra).to(suffix_value.dtype)
-    out = torch.matmul(weights[..., prefix:], suffix_value)
-    if prefix:
-        out = out + _unpack(torch.bmm(_pack(weights[..., :prefix]), prefix_value), rows, groups)
-    return out
+    sinks = None if params.sinks is None else params.sinks.view(kv_heads, 1, groups)
+    if not prefix:
+        extra = None if sinks is None else sinks.transpose(0, 1).expand(rows, -1, -1)
+        return torch.matmul(_weights(own, tokens, params, extra), suffix_value)
+    columns = prefix + own.shape[3]
+    out = query.new_empty(rows, kv_heads, groups, prefix_value.shape[2])
+    own_weights = torch.empty_like(own)
+    for heads, mine in _blocks(rows, kv_heads, groups * columns * 4, query.is_cuda):
+        part = own[mine, heads]  # (rows of the block, heads of the block, groups, stored)
+        packed = _pack(scaled[mine, heads])
+        shared = _products(packed, prefix_key[heads])
+        scores = torch.cat([shared[:, : part.shape[0] * groups], _packed(part)], dim=-1)
+        extra = None if sinks is None else sinks[heads].expand(-1, part.shape[0], -1).flatten(1)
+        weights = _weights(scores, prefix + tokens, params, extra)  # (heads, rows * groups, prefix + stored)
+        own_weights[mine, heads] = _unpack(weights[..., prefix:], part.shape[0], groups)
+        shared = torch.bmm(_aligned(weights[..., :prefix]), prefix_value[heads])
+        out[mine, heads] = _unpack(shared, part.shape[0], groups)
+    return out.add_(torch.matmul(own_weights, suffix_value))
 
 
-def _scores(products: Tensor, params: AttentionParams) -> Tensor:
-    """Products of queries and keys, scaled and capped in float32."""
-    scores = products.float() * params.scale
+def _blocks(rows: int, kv_heads: int, row_bytes: int, on_cuda: bool) -> Iterator[tuple[slice, slice]]:
+    """Heads and rows whose scores are computed together: on a CPU so many that they stay in its cache.
+
+    Memory beyond a few megabytes is fresh from the kernel each time, and costs more than the arithmetic (measured:
+    ten times as much at 64 rows behind 1,900 tokens).
+
+    Args:
+        row_bytes: of one row's float32 scores in one head.
+    """
+    heads = kv_heads if on_cuda else max(1, min(kv_heads, _CACHE_BYTES // (rows * row_bytes)))
+    at_once = rows if on_cuda else max(1, _CACHE_BYTES // (heads * row_bytes) // _QUERY_ALIGN) * _QUERY_ALIGN
+    for head in range(0, kv_heads, heads):
+        for row in range(0, rows, at_once):
+            yield slice(head, head + heads), slice(row, row + at_once)
+
+
+def _products(packed: Tensor, key: Tensor) -> Tensor:
+    """(kv_heads, queries, head_dim) x (kv_heads, tokens, head_dim) -> (kv_heads, queries, tokens)."""
+    if key.shape[1] == 1:  # a product with one column takes MKL's matrix-vector kernel, whose bits depend on the rows
+        return (packed * key).sum(-1, keepdim=True)
+    return torch.bmm(packed, key.transpose(1, 2))
+
+
+def _weights(scores: Tensor, tokens: int, params: AttentionParams, extra: Tensor | None) -> Tensor:
+    """Softmax in float32 over the first ``tokens`` columns, in the scores' dtype; 0 in the others.
+
+    Args:
+        scores: (..., columns), scaled; changed in place.
+        extra: (...,), one more logit per query that takes its share and is dropped.
+    """
+    if params.softcap is not None or extra is not None:
+        wide = _capped(scores[..., :tokens].float(), params)
+        weights = scores.new_zeros(scores.shape)
+        weights[..., :tokens] = _softmax(wide, extra)
+        return weights
+    if tokens < scores.shape[-1]:
+        scores[..., tokens:] = float("-inf")
+    if scores.dtype == torch.float32 or scores.shape[-1] >= _LONG_SOFTMAX:
+        return scores.softmax(-1)  # in half precision too it counts in float32, and rounds once
+    return scores.softmax(-1, dtype=torch.float32).to(scores.dtype)
+
+
+def _capped(scores: Tensor, params: AttentionParams) -> Tensor:
     return scores if params.softcap is None else torch.tanh(scores / params.softcap) * params.softcap
 
 
 def _pack(rowwise: Tensor) -> Tensor:
     """(rows, kv_heads, groups, x) -> (kv_heads, rows * groups, x), padded on CPU so that bits do not depend on rows."""
-    rows, kv_heads, groups, width = rowwise.shape
-    packed = rowwise.transpose(0, 1).reshape(kv_heads, rows * groups, width)
-    missing = -(rows * groups) % _QUERY_ALIGN
-    if missing and not rowwise.is_cuda:
-        packed = functional.pad(packed, (0, 0, 0, missing))
-    return packed
+    return _aligned(_packed(rowwise))
+
+
+def _packed(rowwise: Tensor) -> Tensor:
+    """(rows, kv_heads, groups, x) -> (kv_heads, rows * groups, x)."""
+    return rowwise.transpose(0, 1).flatten(1, 2)
+
+
+def _aligned(packed: Tensor) -> Tensor:
+    """Queries padded with zeros to a multiple of ``_QUERY_ALIGN``, on a CPU."""
+    missing = -packed.shape[1] % _QUERY_ALIGN
+    return packed if packed.is_cuda or not missing else functional.pad(packed, (0, 0, 0, missing))
 
 
 def _unpack(packed: Tensor, rows: int, groups: int) -> Tensor:
     """(kv_heads, rows * groups padded, x) -> (rows, kv_heads, groups, x)."""
-    return packed[:, : rows * groups].reshape(packed.shape[0], rows, groups, -1).transpose(0, 1)
+    kv_heads, _, width = packed.shape
+    return packed[:, : rows * groups].reshape(kv_heads, rows, groups, width).transpose(0, 1)
 
 
 def _softmax(scores: Tensor, extra: Tensor | None) -> Tensor:
@@ -184,12 +269,16 @@ def merge(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[T
     return out_a * (lse_a - lse).exp()[..., None] + out_b * (lse_b - lse).exp()[..., None], lse
 
 
-def _attend(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+def _attend(
+    query: Tensor, key: Tensor, value: Tensor, scale: float, *, is_causal: bool = False
+) -> tuple[Tensor, Tensor]:
     """Fused attention with its log-sum-exp. All (batch, heads, tokens, head_dim); the output comes back in float32."""
-    if query.is_cuda:
-        out, lse = torch.ops.aten._scaled_dot_product_flash_attention(query, key, value, scale=scale)[:2]
-    else:
-        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, scale=scale)
+    fused = (
+        torch.ops.aten._scaled_dot_product_flash_attention
+        if query.is_cuda
+        else torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    )
+    out, lse = fused(query, key, value, is_causal=is_causal, scale=scale)[:2]
     return out.float(), lse.reshape(query.shape[:3]).float()
 
 
@@ -198,6 +287,7 @@ class Backend(AttentionBackend):
 
     name = "sdpa"
     devices = ("cpu", "cuda")
+    reads_behind = True
 
     def why_not(
         self, device: torch.device, dtype: torch.dtype, head_dim: int, value_dim: int | None = None
@@ -219,5 +309,6 @@ class Backend(AttentionBackend):
         suffix_key: Tensor,
         suffix_value: Tensor,
         params: AttentionParams,
+        tokens: int,
     ) -> Tensor:
-        return decode(query, prefix_key, prefix_value, suffix_key, suffix_value, params)
+        return decode(query, prefix_key, prefix_value, suffix_key, suffix_value, params, tokens=tokens)

@@ -74,9 +74,10 @@ class Backend(AttentionBackend):
         suffix_key: Tensor,
         suffix_value: Tensor,
         params: AttentionParams,
+        tokens: int,
     ) -> Tensor:
         rows, kv_heads, groups, _ = query.shape
-        prefix, suffix = prefix_key.shape[1], suffix_key.shape[2]
+        prefix, suffix = prefix_key.shape[1], tokens
         shared = _num_parts(prefix, -(-rows * groups // _tile_rows(query)) * kv_heads)
         own = _num_parts(suffix, rows * kv_heads) - 1  # the last part is read by the launch that merges
         cut = 0 if own <= 0 else -(-suffix // (own + 1)) * own

@@ -152,7 +152,14 @@ def test_a_fault_in_decoding_is_found(
     backend: AttentionBackend, fault: str, monkeypatch: pytest.MonkeyPatch, counted: Counted
 ) -> None:
     whole = backend._decode
-    monkeypatch.setattr(backend, "_decode", lambda *given: whole(*DECODE_FAULTS[fault](*given)))
+
+    def faulty(
+        query: Tensor, pk: Tensor, pv: Tensor, sk: Tensor, sv: Tensor, params: AttentionParams, tokens: int
+    ) -> Tensor:
+        changed = DECODE_FAULTS[fault](query, pk, pv, sk[:, :, :tokens], sv[:, :, :tokens], params)
+        return whole(*changed, changed[3].shape[2])
+
+    monkeypatch.setattr(backend, "_decode", faulty)
     assert is_found(backend)
     counted("faults of attention planted and found")
 
@@ -168,6 +175,15 @@ def test_a_fault_in_reading_prompts_is_found(
         return whole(query, key, value, start=start, params=params)
 
     monkeypatch.setattr(backend, "_prefill", faulty)
+    assert is_found(backend)
+    counted("faults of attention planted and found")
+
+
+def test_counting_what_lies_behind_the_tokens_is_found(
+    backend: AttentionBackend, monkeypatch: pytest.MonkeyPatch, counted: Counted
+) -> None:
+    whole = AttentionBackend.decode
+    monkeypatch.setattr(AttentionBackend, "decode", lambda self, *given, tokens: whole(self, *given))
     assert is_found(backend)
     counted("faults of attention planted and found")
 

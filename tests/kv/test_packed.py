@@ -1,0 +1,142 @@
+"""Packed weights: the same bits, and nobody who is not our engine can tell that there are any."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from support.tiny_models import tiny_causal_lm
+
+from specrej_eval.engines.transformers.model import ModelRunner
+from specrej_eval.kv import packed
+from specrej_eval.kv.packed import PackedWeights
+
+pytestmark = pytest.mark.skipif(not packed._supported(), reason="this torch or CPU has no packed bfloat16 products")
+
+
+def model_in(dtype: torch.dtype = torch.bfloat16) -> Any:
+    return tiny_causal_lm().to(dtype)
+
+
+def layers(model: Any) -> list[torch.nn.Linear]:
+    return [module for module in model.modules() if type(module) is torch.nn.Linear]
+
+
+def logits(model: Any, rows: int = 5) -> torch.Tensor:
+    ids = torch.arange(rows * 7).reshape(rows, 7) % 50
+    with torch.inference_mode():
+        found: torch.Tensor = model(ids, use_cache=False).logits
+    return found
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 8, 24, 64, 200])
+@pytest.mark.parametrize("bias", [False, True])
+def test_bits_are_those_of_the_plain_layer(rows: int, bias: bool) -> None:
+    torch.manual_seed(rows)
+    layer = torch.nn.Linear(96, 40, bias=bias).bfloat16()
+    for shape in ((rows, 96), (rows, 1, 96), (2, rows, 96)):
+        given = torch.randn(*shape).bfloat16()
+        with torch.inference_mode():
+            want = layer(given)
+            with PackedWeights(layer).active():
+                assert "forward" in vars(layer)
+                assert torch.equal(layer(given), want)
+
+
+def test_a_model_gives_the_same_bits_and_is_as_it_was() -> None:
+    model = model_in()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    want = logits(model)
+    weights = PackedWeights(model)
+    assert weights.nbytes > 0
+    with weights.active():
+        assert all("forward" in vars(layer) for layer in layers(model))
+        assert torch.equal(logits(model), want)
+        with weights.active():  # an engine call inside another
+            pass
+        assert all("forward" in vars(layer) for layer in layers(model))
+    assert not any("forward" in vars(layer) for layer in layers(model))
+    assert model.state_dict().keys() == before.keys()
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert torch.equal(logits(model), want)
+
+
+def test_an_error_inside_leaves_nothing_behind() -> None:
+    model = model_in()
+    with pytest.raises(KeyError), PackedWeights(model).active():
+        raise KeyError
+    assert not any("forward" in vars(layer) for layer in layers(model))
+
+
+def through_data(weight: torch.nn.Parameter) -> None:
+    weight.data += 0.25  # how adapters are merged: torch's version counter does not see it
+
+
+def in_place(weight: torch.nn.Parameter) -> None:
+    with torch.no_grad():
+        weight.mul_(1.5)
+
+
+def one_number(weight: torch.nn.Parameter) -> None:
+    weight.data[0, 0] = 3.0
+
+
+def another(weight: torch.nn.Parameter) -> None:
+    weight.data = torch.randn_like(weight)
+
+
+@pytest.mark.parametrize("change", [through_data, in_place, one_number, another])
+def test_changed_weights_are_seen(change: Callable[[torch.nn.Parameter], None]) -> None:
+    model = model_in()
+    weights = PackedWeights(model)
+    with weights.active():
+        old = logits(model)
+    for layer in layers(model):
+        change(layer.weight)  # type: ignore[arg-type]  # a Parameter
+    want = logits(model)
+    assert not torch.equal(want, old)
+    with weights.active():
+        assert torch.equal(logits(model), want)
+
+
+def test_hooks_run_and_a_forward_of_others_stays() -> None:
+    model = model_in()
+    first, second = layers(model)[:2]
+    calls = []
+    first.register_forward_hook(lambda *_: calls.append("hook"))
+    own = second.forward
+
+    def theirs(input: torch.Tensor) -> torch.Tensor:
+        calls.append("theirs")
+        return own(input)
+
+    second.forward = theirs  # type: ignore[method-assign]  # as accelerate does
+    want = logits(model)
+    calls.clear()
+    with PackedWeights(model).active():
+        assert torch.equal(logits(model), want)
+    assert sorted(calls) == ["hook", "theirs"]
+    assert vars(second)["forward"] is theirs
+
+
+def test_layers_of_other_kinds_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Mine(torch.nn.Linear):
+        pass
+
+    assert not PackedWeights(model_in(torch.float32)).nbytes
+    assert not PackedWeights(Mine(8, 8).bfloat16()).nbytes
+    assert PackedWeights(torch.nn.Linear(8, 8).bfloat16()).nbytes == 128
+    monkeypatch.setattr(packed, "free_bytes", lambda device: 500)
+    assert not PackedWeights(torch.nn.Linear(8, 8).bfloat16()).nbytes  # more than a quarter of the memory
+
+
+def test_a_runner_packs_inside_its_calls_only() -> None:
+    model = model_in()
+    runner = ModelRunner(model)
+    want = logits(model)
+    with torch.inference_mode(), runner.active():
+        assert any("forward" in vars(layer) for layer in layers(model))
+    assert torch.equal(logits(model), want)
+    assert not any("forward" in vars(layer) for layer in layers(model))
