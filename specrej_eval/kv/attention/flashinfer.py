@@ -8,7 +8,6 @@ wants them. Kernels are compiled on first use (``ninja`` and ``nvcc``), half a m
 from __future__ import annotations
 
 import math
-from collections import OrderedDict
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,9 +18,9 @@ from specrej_eval.kv.attention.base import AttentionBackend, AttentionParams, la
 
 _WORKSPACE_BYTES = 128 * 2**20
 """What FlashInfer recommends, for parts of long suffixes."""
-_PLANS = 8
-"""Plans that are kept: two for each kind of layer (full and windowed), with room for several prompts in one batch. A
-plan is written to pinned memory and copied from there when the device comes to it, so it is reused only after that."""
+_MOST_PLANS = 64
+"""Plans that are kept, each with 8 MiB on the device and 8 MiB of pinned memory. A step needs one for each group of
+rows and kind of layer; those of the step before last serve again."""
 _TENSOR_CORE_GROUPS = 4
 """Query heads a kv head from which the kernel that uses tensor cores is the faster one, by FlashInfer's own advice."""
 
@@ -30,7 +29,7 @@ _TENSOR_CORE_GROUPS = 4
 class _Plan:
     wrapper: Any
     copied: torch.cuda.Event | None = None
-    """Passed once the device holds the plan."""
+    """Passed once the device holds the plan, which it copies from pinned memory when it comes to it."""
 
 
 class Backend(AttentionBackend):
@@ -44,7 +43,8 @@ class Backend(AttentionBackend):
 
     def __init__(self, otherwise: AttentionBackend | None = None) -> None:
         super().__init__(otherwise)
-        self._plans: OrderedDict[tuple[Any, ...], _Plan] = OrderedDict()
+        self._plans: dict[tuple[tuple[Any, ...], int, int], _Plan] = {}
+        """By kind of layer, rows and tokens of each; the oldest first."""
         self._workspaces: dict[torch.device, Tensor] = {}
 
     def _why_not_dims(self, head_dim: int, value_dim: int) -> str | None:
@@ -113,11 +113,13 @@ class Backend(AttentionBackend):
         """The decode wrapper for rows of this many tokens, planned."""
         rows, heads, width = queries.shape
         kv_heads, tokens = key.shape[1], key.shape[2]
-        wanted = (queries.device, queries.dtype, rows, heads, kv_heads, width, tokens, params.scale, params.softcap)
+        kind = (queries.device, queries.dtype, heads, kv_heads, width, params.scale, params.softcap)
+        wanted = (kind, rows, tokens)
         if wanted in self._plans:
-            self._plans.move_to_end(wanted)
             return self._plans[wanted].wrapper
-        plan = self._free_plan(queries.device, tensor_cores=heads // kv_heads >= _TENSOR_CORE_GROUPS)
+        plan = self._free_plan(kind, tokens) or self._new_plan(
+            queries.device, tensor_cores=heads // kv_heads >= _TENSOR_CORE_GROUPS
+        )
         plan.wrapper.plan(
             torch.arange(rows + 1, dtype=torch.int32),  # on the host: a device's would be waited for
             torch.arange(rows, dtype=torch.int32),
@@ -139,15 +141,18 @@ class Backend(AttentionBackend):
         self._plans[wanted] = plan
         return plan.wrapper
 
-    def _free_plan(self, device: torch.device, *, tensor_cores: bool) -> _Plan:
-        """A new wrapper, or the one of its kind that was used the longest ago."""
-        kind = (device, tensor_cores)
-        mine = [key for key, plan in self._plans.items() if (key[0], plan.wrapper.use_tensor_cores) == kind]
-        if len(mine) >= _PLANS:
-            plan = self._plans.pop(mine[0])
-            if plan.copied is not None:
-                plan.copied.synchronize()  # passed long ago, unless the host is _PLANS plans ahead of the device
-            return plan
+    def _free_plan(self, kind: tuple[Any, ...], tokens: int) -> _Plan | None:
+        """The oldest plan that no step will need: suffixes grow by one token a step."""
+        mine = [key for key in self._plans if key[0] == kind]
+        old = [key for key in mine if key[2] <= tokens - 2] or (mine if len(self._plans) >= _MOST_PLANS else [])
+        if not old:
+            return None
+        plan = self._plans.pop(old[0])
+        if plan.copied is not None:
+            plan.copied.synchronize()  # passed long ago, unless the host is two steps ahead of the device
+        return plan
+
+    def _new_plan(self, device: torch.device, *, tensor_cores: bool) -> _Plan:
         from flashinfer import BatchDecodeWithPagedKVCacheWrapper
 
         if device not in self._workspaces:  # zeros: FlashInfer wants them for the first use

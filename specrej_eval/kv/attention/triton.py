@@ -85,14 +85,15 @@ class Backend(AttentionBackend):
         # (parts, rows, kv_heads, groups, head_dim of the values), (parts, rows, kv_heads, groups)
         out_parts = query.new_empty(parts, rows, kv_heads, groups, suffix_value.shape[-1], dtype=torch.float32)
         lse_parts = query.new_empty(parts, rows, kv_heads, groups, dtype=torch.float32)
-        if shared:
-            _launch(query, prefix_key[None], prefix_value[None], params, out_parts, lse_parts, parts=shared)
-        if own > 0:
-            mine = out_parts[shared:], lse_parts[shared:]
-            _launch(query, suffix_key[:, :, :cut], suffix_value[:, :, :cut], params, *mine, parts=own)
         out = suffix_value.new_empty(rows, kv_heads, groups, suffix_value.shape[-1])
-        keys, values = suffix_key[:, :, cut:], suffix_value[:, :, cut:]
-        _launch(query, keys, values, params, out_parts, lse_parts, parts=1, merged=out)
+        with torch.cuda.device_of(query):  # Triton launches on the current device
+            if shared:
+                _launch(query, prefix_key[None], prefix_value[None], params, out_parts, lse_parts, parts=shared)
+            if own > 0:
+                mine = out_parts[shared:], lse_parts[shared:]
+                _launch(query, suffix_key[:, :, :cut], suffix_value[:, :, :cut], params, *mine, parts=own)
+            keys, values = suffix_key[:, :, cut:], suffix_value[:, :, cut:]
+            _launch(query, keys, values, params, out_parts, lse_parts, parts=1, merged=out)
         return out
 
 

@@ -248,8 +248,8 @@ OWN_FAULTS: dict[str, tuple[tuple[str, str], ...]] = {
         ("torch.full((rows,), tokens, dtype", "torch.full((rows,), max(1, tokens - 1), dtype"),
         ("torch.arange(rows, dtype", "torch.zeros(rows, dtype"),
         ("            logits_soft_cap=params.softcap,\n            q_data", "            q_data"),
-        ("params.scale, params.softcap)\n", "0)\n"),
-        ("rows, heads, kv_heads, width, tokens, params", "heads, kv_heads, width, params"),
+        ("wanted = (kind, rows, tokens)", "wanted = (kind, 0, 0)"),
+        ("heads, kv_heads, width, params.scale, params.softcap)", "heads, kv_heads, width, 0, 0)"),
         ("suffix_key.stride() != suffix_value.stride() or ", ""),
     ),
     "triton": (
@@ -311,3 +311,32 @@ def test_a_fault_in_a_backends_file_is_found(
 
 def test_every_backend_has_faults_of_its_own() -> None:
     assert {*OWN_FAULTS, "sdpa"} == {*BACKENDS}
+
+
+# ---- FlashInfer's plans ----------------------------------------------------------------------------------------------
+
+
+def test_flashinfer_plans_once_a_step_and_keeps_few_plans(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two prompts of different lengths in one batch, four layers of two kinds, rows that finish on the way."""
+    backend: Any = on_the_cpu(choose.build("flashinfer"), monkeypatch)
+    planned: list[tuple[int, int]] = []
+    wrapper = sys.modules["flashinfer"].BatchDecodeWithPagedKVCacheWrapper
+    whole = wrapper.plan
+
+    def noted(self: Any, indptr: Tensor, indices: Tensor, last: Tensor, *shape: Any, **kwargs: Any) -> None:
+        planned.append((len(last), int(last[0])))
+        whole(self, indptr, indices, last, *shape, **kwargs)
+
+    monkeypatch.setattr(wrapper, "plan", noted)
+    query, prefix = torch.randn(5, 2, 3, 64).half(), torch.randn(2, 7, 64).half()
+    pool = torch.randn(5, 2, 40, 64).half()
+    for step in range(30):
+        planned.clear()
+        rows = 5 if step < 20 else 3
+        for _ in range(2):
+            for params in (AttentionParams(0.1), AttentionParams(0.1, softcap=9.0)):
+                for tokens in (step + 1, step + 8):
+                    suffix = pool[:rows, :, :tokens]
+                    backend.decode(query[:rows], prefix, prefix, suffix, suffix, params)
+        assert len(planned) <= 2 * 2 + 2, planned
+    assert len(backend._plans) <= 2 * 2 * 3
