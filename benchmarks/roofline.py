@@ -31,6 +31,7 @@ from specrej_eval.budget import resolve
 from specrej_eval.config import RunConfig
 from specrej_eval.core import Plan, Prompt
 from specrej_eval.engines.transformers.engine import TransformersEngine
+from specrej_eval.kv import choose
 
 SHAPES = {
     "cpu": ("311x64", "900x24", "40x200", "1900x64"),
@@ -60,7 +61,7 @@ def main() -> None:
 
     result: dict[str, Any] = {**header("roofline", options), "steps": options.steps, "shapes": {}}
     model, tokenizer = load_model(options.model, options.dtype, options.device, seed=options.seed)
-    engine = TransformersEngine(model, tokenizer)
+    engine = TransformersEngine(model, tokenizer, attention=choose.resolve("auto", options.device))
     engine.eos_ids = ()
     result["engine"] = engine.describe()
     ceilings = Ceilings(model, options)

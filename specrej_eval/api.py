@@ -102,11 +102,16 @@ class RunPlan:
 
     def fingerprint(self, **others: Any) -> dict[str, Any]:
         """Everything that decides a run's answers; ``others`` = what the caller adds. Files are read in full."""
-        return fingerprint.of_run(self.config, self.host, loaded=self.objects, **others)
+        return self._placed(fingerprint.of_run(self.config, self.host, loaded=self.objects, **others))
 
     def of_models(self) -> dict[str, Any]:
         """The same of the models alone."""
-        return fingerprint.of_models(self.config, self.host, loaded=self.objects)
+        return self._placed(fingerprint.of_models(self.config, self.host, loaded=self.objects))
+
+    def _placed(self, found: dict[str, Any]) -> dict[str, Any]:
+        """With what ``auto`` came to on this machine, beside versions and device."""
+        placed = {**found["environment"], "attention_backend": self.engine.attention.name}
+        return {**found, "environment": placed}
 
     def load(self, *, content_rule: str = ENCODE_AS_TEXT) -> tuple[Engine, RewardModel]:
         """Load the engine, then the reward model beside it.

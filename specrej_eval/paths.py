@@ -26,6 +26,11 @@ def is_there(name: str | Path) -> bool:
     return os.path.exists(expanded(name))
 
 
+def cache(name: str) -> Path:
+    """A file or folder of what may be lost: below ``$XDG_CACHE_HOME``, or ``~/.cache``."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or expanded("~/.cache")) / "specrej-eval" / name
+
+
 def folder(name: str) -> Path:
     """The folder of lm-eval tasks (`tasks`) or of alpaca_eval configurations (`model_configs`)."""
     candidates = (PACKAGE / f"_{name}", PACKAGE.parent / name)  # a wheel's copy; an editable install's original

@@ -11,11 +11,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from specrej_eval.kv.attention import sdpa
-from specrej_eval.kv.attention.base import AttentionParams
+from specrej_eval.kv.attention.base import AttentionBackend, AttentionParams
 from specrej_eval.kv.cache import Prefix, SuffixPool
 from specrej_eval.kv.memory import twice
-from specrej_eval.kv.steps import Step
+from specrej_eval.kv.steps import SDPA, Step
 
 _SCORE_BYTES = 128 * 2**20
 """Most memory of a layer's attention scores, were they materialised (with softcap or sinks they are); rows take turns
@@ -79,8 +78,9 @@ class ExtendStep(Step):
         first: int = 0,
         align: int = 1,
         device: torch.device,
+        attention: AttentionBackend = SDPA,
     ) -> None:
-        super().__init__(prefix.length)
+        super().__init__(prefix.length, attention)
         self.prefix = prefix
         self.pool = pool
         self.first = first
@@ -146,7 +146,7 @@ class ExtendStep(Step):
         if params.window is not None:
             seen &= sources > own[..., None] - params.window
         seen = seen[:, None, None].expand(-1, 1, groups, -1, -1).reshape(count, 1, groups * longest, -1)
-        out = sdpa.masked(query.reshape(count, kv_heads, groups * longest, width), keys, values, seen, params)
+        out = self.attention.masked(query.reshape(count, kv_heads, groups * longest, width), keys, values, seen, params)
         return out.reshape(count, kv_heads, groups, longest, -1).permute(0, 3, 1, 2, 4).flatten(2, 3)
 
 

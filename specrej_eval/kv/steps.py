@@ -13,8 +13,10 @@ import torch
 from torch import Tensor
 
 from specrej_eval.kv.attention import sdpa
-from specrej_eval.kv.attention.base import AttentionParams
+from specrej_eval.kv.attention.base import AttentionBackend, AttentionParams
 from specrej_eval.kv.cache import Prefix, SuffixPool
+
+SDPA = sdpa.Backend()
 
 
 class Step(ABC):
@@ -22,10 +24,12 @@ class Step(ABC):
 
     Args:
         length: tokens stored before the first one that is read now; where the model takes itself to be.
+        attention: who computes it.
     """
 
-    def __init__(self, length: int) -> None:
+    def __init__(self, length: int, attention: AttentionBackend = SDPA) -> None:
         self.length = length
+        self.attention = attention
         self.windows: dict[int, int | None] = {}
         """Out: the sliding window each layer asked for."""
 
@@ -48,14 +52,14 @@ class PrefillStep(Step):
         start: position of the chunk's first token.
     """
 
-    def __init__(self, prefix: Prefix, start: int) -> None:
-        super().__init__(start)
+    def __init__(self, prefix: Prefix, start: int, attention: AttentionBackend = SDPA) -> None:
+        super().__init__(start, attention)
         self.prefix = prefix
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, params: AttentionParams) -> Tensor:
         """See ``Step.attend``."""
         stored_key, stored_value = self.prefix.store(layer, key, value, self.length)
-        out = sdpa.prefill(query, stored_key, stored_value, start=self.length, params=params)
+        out = self.attention.prefill(query, stored_key, stored_value, start=self.length, params=params)
         return out.transpose(1, 2).contiguous()
 
 
@@ -66,9 +70,9 @@ class DecodeStep(Step):
         groups: prefix and suffixes of each, in batch order. Rows of the batch beyond theirs are padding.
     """
 
-    def __init__(self, groups: Sequence[tuple[Prefix, SuffixPool]]) -> None:
+    def __init__(self, groups: Sequence[tuple[Prefix, SuffixPool]], attention: AttentionBackend = SDPA) -> None:
         prefix, pool = groups[0]
-        super().__init__(prefix.length + pool.length)
+        super().__init__(prefix.length + pool.length, attention)
         self.groups = groups
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, params: AttentionParams) -> Tensor:
@@ -90,7 +94,9 @@ class DecodeStep(Step):
                 suffix_key, suffix_value = suffix_key[:, :, gone:], suffix_value[:, :, gone:]
                 tokens -= gone
             queries = query[rows, :, 0].reshape(pool.rows, kv_heads, heads // kv_heads, width)
-            out = sdpa.decode(queries, prefix_key, prefix_value, suffix_key, suffix_value, params, tokens=tokens)
+            out = self.attention.decode(
+                queries, prefix_key, prefix_value, suffix_key, suffix_value, params, tokens=tokens
+            )
             parts.append(out.reshape(pool.rows, heads, -1))
             first += pool.rows
         if first < batch:

@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from specrej_eval.checked import object_in, object_or_empty
 from specrej_eval.errors import CheckpointError
-from specrej_eval.paths import expanded, is_folder
+from specrej_eval.paths import cache, expanded, is_folder
 
 SHOWN_FROM = 1 << 30
 """Bytes to be read from which on a progress bar is shown."""
@@ -54,8 +54,8 @@ _known: dict[tuple[Any, ...], str] = {}
 
 
 def cache_folder() -> Path:
-    """Where digests are remembered: below ``$XDG_CACHE_HOME``, or ``~/.cache``."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or expanded("~/.cache")) / "specrej-eval" / "digests"
+    """Where digests are remembered."""
+    return cache("digests")
 
 
 def checkpoint_files(

@@ -36,4 +36,5 @@ OTHER: dict[str, Any] = {
     "floor_toks": 9,
     "floor_repetition": 0.9,
     "trust_remote_code": True,
+    "attention_backend": "flash_attn",
 }

@@ -13,13 +13,15 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from specrej_eval.commands.doctor.findings import Finding, Status, show
+from specrej_eval.config.engines import SDPA
 from specrej_eval.wording import counted
 
-SUMMARY = "check the installation (versions, startup hook, devices, demo weights), a reward model or a language model"
+SUMMARY = "check the installation (versions, startup hook, devices, demo weights), a model, or attention on your GPU"
 EXAMPLES = (
     "specrej-eval doctor",
     "specrej-eval doctor --reward Skywork/Skywork-Reward-V2-Qwen3-0.6B",
     "specrej-eval doctor --pretrained Qwen/Qwen3-1.7B --dtype bfloat16",
+    "specrej-eval doctor --attention",
 )
 
 
@@ -186,14 +188,22 @@ def _same_bits(threads: int) -> Finding:
 
 
 def check_attention() -> Iterator[Finding]:
-    from specrej_eval import registry
+    try:
+        import torch
 
-    for name in registry.names("specrej_eval.kv.attention"):
-        try:
-            told = importlib.import_module(f"specrej_eval.kv.attention.{name}").__doc__ or ""
-            yield Finding("ok", name, told.partition("\n")[0].removesuffix("."))
-        except Exception as error:  # most often built for another torch or CUDA
-            yield Finding("note", name, f"cannot be imported: {error!r}")
+        from specrej_eval.kv import choose
+    except Exception as error:
+        yield Finding("broken", "attention", f"cannot be imported: {error!r}")
+        return
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    for backend in choose.all_backends():
+        if reason := backend.why_not_on(device):
+            yield Finding("note", backend.name, reason)
+        elif choose.is_verified(backend, device) or backend.name == SDPA:
+            yield Finding("ok", backend.name, f"on {choose.device_name(device)}")
+        else:
+            told = "never found right on this GPU with these versions; `specrej-eval doctor --attention` tries it"
+            yield Finding("note", backend.name, told)
 
 
 def check_files() -> Iterator[Finding]:
@@ -231,18 +241,25 @@ SECTIONS: tuple[tuple[str, Callable[[], Iterator[Finding]]], ...] = (
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (parser.description or "") + " The exit code is 1 if something needed is broken."
+    from specrej_eval.commands.doctor import attention as attention_doctor
     from specrej_eval.commands.doctor import policy as policy_doctor
     from specrej_eval.options import add_reward_options
 
     add_reward_options(parser, reward_model="--reward")
     policy_doctor.add_arguments(parser)
+    attention_doctor.add_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
-    if "pretrained" in args or "reward_model" in args:
-        from specrej_eval.commands.doctor import policy as policy_doctor
-        from specrej_eval.commands.doctor import reward as reward_doctor
+    from specrej_eval.commands.doctor import attention as attention_doctor
+    from specrej_eval.commands.doctor import policy as policy_doctor
+    from specrej_eval.commands.doctor import reward as reward_doctor
 
-        code = policy_doctor.run(args) if "pretrained" in args else 0
-        return max(code, reward_doctor.run(args)) if "reward_model" in args else code
+    asked: dict[str, Callable[[argparse.Namespace], int]] = {
+        "attention": attention_doctor.run,
+        "pretrained": policy_doctor.run,
+        "reward_model": reward_doctor.run,
+    }
+    if codes := [look(args) for name, look in asked.items() if name in args]:
+        return max(codes)
     return show(((title, check()) for title, check in SECTIONS), well="Everything needed works.")

@@ -49,7 +49,8 @@ def check_decoding(engine: TransformersEngine) -> Iterator[Finding]:
     told = engine.describe()
     yield Finding("ok", "device", f"{told['dtype']} on {told['device_name']}, context {told['max_length']} tokens")
     if told["attention"] == "shared_prefix":
-        yield Finding("ok", "attention", "shared_prefix: a prompt's KV is kept once for all its rows")
+        kept = f"shared_prefix: a prompt's KV is kept once for all its rows; computed by {told['attention_backend']}"
+        yield Finding("ok", "attention", kept)
     else:
         yield Finding("note", "attention", f"{told['attention']}: a slower path, with the same results")
     if told["promises"] == "bits":

@@ -24,6 +24,7 @@ from specrej_eval.engines.transformers import hardware
 from specrej_eval.engines.transformers.decoding import SMALLER, Decoder
 from specrej_eval.engines.transformers.model import ModelRunner, Path
 from specrej_eval.engines.transformers.session import EOS, MAY_STOP, Session
+from specrej_eval.kv.attention.base import AttentionBackend
 from specrej_eval.kv.cache import bytes_per_token
 from specrej_eval.kv.memory import clear_error, free_bytes, or_else, release_memory, twice
 from specrej_eval.kv.models import context_length, stop_ids
@@ -46,16 +47,24 @@ class TransformersEngine(Engine):
         model: a causal LM in eval mode, on its device.
         max_length: context length in tokens; None = read from the config.
         path: force one of the runner's paths; None = the best that gives the model's own logits.
+        attention: who computes attention behind a shared prefix; None = ``sdpa``.
         text: the arguments of ``Engine`` that say how prompts are made and answers cut.
     """
 
     def __init__(
-        self, model: Any, tokenizer: Any, *, max_length: int | None = None, path: Path | None = None, **text: Any
+        self,
+        model: Any,
+        tokenizer: Any,
+        *,
+        max_length: int | None = None,
+        path: Path | None = None,
+        attention: AttentionBackend | None = None,
+        **text: Any,
     ) -> None:
         super().__init__(tokenizer, max_length=max_length or context_length(model, tokenizer), **text)
         self.model = model
         with clear_error("trying out the model", SMALLER):
-            self.runner = twice(lambda: ModelRunner(model, path=path))
+            self.runner = twice(lambda: ModelRunner(model, path=path, attention=attention))
         self.promises = self.runner.promises
         self.device = self.runner.device
         self.most_rows_unasked = MOST_ROWS_ON_A_CPU if self.device.type == "cpu" else None
@@ -184,6 +193,7 @@ class TransformersEngine(Engine):
         return {
             "engine": "transformers",
             "attention": self.runner.path,
+            "attention_backend": self.runner.attention.name if self.runner.path == "shared_prefix" else None,
             "promises": self.promises,
             "device": str(self.device),
             "device_name": hardware.device_name(self.device),

@@ -22,6 +22,8 @@ from specrej_eval import checkpoint
 from specrej_eval.config import HOST, RunConfig, as_bool, as_dict
 from specrej_eval.engines.transformers.engine import TransformersEngine
 from specrej_eval.errors import CheckpointError, ConfigError, MissingDependencyError
+from specrej_eval.kv import choose
+from specrej_eval.kv.attention.base import AttentionBackend
 from specrej_eval.kv.memory import clear_error, is_out_of_memory
 from specrej_eval.paths import is_folder
 
@@ -49,6 +51,7 @@ class EnginePlan:
     dtype: str
     """``auto`` = the checkpoint's; never of the embedded model."""
     device: str
+    attention: AttentionBackend
     template_args: Mapping[str, Any]
     """Of the chat template."""
     config: RunConfig
@@ -70,6 +73,7 @@ class EnginePlan:
             model,
             tokenizer,
             max_length=host.get("max_length"),
+            attention=self.attention,
             think_end_token=host.get("think_end_token"),
             add_bos_token=host.get("add_bos_token"),
             chat_template_args=self.template_args,
@@ -113,9 +117,9 @@ def resolve_engine(config: RunConfig, host: Mapping[str, Any], *, check: bool = 
     Raises:
         CheckpointError: a folder, ``config.json``, weight file, tokenizer, adapter or GGUF file that is missing or
             broken; a checkpoint that is not a causal language model.
-        ConfigError: the checkpoint needs remote code, which is off; a device that is not there; ``chat_template_args``
-            that are no dict.
-        MissingDependencyError: a package that a GGUF file or an adapter needs.
+        ConfigError: the checkpoint needs remote code, which is off; a device that is not there, or on which the
+            ``attention_backend`` does not run; ``chat_template_args`` that are no dict.
+        MissingDependencyError: a package that a GGUF file, an adapter or ``attention_backend`` needs.
     """
     name = config.pretrained if config.pretrained is not None else str(checkpoint.DEMO_POLICY)
     if check:
@@ -129,6 +133,7 @@ def resolve_engine(config: RunConfig, host: Mapping[str, Any], *, check: bool = 
         name=name,
         dtype="float32" if config.dtype == "auto" and config.pretrained is None else config.dtype,
         device=device,
+        attention=choose.resolve(config.attention_backend, device),
         template_args=template_args,
         config=config,
         host=host,

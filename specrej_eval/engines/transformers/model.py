@@ -28,13 +28,14 @@ from transformers import DynamicCache
 from specrej_eval.engines.base import Promise
 from specrej_eval.engines.transformers.groups import Group, padded
 from specrej_eval.kv import shared_prefix
+from specrej_eval.kv.attention.base import AttentionBackend
 from specrej_eval.kv.cache import Prefix
 from specrej_eval.kv.experts import expert_configs, padded_experts
 from specrej_eval.kv.models import obstacle, our_attention, reset_rotary, rope_limit, windows_missing
 from specrej_eval.kv.packed import PackedWeights
 from specrej_eval.kv.probe import difference, probe_ids, tried
 from specrej_eval.kv.shared_prefix import PREFILL_CHUNK, ROW_ALIGN
-from specrej_eval.kv.steps import DecodeStep, PrefillStep
+from specrej_eval.kv.steps import SDPA, DecodeStep, PrefillStep
 
 logger = logging.getLogger(__name__)
 
@@ -54,9 +55,11 @@ class ModelRunner:
     Args:
         model: a transformers causal LM in eval mode. Its attention implementation is changed only inside ``active``.
         path: force a path; None = the first that the probe finds right.
+        attention: who computes attention on the ``shared_prefix`` path; None = ``sdpa``, which also stands in where
+            the probe finds that its logits are not the model's.
     """
 
-    def __init__(self, model: Any, *, path: Path | None = None) -> None:
+    def __init__(self, model: Any, *, path: Path | None = None, attention: AttentionBackend | None = None) -> None:
         self.model = model
         self.device: torch.device = model.get_input_embeddings().weight.device
         self.dtype: torch.dtype = model.get_input_embeddings().weight.dtype
@@ -75,6 +78,7 @@ class ModelRunner:
         self._row_align = _row_align(model, self.dtype) if self.device.type == "cpu" else 1
         self._packed = PackedWeights(model)
         self._expert_configs = expert_configs(model) if self.device.type == "cpu" else []
+        self.attention = SDPA if attention is None or attention.name == SDPA.name else self._fitting(attention)
         self.path: Path = path or self._probe()
         self.promises: Promise = self._probe_promise()
         """What holds for this model on this device, dtype and number of threads."""
@@ -86,6 +90,8 @@ class ModelRunner:
         for path in PATHS:
             reason = obstacle(self.model) if path == "shared_prefix" else None
             reason = reason or tried(partial(self._probe_error, path))
+            if reason is not None and path == "shared_prefix" and self.attention.name != SDPA.name:
+                reason = self._without_backend(reason)
             if reason is None:
                 if path != "shared_prefix":
                     logger.warning(
@@ -97,6 +103,29 @@ class ModelRunner:
                 return path
             reasons.append(f"{path}: {reason}")
         raise RuntimeError(f"cannot decode {type(self.model).__name__}: {'; '.join(reasons)}")
+
+    def _without_backend(self, reason: str) -> str | None:
+        """The reason against the ``shared_prefix`` path with ``sdpa``; says so if that is none, and stays with it."""
+        failed, self.attention = self.attention, SDPA
+        again = obstacle(self.model) or tried(partial(self._probe_error, "shared_prefix"))
+        if again is None:
+            self._say_unused(failed, reason)
+        return again
+
+    def _fitting(self, attention: AttentionBackend) -> AttentionBackend:
+        """``attention``, or ``sdpa`` where it would be left all the work."""
+        width = getattr(self._text_config, "head_dim", None)
+        if width is None:
+            width = self._text_config.hidden_size // self._text_config.num_attention_heads
+        reason = attention.why_not(self.device, self.dtype, width)
+        if reason is None:
+            return attention
+        self._say_unused(attention, reason)
+        return SDPA
+
+    def _say_unused(self, attention: AttentionBackend, reason: str) -> None:
+        told = "attention_backend=%s is not used for %s (%s): sdpa computes its attention."
+        logger.warning(told, attention.name, type(self.model).__name__, reason)
 
     def _probe_error(self, path: Path) -> str | None:
         """Decode a few forced tokens on ``path`` with a row dropped on the way; None if the logits are the model's."""
@@ -219,7 +248,7 @@ class ModelRunner:
         else:
             cache = shared_prefix.SharedPrefixCache(self._num_layers)
             for start in range(0, prefix.length, PREFILL_CHUNK):
-                with shared_prefix.running(PrefillStep(prefix, start)) as step:
+                with shared_prefix.running(PrefillStep(prefix, start, self.attention)) as step:
                     prefix.logits = self._logits(ids[:, start : start + PREFILL_CHUNK], cache, start)
                 self._windows = step.windows
         assert prefix.logits is not None
@@ -253,7 +282,7 @@ class ModelRunner:
         tokens = padded(tokens, self._row_align)
         pools = [(group.prefix, group.pool) for group in groups if group.pool is not None]
         cache = shared_prefix.SharedPrefixCache(self._num_layers)
-        with shared_prefix.running(DecodeStep(pools)):
+        with shared_prefix.running(DecodeStep(pools, self.attention)):
             logits = self._forward(tokens[:, None], cache, positions[:, None])
         return logits[:rows]
 

@@ -157,7 +157,11 @@ class SpecRejLM(HFLM):
 
         reward = self.plan.reward.load(str(self.device))
         engine = TransformersEngine(
-            self.model, self.tokenizer, max_length=self.max_length, think_end_token=self.think_end_token
+            self.model,
+            self.tokenizer,
+            max_length=self.max_length,
+            attention=self.plan.engine.attention,
+            think_end_token=self.think_end_token,
         )
         models = None if self.run_config.journal is None else self._from_first_rank(self.plan.of_models)
         return self.plan.generator(engine, reward, models=models)

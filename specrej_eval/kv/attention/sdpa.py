@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from specrej_eval.kv.attention.base import AttentionParams
+from specrej_eval.kv.attention.base import AttentionBackend, AttentionParams, last_dim_contiguous
 
 _QUERY_ALIGN = 16
 """On CPU, query rows of a matmul are padded to a multiple of this: with fewer than 4 rows per thread MKL takes
@@ -116,7 +116,8 @@ def decode(
     """
     if way is None:
         fused = query.is_cuda and query.dtype in (torch.float16, torch.bfloat16)
-        way = "flash" if fused and query.shape[-1] % 8 == 0 and query.shape[-1] <= 256 else "math"
+        same = query.shape[-1] == suffix_value.shape[-1]
+        way = "flash" if fused and same and query.shape[-1] % 8 == 0 and query.shape[-1] <= 256 else "math"
     tokens = suffix_key.shape[2] if tokens is None else tokens
     if way == "math" or params.softcap is not None:
         return _decode_math(query, prefix_key, prefix_value, suffix_key, suffix_value, params, tokens)
@@ -278,5 +279,42 @@ def _attend(
         if query.is_cuda
         else torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     )
+    if query.is_cuda:
+        query, key, value = map(last_dim_contiguous, (query, key, value))
     out, lse = fused(query, key, value, is_causal=is_causal, scale=scale)[:2]
     return out.float(), lse.reshape(query.shape[:3]).float()
+
+
+class Backend(AttentionBackend):
+    """The functions above. It can do everything, anywhere."""
+
+    name = "sdpa"
+    reads_behind = True
+
+    def why_not_on(self, device: torch.device) -> str | None:
+        """See ``AttentionBackend.why_not_on``."""
+        return None
+
+    def why_not(
+        self, device: torch.device, dtype: torch.dtype, head_dim: int, value_dim: int | None = None
+    ) -> str | None:
+        """See ``AttentionBackend.why_not``."""
+        return None
+
+    def _prefill(self, query: Tensor, key: Tensor, value: Tensor, *, start: int, params: AttentionParams) -> Tensor:
+        return prefill(query, key, value, start=start, params=params)
+
+    def _masked(self, query: Tensor, key: Tensor, value: Tensor, seen: Tensor, params: AttentionParams) -> Tensor:
+        return masked(query, key, value, seen, params)
+
+    def _decode(
+        self,
+        query: Tensor,
+        prefix_key: Tensor,
+        prefix_value: Tensor,
+        suffix_key: Tensor,
+        suffix_value: Tensor,
+        params: AttentionParams,
+        tokens: int,
+    ) -> Tensor:
+        return decode(query, prefix_key, prefix_value, suffix_key, suffix_value, params, tokens=tokens)

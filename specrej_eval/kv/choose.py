@@ -1,0 +1,140 @@
+"""Which attention backend a run uses, and which ones are known to be right on this machine.
+
+``attention_backend=auto`` takes nothing on trust: on a GPU it uses a backend only where `specrej-eval doctor
+--attention` has found it right, on this device and with these versions. What doctor finds is kept in a small file, of
+which nothing but speed depends: without it, or with one that cannot be read, attention is computed by ``sdpa``.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import tempfile
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from specrej_eval import __version__, paths, registry
+from specrej_eval.checked import object_in
+from specrej_eval.config.engines import AUTO_BACKEND, SDPA
+from specrej_eval.errors import ConfigError, MissingDependencyError
+from specrej_eval.kv.attention.base import AttentionBackend
+
+logger = logging.getLogger(__name__)
+
+_PACKAGE = "specrej_eval.kv.attention"
+_said: set[str] = set()
+
+
+def build(name: str) -> AttentionBackend:
+    """A backend with ``sdpa`` behind it.
+
+    Raises:
+        ConfigError: there is no such backend.
+    """
+    sdpa: AttentionBackend = registry.load_module(_PACKAGE, SDPA, argument="attention_backend").Backend()
+    if name == SDPA:
+        return sdpa
+    made: AttentionBackend = registry.load_module(_PACKAGE, name, argument="attention_backend").Backend(sdpa)
+    return made
+
+
+def all_backends() -> list[AttentionBackend]:
+    """Each one there is, whether or not it can be used here; those that ``auto`` prefers first."""
+    return sorted(map(build, registry.names(_PACKAGE)), key=lambda backend: -backend.preference)
+
+
+def resolve(asked: str, device: str) -> AttentionBackend:
+    """The backend for a value of ``attention_backend``, before a weight is loaded.
+
+    Says once where one that is asked for was never found right on this device.
+
+    Raises:
+        MissingDependencyError: its package is not installed, or cannot be imported.
+        ConfigError: it does not run on the device.
+    """
+    place = torch.device(device)
+    if asked == AUTO_BACKEND:
+        return next((backend for backend in all_backends() if _trusted(backend, place)), build(SDPA))
+    backend = build(asked)
+    if reason := backend.why_not_on(place):
+        if backend.missing() and place.type in backend.devices:
+            raise MissingDependencyError(
+                f"attention_backend={asked}: {reason}.", hint=f"install with: {backend.install}"
+            )
+        raise ConfigError(f"attention_backend={asked}: {reason}.", hint="attention_backend=auto fits every device.")
+    if asked != SDPA and not is_verified(backend, place) and asked not in _said:
+        _said.add(asked)
+        logger.warning(
+            "attention_backend=%s was never found right on this device (%s) with these versions; "
+            "`specrej-eval doctor --attention` finds out in a minute or two.",
+            asked,
+            device_name(place),
+        )
+    return backend
+
+
+def _trusted(backend: AttentionBackend, device: torch.device) -> bool:
+    if backend.name == SDPA or device.type == "cpu":  # on a CPU nothing beats sdpa, and only it promises bits
+        return False
+    return is_verified(backend, device) and backend.why_not_on(device) is None
+
+
+# what doctor found
+
+
+def device_name(device: torch.device) -> str:
+    there = device.type == "cuda" and torch.cuda.is_available()
+    return torch.cuda.get_device_name(device) if there else device.type
+
+
+def stamp(backend: AttentionBackend, device: torch.device) -> dict[str, str]:
+    """What a backend was found right with; of another device or version nothing is known."""
+    found = {"backend": backend.name, "device": device_name(device)}
+    versions = {"specrej_eval": __version__, "torch": torch.__version__}
+    if backend.distribution is not None:
+        versions[backend.distribution] = _version_of(backend.distribution)
+    return {**found, **versions}
+
+
+def _version_of(distribution: str) -> str:
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return "unknown"
+
+
+def store() -> Path:
+    """Where it is kept what doctor found."""
+    return paths.cache("attention.json")
+
+
+def _entries() -> list[dict[str, Any]]:
+    found = object_in(store()).get("verified")
+    return [entry for entry in found if isinstance(entry, dict)] if isinstance(found, list) else []
+
+
+def is_verified(backend: AttentionBackend, device: torch.device) -> bool:
+    """Whether `doctor --attention` found a backend right on this device, with these versions."""
+    wanted = stamp(backend, device)
+    return any(entry.get("stamp") == wanted for entry in _entries())
+
+
+def record(backend: AttentionBackend, device: torch.device, *, right: bool, **others: Any) -> None:
+    """Keep what was found; where that is not right, forget that it once was.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    wanted = stamp(backend, device)
+    entries = [entry for entry in _entries() if entry.get("stamp") != wanted]
+    if right:
+        entries.append({"stamp": wanted, **others})
+    file = store()
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile("w", dir=file.parent, delete=False, encoding="utf-8") as written:
+        json.dump({"verified": entries}, written, indent=2)
+    os.replace(written.name, file)  # another process reads the old file or the new one

@@ -1,0 +1,35 @@
+"""`make gpu-check` where there is no GPU: it says so, does what can be done, and writes its file."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from support import ROOT
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="would run for an hour on the GPU that is here")
+def test_gpu_check_without_a_gpu_says_so_and_writes_its_file(tmp_path: Path) -> None:
+    file = tmp_path / "found.json"
+    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path), "TRITON_INTERPRET": "0"}
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "benchmarks/gpu_check.py"), "--output", str(file)],
+        capture_output=True,
+        text=True,
+        env=environment,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "There is no GPU that torch can use here" in done.stdout and "Failed: nothing." in done.stdout
+    found = json.loads(file.read_text())
+    assert found["device"] == "cpu" and found["about"]["gpus"] == []
+    assert {told["backend"]: told["right"] for told in found["attention"]}["sdpa"]
+    tests = found["steps"].pop("tests")
+    assert tests["exit_code"] == 0 and "skipped" in tests["end_of_output"][-1]
+    assert found["steps"].keys() >= {"attention_backends", "decode_throughput"}
+    assert all(step == {"left_out": "there is no GPU"} for step in found["steps"].values())
+    assert "-m gpu" in file.with_suffix(".log").read_text()
