@@ -56,6 +56,7 @@ def test_the_defaults_are_the_documented_ones():
         "min_p": 0.0,
         "seed": 0,
         "batch_size": "auto",
+        "attention_backend": "auto",
         "max_gen_toks": 256,
         "on_greedy": "sample",
         "on_nan": "error",
