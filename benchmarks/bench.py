@@ -29,9 +29,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 ROOT = Path(__file__).resolve().parent.parent
 TEXT = "The quick brown fox jumps over the lazy dog, and the river runs slowly to the sea under a grey sky. "
-REST = 0.5
-"""Seconds of rest before a timed run: threads of the peer before may spin for 0.2 s after their last product."""
-
 # models
 
 SMOLLM2 = "smollm2"
@@ -178,7 +175,6 @@ def alternating(runs: Mapping[str, Callable[[int], dict[str, Any]]], pairs: int)
         order = list(runs) if pair % 2 == 0 else list(runs)[::-1]
         measured = {}
         for name in order:
-            time.sleep(REST)
             measured[name] = runs[name](pair)
         shown = "   ".join(f"{name} {measured[name]['seconds']:.2f} s" for name in runs)
         print(f"  pair {pair}: {shown}", flush=True)
