@@ -245,7 +245,10 @@ def serve() -> None:
         for line in sys.stdin:
             tell(peer.run(json.loads(line)) | {"peak_mib": _peak_mib()})
     except Exception as error:
-        tell({"absent" if isinstance(error, Absent) else "failed": f"{type(error).__name__}: {error}"[:500]})
+        if isinstance(error, Absent):
+            tell({"absent": str(error)[:500]})
+        else:
+            tell({"failed": f"{type(error).__name__}: {error}"[:500]})
         raise
 
 
@@ -384,7 +387,8 @@ def started(options: argparse.Namespace, folder: str) -> Iterator[dict[str, Work
     from bench import ROOT
 
     workers: dict[str, Worker] = {}
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped by SIGTERM"))  # so that no peer is left behind
+    # so that no peer is left behind
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped by SIGTERM"))
     try:
         for peer in options.peers:
             python, path, arguments = sys.executable, ROOT, "{}"
@@ -415,6 +419,7 @@ def started(options: argparse.Namespace, folder: str) -> Iterator[dict[str, Work
     finally:
         for worker in workers.values():
             worker.close()
+        signal.signal(signal.SIGTERM, before)
 
 
 def warmed_up(workers: dict[str, Worker], jobs: Mapping[str, Mapping[str, Any]]) -> dict[str, Worker]:

@@ -454,14 +454,9 @@ def markdown(result: dict[str, Any]) -> str:
             [name, found["seconds"]["median"], told, *phases, found["tokens"], found["finished"], found["reward"]]
         )
     headers = [
-        "each line: the one before, and",
-        "seconds",
-        "times as fast",
-        *PHASES,
-        "tokens",
-        "rows finished",
-        "reward",
-    ]
+        "each as the one before, and", "seconds", "times as fast", "prefill, s", "decode, s", "scoring, s", "tokens",
+        "rows finished", "best reward",
+    ]  # fmt: skip
     total = result["ours_over_reference"]
     told = f"{result['rows']} rows, looks at {result['looks']}. Ours is {total['median']:.2f} times as fast as the "
     told += f"reference ({total['min']:.2f} to {total['max']:.2f}); the factors multiply to "
