@@ -29,9 +29,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 ROOT = Path(__file__).resolve().parent.parent
 TEXT = "The quick brown fox jumps over the lazy dog, and the river runs slowly to the sea under a grey sky. "
-REST = 0.5
-"""Seconds of rest before a timed run: threads of the peer before may spin for 0.2 s after their last product."""
-
 # models
 
 SMOLLM2 = "smollm2"
@@ -167,18 +164,20 @@ def seconds_of(run: Callable[[], object], device: str = "cpu") -> float:
     return time.perf_counter() - started
 
 
-def alternating(runs: Mapping[str, Callable[[int], dict[str, Any]]], pairs: int) -> list[dict[str, dict[str, Any]]]:
+def alternating(
+    runs: Mapping[str, Callable[[int], dict[str, Any]]], pairs: int, *, first: int = 0
+) -> list[dict[str, dict[str, Any]]]:
     """Run everybody once in each pair, forwards and backwards in turn, so that a busy moment meets all alike.
 
     Args:
         runs: each is given the number of the pair and says what it measured, ``seconds`` in any case.
+        first: number of the first pair, for a caller that takes them one by one.
     """
     found = []
-    for pair in range(pairs):
+    for pair in range(first, first + pairs):
         order = list(runs) if pair % 2 == 0 else list(runs)[::-1]
         measured = {}
         for name in order:
-            time.sleep(REST)
             measured[name] = runs[name](pair)
         shown = "   ".join(f"{name} {measured[name]['seconds']:.2f} s" for name in runs)
         print(f"  pair {pair}: {shown}", flush=True)
@@ -202,7 +201,6 @@ def machine(device: str = "cpu") -> dict[str, Any]:
         "cores": os.cpu_count(),
         "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
         "load_at_start": round(os.getloadavg()[0], 2),
-        "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
@@ -290,7 +288,8 @@ def finish(result: Mapping[str, Any], markdown: str, output: Path | None) -> Non
     about = result["machine"]
     told = ", ".join(f"{name} {value}" for name, value in about.items())
     command = f"`{result['command']}`"
-    text = f"{markdown}\n\n{command}\n\n{told}; seed {result['seed']}, pairs {result['pairs']}\n"
+    told += f"; threads {result['threads']}, seed {result['seed']}, pairs {result['pairs']}"
+    text = f"{markdown}\n\n{command}\n\n{told}\n"
     print(f"\n{text}", flush=True)
     if output is not None:
         output.parent.mkdir(parents=True, exist_ok=True)

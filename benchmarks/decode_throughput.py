@@ -61,7 +61,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     result["token_stats"] = options.token_stats
     with tempfile.TemporaryDirectory() as name:
         folder = str(Path(name) / "model")
-        if options.model == SMOLLM2 or "vllm" in options.peers:
+        if options.model == SMOLLM2 or ("vllm" in options.peers and options.vllm_python):
             tokenizer = write_checkpoint(options.model, options.dtype, Path(folder), seed=options.seed)
         else:
             folder, tokenizer = options.model, byte_tokenizer()  # random weights: each makes the same

@@ -13,18 +13,21 @@ import argparse
 import json
 import os
 import select
+import signal
 import subprocess
 import sys
 import tempfile
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 TEMPERATURE, TOP_K = 1.0, 50
 """The same for everybody."""
+REST = 0.3
+"""Seconds for a peer to settle once it is its turn again, before the clock runs."""
 PAGE = 64
 """Tokens of a block of transformers' continuous batching; its 256 would be mostly empty here."""
 
@@ -242,7 +245,10 @@ def serve() -> None:
         for line in sys.stdin:
             tell(peer.run(json.loads(line)) | {"peak_mib": _peak_mib()})
     except Exception as error:
-        tell({"absent" if isinstance(error, Absent) else "failed": f"{type(error).__name__}: {error}"[:500]})
+        if isinstance(error, Absent):
+            tell({"absent": str(error)[:500]})
+        else:
+            tell({"failed": f"{type(error).__name__}: {error}"[:500]})
         raise
 
 
@@ -265,7 +271,11 @@ def _versions(peer: str) -> dict[str, str]:
 
 
 def _peak_mib() -> int:
-    """Most memory this process has held, in MiB (children of vLLM are not counted)."""
+    """Most memory this process has held, in MiB; vLLM's other processes are not counted. (Not of ``getrusage``: that
+    begins with what the process that started this one held.)"""
+    for line in Path("/proc/self/status").read_text().splitlines() if Path("/proc/self/status").exists() else ():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) // 1024
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
@@ -275,7 +285,8 @@ def _peak_mib() -> int:
 
 
 class Worker:
-    """A peer in a process of its own.
+    """A peer in a process of its own, which is stopped while it is not its turn: vLLM's processes poll when idle, and
+    would take a core from the others.
 
     Raises:
         Absent: it cannot be had here.
@@ -304,23 +315,34 @@ class Worker:
         for name in ("dtype", "device", "threads", "seed"):
             words += [f"--{name}", str(getattr(options, name))]
         self._process = subprocess.Popen(
-            words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, text=True, env=env
-        )
+            words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, text=True, env=env,
+            start_new_session=True,
+        )  # fmt: skip
         self.versions: dict[str, str] = {}
 
     def wait_until_ready(self) -> None:
         self.versions = self._answer()["versions"]
+        self._signal(signal.SIGSTOP)
 
     def run(self, job: Mapping[str, Any]) -> dict[str, Any]:
         assert self._process.stdin is not None
+        self._signal(signal.SIGCONT)
+        time.sleep(REST)
         self._process.stdin.write(json.dumps(job) + "\n")
         self._process.stdin.flush()
-        return self._answer(self._longest)
+        answer = self._answer(self._longest)
+        self._signal(signal.SIGSTOP)
+        return answer
+
+    def _signal(self, number: int) -> None:
+        """To the process and those that it started."""
+        with suppress(ProcessLookupError):
+            os.killpg(self._process.pid, number)
 
     def _answer(self, longest: float | None = None) -> dict[str, Any]:
         assert self._process.stdout is not None
         if not select.select([self._process.stdout], [], [], longest)[0]:
-            self._process.kill()
+            self._signal(signal.SIGKILL)
             raise Absent(f"it was not done after {longest:.0f} s (--longest_run)")
         line = self._process.stdout.readline()  # an answer is one line, written at once
         answer: dict[str, Any] = json.loads(line) if line else {"failed": "the process ended"}
@@ -334,12 +356,12 @@ class Worker:
 
     def close(self) -> None:
         assert self._process.stdin is not None
-        try:
+        self._signal(signal.SIGCONT)
+        with suppress(OSError, subprocess.TimeoutExpired):
             self._process.stdin.close()
             self._process.wait(30)
-        except (OSError, subprocess.TimeoutExpired):
-            self._process.kill()
-            self._process.wait()
+        self._signal(signal.SIGKILL)  # and whatever it has left behind
+        self._process.wait()
 
 
 def add_options(parser: argparse.ArgumentParser, peers: Sequence[str]) -> None:
@@ -365,6 +387,8 @@ def started(options: argparse.Namespace, folder: str) -> Iterator[dict[str, Work
     from bench import ROOT
 
     workers: dict[str, Worker] = {}
+    # so that no peer is left behind
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped by SIGTERM"))
     try:
         for peer in options.peers:
             python, path, arguments = sys.executable, ROOT, "{}"
@@ -381,13 +405,13 @@ def started(options: argparse.Namespace, folder: str) -> Iterator[dict[str, Work
             elif peer == "ours":
                 arguments = options.ours_arguments
             worker = Worker(peer, options, folder, python=python, path=path, arguments=arguments)
+            workers[peer] = worker
             try:  # one after the other: loading is not what is measured, and memory is not doubled
                 worker.wait_until_ready()
             except Absent as error:
                 print(f"{peer} is skipped: {error}", flush=True)
-                worker.close()
+                workers.pop(peer).close()
                 continue
-            workers[peer] = worker
             print(f"{peer} is ready: {', '.join(f'{name} {version}' for name, version in worker.versions.items())}")
         if not workers:
             sys.exit("no peer is left to measure")
@@ -395,6 +419,7 @@ def started(options: argparse.Namespace, folder: str) -> Iterator[dict[str, Work
     finally:
         for worker in workers.values():
             worker.close()
+        signal.signal(signal.SIGTERM, before)
 
 
 def warmed_up(workers: dict[str, Worker], jobs: Mapping[str, Mapping[str, Any]]) -> dict[str, Worker]:

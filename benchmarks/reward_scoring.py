@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 import transformers
-from decode_throughput import smollm2_folder
+from bench import smollm2_folder
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForSequenceClassification
 
 from specrej_eval.core import RowView
