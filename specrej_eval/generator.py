@@ -32,7 +32,7 @@ from specrej_eval.core import (
     Trajectory,
     finite_or_none,
 )
-from specrej_eval.engines.base import Engine, EngineSession
+from specrej_eval.engines.base import Engine, EngineSession, Opening
 from specrej_eval.errors import ConfigError, OutOfMemoryError, PromptError, RewardError
 from specrej_eval.progress import Progress
 from specrej_eval.records.fingerprint import EMBEDDED, of_models, warn_of_uncovered
@@ -202,7 +202,7 @@ class Generator:
         waiting = self._not_in(journal, work)
         in_flight = self._in_flight(waiting) if waiting else FIXED_PROMPTS
         self.prompts_in_flight = in_flight if waiting else self.prompts_in_flight
-        scheduler = Scheduler(waiting, batch_size=in_flight)
+        scheduler = Scheduler(waiting, batch_size=in_flight, tokens=lambda item: item[1].prompt.num_tokens)
         with (
             stopping.keeping(len(requests), None if journal is None else journal.path) as kept,
             contextlib.closing(Progress(len(requests), in_flight=in_flight, shown=progress, summary=summary)) as bar,
@@ -215,8 +215,7 @@ class Generator:
                 kept.add()
                 yield index, done
             while True:
-                for index, request, budget in scheduler.admit(len(running)):
-                    running.append(self._open(index, request, budget))
+                running.extend(self._open(scheduler.admit(len(running))))
                 if not running:
                     break
                 num_tokens = scheduler.until_next_look(running)
@@ -327,28 +326,33 @@ class Generator:
             lambda: self.engine.capacity_tokens(1),  # a guard against filling memory, not a measurement for n=max
         )
 
-    def _open(self, index: int, request: Request, budget: Budget) -> _Running:
-        strategy = make_strategy(request.config)
-        session = self.engine.open(
-            request.prompt,
-            request.config,
-            budget,
-            until=request.until,
-            token_stats=self._token_stats(request.config),
+    def _open(self, admitted: Sequence[tuple[int, Request, Budget]]) -> Iterator[_Running]:
+        sessions = self.engine.open_all(
+            [
+                Opening(
+                    prompt=request.prompt,
+                    config=request.config,
+                    budget=budget,
+                    until=request.until,
+                    token_stats=self._token_stats(request.config),
+                )
+                for _, request, budget in admitted
+            ]
         )
-        scoring = self.reward.open(request.prompt.conversation, request.prompt.response_prefix)
-        state, plan = strategy.init(budget)
-        self.engine.follow(session, plan)
-        return _Running(
-            index=index,
-            request=request,
-            budget=budget,
-            strategy=strategy,
-            session=session,
-            scoring=scoring,
-            state=state,
-            look_in=plan.num_tokens,
-        )
+        for (index, request, budget), session in zip(admitted, sessions, strict=True):
+            strategy = make_strategy(request.config)
+            state, plan = strategy.init(budget)
+            self.engine.follow(session, plan)
+            yield _Running(
+                index=index,
+                request=request,
+                budget=budget,
+                strategy=strategy,
+                session=session,
+                scoring=self.reward.open(request.prompt.conversation, request.prompt.response_prefix),
+                state=state,
+                look_in=plan.num_tokens,
+            )
 
     def _token_stats(self, config: RunConfig) -> set[TokenStat]:
         """What the engine is to record of every token."""

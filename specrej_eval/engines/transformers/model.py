@@ -31,9 +31,10 @@ from specrej_eval.kv import shared_prefix
 from specrej_eval.kv.cache import Prefix
 from specrej_eval.kv.experts import expert_configs, padded_experts
 from specrej_eval.kv.models import obstacle, our_attention, reset_rotary, rope_limit, windows_missing
+from specrej_eval.kv.prefill import PromptReader
 from specrej_eval.kv.probe import difference, probe_ids, tried
-from specrej_eval.kv.shared_prefix import PREFILL_CHUNK, ROW_ALIGN
-from specrej_eval.kv.steps import DecodeStep, PrefillStep
+from specrej_eval.kv.shared_prefix import ROW_ALIGN
+from specrej_eval.kv.steps import DecodeStep
 
 logger = logging.getLogger(__name__)
 
@@ -68,13 +69,20 @@ class ModelRunner:
         self._cache_argument = "past_key_values" if "past_key_values" in accepted else "cache_params"  # mamba
         self._exchanged: Any = None
         """What the model's attention was, while ours is in its place."""
-        self._windows: dict[int, int | None] = {}
-        """Sliding window each layer asked for in the last prefill."""
         self._row_align = _row_align(model) if self.device.type == "cpu" else 1
         self._expert_configs = expert_configs(model) if self.device.type == "cpu" else []
+        self.reader = PromptReader(
+            self._prompt_logits,
+            self.device,
+            last_only=True,
+            align=self._row_align,
+            packs=False,
+            shares=rope_limit(text_config) is None,
+        )
         self.path: Path = path or self._probe()
         self.promises: Promise = self._probe_promise()
         """What holds for this model on this device, dtype and number of threads."""
+        self.reader.packs = self.path == "shared_prefix" and self._takes_positions and tried(self._packed_error) is None
 
     # which path, and what it promises
 
@@ -115,7 +123,7 @@ class ModelRunner:
                 logits = self._forced_step(group, forced[live, step])
                 error = torch.maximum(error, (logits - want[live, step + 1]).abs().max())
         reason = difference(float(error), float(want.abs().max()), self.dtype, "logits")
-        if reason is None and path == "shared_prefix" and windows_missing(self._text_config, self._windows):
+        if reason is None and path == "shared_prefix" and windows_missing(self._text_config, self.reader.windows):
             return "its sliding window never reaches the attention function"
         return reason
 
@@ -157,6 +165,26 @@ class ModelRunner:
             group = Group(prefix, list(rows), capacity=steps, device=self.device)
             return torch.stack([self._forced_step(group, forced[:, step]) for step in range(steps)])
 
+    def _packed_error(self) -> str | None:
+        """What is wrong with reading prompts together: their numbers, or their bits where those are promised."""
+        ids = probe_ids(4 * _PROBE_TOKENS, self._vocab)
+        prompts = [ids[:_PROBE_TOKENS], ids[5:8], ids[_PROBE_TOKENS:]]
+        self.reader.packs = True
+        with self.active():
+            together = self._read(prompts, share=False)
+            alone = [self.prefill(prompt, "shared_prefix") for prompt in prompts]
+        for mine, other in zip(together, alone, strict=True):
+            assert mine.logits is not None and other.logits is not None
+            pairs = [(mine.logits, other.logits), *zip(mine.keys.values(), other.keys.values(), strict=True)]
+            if self.promises == "bits":
+                if not all(torch.equal(one, two) for one, two in pairs):
+                    return "a prompt's bits depend on its company"
+            elif reason := difference(
+                float((mine.logits - other.logits).abs().max()), float(other.logits.abs().max()), self.dtype, "logits"
+            ):
+                return reason
+        return None
+
     def path_for(self, prompt_tokens: int, max_gen_toks: int) -> Path:
         """The path for one prompt: those that may outgrow ``rope_limit`` are recomputed."""
         original = rope_limit(self._text_config)
@@ -197,31 +225,40 @@ class ModelRunner:
         with self._own_attention():
             reset_rotary(self.model, self.device)
             try:
-                return self._logits(ids, None, 0)
+                return self._forward(ids, None, torch.arange(ids.shape[1], device=self.device)[None])
             finally:
                 reset_rotary(self.model, self.device)
 
     def prefill(self, token_ids: Sequence[int], path: Path | None = None) -> Prefix:
-        """Read a prompt once, at batch 1. The prefix holds its KV and the logits of its last token."""
+        """Read a prompt once, by itself. The prefix holds its KV and the logits of its last token."""
         path = path or self.path
+        if path == "shared_prefix":
+            return self._read([token_ids], share=False)[0]
         ids = torch.tensor([list(token_ids)], device=self.device)  # (1, tokens)
-        prefix = Prefix(length=ids.shape[1], row_align=self._row_align)
+        prefix = Prefix(length=ids.shape[1], row_align=self._row_align, token_ids=ids[0])
         if path == "recompute":
-            prefix.token_ids = ids[0]
-            prefix.logits = self._recompute(ids)
-        elif path == "replicated":
-            prefix.token_ids = ids[0]
-            prefix.cache = DynamicCache(config=self.model.config)
-            prefix.logits = self._logits(ids, prefix.cache, 0)
+            logits = self._recompute(ids)
         else:
-            cache = shared_prefix.SharedPrefixCache(self._num_layers)
-            for start in range(0, prefix.length, PREFILL_CHUNK):
-                with shared_prefix.running(PrefillStep(prefix, start)) as step:
-                    prefix.logits = self._logits(ids[:, start : start + PREFILL_CHUNK], cache, start)
-                self._windows = step.windows
-        assert prefix.logits is not None
-        prefix.logits = prefix.logits.clone()  # (1, vocab); a view would keep the chunk's whole logits alive
+            prefix.cache = DynamicCache(config=self.model.config)
+            positions = torch.arange(ids.shape[1], device=self.device)[None]
+            logits = self._forward(ids, prefix.cache, positions)
+        prefix.logits = logits.clone()  # (1, vocab); a view would keep the whole prompt's logits alive
         return prefix
+
+    def prefill_all(self, prompts: Sequence[tuple[Sequence[int], Path]]) -> list[Prefix]:
+        """Read prompts, each on its path; those that share read what they have in common once. See ``prefill``."""
+        shared = iter(self._read([ids for ids, path in prompts if path == "shared_prefix"], share=True))
+        return [next(shared) if path == "shared_prefix" else self.prefill(ids, path) for ids, path in prompts]
+
+    def _read(self, prompts: Sequence[Sequence[int]], *, share: bool) -> list[Prefix]:
+        found = self.reader.read(prompts, share=share)
+        for prefix, logits in found:
+            prefix.logits = logits.clone()  # (1, vocab); a view would keep those of all prompts alive
+        return [prefix for prefix, _ in found]
+
+    def _prompt_logits(self, ids: Tensor, positions: Tensor, wanted: Tensor | None) -> Tensor:
+        """See ``prefill.Forward``."""
+        return self._forward(ids, shared_prefix.SharedPrefixCache(self._num_layers), positions, wanted)
 
     def step(self, groups: Sequence[Group], tokens: Tensor) -> Tensor:
         """Feed every row its last token.
@@ -278,20 +315,19 @@ class ModelRunner:
             self._forward(own[:, place : place + 1].to(torch.int64), cache, positions - group.length + place)
         return cache
 
-    def _logits(self, ids: Tensor, cache: Any, start: int) -> Tensor:
-        positions = torch.arange(start, start + ids.shape[1], device=self.device)[None]
-        return self._forward(ids, cache, positions)
-
-    def _forward(self, ids: Tensor, cache: Any, positions: Tensor) -> Tensor:
+    def _forward(self, ids: Tensor, cache: Any, positions: Tensor, wanted: Tensor | None = None) -> Tensor:
+        """Logits of each row's last token, (rows, vocab); or of one row at the places ``wanted``, (places, vocab)."""
         kwargs: dict[str, Any] = {"use_cache": cache is not None}
         if cache is not None:
             kwargs[self._cache_argument] = cache
         if self._takes_positions:
             kwargs["position_ids"] = positions
         if self._takes_logits_to_keep:
-            kwargs["logits_to_keep"] = 1
+            kwargs["logits_to_keep"] = 1 if wanted is None else wanted
         logits: Tensor = self.model(ids, **kwargs).logits
-        return logits[:, -1]
+        if wanted is None:
+            return logits[:, -1]
+        return logits[0] if self._takes_logits_to_keep else logits[0, wanted]
 
 
 def _row_align(model: Any) -> int:

@@ -186,7 +186,7 @@ class CachedSession(RewardSession):
                 "so every look is read in full (reported once). Raise reward_kv_budget_tokens to cache more.",
             )
             return None
-        prefix, hidden = twice(lambda: self._body.prefill(ids))
+        [(prefix, hidden)] = twice(lambda: self._body.prefill([ids]))
         self._reward.count(len(ids))
         self._prompt = _Prompt(ids, prefix, hidden)
         self._reward.allowance.measure(prefix, self._reward.device)

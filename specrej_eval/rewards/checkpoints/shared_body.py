@@ -17,10 +17,10 @@ from torch import Tensor
 from specrej_eval.kv import shared_prefix
 from specrej_eval.kv.cache import Prefix
 from specrej_eval.kv.models import obstacle, our_attention, reset_rotary, rope_limit, windows_missing
+from specrej_eval.kv.prefill import PromptReader
 from specrej_eval.kv.probe import difference, probe_ids, tried
 from specrej_eval.kv.ragged import ExtendStep, RaggedPool
-from specrej_eval.kv.shared_prefix import PREFILL_CHUNK, ROW_ALIGN
-from specrej_eval.kv.steps import PrefillStep
+from specrej_eval.kv.shared_prefix import ROW_ALIGN
 
 
 class SharedBody:
@@ -44,6 +44,14 @@ class SharedBody:
         """What pools' capacities and padded lengths are multiples of."""
         self.limit: int | None = rope_limit(self._text_config)
         """Longer inputs cannot be cached: their rotary angles depend on their length."""
+        self.reader = PromptReader(
+            lambda ids, positions, wanted: self._forward(ids, positions[0]),
+            self.device,
+            last_only=False,
+            align=self.align,
+            packs=False,
+            shares=self.limit is None,
+        )
 
     @contextmanager
     def active(self) -> Iterator[None]:
@@ -52,22 +60,16 @@ class SharedBody:
         with our_attention(self.body):
             yield
 
-    def prefill(self, token_ids: Sequence[int]) -> tuple[Prefix, Tensor]:
-        """Read what all rows share, once. Inside ``active`` only.
+    def prefill(self, prompts: Sequence[Sequence[int]], *, share: bool = True) -> list[tuple[Prefix, Tensor]]:
+        """Read what all rows of a prompt share, once; what prompts have in common as well. Inside ``active`` only.
+
+        Args:
+            share: see ``PromptReader.read``.
 
         Returns:
-            Its KV, and its hidden states (tokens, hidden size).
+            Of each its KV, and its hidden states (tokens, hidden size).
         """
-        ids = torch.tensor([list(token_ids)], device=self.device)
-        prefix = Prefix(length=ids.shape[1])
-        hidden = []
-        for start in range(0, prefix.length, PREFILL_CHUNK):
-            chunk = ids[:, start : start + PREFILL_CHUNK]
-            positions = torch.arange(start, start + chunk.shape[1], device=self.device)
-            with shared_prefix.running(PrefillStep(prefix, start)) as step:
-                hidden.append(self._forward(chunk, positions))
-            self._windows = step.windows
-        return prefix, torch.cat(hidden)
+        return self.reader.read(prompts, share=share)
 
     def extend(
         self,
@@ -132,7 +134,7 @@ class SharedBody:
             self.body(input_ids=torch.tensor([row], device=self.device), use_cache=False)[0][0, -1] for row in wanted
         ]
         with self.active():
-            prefix, _ = self.prefill(shared)
+            [(prefix, _)] = self.prefill([shared], share=False)
             pool = RaggedPool(3, capacity=16, align=self.align)
             got_first = self.extend(prefix, [0, 0, 0], first, pool=pool)
             got_second = self.extend(prefix, again, second, pool=pool)
