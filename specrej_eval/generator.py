@@ -221,8 +221,10 @@ class Generator:
                 num_tokens = scheduler.until_next_look(running)
                 if num_tokens:
                     self.engine.decode([work.session for work in running], num_tokens)
-                for due in [work for work in running if not work.remaining_tokens]:
-                    if not self._look(due, tracer):
+                at_look = [work for work in running if not work.remaining_tokens]
+                pools = self._pools(at_look)
+                for due, pool in zip(at_look, pools, strict=True):
+                    if not self._look(due, pool, tracer):
                         continue
                     result = self._result(due)
                     running.remove(due)
@@ -359,10 +361,23 @@ class Generator:
         wanted: set[TokenStat] = set(self.reward.needs_token_stats)
         return wanted | {"logprob"} if self.reward.needs_logprobs or config.logprobs else wanted
 
-    def _look(self, work: _Running, tracer: Tracer) -> bool:
+    def _pools(self, due: Sequence[_Running]) -> list[list[RowView]]:
+        """The rows of prompts whose look is due; what scoring has to read of them is read together."""
+        pools = []
+        for work in due:
+            with _clocked(work.ledger, "other"):
+                pools.append(self.engine.pool(work.session))
+        if len(due) > 1:
+            started = time.perf_counter()
+            looks = [(work.scoring, pool) for work, pool in zip(due, pools, strict=True)]
+            self.reward.read_ahead(looks, exact=self.engine.promises == "bits")
+            seconds = (time.perf_counter() - started) / max(1, sum(map(len, pools)))
+            for work, pool in zip(due, pools, strict=True):
+                work.ledger.seconds["reward"] += seconds * len(pool)
+        return pools
+
+    def _look(self, work: _Running, pool: Sequence[RowView], tracer: Tracer) -> bool:
         """Score the pool, ask the strategy, follow its plan. True if the prompt is done."""
-        with _clocked(work.ledger, "other"):
-            pool = self.engine.pool(work.session)
         with _clocked(work.ledger, "reward"):
             scores = self._score(work, pool)
         with _clocked(work.ledger, "other"):

@@ -30,9 +30,9 @@ from specrej_eval.engines.transformers.groups import Group, padded
 from specrej_eval.kv import shared_prefix
 from specrej_eval.kv.cache import Prefix
 from specrej_eval.kv.experts import expert_configs, padded_experts
-from specrej_eval.kv.models import obstacle, our_attention, reset_rotary, rope_limit, windows_missing
+from specrej_eval.kv.models import has_odd_widths, obstacle, our_attention, reset_rotary, rope_limit, windows_missing
 from specrej_eval.kv.prefill import PromptReader
-from specrej_eval.kv.probe import difference, probe_ids, tried
+from specrej_eval.kv.probe import difference, may_be_bits, probe_ids, tried
 from specrej_eval.kv.shared_prefix import ROW_ALIGN
 from specrej_eval.kv.steps import DecodeStep
 
@@ -41,7 +41,6 @@ logger = logging.getLogger(__name__)
 Path = Literal["shared_prefix", "replicated", "recompute"]
 PATHS: tuple[Path, ...] = ("shared_prefix", "replicated", "recompute")
 _PROBE_TOKENS = 12
-MOST_THREADS = 2
 _MANY_ROWS = 33
 """Rows that the probe of promises decodes together, and some of them alone: 48 after padding, and 16."""
 _FEW_ROWS = ([0], [_MANY_ROWS - 1, 5, 17, 9, 26, 12, 3, 30, 21])
@@ -137,12 +136,10 @@ class ModelRunner:
     def _probe_promise(self) -> Promise:
         """Decode the same rows in large and in small company. Only float32 on a CPU has a chance, or is tried.
 
-        On more than two threads torch cuts elementwise loops at places that depend on the number of rows, and computes
-        the few elements at a cut with scalar functions of other bits: too rare for a probe to see, so not promised.
-        On two, some CPUs compute torch's own attention with other bits on the second thread: the plain paths then show
-        it here, and only the shared-prefix path keeps the promise.
+        On two threads some CPUs compute torch's own attention with other bits on the second thread: the plain paths
+        then show it here, and only the shared-prefix path keeps the promise.
         """
-        if self.device.type != "cpu" or self.dtype != torch.float32 or torch.get_num_threads() > MOST_THREADS:
+        if not may_be_bits(self.device, self.dtype):
             return "uniforms"
         return "bits" if tried(self._rows_differ) is None else "uniforms"
 
@@ -331,13 +328,5 @@ class ModelRunner:
 
 
 def _row_align(model: Any) -> int:
-    """What batches are padded to on a CPU.
-
-    Torch's elementwise loops take 32 floats at a time and do what is left over with scalar functions, whose bits may
-    differ (sigmoid, silu, softplus). A multiple of ROW_ALIGN leaves nothing over, unless a layer is an odd number wide:
-    the one-output gate of a shared expert is. (An odd vocabulary is none: nothing of that kind comes behind the head.)
-    """
-    head = model.get_output_embeddings()
-    layers = (module for module in model.modules() if module is not head)
-    widths = {module.out_features for module in layers if isinstance(module, torch.nn.Linear)}
-    return 2 * ROW_ALIGN if any(width % 2 for width in widths) else ROW_ALIGN
+    """What batches are padded to on a CPU. (An odd vocabulary is no matter: nothing of that kind comes behind it.)"""
+    return 2 * ROW_ALIGN if has_odd_widths(model, apart_from=model.get_output_embeddings()) else ROW_ALIGN
