@@ -59,10 +59,13 @@ class RaggedPool(SuffixPool):
 class NewTokens:
     """New tokens of consecutive rows of a pool, behind one prefix.
 
+    What rows have in common goes through the model once: a token is fed for the first row that has it behind the same
+    tokens. Each row attends for itself, to keys and values of its own.
+
     Args:
         prefix: what all rows share.
-        starts: per row, tokens behind the prefix that are stored already; new ones are written from there on.
-        new: per row, ids of its new tokens; at least one.
+        rows: per row, the ids of all its tokens behind the prefix.
+        starts: per row, how many of them are stored already; new ones, at least one, are written from there on.
         pool: where keys and values are kept; None: nowhere, the rows are read from the prefix on (``starts`` are 0).
         first: the first row's place in the pool.
         align: stored lengths and padded counts are rounded up to this, so that on a CPU a row's bits depend on its
@@ -72,8 +75,8 @@ class NewTokens:
     def __init__(
         self,
         prefix: Prefix,
+        rows: Sequence[Sequence[int]],
         starts: Sequence[int],
-        new: Sequence[Sequence[int]],
         *,
         pool: RaggedPool | None,
         first: int = 0,
@@ -83,35 +86,41 @@ class NewTokens:
         self.prefix = prefix
         self.pool = pool
         self.first = first
-        self.counts = [len(ids) for ids in new]
-        self.ids = [token for ids in new for token in ids]
-        self.num_rows = len(self.counts)
+        self.counts = [len(ids) - start for ids, start in zip(rows, starts, strict=True)]
+        """New tokens of each row."""
+        self.num_rows = len(rows)
         self.longest = -(-max(self.counts) // align) * align
-        self.stored = -(-max(start + count for start, count in zip(starts, self.counts, strict=True)) // align) * align
+        self.stored = -(-max(map(len, rows)) // align) * align
         """Positions behind the prefix that attention looks at."""
+        fed, owners, self.ids = _in_common(rows, starts)
+        """``ids``: those that are fed."""
         repeats = torch.tensor(self.counts, device=device)
         self.starts = torch.tensor(starts, device=device)  # (rows,)
         self.rows = torch.arange(self.num_rows, device=device).repeat_interleave(repeats)  # (tokens,)
         ends = repeats.cumsum(0)
-        self.places = torch.arange(len(self.ids), device=device) - (ends - repeats)[self.rows]  # (tokens,), in its row
+        self.places = torch.arange(sum(self.counts), device=device) - (ends - repeats)[self.rows]  # (tokens,), new ones
         self.slots = self.places + self.starts[self.rows]  # (tokens,), behind the prefix
-        self.positions = self.slots + prefix.length  # (tokens,), in the whole sequence
+        self._fed = None if len(fed) == len(owners) else torch.tensor(fed, device=device)
+        """(tokens,): where each is among those that are fed; None if all are."""
+        owner = torch.tensor(owners, device=device)  # (fed,): where among the tokens
+        self.fed_rows, self.fed_places = self.rows[owner], self.places[owner]  # (fed,)
+        self.positions = self.slots[owner] + prefix.length  # (fed,), in the whole sequence
         self._seen: dict[tuple[int, int | None], Tensor] = {}
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, params: AttentionParams) -> Tensor:
         """Store a layer's new keys and values, and attend.
 
         Args:
-            query: (tokens, heads, head_dim), packed; key, value: the same with kv_heads.
+            query: (fed, heads, head_dim), packed; key, value: the same with kv_heads.
 
         Returns:
-            (tokens, heads, head_dim of the values).
+            (fed, heads, head_dim of the values).
         """
         heads, width = query.shape[1:]
-        keys, values = self._store(layer, key, value)  # (rows, kv_heads, stored, head_dim)
+        keys, values = self._store(layer, self._each(key), self._each(value))  # (rows, kv_heads, stored, head_dim)
         kv_heads = keys.shape[1]
         padded = query.new_zeros(self.num_rows, self.longest, heads, width)
-        padded[self.rows, self.places] = query
+        padded[self.rows, self.places] = self._each(query)
         padded = padded.reshape(self.num_rows, self.longest, kv_heads, heads // kv_heads, width).permute(0, 2, 3, 1, 4)
         span = self.prefix.length + self.stored
         at_once = max(1, _SCORE_BYTES // (4 * heads * self.longest * span))
@@ -120,7 +129,16 @@ class NewTokens:
             rows = slice(start, start + at_once)
             parts.append(self._attend_rows(layer, rows, padded[rows], keys[rows], values[rows], params))
         whole = parts[0] if len(parts) == 1 else torch.cat(parts)  # (rows, longest, heads, head_dim of the values)
-        return whole[self.rows, self.places]
+        return whole[self.fed_rows, self.fed_places]
+
+    def split(self, fed: Tensor) -> tuple[Tensor, ...]:
+        """(fed, width) -> of each row (new tokens, width)."""
+        found: tuple[Tensor, ...] = self._each(fed).split(self.counts)
+        return found
+
+    def _each(self, fed: Tensor) -> Tensor:
+        """(fed, ...) -> (tokens, ...)"""
+        return fed if self._fed is None else fed[self._fed]
 
     def _store(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         pool = self.pool or RaggedPool(self.num_rows, capacity=self.stored)
@@ -178,6 +196,32 @@ class ExtendStep(Step):
         if missing:
             outs.append(outs[0].new_zeros(missing, *outs[0].shape[1:]))
         return (outs[0] if len(outs) == 1 else torch.cat(outs))[None]
+
+
+def _in_common(rows: Sequence[Sequence[int]], starts: Sequence[int]) -> tuple[list[int], list[int], list[int]]:
+    """What of some rows' new tokens is fed, if a token counts once that several rows have behind the same tokens.
+
+    Returns:
+        Of each new token, row by row, its number among those that are fed; of each of these, the number of the first
+        token that it is fed for, and its id.
+    """
+    children: dict[tuple[int, int], int] = {}
+    numbers: dict[int, int] = {}
+    fed: list[int] = []
+    owners: list[int] = []
+    ids: list[int] = []
+    for row, start in zip(rows, starts, strict=True):
+        node = -1
+        for place, token in enumerate(row):
+            node = children.setdefault((node, token), len(children))
+            if place < start:
+                continue
+            if node not in numbers:
+                numbers[node] = len(ids)
+                owners.append(len(fed))
+                ids.append(token)
+            fed.append(numbers[node])
+    return fed, owners, ids
 
 
 def _expanded(prefix: Tensor, rows: int) -> Tensor:

@@ -316,8 +316,8 @@ class CachedSession(RewardSession):
         shared = len(self._prompt.ids)
         return self.body.new_tokens(
             self._prompt.prefix,
+            [job.ids[shared:] for job in jobs],
             [job.start - shared for job in jobs],
-            [job.ids[job.start :] for job in jobs],
             pool=look.pool,
             first=jobs[0].place if look.pool is not None else 0,
         )

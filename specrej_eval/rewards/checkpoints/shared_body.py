@@ -79,14 +79,14 @@ class SharedBody:
     def new_tokens(
         self,
         prefix: Prefix,
+        rows: Sequence[Sequence[int]],
         starts: Sequence[int],
-        new: Sequence[Sequence[int]],
         *,
         pool: RaggedPool | None,
         first: int = 0,
     ) -> NewTokens:
         """What ``extend`` is to read of one prompt. See ``NewTokens`` for the arguments."""
-        return NewTokens(prefix, starts, new, pool=pool, first=first, align=self.align, device=self.device)
+        return NewTokens(prefix, rows, starts, pool=pool, first=first, align=self.align, device=self.device)
 
     def extend(self, parts: Sequence[NewTokens]) -> list[tuple[Tensor, ...]]:
         """Read new tokens of rows of some prompts. Inside ``active`` only.
@@ -102,7 +102,7 @@ class SharedBody:
             hidden = self._forward(ids, positions)
         self._windows = step.windows
         split = hidden[: len(packed)].split([len(part.ids) for part in parts])
-        return [mine.split(part.counts) for part, mine in zip(parts, split, strict=True)]
+        return [part.split(mine) for part, mine in zip(parts, split, strict=True)]
 
     def _forward(self, ids: Tensor, positions: Tensor) -> Tensor:
         cache = shared_prefix.SharedPrefixCache(self._num_layers)
@@ -168,10 +168,11 @@ class SharedBody:
             pools = [RaggedPool(len(first), capacity=32, align=self.align) for _, first, *_ in prompts]
             looks = []
             for place in (0, 1):
-                parts = [
-                    self.new_tokens(prefix, stay if place else [0] * len(first), second if place else first, pool=pool)
-                    for (prefix, _), (_, first, stay, second), pool in zip(read, prompts, pools, strict=True)
-                ]
+                parts = []
+                for (prefix, _), (_, first, stay, second), pool in zip(read, prompts, pools, strict=True):
+                    starts = [count if place else 0 for count in stay]
+                    rows = [[*old[:count], *new] for old, count, new in zip(first, stay, second, strict=True)]
+                    parts.append(self.new_tokens(prefix, rows if place else first, starts, pool=pool))
                 looks.append(self.extend(parts))
         return [list(both) for both in zip(*looks, strict=True)]
 
