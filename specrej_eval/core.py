@@ -249,7 +249,7 @@ class Ledger:
     """What one answer cost. Tokens are exact; seconds are a prompt's share of the steps it ran in."""
 
     prompt_tokens: int = 0
-    """Tokens prefilled: once per prompt."""
+    """Of the prompt. What it has in common with others counts for each, so that no ledger depends on company."""
     decode_tokens: int = 0
     """Tokens sampled, over all rows."""
     reward_tokens: int = 0

@@ -32,7 +32,7 @@ from specrej_eval.core import (
     Trajectory,
     finite_or_none,
 )
-from specrej_eval.engines.base import Engine, EngineSession
+from specrej_eval.engines.base import Engine, EngineSession, Opening
 from specrej_eval.errors import ConfigError, OutOfMemoryError, PromptError, RewardError
 from specrej_eval.progress import Progress
 from specrej_eval.records.fingerprint import EMBEDDED, of_models, warn_of_uncovered
@@ -206,7 +206,7 @@ class Generator:
         waiting = [item for item in work if item[0] not in taken]
         in_flight = self._in_flight(waiting) if waiting else FIXED_PROMPTS
         self.prompts_in_flight = in_flight if waiting else self.prompts_in_flight
-        scheduler = Scheduler(waiting, batch_size=in_flight)
+        scheduler = Scheduler(waiting, batch_size=in_flight, tokens=lambda item: item[1].prompt.num_tokens)
         name = ", ".join(dict.fromkeys(request.config.strategy for request in requests))
         with (
             stopping.keeping(len(requests), None if journal is None else journal.path) as kept,
@@ -222,15 +222,16 @@ class Generator:
                 kept.add()
                 yield index, done
             while True:
-                for index, request, budget in scheduler.admit(len(running)):
-                    running.append(self._open(index, request, budget))
+                running.extend(self._open(scheduler.admit(len(running))))
                 if not running:
                     break
                 num_tokens = scheduler.until_next_look(running)
                 if num_tokens:
                     self.engine.decode([work.session for work in running], num_tokens)
-                for due in [work for work in running if not work.remaining_tokens]:
-                    if not self._look(due, tracer):
+                at_look = [work for work in running if not work.remaining_tokens]
+                pools = self._pools(at_look)
+                for due, pool in zip(at_look, pools, strict=True):
+                    if not self._look(due, pool, tracer):
                         continue
                     result = self._result(due)
                     running.remove(due)
@@ -334,38 +335,56 @@ class Generator:
             lambda: self.engine.capacity_tokens(1),  # a guard against filling memory, not a measurement for n=max
         )
 
-    def _open(self, index: int, request: Request, budget: Budget) -> _Running:
-        strategy = make_strategy(request.config)
-        session = self.engine.open(
-            request.prompt,
-            request.config,
-            budget,
-            until=request.until,
-            token_stats=self._token_stats(request.config),
+    def _open(self, admitted: Sequence[tuple[int, Request, Budget]]) -> Iterator[_Running]:
+        sessions = self.engine.open_all(
+            [
+                Opening(
+                    prompt=request.prompt,
+                    config=request.config,
+                    budget=budget,
+                    until=request.until,
+                    token_stats=self._token_stats(request.config),
+                )
+                for _, request, budget in admitted
+            ]
         )
-        scoring = self.reward.open(request.prompt.conversation, request.prompt.response_prefix)
-        state, plan = strategy.init(budget)
-        self.engine.follow(session, plan)
-        return _Running(
-            index=index,
-            request=request,
-            budget=budget,
-            strategy=strategy,
-            session=session,
-            scoring=scoring,
-            state=state,
-            look_in=plan.num_tokens,
-        )
+        for (index, request, budget), session in zip(admitted, sessions, strict=True):
+            strategy = make_strategy(request.config)
+            state, plan = strategy.init(budget)
+            self.engine.follow(session, plan)
+            yield _Running(
+                index=index,
+                request=request,
+                budget=budget,
+                strategy=strategy,
+                session=session,
+                scoring=self.reward.open(request.prompt.conversation, request.prompt.response_prefix),
+                state=state,
+                look_in=plan.num_tokens,
+            )
 
     def _token_stats(self, config: RunConfig) -> set[TokenStat]:
         """What the engine is to record of every token."""
         wanted: set[TokenStat] = set(self.reward.needs_token_stats)
         return wanted | {"logprob"} if self.reward.needs_logprobs or config.logprobs else wanted
 
-    def _look(self, work: _Running, tracer: Tracer) -> bool:
+    def _pools(self, due: Sequence[_Running]) -> list[list[RowView]]:
+        """The rows of prompts whose look is due; what scoring has to read of them is read together."""
+        pools = []
+        for work in due:
+            with _clocked(work.ledger, "other"):
+                pools.append(self.engine.pool(work.session))
+        if len(due) > 1:
+            started = time.perf_counter()
+            looks = [(work.scoring, pool) for work, pool in zip(due, pools, strict=True)]
+            self.reward.read_ahead(looks, exact=self.engine.promises == "bits")
+            seconds = (time.perf_counter() - started) / max(1, sum(map(len, pools)))
+            for work, pool in zip(due, pools, strict=True):
+                work.ledger.seconds["reward"] += seconds * len(pool)
+        return pools
+
+    def _look(self, work: _Running, pool: Sequence[RowView], tracer: Tracer) -> bool:
         """Score the pool, ask the strategy, follow its plan. True if the prompt is done."""
-        with _clocked(work.ledger, "other"):
-            pool = self.engine.pool(work.session)
         with _clocked(work.ledger, "reward"):
             scores = self._score(work, pool)
         with _clocked(work.ledger, "other"):

@@ -13,6 +13,8 @@ AUTO_ROWS = 512
 (docs/benchmarks.md), and what is in flight is what a kill costs."""
 AUTO_PROMPTS = 128
 """Prompts that it lets do so, however few rows each has."""
+READ_A_TURN = 4096
+"""Tokens of prompts that are opened between two turns of those that decode already, which wait meanwhile."""
 FIXED_PROMPTS = 4
 """What it comes to where company may change a result, or memory is not known."""
 
@@ -44,16 +46,29 @@ class Scheduler(Generic[T]):
     """Admits waiting work in order, at most ``batch_size`` prompts at a time.
 
     ``batch_size`` bounds prompts in flight and nothing else: which rows are drawn never depends on it.
+
+    Args:
+        tokens: of a prompt that waits; None = not known, and not bounded.
     """
 
-    def __init__(self, waiting: Iterable[T], *, batch_size: int) -> None:
+    def __init__(self, waiting: Iterable[T], *, batch_size: int, tokens: Callable[[T], int] | None = None) -> None:
         self._waiting = deque(waiting)
         self._batch_size = batch_size
+        self._tokens = tokens or (lambda _: 0)
 
     def admit(self, running: int) -> list[T]:
-        """The next prompts to open beside ``running`` open ones."""
-        room = min(self._batch_size - running, len(self._waiting))
-        return [self._waiting.popleft() for _ in range(room)]
+        """The next prompts to open beside ``running`` open ones.
+
+        At least one, if there is room; beyond that no more than ``READ_A_TURN`` tokens while others wait to decode.
+        """
+        admitted: list[T] = []
+        tokens = 0
+        while self._waiting and running + len(admitted) < self._batch_size:
+            tokens += self._tokens(self._waiting[0])
+            if running and admitted and tokens > READ_A_TURN:
+                break
+            admitted.append(self._waiting.popleft())
+        return admitted
 
     @staticmethod
     def until_next_look(sessions: Sequence[Schedulable]) -> int:

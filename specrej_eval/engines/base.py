@@ -25,6 +25,17 @@ same up to rounding, and its uniforms are the same (a token differs where a unif
 drawn from the same distribution, and that is all."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Opening:
+    """What ``Engine.open`` is asked for."""
+
+    prompt: Prompt
+    config: RunConfig
+    budget: Budget
+    until: tuple[str, ...] = ()
+    token_stats: Collection[TokenStat] = ()
+
+
 @dataclass(kw_only=True, eq=False)
 class EngineSession(ABC):
     """One prompt being decoded. The engine fills it in; the loop reads it."""
@@ -149,6 +160,25 @@ class Engine(ABC):
             PromptError: as ``check``.
             OutOfMemoryError: the prompt alone does not fit.
         """
+
+    def open_all(self, openings: Sequence[Opening]) -> list[Any]:
+        """``open`` of several prompts; an engine may read them together, and once what they have in common.
+
+        Nothing that is decoded depends on which prompts are opened together, as far as ``promises`` goes.
+
+        Raises:
+            PromptError, OutOfMemoryError: as ``open``; then none of them is open.
+        """
+        sessions: list[Any] = []
+        try:
+            for each in openings:
+                asked = (each.prompt, each.config, each.budget)
+                sessions.append(self.open(*asked, until=each.until, token_stats=each.token_stats))
+        except Exception:
+            for session in sessions:
+                self.close(session)
+            raise
+        return sessions
 
     @abstractmethod
     def follow(self, session: Any, plan: Plan) -> None:

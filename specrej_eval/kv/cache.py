@@ -16,6 +16,8 @@ from torch import Tensor
 from specrej_eval.errors import KVBudgetExceededError
 from specrej_eval.kv.memory import or_else
 
+_TOKEN_ALIGN = 16
+
 
 @dataclass(slots=True)
 class TokenAccount:
@@ -73,7 +75,10 @@ class Prefix:
         end = start + key.shape[2]
         for store, new in ((self.keys, key), (self.values, value)):
             if layer not in store:
-                store[layer] = new.new_empty(new.shape[1], self.length, new.shape[3])
+                # each head's keys begin on a cache line then: on a CPU bits of a chunk must not depend on the length of
+                # the prompt that it is read for
+                allocated = -(-self.length // _TOKEN_ALIGN) * _TOKEN_ALIGN
+                store[layer] = new.new_empty(new.shape[1], allocated, new.shape[3])[:, : self.length]
             store[layer][:, start:end] = new[0]
         return self.keys[layer][:, :end], self.values[layer][:, :end]
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from specrej_eval.kv.attention.base import AttentionBackend, AttentionParams
 from specrej_eval.kv.cache import Prefix, SuffixPool
-from specrej_eval.kv.steps import DecodeStep, PrefillStep
+from specrej_eval.kv.steps import DecodeStep, PrefillStep, PromptPart
 
 TOLERANCES = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 3e-2}
 """Largest error a backend may make, as a share of the largest value of the answer: a few roundings of the dtype. A
@@ -256,7 +256,7 @@ def _attended(backend: AttentionBackend, drawn: _Drawn) -> Tensor:
         prefix = Prefix(length=case.prefix + case.suffix)
         if case.prefix:
             prefix.store(0, group.prefix_key[None], group.prefix_value[None], 0)
-        step = PrefillStep(prefix, case.prefix, attention=backend)
+        step = PrefillStep([PromptPart(prefix, case.prefix, drawn.query.shape[2])], attention=backend)
         return step.attend(0, drawn.query, group.suffix_key, group.suffix_value, drawn.params)
     decoding = DecodeStep([_filled(group, case) for group in drawn.groups], attention=backend)
     keys, values = _new_tokens(drawn)

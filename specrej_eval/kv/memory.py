@@ -7,9 +7,10 @@ second try writes again; so what failed is simply taken again (``twice``), and i
 from __future__ import annotations
 
 import gc
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 import psutil
 import torch
@@ -17,6 +18,17 @@ import torch
 from specrej_eval.errors import OutOfMemoryError
 
 T = TypeVar("T")
+
+
+class Droppable(Protocol):
+    """Memory that holds nothing but what can be computed again."""
+
+    def drop(self) -> None:
+        """Let it go. Allocates nothing."""
+
+
+droppable: weakref.WeakSet[Droppable] = weakref.WeakSet()
+"""What goes first when memory runs out."""
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -27,7 +39,9 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def release_memory() -> None:
-    """Give back what is no longer referenced. After an out-of-memory error only: it is slow."""
+    """Give back what is droppable or no longer referenced. After an out-of-memory error only: it is slow."""
+    for store in list(droppable):
+        store.drop()
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

@@ -91,6 +91,17 @@ def reset_rotary(model: Any, device: torch.device) -> None:
             setattr(module, name, module.original_max_seq_len)
 
 
+def has_odd_widths(model: Any, *, apart_from: Any = None) -> bool:
+    """Whether batches of a multiple of ``ROW_ALIGN`` rows are not enough on a CPU, only of twice as many.
+
+    Torch's elementwise loops take 32 floats at a time and do what is left over with scalar functions, whose bits may
+    differ (sigmoid, silu, softplus). A multiple of ROW_ALIGN leaves nothing over, unless a layer is an odd number wide:
+    the one-output gate of a shared expert is.
+    """
+    layers = (module for module in model.modules() if module is not apart_from)
+    return any(module.out_features % 2 for module in layers if isinstance(module, torch.nn.Linear))
+
+
 def context_length(model: Any, tokenizer: Any) -> int:
     """The model's context in tokens, by the names configs use for it; else the tokenizer's; else 2048."""
     config = model.config.get_text_config(decoder=True)

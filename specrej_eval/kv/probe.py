@@ -13,7 +13,16 @@ _TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 8e-2, torch.float16: 2e-2}
 """Of the largest number compared."""
 _MODEL_ERRORS = (RuntimeError, TypeError, ValueError, KeyError, AttributeError, IndexError, NotImplementedError)
 
+MOST_THREADS = 2
+"""On more, torch cuts elementwise loops at places that depend on the number of rows, and computes the few elements at a
+cut with scalar functions of other bits: too rare for a probe to see."""
+
 logger = logging.getLogger(__name__)
+
+
+def may_be_bits(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether a row's numbers have a chance to be the same bits in any company: in float32 on few threads of a CPU."""
+    return device.type == "cpu" and dtype == torch.float32 and torch.get_num_threads() <= MOST_THREADS
 
 
 def probe_ids(count: int, vocab: int) -> list[int]:

@@ -1,7 +1,7 @@
-"""Rows of unequal lengths behind one prefix, several new tokens each: what scoring needs and decoding does not.
+"""Rows of unequal lengths behind their prompts, several new tokens each: what scoring needs and decoding does not.
 
-The new tokens of all rows are *packed* into one sequence, so that a model's linear layers waste nothing on padding;
-only inside attention is there a row dimension, padded and masked.
+The new tokens of all rows, of one prompt or of several, are *packed* into one sequence, so that a model's linear layers
+waste nothing on padding; only inside attention is there a row dimension, padded and masked, and each prompt by itself.
 """
 
 from __future__ import annotations
@@ -55,13 +55,16 @@ class RaggedPool(SuffixPool):
         twice(lambda: self.to(device))  # ``select`` moves a layer to the host where memory is short
 
 
-class ExtendStep(Step):
-    """New tokens of consecutive rows of a pool: what one forward pass reads.
+class NewTokens:
+    """New tokens of consecutive rows of a pool, behind one prefix.
+
+    What rows have in common goes through the model once: a token is fed for the first row that has it behind the same
+    tokens. Each row attends for itself, to keys and values of its own.
 
     Args:
         prefix: what all rows share.
-        starts: per row, tokens behind the prefix that are stored already; new ones are written from there on.
-        counts: per row, new tokens; at least one.
+        rows: per row, the ids of all its tokens behind the prefix.
+        starts: per row, how many of them are stored already; new ones, at least one, are written from there on.
         pool: where keys and values are kept; None: nowhere, the rows are read from the prefix on (``starts`` are 0).
         first: the first row's place in the pool.
         align: stored lengths and padded counts are rounded up to this, so that on a CPU a row's bits depend on its
@@ -71,8 +74,8 @@ class ExtendStep(Step):
     def __init__(
         self,
         prefix: Prefix,
+        rows: Sequence[Sequence[int]],
         starts: Sequence[int],
-        counts: Sequence[int],
         *,
         pool: RaggedPool | None,
         first: int = 0,
@@ -80,44 +83,63 @@ class ExtendStep(Step):
         device: torch.device,
         attention: AttentionBackend = SDPA,
     ) -> None:
-        super().__init__(prefix.length, attention)
+        self.attention = attention
         self.prefix = prefix
         self.pool = pool
         self.first = first
-        self.num_rows = len(counts)
-        self.num_tokens = sum(counts)
-        self.longest = -(-max(counts) // align) * align
-        self.stored = -(-max(start + count for start, count in zip(starts, counts, strict=True)) // align) * align
+        self.counts = [len(ids) - start for ids, start in zip(rows, starts, strict=True)]
+        """New tokens of each row."""
+        self.num_rows = len(rows)
+        self.longest = -(-max(self.counts) // align) * align
+        self.stored = -(-max(map(len, rows)) // align) * align
         """Positions behind the prefix that attention looks at."""
-        repeats = torch.tensor(counts, device=device)
+        fed, owners, self.ids = _in_common(rows, starts)
+        """``ids``: those that are fed."""
+        repeats = torch.tensor(self.counts, device=device)
         self.starts = torch.tensor(starts, device=device)  # (rows,)
         self.rows = torch.arange(self.num_rows, device=device).repeat_interleave(repeats)  # (tokens,)
         ends = repeats.cumsum(0)
-        self.places = (
-            torch.arange(self.num_tokens, device=device) - (ends - repeats)[self.rows]
-        )  # (tokens,), in its row
+        self.places = torch.arange(sum(self.counts), device=device) - (ends - repeats)[self.rows]  # (tokens,), new ones
         self.slots = self.places + self.starts[self.rows]  # (tokens,), behind the prefix
-        self.positions = self.slots + prefix.length  # (tokens,), in the whole sequence
+        self._fed = None if len(fed) == len(owners) else torch.tensor(fed, device=device)
+        """(tokens,): where each is among those that are fed; None if all are."""
+        owner = torch.tensor(owners, device=device)  # (fed,): where among the tokens
+        self.fed_rows, self.fed_places = self.rows[owner], self.places[owner]  # (fed,)
+        self.positions = self.slots[owner] + prefix.length  # (fed,), in the whole sequence
+        self._seen: dict[tuple[int, int | None], Tensor] = {}
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, params: AttentionParams) -> Tensor:
-        """See ``Step.attend``. Batch 1: the tokens of all rows are packed, padding behind them; zeros for padding."""
-        _, heads, tokens, width = query.shape
-        queries, new_key, new_value = (new[0, :, : self.num_tokens].transpose(0, 1) for new in (query, key, value))
-        keys, values = self._store(layer, new_key, new_value)  # (rows, kv_heads, stored, head_dim)
+        """Store a layer's new keys and values, and attend.
+
+        Args:
+            query: (fed, heads, head_dim), packed; key, value: the same with kv_heads.
+
+        Returns:
+            (fed, heads, head_dim of the values).
+        """
+        heads, width = query.shape[1:]
+        keys, values = self._store(layer, self._each(key), self._each(value))  # (rows, kv_heads, stored, head_dim)
         kv_heads = keys.shape[1]
         padded = query.new_zeros(self.num_rows, self.longest, heads, width)
-        padded[self.rows, self.places] = queries
+        padded[self.rows, self.places] = self._each(query)
         padded = padded.reshape(self.num_rows, self.longest, kv_heads, heads // kv_heads, width).permute(0, 2, 3, 1, 4)
         span = self.prefix.length + self.stored
         at_once = max(1, _SCORE_BYTES // (4 * heads * self.longest * span))
-        out = query.new_zeros(tokens, heads, values.shape[3])
         parts = []
         for start in range(0, self.num_rows, at_once):
             rows = slice(start, start + at_once)
             parts.append(self._attend_rows(layer, rows, padded[rows], keys[rows], values[rows], params))
         whole = parts[0] if len(parts) == 1 else torch.cat(parts)  # (rows, longest, heads, head_dim of the values)
-        out[: self.num_tokens] = whole[self.rows, self.places]
-        return out[None]
+        return whole[self.fed_rows, self.fed_places]
+
+    def split(self, fed: Tensor) -> tuple[Tensor, ...]:
+        """(fed, width) -> of each row (new tokens, width)."""
+        found: tuple[Tensor, ...] = self._each(fed).split(self.counts)
+        return found
+
+    def _each(self, fed: Tensor) -> Tensor:
+        """(fed, ...) -> (tokens, ...)"""
+        return fed if self._fed is None else fed[self._fed]
 
     def _store(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         pool = self.pool or RaggedPool(self.num_rows, capacity=self.stored)
@@ -138,16 +160,69 @@ class ExtendStep(Step):
         count, kv_heads, groups, longest, width = query.shape
         keys = torch.cat([_expanded(self.prefix.keys[layer], count), suffix_key], dim=2)
         values = torch.cat([_expanded(self.prefix.values[layer], count), suffix_value], dim=2)
-        sources = torch.arange(keys.shape[2], device=query.device)
-        own = (
-            self.prefix.length + self.starts[rows, None] + torch.arange(longest, device=query.device)
-        )  # (rows, longest)
-        seen = sources <= own[..., None]  # (rows, longest, prefix + stored)
-        if params.window is not None:
-            seen &= sources > own[..., None] - params.window
-        seen = seen[:, None, None].expand(-1, 1, groups, -1, -1).reshape(count, 1, groups * longest, -1)
+        seen = self._seen_by(rows, params.window)[:, None, None]
+        seen = seen.expand(-1, 1, groups, -1, -1).reshape(count, 1, groups * longest, -1)
         out = self.attention.masked(query.reshape(count, kv_heads, groups * longest, width), keys, values, seen, params)
         return out.reshape(count, kv_heads, groups, longest, -1).permute(0, 3, 1, 2, 4).flatten(2, 3)
+
+    def _seen_by(self, rows: slice, window: int | None) -> Tensor:
+        """(rows, longest, prefix + stored): the keys that each query sees. The same in all layers with that window."""
+        seen = self._seen.get((rows.start, window))
+        if seen is None:
+            sources = torch.arange(self.prefix.length + self.stored, device=self.starts.device)
+            places = torch.arange(self.longest, device=self.starts.device)
+            own = self.prefix.length + self.starts[rows, None] + places  # (rows, longest)
+            seen = sources <= own[..., None]
+            if window is not None:
+                seen &= sources > own[..., None] - window
+            if self.num_rows * self.longest * len(sources) <= _SCORE_BYTES:
+                self._seen[rows.start, window] = seen
+        return seen
+
+
+class ExtendStep(Step):
+    """New tokens of rows of some prompts, packed one behind the other at batch 1. Tokens beyond theirs are padding."""
+
+    def __init__(self, parts: Sequence[NewTokens]) -> None:
+        super().__init__(parts[0].prefix.length)
+        self.parts = parts
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, params: AttentionParams) -> Tensor:
+        """See ``Step.attend``; zeros for padding."""
+        counts = [len(part.ids) for part in self.parts]
+        num_tokens = sum(counts)
+        packed = (new[0, :, :num_tokens].transpose(0, 1).split(counts) for new in (query, key, value))
+        outs = [part.attend(layer, *mine, params) for part, *mine in zip(self.parts, *packed, strict=True)]
+        missing = query.shape[2] - num_tokens
+        if missing:
+            outs.append(outs[0].new_zeros(missing, *outs[0].shape[1:]))
+        return (outs[0] if len(outs) == 1 else torch.cat(outs))[None]
+
+
+def _in_common(rows: Sequence[Sequence[int]], starts: Sequence[int]) -> tuple[list[int], list[int], list[int]]:
+    """What of some rows' new tokens is fed, if a token counts once that several rows have behind the same tokens.
+
+    Returns:
+        Of each new token, row by row, its number among those that are fed; of each of these, the number of the first
+        token that it is fed for, and its id.
+    """
+    children: dict[tuple[int, int], int] = {}
+    numbers: dict[int, int] = {}
+    fed: list[int] = []
+    owners: list[int] = []
+    ids: list[int] = []
+    for row, start in zip(rows, starts, strict=True):
+        node = -1
+        for place, token in enumerate(row):
+            node = children.setdefault((node, token), len(children))
+            if place < start:
+                continue
+            if node not in numbers:
+                numbers[node] = len(ids)
+                owners.append(len(fed))
+                ids.append(token)
+            fed.append(numbers[node])
+    return fed, owners, ids
 
 
 def _expanded(prefix: Tensor, rows: int) -> Tensor:

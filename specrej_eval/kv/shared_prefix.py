@@ -23,8 +23,6 @@ from specrej_eval.kv.steps import Step
 AnyStep = TypeVar("AnyStep", bound=Step)
 
 NAME = "specrej_shared_prefix"
-PREFILL_CHUNK = 512
-"""Prompt tokens per forward. Boundaries are counted from token 0, so a prompt's bits never depend on its company."""
 ROW_ALIGN = 16
 """On CPU a batch is padded to a multiple of this many rows, so that every thread's share of a matmul has at least 4
 rows: with fewer, MKL takes another kernel and a row's bits would depend on its company."""

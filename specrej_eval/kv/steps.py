@@ -1,6 +1,6 @@
 """A forward pass in progress: where its new keys and values go, and which ones its queries attend to.
 
-Three kinds: a chunk of a prompt (``PrefillStep``), one token for every row of some groups (``DecodeStep``), and new
+Three kinds: parts of prompts (``PrefillStep``), one token for every row of some groups (``DecodeStep``), and new
 tokens of rows of unequal lengths (``ragged.ExtendStep``).
 """
 
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -45,22 +46,40 @@ class Step(ABC):
         """
 
 
+@dataclass(frozen=True, slots=True)
+class PromptPart:
+    """Consecutive tokens of a prompt, which are being read."""
+
+    prefix: Prefix
+    start: int
+    """Position of the first of them."""
+    count: int
+
+
 class PrefillStep(Step):
-    """A chunk of a prompt, at batch 1.
+    """Parts of some prompts, packed one behind the other at batch 1. Tokens beyond theirs are padding."""
 
-    Args:
-        start: position of the chunk's first token.
-    """
-
-    def __init__(self, prefix: Prefix, start: int, attention: AttentionBackend = SDPA) -> None:
-        super().__init__(start, attention)
-        self.prefix = prefix
+    def __init__(self, parts: Sequence[PromptPart], attention: AttentionBackend = SDPA) -> None:
+        super().__init__(parts[0].start, attention)
+        self.parts = parts
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, params: AttentionParams) -> Tensor:
-        """See ``Step.attend``."""
-        stored_key, stored_value = self.prefix.store(layer, key, value, self.length)
-        out = self.attention.prefill(query, stored_key, stored_value, start=self.length, params=params)
-        return out.transpose(1, 2).contiguous()
+        """See ``Step.attend``; zeros for padding."""
+        outs = []
+        for part, mine, new_key, new_value in zip(self.parts, *map(self._split, (query, key, value)), strict=True):
+            keys, values = part.prefix.store(layer, new_key, new_value, part.start)
+            # contiguous, so that bits do not depend on where in the pack a prompt is
+            outs.append(self.attention.prefill(mine.contiguous(), keys, values, start=part.start, params=params))
+        missing = query.shape[2] - sum(part.count for part in self.parts)
+        if missing:
+            outs.append(outs[0].new_zeros(1, query.shape[1], missing, outs[0].shape[3]))
+        return (outs[0] if len(outs) == 1 else torch.cat(outs, dim=2)).transpose(1, 2).contiguous()
+
+    def _split(self, packed: Tensor) -> tuple[Tensor, ...]:
+        """(1, heads, tokens, head_dim) -> each part's."""
+        counts = [part.count for part in self.parts]
+        split: tuple[Tensor, ...] = packed[:, :, : sum(counts)].split(counts, dim=2)
+        return split
 
 
 class DecodeStep(Step):

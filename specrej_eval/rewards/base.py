@@ -52,7 +52,7 @@ class RewardModel(ABC):
     """Scores the rows of one prompt. Higher is better; scores of different prompts are not comparable.
 
     Rows of different prompts are never scored in one batch by ``score``, so that a score does not depend on what else
-    is in flight.
+    is in flight; where that holds in one batch as well, ``read_ahead`` makes one.
     """
 
     name: str
@@ -146,6 +146,16 @@ class RewardModel(ABC):
         One that remembers nothing, unless the reward has a better one: every look is scored in full.
         """
         return FullScoring(self, conversation, response_prefix)
+
+    def read_ahead(self, looks: Sequence[tuple[RewardSession, Sequence[RowView]]], *, exact: bool) -> None:  # noqa: B027 - reading one by one is the rule
+        """The sessions' ``score`` of these rows comes next: what it has to read may be read together.
+
+        Changes no count and raises nothing that ``score`` would raise in its turn: that goes to the right prompt.
+
+        Args:
+            looks: sessions of this reward, each once, and their rows.
+            exact: do so only if no bit of a score depends on it.
+        """
 
 
 class FullScoring(RewardSession):

@@ -74,7 +74,6 @@ def test_the_defaults_are_the_documented_ones():
         "floor_repetition": 0.5,
         "dtype": "auto",
         "reward_dtype": "auto",
-        "attention_backend": "auto",
         "force_sampling_args": False,
         "logprobs": False,
         "trust_remote_code": False,

@@ -27,10 +27,9 @@ from support.engine_models import (
 )
 from transformers import AttentionInterface
 
-from specrej_eval.engines.transformers import model as model_module
 from specrej_eval.engines.transformers.groups import Group
 from specrej_eval.engines.transformers.model import ModelRunner
-from specrej_eval.kv import shared_prefix
+from specrej_eval.kv import prefill, shared_prefix
 
 EACH = pytest.mark.parametrize("arch", ARCHITECTURES, ids=lambda arch: arch.name)
 WITH_WINDOW = [arch for arch in ARCHITECTURES if arch.window and arch.path == "shared_prefix"]
@@ -40,7 +39,7 @@ NO_POSITIONS = {"bloom", "mpt", "mamba", "falcon_alibi"}
 
 @pytest.fixture(autouse=True)
 def _in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(model_module, "PREFILL_CHUNK", 6)  # the longer prompt is read in four chunks
+    monkeypatch.setattr(prefill, "CPU_CHUNK", 6)  # the longer prompt is read in four chunks
 
 
 def check(arch: Architecture) -> float:
@@ -95,8 +94,8 @@ def test_prompt_lengths_at_the_edges(name: str, lengths: tuple[int, int]) -> Non
 def _position_plus_one(monkeypatch: pytest.MonkeyPatch) -> None:
     forward = ModelRunner._forward
 
-    def wrong(self: ModelRunner, ids: Any, cache: Any, positions: Any) -> Any:
-        return forward(self, ids, cache, positions + (ids.shape[1] == 1))
+    def wrong(self: ModelRunner, ids: Any, cache: Any, positions: Any, *wanted: Any) -> Any:
+        return forward(self, ids, cache, positions + (ids.shape[1] == 1), *wanted)
 
     monkeypatch.setattr(ModelRunner, "_forward", wrong)
 

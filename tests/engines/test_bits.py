@@ -87,17 +87,18 @@ EACH = pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.skipif(THREADS != 1, reason="runs the others")
 def test_two_threads() -> None:
     """Tests of one shape and of experts again, in a process whose threads sleep while they wait (cores may be busy)."""
-    chosen = "odd or mixtral or experts or qwen2_moe"
+    chosen = "odd or mixtral or experts or qwen2_moe or cache_lines"
+    prompts = str(Path(__file__).parents[1] / "kv" / "test_prefill.py")
     environment = {"OMP_NUM_THREADS": "2", "OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0", "KMP_BLOCKTIME": "0"}
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", chosen],
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, prompts, "-k", chosen],
         env={**os.environ, **environment, "SPECREJ_TEST_THREADS": "2"},
         capture_output=True,
         text=True,
         check=False,
     )
     assert done.returncode == 0, done.stdout[-3000:]
-    assert f"{10 if FULL else 9} passed" in done.stdout
+    assert f"{12 if FULL else 11} passed" in done.stdout
 
 
 # ---- every architecture and path -----------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ from specrej_eval.engines.transformers.groups import CPU_TOKEN_ALIGN, Group
 from specrej_eval.engines.transformers.model import ModelRunner
 from specrej_eval.engines.transformers.sampling import row_stream
 from specrej_eval.errors import KVBudgetExceededError
+from specrej_eval.kv import prefill
 from specrej_eval.kv.cache import Prefix, SuffixPool, TokenAccount, bytes_per_token
 
 LAYERS, HEADS, WIDTH = 2, 3, 4
@@ -214,7 +215,7 @@ def test_bytes_per_token_is_two_layers_heads_dim_itemsize() -> None:
 @pytest.mark.parametrize("name", ["shared_prefix", "replicated"])
 @pytest.mark.parametrize("alpha", [0.0, 0.5])
 def test_each_token_is_fed_once(name: str, alpha: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(model_module, "PREFILL_CHUNK", 16)
+    monkeypatch.setattr(prefill, "CPU_CHUNK", 16)
     monkeypatch.setattr(model_module, "ROW_ALIGN", 1)  # count rows, not padding
     engine = make_engine(tiny_causal_lm("llama"), path=name)
     with Recorder(engine) as seen:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -203,6 +203,33 @@ def test_looks_at_growing_rows_score_as_reading_them_in_full(name: str, folders:
         session.keep(live)
     session.close()
     assert cached.tokens_scored < tokens / 2  # it did not simply read everything anew
+
+
+@each_case
+def test_looks_of_several_prompts_read_together_are_the_same_bits(
+    name: str, folders: dict[str, Path], counted: Callable[..., None]
+) -> None:
+    """Two looks of three prompts that begin alike."""
+    reward = loaded(folders[name], CASES[name])
+    asked = [[{"role": "user", "content": 8 * QUESTION + end}] for end in ("", " And why?", " 🙂")]
+    answers = ["First, take 2.\n\nThen add 2.\n\nSo it is 4.", "First, four.\n\nYes", "2 + 2 = 5, so: 5"]
+
+    def scores(*, together: bool) -> list[list[float]]:
+        sessions = [reward.open(conversation) for conversation in asked]
+        found = []
+        for length in (9, 100):
+            pool = [RowView(i, text[:length], [5], None if length < 100 else "eos") for i, text in enumerate(answers)]
+            if together:
+                reward.read_ahead([(session, pool) for session in sessions], exact=True)
+            found += [session.score(pool) for session in sessions]
+        for session in sessions:
+            session.close()
+        return found
+
+    assert reward.shared_body is not None and reward.shared_body.exact
+    alone = scores(together=False)
+    assert scores(together=True) == alone
+    counted("scores compared bitwise, together and alone", sum(map(len, alone)))
 
 
 # positions

@@ -223,10 +223,10 @@ def test_out_of_memory_costs_reading_and_no_score(
     assert body is not None
     extend = body.extend
 
-    def tight(prefix: Any, starts: Any, new: Any, **more: Any) -> Any:
-        if len(new) > rows_that_fit:
+    def tight(parts: Any) -> Any:
+        if sum(part.num_rows for part in parts) > rows_that_fit:
             raise torch.OutOfMemoryError("CUDA out of memory.")
-        return extend(prefix, starts, new, **more)
+        return extend(parts)
 
     monkeypatch.setattr(body, "extend", tight)
     for texts in (("one", "three", "fourteen"), ("one!", "three!", "fourteen!")):

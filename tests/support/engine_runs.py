@@ -58,16 +58,17 @@ class Recorder:
         self._prompt_of: dict[int, tuple[int, ...]] = {}
         self._kept: list[Any] = []  # so that ids are not used again
         runner = engine.runner
-        prefill, step, forward = runner.prefill, runner.step, runner.model.forward
+        prefill_all, step, forward = runner.prefill_all, runner.step, runner.model.forward
 
-        def recorded_prefill(token_ids: Sequence[int], path: Any = None) -> Any:
-            prefix = prefill(token_ids, path)
-            self.prompts_read.append(tuple(token_ids))
-            self._prompt_of[id(prefix)] = tuple(token_ids)
-            self._kept.append(prefix)
-            assert prefix.logits is not None
-            self.logits[tuple(token_ids), -1, 0] = prefix.logits[0].clone()
-            return prefix
+        def recorded_prefill(prompts: Any) -> Any:
+            prefixes = prefill_all(prompts)
+            for (token_ids, _), prefix in zip(prompts, prefixes, strict=True):
+                self.prompts_read.append(tuple(token_ids))
+                self._prompt_of[id(prefix)] = tuple(token_ids)
+                self._kept.append(prefix)
+                assert prefix.logits is not None
+                self.logits[tuple(token_ids), -1, 0] = prefix.logits[0].clone()
+            return prefixes
 
         def recorded_step(groups: Any, tokens: Tensor) -> Tensor:
             logits = step(groups, tokens)
@@ -81,9 +82,9 @@ class Recorder:
             self.tokens_fed += ids.numel()
             return forward(ids, **kwargs)
 
-        runner.prefill, runner.step = recorded_prefill, recorded_step  # type: ignore[method-assign]
+        runner.prefill_all, runner.step = recorded_prefill, recorded_step  # type: ignore[method-assign]
         self._restore = lambda: (
-            setattr(runner, "prefill", prefill),
+            setattr(runner, "prefill_all", prefill_all),
             setattr(runner, "step", step),
             setattr(runner.model, "forward", forward),
         )

@@ -17,6 +17,7 @@ from functools import cache
 from typing import Any
 
 import pytest
+import torch
 from support import FULL
 from support.engine_models import build
 from support.engine_runs import HashReward, make_engine, outcome
@@ -27,12 +28,11 @@ from specrej_eval import generator as generator_module
 from specrej_eval.config import RunConfig
 from specrej_eval.core import Plan, RowView
 from specrej_eval.engines.transformers import decoding
-from specrej_eval.engines.transformers import model as model_module
 from specrej_eval.engines.transformers.engine import TransformersEngine
 from specrej_eval.engines.transformers.groups import Group
 from specrej_eval.errors import OutOfMemoryError
 from specrej_eval.generator import Generator, Request
-from specrej_eval.rewards.checkpoints import shared_body as _shared_body
+from specrej_eval.kv import prefill
 from specrej_eval.rewards.families.sequence_classifier import SequenceClassifier
 from specrej_eval.rewards.kinds.self_scores import Likelihood
 from specrej_eval.strategies.base import State, make_strategy
@@ -92,6 +92,7 @@ CASES = [
     Case("two prompts in waves", reward="likelihood", prompts=("a", "Tell"), layers=1, arguments=WAVES, seed=3),
     Case("forks and late rows", reward="full", layers=1, arguments={"n": 5, "max_gen_toks": 4}, seed=FORKS + 12),
     Case("reward tried out", reward="prompt", layers=1, arguments=FEW, seed=1, reward_is_new=True),
+    Case("prompts in common", reward="full", prompts=("Tell us", "Tell me", "Tell"), layers=1, arguments=FEW, seed=1),
     Case("replicated", path="replicated", reward="off", arguments=REJECTING, seed=6),
     Case("recurrent", path="replicated", policy="mamba", layers=1, arguments=REJECTING, seed=12),
     Case("recompute", path="recompute", reward="off", layers=1, arguments=REJECTING, seed=4),
@@ -112,8 +113,7 @@ EACH = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name.replace
 @pytest.fixture(autouse=True)
 def _small_and_quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gc, "collect", lambda: 0)  # thousands of failures in here, and there is nothing to free
-    monkeypatch.setattr(model_module, "PREFILL_CHUNK", CHUNK)
-    monkeypatch.setattr(_shared_body, "PREFILL_CHUNK", CHUNK)
+    monkeypatch.setattr(prefill, "CPU_CHUNK", CHUNK)
     monkeypatch.setattr(
         generator_module, "make_strategy", lambda config: Forks() if config.seed >= FORKS else make_strategy(config)
     )
@@ -164,6 +164,8 @@ def run(case: Case, mode: MemoryRunsOut) -> list[dict[str, Any]]:
     """All that comes out but times and peaks."""
     engine, requests, config = parts(case)
     engine._codes.clear()  # made by the first run that needs them
+    for reader in (engine.runner.reader, tried_out().reader):
+        reader.store = prefill.ChunkStore(torch.device("cpu"))  # else a run would find what the one before has read
     generator = Generator(engine=engine, reward=reward_of(case), config=config)
     with mode:
         found = dict(generator.run(requests, progress=False))
@@ -201,7 +203,17 @@ def points(case: Case) -> tuple[int, ...]:
 
 
 STEPS = ["prefill", "_commit", "records_of", "moved", "move", "selection", "_gathered", "_streams", "write"]
-STEPS += ["_sample_chunk", "extend", "head_scores", "_try_out", "reordered", "_replicated", "_logits", "of_chunk"]
+STEPS += [
+    "_sample_chunk",
+    "extend",
+    "head_scores",
+    "_try_out",
+    "reordered",
+    "_replicated",
+    "_read_chunk",
+    "_read_tails",
+    "of_chunk",
+]
 
 
 def test_the_runs_go_through_everything() -> None:

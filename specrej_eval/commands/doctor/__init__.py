@@ -178,7 +178,7 @@ def check_devices() -> Iterator[Finding]:
 
 def _same_bits(threads: int) -> Finding:
     """What results will call ``promises``; only a loaded model can tell which it is."""
-    from specrej_eval.engines.transformers.model import MOST_THREADS
+    from specrej_eval.kv.probe import MOST_THREADS
 
     ask = "`specrej-eval doctor --pretrained M` measures it for a model, and results say which it was"
     if threads <= MOST_THREADS:

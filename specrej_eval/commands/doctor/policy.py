@@ -64,7 +64,7 @@ def check_decoding(engine: TransformersEngine) -> Iterator[Finding]:
 
 
 def _why_not_bits(told: dict[str, Any]) -> str:
-    from specrej_eval.engines.transformers.model import MOST_THREADS
+    from specrej_eval.kv.probe import MOST_THREADS
 
     if not told["device"].startswith("cpu"):
         return "always so on a GPU"

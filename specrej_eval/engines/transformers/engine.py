@@ -10,6 +10,7 @@ import time
 import weakref
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from torch import Tensor
 from specrej_eval.budget import Budget
 from specrej_eval.config import RunConfig
 from specrej_eval.core import Plan, Prompt, RowView, TokenStat
-from specrej_eval.engines.base import Engine
+from specrej_eval.engines.base import Engine, Opening
 from specrej_eval.engines.transformers import hardware
 from specrej_eval.engines.transformers.decoding import SMALLER, Decoder
 from specrej_eval.engines.transformers.model import ModelRunner, Path
@@ -32,8 +33,9 @@ from specrej_eval.kv.models import context_length, stop_ids
 logger = logging.getLogger(__name__)
 
 MEMORY_FRACTION = {"cuda": 0.9, "cpu": 0.25}
-"""Share of the free memory that ``n=max`` gives to the KV cache; the rest is for what a forward pass allocates. A GPU
-says when it is full; a CPU's memory belongs to others too, and its kernel kills without a word."""
+"""Share of the free memory that ``n=max`` gives to the KV cache; the rest is for what a forward pass allocates, and for
+what prompts have in common (``prefill.STORE_SHARE``). A GPU says when it is full; a CPU's memory belongs to others too,
+and its kernel kills without a word."""
 
 MOST_ROWS_ON_A_CPU = 256
 """Rows of one prompt that ``n=max`` starts there without ``n_max``: a CPU's memory holds thousands of rows of a small
@@ -88,39 +90,57 @@ class TransformersEngine(Engine):
         token_stats: Collection[TokenStat] = (),
     ) -> Session:
         """Prefill a prompt. See ``base.Engine.open``."""
-        self.check(prompt, config)
+        [session] = self.open_all(
+            [Opening(prompt=prompt, config=config, budget=budget, until=until, token_stats=token_stats)]
+        )
+        return session
+
+    def open_all(self, openings: Sequence[Opening]) -> list[Session]:
+        """Prefill prompts, together where memory allows it. See ``base.Engine.open_all``."""
+        for each in openings:
+            self.check(each.prompt, each.config)
         started = time.perf_counter()
-        path = self.runner.path_for(prompt.num_tokens, config.max_gen_toks)
 
-        def opened() -> Session:
-            with torch.inference_mode(), self._active():
-                prefix = self.runner.prefill(prompt.token_ids, path)
-            assert prefix.logits is not None
-            return Session(
-                prompt,
-                config,
-                budget,
-                until=until,
-                recorded=tuple(sorted(set(token_stats))),
-                prefix=prefix,
-                codes=self._token_codes(until, prefix.logits.shape[-1]),
-                detokenizer=self.detokenizer,
-            )
-
-        def with_others_parked() -> Session:
-            """The other prompts in flight make room; their KV comes back when they decode again."""
+        def with_others_parked() -> list[Session]:
+            """The other prompts in flight make room, and each is read alone; their KV comes back when they decode."""
             for other in list(self._open_sessions):
                 for group in other.groups:
                     group.park()
             release_memory()
-            return opened()
+            return [twice(partial(self._opened, [each]))[0] for each in openings]
 
-        with clear_error(f"reading a prompt of {prompt.num_tokens} tokens", SMALLER):
-            session = or_else(lambda: twice(opened), with_others_parked)
-        self._open_sessions.add(session)
+        longest = max((each.prompt.num_tokens for each in openings), default=0)
+        with clear_error(f"reading a prompt of {longest} tokens", SMALLER):
+            sessions = or_else(lambda: twice(lambda: self._opened(openings)), with_others_parked)
+        self._open_sessions.update(sessions)
         hardware.synchronize(self.device)
-        session.prefill_seconds = time.perf_counter() - started
-        return session
+        seconds = (time.perf_counter() - started) / max(1, sum(session.prompt_tokens for session in sessions))
+        for session in sessions:
+            session.prefill_seconds = seconds * session.prompt_tokens
+        return sessions
+
+    def _opened(self, openings: Sequence[Opening]) -> list[Session]:
+        prompts = [
+            (each.prompt.token_ids, self.runner.path_for(each.prompt.num_tokens, each.config.max_gen_toks))
+            for each in openings
+        ]
+        with torch.inference_mode(), self._active():
+            prefixes = self.runner.prefill_all(prompts)
+        sessions = []
+        for each, prefix in zip(openings, prefixes, strict=True):
+            assert prefix.logits is not None
+            session = Session(
+                each.prompt,
+                each.config,
+                each.budget,
+                until=each.until,
+                recorded=tuple(sorted(set(each.token_stats))),
+                prefix=prefix,
+                codes=self._token_codes(each.until, prefix.logits.shape[-1]),
+                detokenizer=self.detokenizer,
+            )
+            sessions.append(session)
+        return sessions
 
     def _token_codes(self, until: tuple[str, ...], vocab: int) -> Tensor:
         """(vocab,) uint8 lookup table of what a token id means."""

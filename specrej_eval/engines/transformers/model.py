@@ -31,18 +31,18 @@ from specrej_eval.kv import shared_prefix
 from specrej_eval.kv.attention.base import AttentionBackend
 from specrej_eval.kv.cache import Prefix
 from specrej_eval.kv.experts import expert_configs, padded_experts
-from specrej_eval.kv.models import obstacle, our_attention, reset_rotary, rope_limit, windows_missing
+from specrej_eval.kv.models import has_odd_widths, obstacle, our_attention, reset_rotary, rope_limit, windows_missing
 from specrej_eval.kv.packed import PackedWeights
-from specrej_eval.kv.probe import difference, probe_ids, tried
-from specrej_eval.kv.shared_prefix import PREFILL_CHUNK, ROW_ALIGN
-from specrej_eval.kv.steps import SDPA, DecodeStep, PrefillStep
+from specrej_eval.kv.prefill import PromptReader
+from specrej_eval.kv.probe import difference, may_be_bits, probe_ids, tried
+from specrej_eval.kv.shared_prefix import ROW_ALIGN
+from specrej_eval.kv.steps import SDPA, DecodeStep
 
 logger = logging.getLogger(__name__)
 
 Path = Literal["shared_prefix", "replicated", "recompute"]
 PATHS: tuple[Path, ...] = ("shared_prefix", "replicated", "recompute")
 _PROBE_TOKENS = 12
-MOST_THREADS = 2
 HALF_ALIGN = 8
 _MANY_ROWS = 33
 """Rows that the probe of promises decodes together, and some of them alone: 48 after padding, and 16."""
@@ -73,15 +73,23 @@ class ModelRunner:
         self._cache_argument = "past_key_values" if "past_key_values" in accepted else "cache_params"  # mamba
         self._exchanged: Any = None
         """What the model's attention was, while ours is in its place."""
-        self._windows: dict[int, int | None] = {}
-        """Sliding window each layer asked for in the last prefill."""
         self._row_align = _row_align(model, self.dtype) if self.device.type == "cpu" else 1
         self._packed = PackedWeights(model)
         self._expert_configs = expert_configs(model) if self.device.type == "cpu" else []
-        self.attention = SDPA if attention is None or attention.name == SDPA.name else self._fitting(attention)
+        self.reader = PromptReader(
+            self._prompt_logits,
+            self.device,
+            last_only=True,
+            align=self._row_align,
+            packs=False,
+            shares=rope_limit(text_config) is None,
+        )
+        if attention is not None and attention.name != SDPA.name:
+            self.reader.attention = self._fitting(attention)
         self.path: Path = path or self._probe()
         self.promises: Promise = self._probe_promise()
         """What holds for this model on this device, dtype and number of threads."""
+        self.reader.packs = self.path == "shared_prefix" and self._takes_positions and tried(self._packed_error) is None
 
     # which path, and what it promises
 
@@ -104,9 +112,14 @@ class ModelRunner:
             reasons.append(f"{path}: {reason}")
         raise RuntimeError(f"cannot decode {type(self.model).__name__}: {'; '.join(reasons)}")
 
+    @property
+    def attention(self) -> AttentionBackend:
+        """Who computes attention on the ``shared_prefix`` path."""
+        return self.reader.attention
+
     def _without_backend(self, reason: str) -> str | None:
         """The reason against the ``shared_prefix`` path with ``sdpa``; says so if that is none, and stays with it."""
-        failed, self.attention = self.attention, SDPA
+        failed, self.reader.attention = self.attention, SDPA
         again = obstacle(self.model) or tried(partial(self._probe_error, "shared_prefix"))
         if again is None:
             self._say_unused(failed, reason)
@@ -147,7 +160,7 @@ class ModelRunner:
                 logits = self._forced_step(group, forced[live, step])
                 error = torch.maximum(error, (logits - want[live, step + 1]).abs().max())
         reason = difference(float(error), float(want.abs().max()), self.dtype, "logits")
-        if reason is None and path == "shared_prefix" and windows_missing(self._text_config, self._windows):
+        if reason is None and path == "shared_prefix" and windows_missing(self._text_config, self.reader.windows):
             return "its sliding window never reaches the attention function"
         return reason
 
@@ -161,12 +174,10 @@ class ModelRunner:
     def _probe_promise(self) -> Promise:
         """Decode the same rows in large and in small company. Only float32 on a CPU has a chance, or is tried.
 
-        On more than two threads torch cuts elementwise loops at places that depend on the number of rows, and computes
-        the few elements at a cut with scalar functions of other bits: too rare for a probe to see, so not promised.
-        On two, some CPUs compute torch's own attention with other bits on the second thread: the plain paths then show
-        it here, and only the shared-prefix path keeps the promise.
+        On two threads some CPUs compute torch's own attention with other bits on the second thread: the plain paths
+        then show it here, and only the shared-prefix path keeps the promise.
         """
-        if self.device.type != "cpu" or self.dtype != torch.float32 or torch.get_num_threads() > MOST_THREADS:
+        if not may_be_bits(self.device, self.dtype):
             return "uniforms"
         return "bits" if tried(self._rows_differ) is None else "uniforms"
 
@@ -188,6 +199,26 @@ class ModelRunner:
             prefix = self.prefill(probe_ids(_PROBE_TOKENS, self._vocab))
             group = Group(prefix, list(rows), capacity=steps, device=self.device)
             return torch.stack([self._forced_step(group, forced[:, step]) for step in range(steps)])
+
+    def _packed_error(self) -> str | None:
+        """What is wrong with reading prompts together: their numbers, or their bits where those are promised."""
+        ids = probe_ids(4 * _PROBE_TOKENS, self._vocab)
+        prompts = [ids[:_PROBE_TOKENS], ids[5:8], ids[_PROBE_TOKENS:]]
+        self.reader.packs = True
+        with self.active():
+            together = self._read(prompts, share=False)
+            alone = [self.prefill(prompt, "shared_prefix") for prompt in prompts]
+        for mine, other in zip(together, alone, strict=True):
+            assert mine.logits is not None and other.logits is not None
+            pairs = [(mine.logits, other.logits), *zip(mine.keys.values(), other.keys.values(), strict=True)]
+            if self.promises == "bits":
+                if not all(torch.equal(one, two) for one, two in pairs):
+                    return "a prompt's bits depend on its company"
+            elif reason := difference(
+                float((mine.logits - other.logits).abs().max()), float(other.logits.abs().max()), self.dtype, "logits"
+            ):
+                return reason
+        return None
 
     def path_for(self, prompt_tokens: int, max_gen_toks: int) -> Path:
         """The path for one prompt: those that may outgrow ``rope_limit`` are recomputed."""
@@ -229,31 +260,40 @@ class ModelRunner:
         with self._own_attention():
             reset_rotary(self.model, self.device)
             try:
-                return self._logits(ids, None, 0)
+                return self._forward(ids, None, torch.arange(ids.shape[1], device=self.device)[None])
             finally:
                 reset_rotary(self.model, self.device)
 
     def prefill(self, token_ids: Sequence[int], path: Path | None = None) -> Prefix:
-        """Read a prompt once, at batch 1. The prefix holds its KV and the logits of its last token."""
+        """Read a prompt once, by itself. The prefix holds its KV and the logits of its last token."""
         path = path or self.path
+        if path == "shared_prefix":
+            return self._read([token_ids], share=False)[0]
         ids = torch.tensor([list(token_ids)], device=self.device)  # (1, tokens)
-        prefix = Prefix(length=ids.shape[1], row_align=self._row_align)
+        prefix = Prefix(length=ids.shape[1], row_align=self._row_align, token_ids=ids[0])
         if path == "recompute":
-            prefix.token_ids = ids[0]
-            prefix.logits = self._recompute(ids)
-        elif path == "replicated":
-            prefix.token_ids = ids[0]
-            prefix.cache = DynamicCache(config=self.model.config)
-            prefix.logits = self._logits(ids, prefix.cache, 0)
+            logits = self._recompute(ids)
         else:
-            cache = shared_prefix.SharedPrefixCache(self._num_layers)
-            for start in range(0, prefix.length, PREFILL_CHUNK):
-                with shared_prefix.running(PrefillStep(prefix, start, self.attention)) as step:
-                    prefix.logits = self._logits(ids[:, start : start + PREFILL_CHUNK], cache, start)
-                self._windows = step.windows
-        assert prefix.logits is not None
-        prefix.logits = prefix.logits.clone()  # (1, vocab); a view would keep the chunk's whole logits alive
+            prefix.cache = DynamicCache(config=self.model.config)
+            positions = torch.arange(ids.shape[1], device=self.device)[None]
+            logits = self._forward(ids, prefix.cache, positions)
+        prefix.logits = logits.clone()  # (1, vocab); a view would keep the whole prompt's logits alive
         return prefix
+
+    def prefill_all(self, prompts: Sequence[tuple[Sequence[int], Path]]) -> list[Prefix]:
+        """Read prompts, each on its path; those that share read what they have in common once. See ``prefill``."""
+        shared = iter(self._read([ids for ids, path in prompts if path == "shared_prefix"], share=True))
+        return [next(shared) if path == "shared_prefix" else self.prefill(ids, path) for ids, path in prompts]
+
+    def _read(self, prompts: Sequence[Sequence[int]], *, share: bool) -> list[Prefix]:
+        found = self.reader.read(prompts, share=share)
+        for prefix, logits in found:
+            prefix.logits = logits.clone()  # (1, vocab); a view would keep those of all prompts alive
+        return [prefix for prefix, _ in found]
+
+    def _prompt_logits(self, ids: Tensor, positions: Tensor, wanted: Tensor | None) -> Tensor:
+        """See ``prefill.Forward``."""
+        return self._forward(ids, shared_prefix.SharedPrefixCache(self._num_layers), positions, wanted)
 
     def step(self, groups: Sequence[Group], tokens: Tensor) -> Tensor:
         """Feed every row its last token.
@@ -310,33 +350,26 @@ class ModelRunner:
             self._forward(own[:, place : place + 1].to(torch.int64), cache, positions - group.length + place)
         return cache
 
-    def _logits(self, ids: Tensor, cache: Any, start: int) -> Tensor:
-        positions = torch.arange(start, start + ids.shape[1], device=self.device)[None]
-        return self._forward(ids, cache, positions)
-
-    def _forward(self, ids: Tensor, cache: Any, positions: Tensor) -> Tensor:
+    def _forward(self, ids: Tensor, cache: Any, positions: Tensor, wanted: Tensor | None = None) -> Tensor:
+        """Logits of each row's last token, (rows, vocab); or of one row at the places ``wanted``, (places, vocab)."""
         kwargs: dict[str, Any] = {"use_cache": cache is not None}
         if cache is not None:
             kwargs[self._cache_argument] = cache
         if self._takes_positions:
             kwargs["position_ids"] = positions
         if self._takes_logits_to_keep:
-            kwargs["logits_to_keep"] = 1
+            kwargs["logits_to_keep"] = 1 if wanted is None else wanted
         logits: Tensor = self.model(ids, **kwargs).logits
-        return logits[:, -1]
+        if wanted is None:
+            return logits[:, -1]
+        return logits[0] if self._takes_logits_to_keep else logits[0, wanted]
 
 
 def _row_align(model: Any, dtype: torch.dtype) -> int:
-    """What batches are padded to on a CPU.
+    """What batches are padded to on a CPU. (An odd vocabulary is no matter: nothing of that kind comes behind it.)
 
-    Torch's elementwise loops take 32 floats at a time and do what is left over with scalar functions, whose bits may
-    differ (sigmoid, silu, softplus). A multiple of ROW_ALIGN leaves nothing over, unless a layer is an odd number wide:
-    the one-output gate of a shared expert is. (An odd vocabulary is none: nothing of that kind comes behind the head.)
     In half precision no bits are promised; there are only so many sizes, as each has kernels of its own to be made.
     """
     if dtype != torch.float32:
         return HALF_ALIGN
-    head = model.get_output_embeddings()
-    layers = (module for module in model.modules() if module is not head)
-    widths = {module.out_features for module in layers if isinstance(module, torch.nn.Linear)}
-    return 2 * ROW_ALIGN if any(width % 2 for width in widths) else ROW_ALIGN
+    return 2 * ROW_ALIGN if has_odd_widths(model, apart_from=model.get_output_embeddings()) else ROW_ALIGN

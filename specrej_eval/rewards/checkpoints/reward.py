@@ -13,7 +13,7 @@ from specrej_eval.kv.memory import clear_error, twice
 from specrej_eval.rewards.base import Pair, RewardModel, RewardSession
 from specrej_eval.rewards.checkpoints.forward import SMALLER, Forward, Head
 from specrej_eval.rewards.checkpoints.renderer import Renderer
-from specrej_eval.rewards.checkpoints.session import CachedSession
+from specrej_eval.rewards.checkpoints.session import CachedSession, read_together
 from specrej_eval.rewards.checkpoints.shared_body import SharedBody
 
 
@@ -44,6 +44,12 @@ class CheckpointReward(Forward, RewardModel):
         if self.shared_body is None:
             return super().open(conversation, response_prefix)
         return CachedSession(self, self.shared_body, conversation, response_prefix)
+
+    def read_ahead(self, looks: Sequence[tuple[RewardSession, Sequence[RowView]]], *, exact: bool) -> None:
+        """Rows of several prompts in the same forward passes. See ``RewardModel.read_ahead``."""
+        cached = [(session, rows) for session, rows in looks if isinstance(session, CachedSession) and rows]
+        if len(cached) > 1 and (cached[0][0].body.exact or not exact):
+            read_together(cached)
 
     @torch.inference_mode()
     def score(self, conversation: Sequence[Message], rows: Sequence[RowView], response_prefix: str = "") -> list[float]:

@@ -16,11 +16,13 @@ from torch import Tensor
 
 from specrej_eval.kv import shared_prefix
 from specrej_eval.kv.cache import Prefix
-from specrej_eval.kv.models import obstacle, our_attention, reset_rotary, rope_limit, windows_missing
-from specrej_eval.kv.probe import difference, probe_ids, tried
-from specrej_eval.kv.ragged import ExtendStep, RaggedPool
-from specrej_eval.kv.shared_prefix import PREFILL_CHUNK, ROW_ALIGN
-from specrej_eval.kv.steps import PrefillStep
+from specrej_eval.kv.experts import expert_configs, padded_experts
+from specrej_eval.kv.models import has_odd_widths, obstacle, our_attention, reset_rotary, rope_limit, windows_missing
+from specrej_eval.kv.packed import PackedWeights
+from specrej_eval.kv.prefill import PromptReader
+from specrej_eval.kv.probe import difference, may_be_bits, probe_ids, tried
+from specrej_eval.kv.ragged import ExtendStep, NewTokens, RaggedPool
+from specrej_eval.kv.shared_prefix import ROW_ALIGN
 
 
 class SharedBody:
@@ -39,61 +41,70 @@ class SharedBody:
         self._num_layers = int(self._text_config.num_hidden_layers)
         self._takes_positions = "position_ids" in inspect.signature(body.forward).parameters
         self._windows: dict[int, int | None] = {}
-        self._on_cpu = self.device.type == "cpu"
-        self.align = ROW_ALIGN if self._on_cpu else 1
+        on_cpu = self.device.type == "cpu"
+        self.align = ROW_ALIGN if on_cpu else 1
         """What pools' capacities and padded lengths are multiples of."""
         self.limit: int | None = rope_limit(self._text_config)
         """Longer inputs cannot be cached: their rotary angles depend on their length."""
+        self._row_align = self.align * (1 + (on_cpu and has_odd_widths(body)))
+        """What forward passes are padded to a multiple of, in tokens."""
+        self._expert_configs = expert_configs(body) if on_cpu else []
+        self._packed = PackedWeights(body)
+        self.exact = False
+        """Whether what is read of a prompt is the same bits whatever is read with it; tried out by ``probe``."""
+        self.reader = PromptReader(
+            lambda ids, positions, wanted: self._forward(ids, positions[0]),
+            self.device,
+            last_only=False,
+            align=self._row_align,
+            shares=self.limit is None,
+        )
 
     @contextmanager
     def active(self) -> Iterator[None]:
         """Our attention is the body's only in here."""
         reset_rotary(self.body, self.device)
-        with our_attention(self.body):
+        with padded_experts(self._expert_configs), self._packed.active(), our_attention(self.body):
             yield
 
-    def prefill(self, token_ids: Sequence[int]) -> tuple[Prefix, Tensor]:
-        """Read what all rows share, once. Inside ``active`` only.
+    def prefill(self, prompts: Sequence[Sequence[int]], *, share: bool = True) -> list[tuple[Prefix, Tensor]]:
+        """Read what all rows of a prompt share, once; what prompts have in common as well. Inside ``active`` only.
+
+        Args:
+            share: see ``PromptReader.read``.
 
         Returns:
-            Its KV, and its hidden states (tokens, hidden size).
+            Of each its KV, and its hidden states (tokens, hidden size).
         """
-        ids = torch.tensor([list(token_ids)], device=self.device)
-        prefix = Prefix(length=ids.shape[1])
-        hidden = []
-        for start in range(0, prefix.length, PREFILL_CHUNK):
-            chunk = ids[:, start : start + PREFILL_CHUNK]
-            positions = torch.arange(start, start + chunk.shape[1], device=self.device)
-            with shared_prefix.running(PrefillStep(prefix, start)) as step:
-                hidden.append(self._forward(chunk, positions))
-            self._windows = step.windows
-        return prefix, torch.cat(hidden)
+        return self.reader.read(prompts, share=share)
 
-    def extend(
+    def new_tokens(
         self,
         prefix: Prefix,
+        rows: Sequence[Sequence[int]],
         starts: Sequence[int],
-        new: Sequence[Sequence[int]],
         *,
         pool: RaggedPool | None,
         first: int = 0,
-    ) -> tuple[Tensor, ...]:
-        """Read new tokens of rows of unequal lengths. Inside ``active`` only. See ``ExtendStep`` for the arguments.
+    ) -> NewTokens:
+        """What ``extend`` is to read of one prompt. See ``NewTokens`` for the arguments."""
+        return NewTokens(prefix, rows, starts, pool=pool, first=first, align=self.align, device=self.device)
+
+    def extend(self, parts: Sequence[NewTokens]) -> list[tuple[Tensor, ...]]:
+        """Read new tokens of rows of some prompts. Inside ``active`` only.
 
         Returns:
-            Each row's hidden states, (new tokens, hidden size).
+            For each prompt, of each row its hidden states (new tokens, hidden size).
         """
-        counts = [len(ids) for ids in new]
-        step = ExtendStep(prefix, starts, counts, pool=pool, first=first, align=self.align, device=self.device)
-        packed = [token for ids in new for token in ids]
-        missing = -len(packed) % ROW_ALIGN if self._on_cpu else 0
+        packed = [token for part in parts for token in part.ids]
+        missing = -len(packed) % self._row_align
         ids = torch.tensor([[*packed, *[packed[-1]] * missing]], device=self.device)  # (1, tokens padded)
-        positions = torch.cat([step.positions, step.positions[-1:].expand(missing)])
-        with shared_prefix.running(step):
+        positions = torch.cat([*(part.positions for part in parts), parts[-1].positions[-1:].expand(missing)])
+        with shared_prefix.running(ExtendStep(parts)) as step:
             hidden = self._forward(ids, positions)
         self._windows = step.windows
-        split: tuple[Tensor, ...] = hidden[: len(packed)].split(counts)
-        return split
+        split = hidden[: len(packed)].split([len(part.ids) for part in parts])
+        return [part.split(mine) for part, mine in zip(parts, split, strict=True)]
 
     def _forward(self, ids: Tensor, positions: Tensor) -> Tensor:
         cache = shared_prefix.SharedPrefixCache(self._num_layers)
@@ -105,7 +116,10 @@ class SharedBody:
 
     def probe(self) -> str | None:
         """Why this body cannot be cached: what went wrong when it was tried; None if it can."""
-        return obstacle(self.body) or tried(self._mismatch)
+        reason = obstacle(self.body) or tried(self._mismatch)
+        if reason is None and may_be_bits(self.device, self.dtype):
+            self.exact = tried(self._company) is None
+        return reason
 
     def _mismatch(self) -> str | None:
         error, largest = self._try_out()
@@ -115,29 +129,55 @@ class SharedBody:
         return reason
 
     def _try_out(self) -> tuple[float, float]:
-        """Two looks at rows of unequal lengths, the second over other tokens at the end of the first.
+        """Two looks at rows of unequal lengths, the second over other tokens at the end of the first; two prompts.
 
         Returns:
             Largest error and largest value of the last hidden states.
         """
-        vocab = int(self._text_config.vocab_size)
-        ids = probe_ids(64, vocab)
-        shared, first, second = ids[:12], [ids[12:16], ids[16:22], ids[22:23]], [ids[30:37], ids[40:42], ids[50:54]]
-        again = [3, 5, 1]  # tokens of the first look that stay
+        prompts = self._probe_prompts()
         error = largest = 0.0
-        wanted = []
-        for index in range(3):
-            wanted += [[*shared, *first[index]], [*shared, *first[index][: again[index]], *second[index]]]
-        want = [
-            self.body(input_ids=torch.tensor([row], device=self.device), use_cache=False)[0][0, -1] for row in wanted
-        ]
-        with self.active():
-            prefix, _ = self.prefill(shared)
-            pool = RaggedPool(3, capacity=16, align=self.align)
-            got_first = self.extend(prefix, [0, 0, 0], first, pool=pool)
-            got_second = self.extend(prefix, again, second, pool=pool)
-        for index in range(3):
-            for got, expected in ((got_first[index], want[2 * index]), (got_second[index], want[2 * index + 1])):
-                error = max(error, float((got[-1] - expected).abs().max()))
-                largest = max(largest, float(expected.abs().max()))
+        found = self._probe_looks(prompts)
+        for place, (shared, first, stay, second) in enumerate(prompts):
+            for row, (got_first, got_second) in enumerate(zip(*found[place], strict=True)):
+                whole = [*shared, *first[row]], [*shared, *first[row][: stay[row]], *second[row]]
+                for got, ids in zip((got_first, got_second), whole, strict=True):
+                    want = self.body(input_ids=torch.tensor([ids], device=self.device), use_cache=False)[0][0, -1]
+                    error = max(error, float((got[-1] - want).abs().max()))
+                    largest = max(largest, float(want.abs().max()))
         return error, largest
+
+    def _company(self) -> str | None:
+        prompts = self._probe_prompts()
+        together = self._probe_looks(prompts)
+        for prompt, mine in zip(prompts, together, strict=True):
+            [alone] = self._probe_looks([prompt])
+            for look, other in zip(mine, alone, strict=True):
+                if not all(torch.equal(one, two) for one, two in zip(look, other, strict=True)):
+                    return "a prompt's bits depend on its company"
+        return None
+
+    def _probe_prompts(self) -> list[_Probe]:
+        ids = probe_ids(64, int(self._text_config.vocab_size))
+        return [
+            (ids[:12], [ids[12:16], ids[16:22], ids[22:23]], [3, 5, 1], [ids[30:37], ids[40:42], ids[50:54]]),
+            (ids[3:8], [ids[9:30]], [7], [ids[40:43]]),
+        ]
+
+    def _probe_looks(self, prompts: Sequence[_Probe]) -> list[list[tuple[Tensor, ...]]]:
+        """Each prompt's two looks: of each row its hidden states."""
+        with self.active():
+            read = self.prefill([shared for shared, *_ in prompts], share=False)
+            pools = [RaggedPool(len(first), capacity=32, align=self.align) for _, first, *_ in prompts]
+            looks = []
+            for place in (0, 1):
+                parts = []
+                for (prefix, _), (_, first, stay, second), pool in zip(read, prompts, pools, strict=True):
+                    starts = [count if place else 0 for count in stay]
+                    rows = [[*old[:count], *new] for old, count, new in zip(first, stay, second, strict=True)]
+                    parts.append(self.new_tokens(prefix, rows if place else first, starts, pool=pool))
+                looks.append(self.extend(parts))
+        return [list(both) for both in zip(*looks, strict=True)]
+
+
+_Probe = tuple[list[int], list[list[int]], list[int], list[list[int]]]
+"""A prompt, its rows' first tokens, how many of them stay, and what comes behind these."""

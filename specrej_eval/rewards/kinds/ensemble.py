@@ -154,6 +154,12 @@ class Ensemble(RewardModel):
         """Opens a session of every member."""
         return EnsembleSession(self, [member.open(conversation, response_prefix) for member in self.members])
 
+    def read_ahead(self, looks: Sequence[tuple[RewardSession, Sequence[RowView]]], *, exact: bool) -> None:
+        """Each member reads ahead. See ``RewardModel.read_ahead``."""
+        opened = [(session.members, rows) for session, rows in looks if isinstance(session, EnsembleSession)]
+        for place, member in enumerate(self.members):
+            member.read_ahead([(members[place], rows) for members, rows in opened], exact=exact)
+
     def join(self, scores: Sequence[Sequence[float]]) -> list[float]:
         """Members' scores (members, rows) -> (rows,).
 
@@ -177,11 +183,11 @@ class EnsembleSession(RewardSession):
 
     def __init__(self, ensemble: Ensemble, members: Sequence[RewardSession]) -> None:
         self._ensemble = ensemble
-        self._members = members
+        self.members = members
         self._parts: dict[int, tuple[float, ...]] = {}
 
     def score(self, rows: Sequence[RowView]) -> list[float]:
-        scores = [list(member.score(rows)) for member in self._members]
+        scores = [list(member.score(rows)) for member in self.members]
         self._parts.update(zip([row.row for row in rows], zip(*scores, strict=True), strict=True))
         return self._ensemble.join(scores)
 
@@ -208,11 +214,11 @@ class EnsembleSession(RewardSession):
         return named
 
     def keep(self, row_ids: Sequence[int]) -> None:
-        for member in self._members:
+        for member in self.members:
             member.keep(row_ids)
 
     def close(self) -> None:
-        for member in self._members:
+        for member in self.members:
             member.close()
 
 
