@@ -21,6 +21,8 @@ _WORKSPACE_BYTES = 128 * 2**20
 _MOST_PLANS = 64
 """Plans that are kept, each with 8 MiB on the device and 8 MiB of pinned memory. A step needs one for each group of
 rows and kind of layer; those of the step before last serve again."""
+_KERNELS = "fa2"
+"""Those that take any strides, page sizes, soft caps and give log-sum-exps, on every GPU since Ampere."""
 _TENSOR_CORE_GROUPS = 4
 """Query heads a kv head from which the kernel that uses tensor cores is the faster one, by FlashInfer's own advice."""
 
@@ -67,6 +69,7 @@ class Backend(AttentionBackend):
             sm_scale=params.scale,
             window_left=-1 if params.window is None else params.window - 1,  # keys before the query's own position
             logits_soft_cap=params.softcap,
+            backend=_KERNELS,
             return_lse=True,
         )
         out: Tensor = attended  # (chunk, heads, head_dim)
@@ -101,6 +104,7 @@ class Backend(AttentionBackend):
                 kv_layout="HND",
                 sm_scale=params.scale,
                 logits_soft_cap=params.softcap,
+                backend=_KERNELS,
                 return_lse=True,
             )
             out, lse = merge_state(out, lse, shared, shared_lse)
@@ -162,6 +166,6 @@ class Backend(AttentionBackend):
                 self._workspaces[device],
                 "HND",
                 use_tensor_cores=tensor_cores,
-                backend="fa2",  # the kernels that take any strides and page size, softcap and log-sum-exp
+                backend=_KERNELS,
             )
         )

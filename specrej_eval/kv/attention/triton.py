@@ -144,7 +144,8 @@ def _launch(
     batch, tokens, value_dim = key.shape[0], key.shape[2], value.shape[3]
     per_batch = rows // batch
     constants = _shape_constants(query[:per_batch], value_dim)
-    grid = (-(-per_batch * groups // constants["TILE"]), batch * kv_heads, parts)
+    tiles = -(-per_batch * groups // constants["TILE"])
+    grid = (tiles * batch * kv_heads, parts)  # only the first dim of a grid may be larger than 65,535
     sinks = params.sinks if merged is not None else None
     _kernel(interpreted())[grid](
         query,
@@ -241,10 +242,12 @@ def _attend(  # one program: a tile of queries of one kv head, over one part of 
     MERGES: tl.constexpr,
     PRECISION: tl.constexpr,
 ) -> None:
-    head = (tl.program_id(1) % KV_HEADS).to(tl.int64)  # a large pool has more elements than int32 can count
-    batch = (tl.program_id(1) // KV_HEADS).to(tl.int64)
-    part = tl.program_id(2).to(tl.int64)
-    place = tl.program_id(0) * TILE + tl.arange(0, TILE)
+    tiles = tl.cdiv(num_queries, TILE)
+    stretch = tl.program_id(0) // tiles  # tiles that read the same keys are neighbours
+    head = (stretch % KV_HEADS).to(tl.int64)  # a large pool has more elements than int32 can count
+    batch = (stretch // KV_HEADS).to(tl.int64)
+    part = tl.program_id(1).to(tl.int64)
+    place = tl.program_id(0) % tiles * TILE + tl.arange(0, TILE)
     there = place < num_queries
     row = batch * rows_per_batch + place // GROUPS
     group = place % GROUPS

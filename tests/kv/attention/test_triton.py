@@ -44,6 +44,7 @@ SHARED_MEMORY = 99 * 1024
 """Bytes a block may have on the smallest GPUs that compute bfloat16 (compute capability 8.6)."""
 
 
+@pytest.mark.slow
 def test_the_kernel_compiles_for_gpus_that_are_not_here() -> None:
     pytest.importorskip("triton")
     environment = {**os.environ, "TRITON_INTERPRET": "0"}
