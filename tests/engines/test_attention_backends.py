@@ -26,9 +26,8 @@ from support.engine_runs import PROMPTS, generate, make_engine
 from support.tiny_models import tiny_causal_lm
 
 from specrej_eval import registry
-from specrej_eval.engines.transformers import model as model_module
 from specrej_eval.engines.transformers.model import ModelRunner
-from specrej_eval.kv import choose
+from specrej_eval.kv import choose, prefill
 from specrej_eval.kv.attention.base import AttentionBackend
 
 OTHERS = [name for name in registry.names("specrej_eval.kv.attention") if name != "sdpa"]
@@ -39,7 +38,7 @@ KINDS = ("llama", "mistral", "gemma2", "gpt_oss")
 
 @pytest.fixture(params=OTHERS)
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> AttentionBackend:
-    monkeypatch.setattr(model_module, "PREFILL_CHUNK", 6)
+    monkeypatch.setattr(prefill, "CPU_CHUNK", 6)
     return on_the_cpu(choose.build(request.param), monkeypatch, dtypes=(torch.float32,))
 
 

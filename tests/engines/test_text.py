@@ -71,18 +71,19 @@ class Scripted:
         self.scripts = scripts
         self.engine = TransformersEngine(model(), tokenizer or TOKENIZER, path="shared_prefix", **engine_arguments)
         runner = self.engine.runner
-        prefill, step = runner.prefill, runner.step
+        prefill_all, step = runner.prefill_all, runner.step
 
-        def scripted_prefill(*args: Any) -> Any:
-            prefix = prefill(*args)
-            prefix.logits = self._logits([scripts[0][0]])
-            return prefix
+        def scripted_prefill(prompts: Any) -> Any:
+            prefixes = prefill_all(prompts)
+            for prefix in prefixes:
+                prefix.logits = self._logits([scripts[0][0]])
+            return prefixes
 
         def scripted_step(groups: Any, tokens: Any) -> Any:
             step(groups, tokens)
             return self._logits([scripts[row][group.num_sampled] for group in groups for row in group.row_ids])
 
-        runner.prefill, runner.step = scripted_prefill, scripted_step  # type: ignore[method-assign]
+        runner.prefill_all, runner.step = scripted_prefill, scripted_step  # type: ignore[method-assign]
 
     def _logits(self, tokens: list[int]) -> torch.Tensor:
         logits = torch.full((len(tokens), VOCAB), -50.0)

@@ -585,7 +585,7 @@ def test_a_callables_nan_is_passed_on(user_module: str) -> None:
     ("function", "said", "row"),
     [
         ("raises", "raised KeyError: 'boom'", 0),
-        ("short", "returned 1 values for 2 responses", 0),
+        ("short", "returned 1 value for 2 responses", 0),
         ("text", "returned str 'ab'", 0),
         ("number", "returned float '1.0'", 0),
         ("nothing", "returned None", 0),
