@@ -44,7 +44,8 @@ def prefill(query: Tensor, key: Tensor, value: Tensor, *, start: int, params: At
     all_seen = params.window is None or start + chunk <= params.window
     plain = params.softcap is None and params.sinks is None and value.shape[-1] == width
     if plain and all_seen and not query.is_cuda:
-        return _prefill_fused(query, key, value, start, params.scale)
+        by = _prefill_fused if query.dtype == torch.float32 else _prefill_products
+        return by(query, key, value, start, params)
     positions = torch.arange(start, start + chunk, device=query.device)[:, None]  # (chunk, 1)
     sources = torch.arange(key.shape[1], device=query.device)[None]  # (1, start + chunk)
     seen = sources <= positions
@@ -54,16 +55,35 @@ def prefill(query: Tensor, key: Tensor, value: Tensor, *, start: int, params: At
     return masked(packed, key[None], value[None], seen.repeat(groups, 1), params).reshape(1, heads, chunk, -1)
 
 
-def _prefill_fused(query: Tensor, key: Tensor, value: Tensor, start: int, scale: float) -> Tensor:
+def _prefill_products(query: Tensor, key: Tensor, value: Tensor, start: int, params: AttentionParams) -> Tensor:
+    """``prefill`` by products of matrices, so many heads at a time that their scores stay in the cache: in half
+    precision four times as fast as the fused kernel (measured on a CPU with bfloat16 instructions)."""
+    _, heads, chunk, width = query.shape
+    kv_heads, columns, _ = key.shape
+    groups = heads // kv_heads
+    queries = (query[0] * params.scale).reshape(kv_heads, groups * chunk, width)
+    future = torch.ones(chunk, chunk, dtype=torch.bool).triu(1)  # (queries, keys)
+    out = query.new_empty(kv_heads, groups * chunk, value.shape[2])
+    at_once = max(1, _CACHE_BYTES // (4 * chunk * columns)) * chunk
+    for head in range(kv_heads):
+        for first in range(0, groups * chunk, at_once):
+            rows = slice(first, first + at_once)
+            scores = queries[head, rows] @ key[head].T  # (groups at once * chunk, columns)
+            scores.unflatten(0, (-1, chunk))[..., start:].masked_fill_(future, float("-inf"))
+            torch.mm(_weights(scores, columns, params, None), value[head], out=out[head, rows])
+    return out.reshape(1, heads, chunk, -1)
+
+
+def _prefill_fused(query: Tensor, key: Tensor, value: Tensor, start: int, params: AttentionParams) -> Tensor:
     """``prefill`` by fused kernels: what lies before the chunk, and the chunk itself; no mask is made."""
     heads, kv_heads = query.shape[1], key.shape[0]
     # the query heads of one kv head as a batch: its keys are shared, not repeated
     # (groups, kv_heads, chunk, head_dim)
     queries = query[0].unflatten(0, (kv_heads, heads // kv_heads)).transpose(0, 1)
     keys, values = (each.expand(queries.shape[0], *each.shape) for each in (key, value))
-    out, lse = _attend(queries, keys[:, :, start:], values[:, :, start:], scale, is_causal=True)
+    out, lse = _attend(queries, keys[:, :, start:], values[:, :, start:], params.scale, is_causal=True)
     if start:
-        out, _ = merge(out, lse, *_attend(queries, keys[:, :, :start], values[:, :, :start], scale))
+        out, _ = merge(out, lse, *_attend(queries, keys[:, :, :start], values[:, :, :start], params.scale))
     return out.to(value.dtype).transpose(0, 1).flatten(0, 1)[None]
 
 
