@@ -2,11 +2,12 @@
 
     python benchmarks/decode_throughput.py --vllm_python ~/venv-vllm/bin/python --output decode_throughput.json
 
-Peers: ours, transformers' generate(num_return_sequences=rows), its continuous batching (generate_batch), vLLM (n=rows),
-and with --baseline_path an older checkout of ours ("before"). Each is a process of its own with the same weights,
-number of threads, temperature 1 and top_k 50; EOS is ignored. What is timed goes from the prompt's ids to all rows'
-ids, prefill included. Runs alternate; the ratio of each pair is taken, and the median of the ratios is the result. A
-peer that is absent is skipped by name.
+Peers: ours, transformers' generate(num_return_sequences=rows), its continuous batching (generate_batch), vLLM (n=rows;
+its rows share whole blocks of a prompt, so it runs with its default blocks and with small ones), and with
+--baseline_path an older checkout of ours ("before"). Each is a process of its own with the same weights, number of
+threads, temperature 1 and top_k 50; EOS is ignored. What is timed goes from the prompt's ids to all rows' ids, prefill
+included. Runs alternate; the ratio of each pair is taken, and the median of the ratios is the result. A peer that is
+absent is skipped by name.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from bench import (
     table,
     write_checkpoint,
 )
-from peers import Worker, add_options, started, warmed_up
+from peers import SMALL_BLOCKS, Worker, add_options, started, warmed_up
 
 SHAPES = ("311x64", "900x24", "40x200", "1900x64")
 
@@ -40,7 +41,7 @@ def shape(text: str) -> tuple[int, int]:
 
 def main() -> None:
     made = parser(__doc__)
-    add_options(made, ["ours", "generate", "continuous", "vllm", "before"])
+    add_options(made, ["ours", "generate", "continuous", "vllm", SMALL_BLOCKS, "before"])
     made.add_argument(
         "--shapes", nargs="+", default=list(SHAPES), type=str, metavar="PROMPTxROWS", help="default: %(default)s"
     )
@@ -61,7 +62,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     result["token_stats"] = options.token_stats
     with tempfile.TemporaryDirectory() as name:
         folder = str(Path(name) / "model")
-        if options.model == SMOLLM2 or ("vllm" in options.peers and options.vllm_python):
+        if options.model == SMOLLM2 or options.vllm_python:
             tokenizer = write_checkpoint(options.model, options.dtype, Path(folder), seed=options.seed)
         else:
             folder, tokenizer = options.model, byte_tokenizer()  # random weights: each makes the same

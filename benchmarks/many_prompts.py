@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import SMOLLM2, alternating, byte_tokenizer, finish, header, parser, spread, table, write_checkpoint
-from peers import add_options, started, warmed_up
+from peers import SMALL_BLOCKS, add_options, started, warmed_up
 
 SHOTS = (
     (
@@ -91,7 +91,7 @@ def texts(count: int, seed: int) -> list[str]:
 
 def main() -> None:
     made = parser(__doc__)
-    add_options(made, ["ours", "vllm", "generate", "before"])
+    add_options(made, ["ours", "vllm", SMALL_BLOCKS, "generate", "before"])
     made.add_argument("--prompts", type=int, default=64)
     made.add_argument("--rows", type=int, default=16, help="of each prompt; default: %(default)s")
     made.add_argument("--tokens", type=int, default=64, help="of each row; default: %(default)s")
@@ -111,7 +111,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     result: dict[str, Any] = header("many_prompts", options)
     with tempfile.TemporaryDirectory() as name:
         folder = str(Path(name) / "model")
-        if options.model == SMOLLM2 or ("vllm" in options.peers and options.vllm_python):
+        if options.model == SMOLLM2 or options.vllm_python:
             tokenizer = write_checkpoint(options.model, options.dtype, Path(folder), seed=options.seed)
         else:
             folder, tokenizer = options.model, byte_tokenizer()
