@@ -12,6 +12,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
+from specrej_eval.kv.attention import sdpa
 from specrej_eval.kv.attention.base import AttentionBackend, AttentionParams
 from specrej_eval.kv.cache import Prefix, SuffixPool
 from specrej_eval.kv.memory import twice
@@ -159,10 +160,16 @@ class NewTokens:
     ) -> Tensor:
         """(rows, kv_heads, groups, longest, head_dim) -> (rows, longest, heads, head_dim of the values)."""
         count, kv_heads, groups, longest, width = query.shape
-        keys = torch.cat([_expanded(self.prefix.keys[layer], count), suffix_key], dim=2)
-        values = torch.cat([_expanded(self.prefix.values[layer], count), suffix_value], dim=2)
-        seen = self._seen_by(rows, params.window)[:, None, None]
-        seen = seen.expand(-1, 1, groups, -1, -1).reshape(count, 1, groups * longest, -1)
+        prefix_key, prefix_value = self.prefix.keys[layer], self.prefix.values[layer]
+        seen = self._seen_by(rows, params.window)
+        cut = params.window is not None and self.prefix.length + self.stored > params.window
+        if sdpa.extends_by_products(query, params) and self.prefix.length and not cut:
+            own = seen[..., self.prefix.length :]
+            out = sdpa.extend(query, prefix_key, prefix_value, suffix_key, suffix_value, own, params)
+            return out.permute(0, 3, 1, 2, 4).flatten(2, 3)
+        keys = torch.cat([_expanded(prefix_key, count), suffix_key], dim=2)
+        values = torch.cat([_expanded(prefix_value, count), suffix_value], dim=2)
+        seen = seen[:, None, None].expand(-1, 1, groups, -1, -1).reshape(count, 1, groups * longest, -1)
         out = self.attention.masked(query.reshape(count, kv_heads, groups * longest, width), keys, values, seen, params)
         return out.reshape(count, kv_heads, groups, longest, -1).permute(0, 3, 1, 2, 4).flatten(2, 3)
 
