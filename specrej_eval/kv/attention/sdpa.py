@@ -22,7 +22,7 @@ from specrej_eval.kv.attention.base import AttentionBackend, AttentionParams, la
 _QUERY_ALIGN = 16
 """On CPU, query rows of a matmul are padded to a multiple of this: with fewer than 4 rows per thread MKL takes
 another kernel, whose bits differ (measured: 1-3 rows on one thread, also 5, 6, 7 and 9 on two)."""
-_CACHE_BYTES = 2 * 2**20
+_CACHE_BYTES = 8 * 2**20
 """Scores that are computed at a time on a CPU, in float32."""
 _LONG_SOFTMAX = 128
 """Columns from which on torch's softmax of half-precision scores is faster than by way of float32."""
