@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import difflib
-import re
 from collections.abc import Iterable
-
-_PASSWORD = re.compile(r"(https?://)(?:(?!judge:)[^/\s\"])*@")
-"""``judge:`` begins another name of an ensemble, whose ``@`` separates model and server."""
 
 
 class SpecRejError(Exception):
@@ -66,8 +62,3 @@ def suggest(name: str, choices: Iterable[str]) -> str:
     best = nearest(name, options)
     listing = f"Known: {', '.join(options)}."
     return f"Did you mean {best!r}? {listing}" if best else listing
-
-
-def without_passwords(text: str, put: str = "") -> str:
-    """``http://name:password@host`` becomes ``http://host`` wherever it stands: alone, in an ensemble, in a command."""
-    return _PASSWORD.sub(rf"\1{put}", text)

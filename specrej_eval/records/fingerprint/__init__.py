@@ -22,7 +22,6 @@ from specrej_eval.checkpoint import DEMO_POLICY
 from specrej_eval.config import DEFAULT_N, HOST, NEUTRAL, PLACEMENT, Decides, RunConfig, as_dict, names
 from specrej_eval.config.argument import checkpoint, template
 from specrej_eval.config.engines import AUTO_BACKEND, SDPA
-from specrej_eval.errors import without_passwords
 from specrej_eval.records.fingerprint.comparing import (
     BETWEEN,
     SINCE,
@@ -38,6 +37,7 @@ from specrej_eval.records.fingerprint.comparing import (
     warnings_of,
 )
 from specrej_eval.records.fingerprint.files import EMBEDDED, HOST_DEFAULTS, Behind, plain, text_or_digest
+from specrej_eval.redaction import without_passwords
 
 __all__ = [
     "BETWEEN",
