@@ -5,13 +5,15 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+from specrej_eval.redaction import redacted
+
 
 class SpecRejError(Exception):
-    """Base of all errors raised on purpose. ``hint`` is printed below the message."""
+    """Base of all errors raised on purpose. ``hint`` is printed below the message. Neither shows a secret."""
 
     def __init__(self, message: str, *, hint: str | None = None) -> None:
-        super().__init__(message)
-        self.hint = hint
+        super().__init__(redacted(message))
+        self.hint = None if hint is None else redacted(hint)
 
     def __str__(self) -> str:
         message = super().__str__()

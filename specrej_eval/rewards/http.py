@@ -48,12 +48,14 @@ LONGEST_ASKED = 120.0
 TRY_AGAIN = {408, 425, 429}
 """Statuses below 500 that another try may cure."""
 SHOWN_BYTES = 200
+"""Of an answer, in messages."""
 MAX_BYTES = 64 * 2**20
 """Of one answer. Scores of 32 texts, token by token, or a thinking judge's log-probs, are a few MiB."""
 MAX_DEPTH = 64
 """Lists and objects inside each other; a server's own description of itself has about 20."""
 MAX_DIGITS = 300
 """Of a whole number: more are beyond the floats."""
+_BEYOND = 10**MAX_DIGITS
 MAX_PARALLEL = 8
 """Requests in flight at a time, where a protocol takes one text a request."""
 
@@ -121,7 +123,7 @@ class JsonServer:
         if parts.username is not None or parts.password is not None:
             user, password = unquote(parts.username or ""), unquote(parts.password or "")
             self._auth = HTTPBasicAuth(user.encode(), password.encode())
-            self._secrets = [password, parts.password or "", self._auth_header()]
+            self._secrets = [password or user, parts.password or "", self._auth_header()]
         elif name is not None:
             key = _key(name)
             if parts.scheme == "https" or is_loopback(parts.hostname) or config.reward_key_over_http:
@@ -197,15 +199,17 @@ class JsonServer:
                     stream=True,
                 ) as reply:
                     begun = True
-                    content, whole = _read(reply, MAX_BYTES if reply.status_code == 200 else SHOWN_BYTES)
+                    content, whole = _read(reply, MAX_BYTES if reply.status_code == 200 else 10 * SHOWN_BYTES)
             except (requests.RequestException, urllib3.exceptions.HTTPError, OSError, ValueError) as error:
                 if deadline.passed or isinstance(error, requests.Timeout):
                     what = "no end of the answer" if begun else "no answer"
                     raise ServerError(f"{where}: {what} within {self.timeout:g} s") from error
-                raise ServerError(f"{where}: {self._shown(_cause(error))}") from error
+                what = "the answer cannot be read" if begun else "no connection"
+                raise ServerError(f"{where}: {what} ({self._told(_cause(error))})") from error
             if deadline.passed:  # a connection that is cut may look like the end of an answer
                 raise ServerError(f"{where}: no end of the answer within {self.timeout:g} s")
-        text = self._shown(content[:SHOWN_BYTES].decode("utf-8", "replace"))
+        # cut last: of a key at the cut, the beginning would be shown
+        text = self._shown(content[: 10 * SHOWN_BYTES].decode("utf-8", "replace"))[:SHOWN_BYTES]
         if reply.status_code != 200:
             moved = f" to {self._told(reply.headers['Location'])}" if "Location" in reply.headers else ""
             raise ServerError(
@@ -235,7 +239,7 @@ class JsonServer:
         return redacted(text, self._secrets)
 
     def _told(self, header: str) -> str:
-        """A header of the answer: one short line, and no control characters."""
+        """What came outside of the body: one short line, and no control characters."""
         return re.sub(r"[^\x20-\x7e]", "?", self._shown(header))[:SHOWN_BYTES]
 
     def _final(self, error: ServerError, tries: int) -> ServerError:
@@ -330,7 +334,7 @@ def read_json(content: bytes) -> Any:
                 below += value
             elif isinstance(value, dict):
                 below += value.values()
-            elif isinstance(value, int) and abs(value) >= 10**MAX_DIGITS:
+            elif isinstance(value, int) and abs(value) >= _BEYOND:
                 raise BadAnswerError(f"a number has more than {MAX_DIGITS} digits")
         if not below:
             return answer
@@ -472,11 +476,16 @@ class _Adapter(HTTPAdapter):
         return manager
 
 
+class _Session(requests.Session):
+    def get_redirect_target(self, resp: Any) -> None:
+        """Nowhere: requests would read the whole body of a redirect, even of one that is not followed."""
+
+
 class _Local(threading.local):
     """A session is not safe to share among threads."""
 
     def __init__(self) -> None:
-        self.session = requests.Session()
+        self.session = _Session()
         for scheme in ("http://", "https://"):
             self.session.mount(scheme, _Adapter())
 
@@ -518,4 +527,4 @@ def _cause(error: BaseException) -> str:
     while (inner := error.__cause__ or error.__context__) is not None:
         error = inner
         seen = str(error) or seen
-    return f"no connection ({seen})"
+    return seen

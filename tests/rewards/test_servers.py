@@ -289,6 +289,23 @@ RETRIED: dict[str, tuple[servers.Fault, str]] = {
     "a body without end": (servers.endless(), "status 200, but more than 1 MiB"),
     "chunks without end": (servers.endless(chunked=True), "status 200, but more than 1 MiB"),
     "an error without end": (servers.endless(503), "status 503"),
+    "no HTTP": (servers.raw(b"\x1b[2J" + b"junk" * 10_000 + b"\r\n\r\n"), r"no connection \([^\x1b]*\?\[2Jjunk"),
+    "a length that is none": (
+        servers.raw(servers.HEAD + b"Content-Length: 1, 2\r\n\r\n[]"),
+        "no connection|cannot be read",
+    ),
+    "chunks that are none": (
+        servers.raw(servers.HEAD + b"Transfer-Encoding: chunked\r\n\r\nzz\r\n[]"),
+        "no connection|cannot be read",
+    ),
+    "no gzip": (
+        servers.raw(servers.HEAD + b"Content-Encoding: gzip\r\nContent-Length: 2\r\n\r\n[]"),
+        "no connection|cannot be read",
+    ),
+    "half of what was promised": (
+        servers.raw(servers.HEAD + b"Content-Length: 20\r\n\r\n[]"),
+        "no connection|cannot be read",
+    ),
     "400 digits": (servers.answer(b'[{"embedding": [%s]}, {"embedding": [1]}]' % (b"9" * 400)), "more than 300 digits"),
     "5,000 digits": (servers.answer(b"[" + b"9" * 5000 + b"]"), "thousands of digits"),
     "nested lists": (servers.answer(b"[" * 3000), "nested too deeply"),
@@ -304,6 +321,8 @@ REFUSED: dict[str, tuple[servers.Fault, str]] = {
     "401": (servers.status(401), r"status 401(.|\n)*SPECREJ_REWARD_API_KEY"),
     "404": (servers.status(404), "status 404"),
     "413": (servers.status(413), r"status 413(.|\n)*lower reward_batch_size"),
+    "moved without end": (servers.endless(302, head=b"Location: /there\r\n"), "status 302 .*to /there"),
+    "moved to no address": (servers.status(307, Location="http://["), r"status 307 .*to http://\["),
     "moved": (servers.status(302, Location="http://elsewhere/"), "status 302 .*to http://elsewhere/"),
 }
 
@@ -347,10 +366,11 @@ def test_a_refusal_is_not_repeated(name: str, sglang: Any) -> None:
     asked = len(server.requests)
     fault, message = REFUSED[name]
     server.faults.append(fault)
-    with pytest.raises(RewardError, match=message):
+    with pytest.raises(RewardError, match=message) as caught:
         reward.score(HELLO, rows("a", "b"))
     assert len(server.requests) - asked == 1
     assert not WAITS
+    assert len(str(caught.value)) < 600
 
 
 @pytest.mark.parametrize(

@@ -81,7 +81,8 @@ def identity(arguments: Mapping[str, Any]) -> dict[str, Any]:
         import_callable(name)  # finds it in the working directory, too; its file is looked at next
     models = fingerprint.of_models(config, {})
     embedded = name is None or _same_folder(name, checkpoint.DEMO_REWARD)
-    return {"reward_model": fingerprint.EMBEDDED if embedded else name, "reward_files": models["reward_files"]}
+    told = fingerprint.EMBEDDED if embedded else models["reward_model"]
+    return {"reward_model": told, "reward_files": models["reward_files"]}
 
 
 def _stamp(arguments: Mapping[str, Any]) -> dict[str, Any]:
