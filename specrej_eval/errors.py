@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import difflib
-import re
 from collections.abc import Iterable
 
-_PASSWORD = re.compile(r"(https?://)(?:(?!judge:)[^/\s\"])*@")
-"""``judge:`` begins another name of an ensemble, whose ``@`` separates model and server."""
+from specrej_eval.redaction import redacted
 
 
 class SpecRejError(Exception):
-    """Base of all errors raised on purpose. ``hint`` is printed below the message."""
+    """Base of all errors raised on purpose. ``hint`` is printed below the message. Neither shows a secret."""
 
     def __init__(self, message: str, *, hint: str | None = None) -> None:
-        super().__init__(message)
-        self.hint = hint
+        super().__init__(redacted(message))
+        self.hint = None if hint is None else redacted(hint)
 
     def __str__(self) -> str:
         message = super().__str__()
@@ -66,8 +64,3 @@ def suggest(name: str, choices: Iterable[str]) -> str:
     best = nearest(name, options)
     listing = f"Known: {', '.join(options)}."
     return f"Did you mean {best!r}? {listing}" if best else listing
-
-
-def without_passwords(text: str, put: str = "") -> str:
-    """``http://name:password@host`` becomes ``http://host`` wherever it stands: alone, in an ensemble, in a command."""
-    return _PASSWORD.sub(rf"\1{put}", text)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
 import shlex
 import signal
 import socket
@@ -21,7 +20,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from types import FrameType
 
-from specrej_eval.errors import SpecRejError, without_passwords
+from specrej_eval.errors import SpecRejError
+from specrej_eval.redaction import PUT, is_secret_name, redacted
 from specrej_eval.wording import counted
 
 STOPPED = "What is finished is recorded; run the same command again to continue."
@@ -29,8 +29,6 @@ PATIENCE = 4.0
 """Seconds that the way out may take."""
 NAMES = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}
 _DEFAULTS = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
-_SECRETS = re.compile(r"(?i)\b([\w-]*(?:token|api_?key|password|secret))([=:])(?!_id)[^,\s\"'}]+")
-_SECRET_NAME = re.compile(r"(?i)^--?[\w-]*(?:token|api[_-]?key|password|secret)$")
 
 
 class Stopped(KeyboardInterrupt):
@@ -172,8 +170,8 @@ def command_line() -> str:
         words = ["python", "-m", os.path.basename(os.path.dirname(sys.argv[0])), *sys.argv[1:]]
     shown = []
     for place, word in enumerate(words):
-        secret = place > 0 and _SECRET_NAME.match(words[place - 1])
-        shown.append("***" if secret else without_passwords(_SECRETS.sub(r"\1\2***", word), "***@"))
+        secret = place > 0 and words[place - 1].startswith("-") and is_secret_name(words[place - 1])
+        shown.append(PUT if secret else redacted(word))
     return shlex.join(shown)
 
 

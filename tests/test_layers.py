@@ -20,6 +20,7 @@ HARNESSES = {"alpaca_eval", "lm_eval"}
 # From the ground up. A room is a folder of the package or a file beside the folders; it may import those of the lines
 # above its own, and those of its own line only where SIDE_BY_SIDE says so.
 LAYERS = (
+    {"redaction"},
     {"errors", "checked", "wording"},
     {"paths", "registry", "core", "stopping"},
     {"checkpoint", "companions", "config", "special_tokens", "ranks"},

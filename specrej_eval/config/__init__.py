@@ -31,7 +31,8 @@ from specrej_eval.config.models import HOST, ModelArguments
 from specrej_eval.config.records import RecordArguments
 from specrej_eval.config.rewards import RewardArguments
 from specrej_eval.config.running import AUTO, DecoderArguments, PromptArguments, RunningArguments
-from specrej_eval.errors import ConfigError, nearest, without_passwords
+from specrej_eval.errors import ConfigError, nearest
+from specrej_eval.redaction import redacted_values
 
 __all__ = [
     "ARGUMENTS",
@@ -131,9 +132,8 @@ class RunConfig(RecordArguments, RunningArguments, EngineArguments, DecodingArgu
         return {name: value for name, value in made if not ARGUMENTS[name].later or value != ARGUMENTS[name].default}
 
     def to_dict(self) -> dict[str, Any]:
-        """For records: without the password that an address may hold."""
-        reward_model = self.reward_model and without_passwords(self.reward_model)
-        return {**dataclasses.asdict(self), "reward_model": reward_model}
+        """For records: without secrets, such as the password that an address may hold."""
+        return dict(redacted_values(dataclasses.asdict(self), put=""))
 
 
 ARGUMENTS = declared(RunConfig)

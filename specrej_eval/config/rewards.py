@@ -8,6 +8,7 @@ from specrej_eval.config.argument import (
     Decides,
     Takes,
     argument,
+    as_bool,
     as_is,
     checkpoint,
     choice,
@@ -70,7 +71,7 @@ class RewardArguments:
     reward_timeout: float = argument(
         60.0,
         number("above 0", lambda value: value > 0),
-        "Seconds to wait for a reward server's answer, before another try.",
+        "Seconds that one whole answer of a reward server may take, before another try.",
         decides=Decides.PLACE,
         takes=_ALONE,
     )
@@ -80,6 +81,15 @@ class RewardArguments:
         "Further tries, with growing pauses, before a reward server counts as failed.",
         decides=Decides.PLACE,
         takes=_ALONE,
+    )
+    reward_key_over_http: bool = argument(
+        False,
+        as_bool,
+        "True: the key for a reward server or judge goes to any host, unencrypted too; else to ``https`` and this "
+        "machine alone.",
+        decides=Decides.PLACE,
+        takes=_ALONE,
+        later=True,
     )
     reward_ensemble: str = argument(
         "sum",

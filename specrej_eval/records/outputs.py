@@ -51,6 +51,7 @@ from specrej_eval.records.jsonl import (
 )
 from specrej_eval.records.lookup import look_up
 from specrej_eval.records.trace import rank_path
+from specrej_eval.redaction import redacted_values
 from specrej_eval.wording import counted
 
 logger = logging.getLogger(__name__)
@@ -241,6 +242,7 @@ class RunRecord:
 
     def to_dict(self) -> dict[str, Any]:
         told = asdict(self)
+        told |= {name: redacted_values(told[name], put="") for name in ("arguments", "described")}  # older ones, too
         return {"generator": told.pop("name"), **told, "embedded_demo_pair": self.embedded_demo_pair}
 
 

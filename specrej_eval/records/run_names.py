@@ -6,7 +6,6 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 from specrej_eval.config import reward_names
 from specrej_eval.records.fingerprint import EMBEDDED, is_demo
@@ -51,9 +50,10 @@ def model_name(name: Any) -> str:
     parts = reward_names.parts(text)
     if len(parts) > 1:
         return "-".join(model_name(part["reward_model"]) for part in parts)
-    address = urlsplit(text)
     if reward_names.is_address(text):
-        return _plain(address.netloc.rpartition("@")[2] + address.path.rstrip("/"))
+        place = text.partition("://")[2].partition("?")[0].partition("#")[0]  # a record may hold what is no address
+        host, slash, path = place.partition("/")
+        return _plain(host.rpartition("@")[2] + slash + path.rstrip("/"))
     module, colon, function = text.rpartition(":")
     if colon and function.isidentifier() and all(part.isidentifier() for part in module.split(".")):
         return function

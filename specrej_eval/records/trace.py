@@ -12,6 +12,7 @@ from typing import Any
 
 from specrej_eval.core import GenerationResult, Prompt, Round
 from specrej_eval.records.jsonl import open_append
+from specrej_eval.redaction import redacted_values
 
 SCHEMA_VERSION = 1
 
@@ -27,7 +28,7 @@ class Tracer:
         self._file = None if path is None else open_append(path, argument="trace_path")
 
     def run(self, info: dict[str, Any]) -> None:
-        self._write("run", {"schema_version": SCHEMA_VERSION, **info})
+        self._write("run", {"schema_version": SCHEMA_VERSION, **redacted_values(info, put="")})
 
     def round(self, prompt: Prompt, index: int, event: Round) -> None:
         keys = {"task": prompt.task, "prompt_hash": prompt.prompt_hash, "repeat": prompt.repeat}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -15,6 +16,7 @@ from typing import Any
 
 import pytest
 from arithmetic import distinct_problems, question
+from support import reward_servers as servers
 from support.rank_runs import numbers, records
 
 from specrej_eval import cli
@@ -81,6 +83,24 @@ def test_an_archive_holds_the_answers_in_order_and_every_row_behind_them(
         assert item.finished_rewards == [row.reward for row in ended]
         assert item.ledger.decode_tokens == sum(row.num_tokens for row in behind.trajectories)
     assert record.totals["decode_tokens"] == sum(item.ledger.decode_tokens for item in answers)
+
+
+def test_no_file_and_no_message_holds_a_secret(
+    prompts: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    password, token, out = "Tr0ub4dor3", "hf_" + "aB3" * 11, tmp_path / "out"
+    with servers.chat(lambda text: {"7": 0.5, "3": 0.5}) as server, caplog.at_level(logging.DEBUG, "specrej_eval"):
+        name = f"likelihood+judge:m@{server.url.replace('http://', f'http://me:{password}@')}"
+        words = ["--prompts", prompts, "--output", str(out), "--n", "2", "--max_gen_toks", "8", "--reward_retries", "0"]
+        words += ["--reward_model", name, "--token", token]
+        assert run(*words, "--limit", "2") == 0
+        server.faults += [servers.status(401, f"{password} is wrong")] * 9
+        assert run(*words) == 1
+    told = capsys.readouterr()
+    assert server.headers[-1]["Authorization"].startswith("Basic ") and "*** is wrong" in told.err
+    files = [path.read_text() for path in out.rglob("*") if path.is_file()]
+    for text in (told.out, told.err, caplog.text, *files):
+        assert password not in text and token not in text
 
 
 def test_speculative_rejection_and_best_of_n_see_the_same_rows(prompts: str, tmp_path: Path) -> None:

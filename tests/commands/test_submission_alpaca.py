@@ -639,3 +639,31 @@ def test_an_altered_leaderboard_is_noticed(finished: Run, tmp_path: Path, monkey
     )
     finished.write_judged()
     assert "alpaca_eval has written other rows" in finished.submit()
+
+
+# --- secrets ---
+
+
+def test_secrets_of_the_configuration_are_left_out_and_refused_elsewhere(finished: Run) -> None:
+    password, token = "Tr0ub4dor3", "hf_" + "aB3" * 11
+    kwargs = {**KWARGS, "reward_model": f"http://me:{password}@host:8000", "token": token}
+    finished.write_config(kwargs)
+    finished.write_run(kwargs=kwargs)
+    finished.submit()
+    assert not [path for path in finished.out.rglob("*") if path.is_file() and password in path.read_text()]
+    text = (finished.out / CONFIGS).read_text()
+    assert "reward_model: http://host:8000" in text and token not in text
+    for secret, what in ((password, "the password of an address"), (token, "the value of token=")):
+        finished.rows[7]["output"] = f"It is {secret}."
+        finished.write_rows()
+        finished.write_run(kwargs=kwargs)
+        error = finished.refused("--force", "--allow_lookalikes")
+        assert f"{OUTPUTS}, line " in error and f"holds {what}" in error and secret not in error
+
+
+def test_an_answer_that_only_looks_like_a_secret_is_taken_when_told(finished: Run) -> None:
+    finished.rows[7]["output"] = "Clone it: git clone https://user:pass1234@example.com/x.git"
+    finished.write_rows()
+    finished.write_run()
+    assert "what looks like an address with a password" in finished.refused()
+    finished.submit("--allow_lookalikes")

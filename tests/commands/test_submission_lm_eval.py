@@ -395,3 +395,52 @@ def test_an_existing_folder_is_left_alone_without_force(finished: Run) -> None:
     assert copy.read_text() == "{}"
     finished.submit("--force")
     assert json.loads(copy.read_text())["model_name"] == EXPECTED
+
+
+# --- secrets ---
+
+PASSWORD, TOKEN = "Tr0ub4dor3", "hf_" + "aB3" * 11
+
+
+@pytest.mark.parametrize(
+    ("secret", "where"),
+    [
+        ({"token": PASSWORD}, "a value under the name of a token"),
+        ({"reward_model": f"http://me:{PASSWORD}@host"}, "an address with a password"),
+        ({"token": TOKEN}, "a token of the Hugging Face hub"),
+        ({"x": "sk-proj-" + PASSWORD * 3}, "an API key"),
+    ],
+)
+def test_arguments_with_a_secret_are_refused(finished: Run, secret: dict[str, str], where: str) -> None:
+    finished.change(lambda content: content["config"].update(model_args=secret))
+    error = finished.refused()
+    name = finished.results.name
+    assert f"{EXPECTED}/{name}, line " in error and f"holds what looks like {where}" in error
+    assert PASSWORD not in error and TOKEN not in error
+    line = int(error.partition(", line ")[2].partition(",")[0])
+    lines = json.dumps(json.loads(finished.results.read_text()), indent=2).splitlines()
+    assert next(iter(secret.values())) in lines[line - 1]
+    finished.submit("--allow_lookalikes")
+
+
+@pytest.mark.parametrize("file", ["trace.jsonl", "run.jsonl", "samples"])
+@pytest.mark.parametrize("own", [True, False])
+def test_any_file_with_a_secret_is_refused(
+    finished: Run, file: str, own: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = finished.samples if file == "samples" else finished.folder / file
+    text = f"see http://me:{PASSWORD}@host"
+    if own:
+        monkeypatch.setenv("SPECREJ_REWARD_API_KEY", f'a "{PASSWORD}"')
+        text = f'a "{PASSWORD}"'
+    if file == "samples":
+        finished.change_samples(lambda lines: lines[3].update(note=text))
+        number = 4
+    else:
+        number = len(path.read_text().splitlines()) + 1
+        path.write_text(path.read_text() + json.dumps({"note": text}) + "\n")
+    error = finished.refused(*(["--allow_lookalikes"] if own else []))
+    assert f"(from {str(path)!r}), line {number}, holds " in error and PASSWORD not in error
+    assert ("the key in SPECREJ_REWARD_API_KEY" in error) is own
+    if not own:
+        finished.submit("--allow_lookalikes")

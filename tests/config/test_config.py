@@ -68,6 +68,7 @@ def test_the_defaults_are_the_documented_ones():
         "reward_batch_size": 32,
         "reward_timeout": 60.0,
         "reward_retries": 5,
+        "reward_key_over_http": False,
         "judge_max_toks": 16,
         "deepconf_window": 64,
         "floor_toks": 2,

@@ -51,6 +51,7 @@ VALUES: dict[str, Any] = {
     "reward_batch_size": 3,
     "reward_timeout": 3.0,
     "reward_retries": 3,
+    "reward_key_over_http": True,
     "reward_cache": "off",
     "reward_kv_budget_tokens": 3,
     "reward_device": "cpu",

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import math
 import re
 from collections.abc import Callable, Iterator
+from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
 from itertools import count
 from pathlib import Path
 from typing import Any
 
 import pytest
+import requests
 from support import reward_servers as servers
 from support.rewards import check_reward, make_reward
 from support.tiny_models import BOS, save, tiny_tokenizer
@@ -45,6 +49,7 @@ def no_waiting(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(_http, "sleep", WAITS.append)
     for name in ("SPECREJ_REWARD_API_KEY", "OPENAI_API_KEY", "HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
         monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(_http, "MAX_BYTES", 2**20)
     yield
 
 
@@ -226,6 +231,15 @@ def test_a_family_by_hand_asks_nothing_about_the_kind(tokenizer_folder: str) -> 
     [
         ({"reward_model": "http://"}, "not the address of a server"),
         ({"reward_model": "http://host:port"}, "not the address of a server"),
+        *[
+            ({"reward_model": form.format(url)}, "not the address of a server|which model at which server")
+            for form in ("{}", "judge:m@{}", "likelihood+0.5*{}")
+            for url in (
+                *("http://[", "http://]", "http://[::1", "http://h:99999", "http://h:0", "https://", "http://:80"),
+                *("http://a b", "http://a\tb", "http://\ud800", "http://h/\ud800", "http://h\x00", "http://h\x1b[2J"),
+                *(f"http://{'a' * 64}.com", "http://a..b", "http://h?token=abc", "http://h/v1#x"),
+            )
+        ],
         ({"reward_model": "http://h:1/get_reward", "reward_family": "tei"}, "is a path of openrlhf"),
         ({"reward_model": "http://h:1", "reward_family": "vlm"}, "Did you mean 'vllm'"),
         ({"reward_model": "http://h:1", "reward_family": "armorm"}, "unknown reward_family 'armorm' of a server"),
@@ -251,7 +265,7 @@ RETRIED: dict[str, tuple[servers.Fault, str]] = {
     "500": (servers.status(500, "x" * 5000), r"status 500 .*'x{200}'"),
     "429": (servers.status(429), "status 429"),
     "408": (servers.status(408), "status 408"),
-    "html": (servers.html, r"status 200, but not JSON \(text/html\): '<html>.*Back soon"),
+    "html": (servers.html, r"status 200, but not JSON \(text/html; .*\): '<html>.*Back soon"),
     "hang up": (servers.hang_up, "no connection"),
     "half an answer": (servers.answer(b'[{"embedding": [1.'), "status 200, but not JSON"),
     "slow": (servers.sleep(1.5), r"no answer within 0\.3 s"),
@@ -259,14 +273,56 @@ RETRIED: dict[str, tuple[servers.Fault, str]] = {
     "too many": (servers.answer([{"embedding": [1.0]}] * 3), "2 scores were expected, got 3"),
     "no numbers": (servers.answer([{"embedding": ["high"]}] * 2), "one score was expected, got 'high'"),
     "two labels": (servers.answer([{"embedding": [0.1, 0.9]}] * 2), r"one score was expected"),
-    "another shape": (servers.answer({"error": "no model"}), "2 scores were expected"),
+    "another shape": (servers.answer({"error": "no model"}), "an object with .embedding. was expected"),
     "no list": (servers.answer("fine"), "a list of objects was expected"),
+    "a byte at a time": (servers.drip(b"[", head=servers.HEAD + b"\r\n"), r"no end of the answer within 0\.3 s"),
+    "a byte of many": (
+        servers.drip(b"[", head=servers.HEAD + b"Content-Length: 999999\r\n\r\n"),
+        r"no end of the answer within 0\.3 s",
+    ),
+    "a chunk at a time": (
+        servers.drip(b"1\r\n[\r\n", head=servers.HEAD + b"Transfer-Encoding: chunked\r\n\r\n"),
+        r"no end of the answer within 0\.3 s",
+    ),
+    "headers without end": (servers.drip(b"X-A: b\r\n", head=servers.HEAD), r"no (end of the )?answer within 0\.3 s"),
+    "a status without end": (servers.drip(b"1"), r"no answer within 0\.3 s"),
+    "a body without end": (servers.endless(), "status 200, but more than 1 MiB"),
+    "chunks without end": (servers.endless(chunked=True), "status 200, but more than 1 MiB"),
+    "an error without end": (servers.endless(503), "status 503"),
+    "no HTTP": (servers.raw(b"\x1b[2J" + b"junk" * 10_000 + b"\r\n\r\n"), r"no connection \([^\x1b]*\?\[2Jjunk"),
+    "a length that is none": (
+        servers.raw(servers.HEAD + b"Content-Length: 1, 2\r\n\r\n[]"),
+        "no connection|cannot be read",
+    ),
+    "chunks that are none": (
+        servers.raw(servers.HEAD + b"Transfer-Encoding: chunked\r\n\r\nzz\r\n[]"),
+        "no connection|cannot be read",
+    ),
+    "no gzip": (
+        servers.raw(servers.HEAD + b"Content-Encoding: gzip\r\nContent-Length: 2\r\n\r\n[]"),
+        "no connection|cannot be read",
+    ),
+    "half of what was promised": (
+        servers.raw(servers.HEAD + b"Content-Length: 20\r\n\r\n[]"),
+        "no connection|cannot be read",
+    ),
+    "400 digits": (servers.answer(b'[{"embedding": [%s]}, {"embedding": [1]}]' % (b"9" * 400)), "more than 300 digits"),
+    "5,000 digits": (servers.answer(b"[" + b"9" * 5000 + b"]"), "thousands of digits"),
+    "nested lists": (servers.answer(b"[" * 3000), "nested too deeply"),
+    "nested whole lists": (servers.answer(b"[" * 900 + b"]" * 900), "nested too deeply"),
+    "nested objects": (servers.answer(b'{"a":' * 90_000), "nested too deeply"),
+    "nested a little": (servers.answer([{"embedding": json.loads("[" * 80 + "1" + "]" * 80)}] * 2), "nested too"),
+    "not UTF-8": (servers.answer(b'["\xff\xfe"]'), r"status 200, but not JSON \(application/json; not UTF-8\)"),
+    "half a pair": (servers.answer(b'[{"embedding": ["\\ud800"]}, {"embedding": [1]}]'), "one score was expected"),
+    "nothing": (servers.answer(b""), "status 200, but not JSON"),
 }
 REFUSED: dict[str, tuple[servers.Fault, str]] = {
     "400": (servers.status(400, "input too long"), r"status 400 .*'input too long'"),
     "401": (servers.status(401), r"status 401(.|\n)*SPECREJ_REWARD_API_KEY"),
     "404": (servers.status(404), "status 404"),
     "413": (servers.status(413), r"status 413(.|\n)*lower reward_batch_size"),
+    "moved without end": (servers.endless(302, head=b"Location: /there\r\n"), "status 302 .*to /there"),
+    "moved to no address": (servers.status(307, Location="http://["), r"status 307 .*to http://\["),
     "moved": (servers.status(302, Location="http://elsewhere/"), "status 302 .*to http://elsewhere/"),
 }
 
@@ -310,10 +366,37 @@ def test_a_refusal_is_not_repeated(name: str, sglang: Any) -> None:
     asked = len(server.requests)
     fault, message = REFUSED[name]
     server.faults.append(fault)
-    with pytest.raises(RewardError, match=message):
+    with pytest.raises(RewardError, match=message) as caught:
         reward.score(HELLO, rows("a", "b"))
     assert len(server.requests) - asked == 1
     assert not WAITS
+    assert len(str(caught.value)) < 600
+
+
+@pytest.mark.parametrize(
+    ("asked", "seconds"),
+    [
+        *[("7", 7), (" 12 ", 12), ("120", 120), ("121", 120), ("9" * 400, 120), ("0", 0)],
+        *[("Fri, 31 Dec 9999 23:59:59 GMT", 120), ("Fri, 31 Dec 1999 23:59:59 GMT", 0)],
+        *[("Fri, 31 Dec 1999 23:59:59 -0000", 0), ("Fri, 99 Dec 1999", 0), ("Fri, 31 Dec 99999999999 1:1:1 GMT", 0)],
+        *[("-5", 0), ("nan", 0), ("1e400", 0), ("inf", 0), ("\u0667", 0), ("", 0), ("soon", 0), ("1.5", 0)],
+    ],
+)
+@pytest.mark.parametrize("code", [429, 503])
+def test_a_server_is_waited_for_as_long_as_it_asks_within_reason(
+    asked: str, seconds: float, code: int, sglang: Any
+) -> None:
+    server, connect = sglang
+    reward = connect()
+    server.faults.append(servers.status(code, **{"Retry-After": asked.encode().decode("latin-1")}))
+    reward.score(HELLO, rows("a"))
+    (wait,) = WAITS
+    assert wait == seconds if seconds else wait <= _http.FIRST_WAIT
+
+
+def test_a_date_to_come_back_at_is_waited_for() -> None:
+    at = format_datetime(datetime.now(UTC) + timedelta(seconds=60), usegmt=True)
+    assert 50 < _http.seconds_asked(at) <= 60
 
 
 def test_pauses_double_and_vary(sglang: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -345,11 +428,20 @@ def test_nan_is_for_on_nan_to_decide(written: bytes, sglang: Any) -> None:
     assert second == 2.5
 
 
+def test_a_score_that_is_missing_is_none_that_is_null(sglang: Any) -> None:
+    server, connect = sglang
+    reward = connect()
+    server.faults.extend([servers.answer([{"meta_info": {}}])] * 3)
+    with pytest.raises(RewardError, match="an object with 'embedding' was expected"):
+        reward.score(HELLO, rows("a"))
+
+
 def test_the_key_comes_from_the_environment_and_is_shown_to_the_server_alone(
     sglang: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     server, connect = sglang
     monkeypatch.setenv("SPECREJ_REWARD_API_KEY", "sesame")
+    monkeypatch.setenv("NETRC", "/dev/null")
     reward = connect()
     reward.score(HELLO, rows("a"))
     assert server.headers[-1]["Authorization"] == "Bearer sesame"
@@ -357,6 +449,90 @@ def test_the_key_comes_from_the_environment_and_is_shown_to_the_server_alone(
     with pytest.raises(RewardError) as caught:
         reward.score(HELLO, rows("a"))
     assert "sesame" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("host", "sent"),
+    [
+        *[("https://far.example", True), ("http://localhost:1", True), ("http://127.8.9.1:1", True)],
+        *[("http://[::1]:1", True), ("http://a.localhost", True), ("http://far.example", False)],
+        *[("http://localhost.example", False), ("http://127.0.0.1.example", False), ("http://10.0.0.1", False)],
+        *[("http://[::2]", False), ("http://0.0.0.0", False), ("HTTP://far.example", False)],
+    ],
+)
+@pytest.mark.parametrize("name", ["SPECREJ_REWARD_API_KEY", "OPENAI_API_KEY"])
+def test_a_key_goes_to_https_and_this_machine_alone_unless_told_otherwise(
+    host: str, sent: bool, name: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv(name, "sesame-open")
+    seen: list[Any] = []
+
+    def answered(self: Any, request: Any, **options: Any) -> Any:
+        seen.append(request)
+        raise ConnectionError("nobody")
+
+    monkeypatch.setattr(_http._Adapter, "send", answered)
+    for over_http in (False, True):
+        config = RunConfig(reward_retries=0, reward_key_over_http=over_http)
+        caplog.clear()
+        server = _http.JsonServer(host, key_variables=judges.KEY_VARIABLES, config=config)
+        assert ("is not sent" in caplog.text) is not (sent or over_http)
+        with pytest.raises(RewardError, match="nobody"):
+            server.get("/x")
+        assert ("Authorization" in seen[-1].headers) is (sent or over_http)
+        told = str(server._final(_http.ServerError("no", status=401), 1))
+        assert ("reward_key_over_http=True" in told) is not (sent or over_http)
+        assert "sesame" not in caplog.text + told
+
+
+@pytest.mark.parametrize("key", ["a b", "a\nb", "gr\u00fcn", "\u20ac", "\x7f"])
+def test_a_key_that_is_none_is_named_and_not_shown(key: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", f"sesame{key}")
+    with pytest.raises(ConfigError, match="OPENAI_API_KEY holds no key") as caught:
+        check_reward(RunConfig(reward_model="judge:m@http://127.0.0.1:1"))
+    assert "sesame" not in str(caught.value)
+
+
+def test_no_redirect_is_followed_and_nothing_of_ours_reaches_another_host(
+    sglang: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    server, connect = sglang
+    monkeypatch.setenv("SPECREJ_REWARD_API_KEY", "sesame-open")
+    (tmp_path / "netrc").write_text("default login me password other\n")
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    with servers.sglang(hashed) as other:
+        reward = connect()
+        assert server.headers[-1]["Authorization"] == "Bearer sesame-open"  # ~/.netrc does not stand in its place
+        for code in (301, 302, 303, 307, 308):
+            server.faults.append(servers.status(code, Location=f"{other.url}/classify?key=sesame-open\x1b[2J"))
+            with pytest.raises(RewardError, match=rf"status {code} .*to {other.url}/classify\?key=\*\*\*\?\[2J"):
+                reward.score(HELLO, rows("a"))
+        assert not other.requests
+
+
+def test_a_server_that_sends_our_key_back_does_not_make_us_show_it(
+    sglang: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    server, connect = sglang
+    monkeypatch.setenv("SPECREJ_REWARD_API_KEY", "sesame-open")
+    reward = connect()
+    for fault in (
+        servers.status(401, "wrong key: sesame-open"),
+        servers.answer(b'{"key": "sesame-open"}'),
+        servers.answer([{"embedding": "Bearer sesame-open"}]),
+        servers.answer(b"sesame-open"),
+    ):
+        server.faults.extend([fault] * 3)
+        with caplog.at_level(logging.DEBUG, "specrej_eval"), pytest.raises(RewardError) as caught:
+            reward.score(HELLO, rows("a"))
+        server.faults.clear()
+        assert "sesame" not in f"{caught.value} {caught.value.__cause__} {caplog.text}"
+
+
+def test_a_proxy_has_no_part_in_what_stays_on_this_machine(sglang: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, connect = sglang
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    connect().score(HELLO, rows("a"))
 
 
 def test_a_password_in_the_address_is_never_shown(tokenizer_folder: str) -> None:
@@ -372,6 +548,105 @@ def test_a_password_in_the_address_is_never_shown(tokenizer_folder: str) -> None
         with pytest.raises(RewardError) as caught:
             reward.score(HELLO, rows("a"))
         assert "secret" not in str(caught.value)
+
+
+# ---- answers of every wrong form -------------------------------------------------------------------------------------
+
+WRONG: tuple[Any, ...] = (
+    *(None, True, False, 0, -1, 3, 10**299, -(10**299), 1e308, math.nan, math.inf, -math.inf, "", "0", "\ud800"),
+    *([], [1], [[]], [None], ["x", {}], [{}], {}, {"": 0}, {"a": [1]}, {"0": {}}, {"index": [0]}, [[[1]]] * 2),
+)
+
+
+def altered(answer: Any) -> Iterator[Any]:
+    """An answer with each of its parts in turn replaced by each wrong value, left out, or doubled."""
+    yield from WRONG
+    if isinstance(answer, list):
+        yield answer * 2
+        for place, value in enumerate(answer):
+            yield answer[:place] + answer[place + 1 :]
+            for other in altered(value):
+                yield [*answer[:place], other, *answer[place + 1 :]]
+    if isinstance(answer, dict):
+        for name, value in answer.items():
+            yield {key: inner for key, inner in answer.items() if key != name}
+            for other in altered(value):
+                yield {**answer, name: other}
+
+
+class Wrong:
+    """In the place of HTTP: a server's own answers, one of them altered."""
+
+    def __init__(self, server: servers.Server, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.server = server
+        self.bad: dict[str, Any] = {}
+        monkeypatch.setattr(_http._Adapter, "send", self._send)
+
+    def good(self, method: str, path: str, body: Any) -> Any:
+        route = self.server.routes.get((method, path))
+        return None if route is None else json.loads(json.dumps(route(body)))
+
+    def _send(self, request: Any, **options: Any) -> Any:
+        path = request.path_url
+        found = self.bad.get(path)
+        body = json.loads(request.body) if request.body else None
+        self.last = (request.method, path, body)
+        if found is None:
+            found = [self.good(*self.last)]
+        reply = requests.Response()
+        reply.status_code = 404 if found == [None] and path not in self.bad else 200
+        reply.raw = io.BytesIO(json.dumps(found[0]).encode())
+        return reply
+
+
+FUZZED: dict[str, tuple[Callable[[], Any], str, list[str]]] = {
+    "vllm": (lambda: servers.vllm(hashed), "", ["/classify", "/openapi.json", "/v1/models"]),
+    "vllm pooling": (lambda: servers.vllm(hashed, by_token=True), "/pooling", ["/pooling"]),
+    "sglang": (lambda: servers.sglang(hashed), "", ["/classify", "/openapi.json", "/get_model_info"]),
+    "tei": (lambda: servers.tei(hashed), "", ["/predict", "/info"]),
+    "tei rerank": (lambda: servers.tei(hashed), "/rerank", ["/rerank", "/info"]),
+    "openrlhf": (lambda: servers.openrlhf(hashed), "", ["/get_reward", "/openapi.json"]),
+    "judge": (lambda: servers.chat(lambda text: {"7": 0.5, "3": 0.5}), "judge:m@", ["/v1/chat/completions"]),
+}
+
+
+@pytest.mark.parametrize("name", FUZZED)
+def test_an_answer_of_any_form_is_a_score_or_one_clear_error(
+    name: str, tokenizer_folder: str, monkeypatch: pytest.MonkeyPatch, counted: Callable[[str, int], None]
+) -> None:
+    made, where, paths = FUZZED[name]
+    given = {} if name.startswith(("tei", "judge")) else {"reward_tokenizer": tokenizer_folder}
+    with made() as server:
+        url = where + server.url if where.endswith("@") else server.url + where
+        config, _ = RunConfig.from_args({"reward_model": url, "reward_retries": 1, "on_nan": "drop", **given})
+        tokenizer = tiny_tokenizer()
+        monkeypatch.setattr("specrej_eval.rewards.kinds.server.load_tokenizer", lambda config, token: tokenizer)
+        wrong = Wrong(server, monkeypatch)
+        reward = make_reward(config, device="cpu")
+        plain = reward.score(HELLO, rows("a", "b"))
+        tried = 0
+        for path in paths:
+            post = ("POST", path) in server.routes
+            if post:
+                reward.score(HELLO, rows("a", "b"))
+            answer = wrong.good(*wrong.last) if post else wrong.good("GET", path, None)
+            assert answer is not None
+            for bad in altered(answer):
+                wrong.bad = {path: [bad]}
+                tried += 1
+                try:
+                    found = reward if post else make_reward(config, device="cpu")
+                    scores = found.score(HELLO, rows("a", "b"))
+                    assert len(scores) == 2 and all(isinstance(score, float) for score in scores)
+                    json.dumps(found.tokens_scored)
+                except SpecRejError as error:
+                    assert server.url in str(error) or "/no/such" in str(error)
+                    assert len(str(error)) < 1000
+                    str(error).encode()
+                finally:
+                    wrong.bad = {}
+        assert reward.score(HELLO, rows("a", "b")) == plain
+    counted("answers of servers, altered", tried)
 
 
 # ---- the judge -------------------------------------------------------------------------------------------------------

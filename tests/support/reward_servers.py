@@ -125,6 +125,54 @@ def sleep(seconds: float) -> Fault:
     return fault
 
 
+def drip(raw: bytes, *, head: bytes = b"", seconds: float = 0.05) -> Fault:
+    """``head`` at once, then for ever one byte after another of ``raw``, over and over."""
+
+    def fault(handler: Handler) -> None:
+        handler.close_connection = True
+        try:
+            handler.wfile.write(head)
+            while True:
+                for byte in raw:
+                    handler.wfile.write(bytes([byte]))
+                    handler.wfile.flush()
+                    time.sleep(seconds)
+        except OSError:  # the client has had enough
+            pass
+
+    return fault
+
+
+HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n"
+
+
+def raw(content: bytes) -> Fault:
+    """Whatever it is, in the place of an answer."""
+
+    def fault(handler: Handler) -> None:
+        handler.wfile.write(content)
+        hang_up(handler)
+
+    return fault
+
+
+def endless(code: int = 200, *, chunked: bool = False, head: bytes = b"") -> Fault:
+    """A body without end, as fast as it goes."""
+
+    def fault(handler: Handler) -> None:
+        handler.close_connection = True
+        block = b"[" * 65536
+        try:
+            handler.wfile.write(b"HTTP/1.1 %d x\r\n%s" % (code, head))
+            handler.wfile.write(b"Transfer-Encoding: chunked\r\n\r\n" if chunked else b"\r\n")
+            while True:
+                handler.wfile.write(b"10000\r\n%s\r\n" % block if chunked else block)
+        except OSError:
+            pass
+
+    return fault
+
+
 # ---- the protocols, each written from its server's own documentation ---------------------------------------------
 
 

@@ -254,10 +254,12 @@ def test_another_thread_installs_nothing() -> None:
 
 def test_the_command_is_shown_without_its_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
     words = ["--model_args", "pretrained=a,token=hf_abc,n=4,think_end_token_id=7", "--token", "hf_abc", "--x", "y z"]
+    words += ["--hf_token=hush-hush", "think_end_token=</think>"]
     monkeypatch.setattr(sys, "argv", ["/bin/lm_eval", *words, "reward_model=http://me:hush@host:1"])
     shown = stopping.command_line()
     assert shown.startswith("lm_eval --model_args 'pretrained=a,token=***,n=4,think_end_token_id=7'")
     assert "hf_abc" not in shown and "hush" not in shown and "'y z'" in shown
+    assert "think_end_token=</think>" in shown, "a command to run again needs it"
 
 
 def test_main_blocked_in_c_ends_all_the_same(tmp_path: Path, counted: Counted, measured: Measured) -> None:

@@ -21,6 +21,7 @@ from specrej_eval.records.fingerprint import EMBEDDED
 from specrej_eval.records.outputs import RUN_FILES, Answer, OutputsFolder, total_cost
 from specrej_eval.records.run_names import model_name
 from specrej_eval.records.scores import Score, mean_score
+from specrej_eval.redaction import redacted_values
 from specrej_eval.wording import counted
 
 RECORDS = (*declared(RecordArguments), "prompts", "limit")
@@ -115,7 +116,7 @@ def _runs_in(folder: Path) -> Iterable[Run]:
 
 
 def _of_lm_eval(results: lm_eval_files.Results) -> Run:
-    block, arguments = results.block, results.arguments
+    block, arguments = results.block, redacted_values(results.arguments, put="")
     given = object_or_empty(results.config.get("model_args"))
     embedded = bool(block.get("embedded_demo_pair"))
     return Run(
@@ -127,7 +128,7 @@ def _of_lm_eval(results: lm_eval_files.Results) -> Run:
         arguments={name: value for name, value in arguments.items() if name not in RECORDS} if block else {},
         models={
             "pretrained": EMBEDDED if embedded else arguments.get("pretrained") or given.get("pretrained"),
-            "reward_model": block.get("reward_model") or arguments.get("reward_model"),
+            "reward_model": redacted_values(block.get("reward_model") or arguments.get("reward_model"), put=""),
         },
         limit=results.config.get("limit"),
         hardware=block.get("hardware"),

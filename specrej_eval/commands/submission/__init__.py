@@ -37,6 +37,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         written = made.add_argument_group("what to write")
         written.add_argument("--output", required=True, metavar="DIR", help="where the files go")
         written.add_argument("--force", action="store_true", help="replace our files that are already there")
+        written.add_argument(
+            "--allow_lookalikes",
+            action="store_true",
+            help="write files that hold what looks like a key or an address with a password, as an answer may; your "
+            "own keys are refused all the same",
+        )
 
 
 def run(args: argparse.Namespace) -> int:

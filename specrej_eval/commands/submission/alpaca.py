@@ -19,6 +19,7 @@ from specrej_eval.commands.submission.alpaca_checks import COLUMNS, JUDGE, NUM_I
 from specrej_eval.commands.submission.tree import Tree, read_rows
 from specrej_eval.errors import ConfigError, SpecRejError
 from specrej_eval.harness.alpaca_eval import config as alpaca_config
+from specrej_eval.redaction import secrets_of
 from specrej_eval.wording import counted
 
 PACKAGE = "src/alpaca_eval"
@@ -104,8 +105,9 @@ def build(args: argparse.Namespace) -> Submission:
     else:
         config.fingerprint()  # its arguments are at least valid, and of no demo
 
-    submission = Submission(Tree(args.output, force=args.force), outputs)
+    submission = Submission(Tree(args.output, force=args.force, lookalikes=args.allow_lookalikes), outputs)
     tree, notes = submission.tree, submission.notes
+    tree.secrets |= secrets_of(config.completions_kwargs)
     if record is None:
         notes.append("--unverified: nothing says how these outputs were made, and configs.yaml says so")
     if worse := [number for number, answer in enumerate(answers, start=1) if answer.degraded]:

@@ -51,7 +51,7 @@ def build(args: argparse.Namespace) -> tuple[Tree, list[str]]:
     Raises:
         SpecRejError: the first thing that is wrong, with file and line.
     """
-    tree, notes = Tree(args.output, force=args.force), []
+    tree, notes = Tree(args.output, force=args.force, lookalikes=args.allow_lookalikes), []
     chosen, replaced = newest(find_results(Path(args.results)))
     notes += [f"{old.path} is an older run of the same: left out" for old in replaced]
     named: dict[str, Results] = {}

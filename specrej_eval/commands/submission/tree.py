@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from specrej_eval.errors import ConfigError, SpecRejError
 from specrej_eval.records.jsonl import write_atomically
+from specrej_eval.redaction import Search, own_secrets
+
+_OF_ARGUMENTS = ("results_", "configs.yaml")
+"""How the files begin that say with which arguments a run was made."""
 
 
 class Tree:
@@ -17,11 +22,15 @@ class Tree:
     Args:
         root: the folder.
         force: replace files that lie there already.
+        lookalikes: take what only looks like a secret.
     """
 
-    def __init__(self, root: str | Path, *, force: bool) -> None:
+    def __init__(self, root: str | Path, *, force: bool, lookalikes: bool = False) -> None:
         self.root = Path(root)
         self._force = force
+        self._lookalikes = lookalikes
+        self.secrets = own_secrets()
+        """Secret -> what it is: what no file may hold."""
         self._texts: dict[str, str] = {}
         self._copies: dict[str, Path] = {}
         self._stale: set[str] = set()
@@ -49,8 +58,10 @@ class Tree:
         """Write all files.
 
         Raises:
+            SpecRejError: one of them holds a secret.
             ConfigError: one of them exists and ``force`` was not given, or a file cannot be written.
         """
+        self._refuse_secrets()
         there = [path for path in sorted({*self.paths, *self._stale}) if (self.root / path).exists()]
         if there and not self._force:
             raise ConfigError(
@@ -72,6 +83,33 @@ class Tree:
             raise ConfigError(f"{str(self.root)!r} cannot be written: {error}.") from error
         for path, text in self._texts.items():
             write_atomically(self.root / path, text)
+
+    def _refuse_secrets(self) -> None:
+        search = Search(self.secrets)
+        for path in self.paths:
+            arguments = Path(path).name.startswith(_OF_ARGUMENTS)
+            for number, line in enumerate(self._lines(path), start=1):
+                found = search(line, arguments=arguments)
+                if found is None or (self._lookalikes and not found[1]):
+                    continue
+                source = f" (from {str(self._copies[path])!r})" if path in self._copies else ""
+                looks = "" if found[1] else "what looks like "
+                hint = "put *** in its place in the file it comes from; if others have seen it, have it withdrawn."
+                if not found[1]:
+                    hint += " If it is no secret (an answer may look like one): --allow_lookalikes."
+                raise SpecRejError(
+                    f"{path}{source}, line {number}, holds {looks}{found[0]}. Nothing was written.", hint=hint
+                )
+
+    def _lines(self, path: str) -> Iterator[str]:
+        if path in self._texts:
+            yield from self._texts[path].split("\n")
+            return
+        try:
+            with self._copies[path].open(encoding="utf-8", errors="replace", newline="\n") as lines:
+                yield from lines
+        except OSError as error:
+            raise ConfigError(f"{str(self._copies[path])!r} cannot be read: {error}.") from error
 
 
 def read_rows(path: Path, *, what: str, hint: str) -> list[dict[str, Any]]:

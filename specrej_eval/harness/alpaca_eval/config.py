@@ -19,6 +19,7 @@ from specrej_eval.errors import ConfigError
 from specrej_eval.paths import is_folder
 from specrej_eval.records.fingerprint import differences, of_run
 from specrej_eval.records.outputs import Answer, RunRecord
+from specrej_eval.redaction import redacted, redacted_values
 
 STRATEGIES = {"specrej_completions": "speculative_rejection", "specrej_best_of_n": "best_of_n"}
 """Our completion functions and the strategy each presets."""
@@ -162,6 +163,7 @@ def render(config: ModelConfig, record: RunRecord | None, answers: Sequence[Answ
         remarks.append("Submitted without the record of the run.")
     private = {name for name, made in {**ARGUMENTS, **HOST}.items() if made.private}
     kwargs = {key: value for key, value in config.completions_kwargs.items() if key not in private}
+    kwargs = redacted_values(kwargs, put="")
     entry = {
         "prompt_template": f"{name}/prompt.txt",
         "fn_completions": None,
@@ -180,7 +182,7 @@ def local_paths(config: ModelConfig) -> list[str]:
     """Arguments that name a folder, which nobody else has."""
     named = (*names(checkpoint, rewards), *names(checkpoint, among=HOST))
     return [
-        f"{name}={value}"
+        f"{name}={redacted(value)}"
         for name, value in config.completions_kwargs.items()
         if name in named and isinstance(value, str) and "/" in value and (not is_hub_name(value) or is_folder(value))
     ]

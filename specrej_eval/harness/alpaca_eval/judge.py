@@ -81,14 +81,18 @@ def identity(arguments: Mapping[str, Any]) -> dict[str, Any]:
         import_callable(name)  # finds it in the working directory, too; its file is looked at next
     models = fingerprint.of_models(config, {})
     embedded = name is None or _same_folder(name, checkpoint.DEMO_REWARD)
-    return {"reward_model": fingerprint.EMBEDDED if embedded else name, "reward_files": models["reward_files"]}
+    told = fingerprint.EMBEDDED if embedded else models["reward_model"]
+    return {"reward_model": told, "reward_files": models["reward_files"]}
 
 
 def _stamp(arguments: Mapping[str, Any]) -> dict[str, Any]:
     """What the annotation cache must know of the files; for a hub repository, its commit."""
+    from specrej_eval.config import reward_names
+
     found = identity(arguments)
     name = found["reward_model"]
-    if found["reward_files"] is None and name is not None and "/" in name:
+    elsewhere = (reward_names.is_address, reward_names.is_judge, reward_names.is_ensemble)
+    if found["reward_files"] is None and "/" in name and not any(claims(name) for claims in elsewhere):
         from huggingface_hub import try_to_load_from_cache
 
         checkpoint.read_config("reward_model", name)  # fetched now, or as it was last time

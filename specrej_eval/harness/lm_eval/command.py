@@ -6,7 +6,6 @@ Errors raised on purpose, signals, and names that lm-eval does not know end in o
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
 import sys
@@ -20,6 +19,7 @@ import yaml
 from specrej_eval import stopping
 from specrej_eval.errors import ConfigError, SpecRejError, nearest
 from specrej_eval.harness.lm_eval import LM_EVAL_MODELS
+from specrej_eval.harness.lm_eval.sealing import sealed_configs
 from specrej_eval.harness.patching import patch
 from specrej_eval.paths import folder, is_folder
 
@@ -37,7 +37,9 @@ def wrap_command(main: ModuleType) -> None:
             meant = ours or stopping.is_command() or nearest(str(options.get("model")), LM_EVAL_MODELS) is not None
             with stopping.command():
                 try:
-                    with stopping.signals() if ours else contextlib.nullcontext():
+                    if not ours:
+                        return original()
+                    with stopping.signals(), sealed_configs():
                         return original()
                 except (SpecRejError, stopping.Stopped) as error:
                     if isinstance(error, SpecRejError) and _wants_traceback(sys.argv):

@@ -39,6 +39,7 @@ from specrej_eval.harness.lm_eval.requests import (
 )
 from specrej_eval.harness.lm_eval.tally import Tally, strict_json
 from specrej_eval.records import fingerprint
+from specrej_eval.redaction import opened, redacted_values
 from specrej_eval.special_tokens import ALLOW, Marked, SpecialTokenError, Tokeniser, concerned
 
 logger = logging.getLogger("lm_eval.models.specrej")  # below lm-eval's own logger: its format and --verbosity hold
@@ -145,12 +146,12 @@ class SpecRejLM(HFLM):
                 "lm-eval's --seed has no effect here (our startup hook has not reached lm-eval, or this is a "
                 "release we do not know). Give seed= in --model_args; `specrej-eval doctor` says more."
             )
-        return cls(**{**arg_dict, "harness_options": additional_config, "host_run": run})
+        return cls(**{**opened(arg_dict), "harness_options": additional_config, "host_run": run})
 
     @classmethod
     def create_from_arg_string(cls, arg_string: str, additional_config: dict[str, Any] | None = None) -> SpecRejLM:
         """As ``create_from_arg_obj``, from ``a=1,b=2``."""
-        return cls.create_from_arg_obj(simple_parse_args_string(arg_string), additional_config)
+        return cls.create_from_arg_obj(simple_parse_args_string(opened(arg_string)), additional_config)
 
     def _generator(self) -> Generator:
         from specrej_eval.engines.transformers.engine import TransformersEngine
@@ -461,7 +462,7 @@ class SpecRejLM(HFLM):
             "versions": {name: described.pop(name, None) or fingerprint.version_of(name) for name in VERSIONS},
             "hardware": described,
         }
-        return {**super().get_model_info(), "specrej": strict_json(block)}
+        return {**super().get_model_info(), "specrej": strict_json(redacted_values(block, put=""))}
 
     def _warn(self, message: str, *, key: object = None) -> None:
         """Log a warning and keep it for the results, the first time it has cause."""

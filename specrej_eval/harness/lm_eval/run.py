@@ -8,7 +8,6 @@ the command line and from Python alike.
 
 from __future__ import annotations
 
-import contextlib
 import contextvars
 import inspect
 import logging
@@ -22,6 +21,7 @@ from specrej_eval import budget, stopping
 from specrej_eval.errors import ConfigError
 from specrej_eval.harness.lm_eval import LM_EVAL_MODELS
 from specrej_eval.harness.lm_eval.command import options_of
+from specrej_eval.harness.lm_eval.sealing import sealed_call
 from specrej_eval.harness.patching import is_patched, patch, takes
 
 logger = logging.getLogger("lm_eval.models.specrej")
@@ -91,8 +91,11 @@ def wrap_simple_evaluate(evaluator: ModuleType) -> None:
             ours = model in LM_EVAL_MODELS if isinstance(model, str) else hasattr(model, "run_config")
             token = _current.set(_host_run(call.arguments, signature) if ours else None)
             try:
-                with stopping.signals() if ours else contextlib.nullcontext():
+                if not ours:
                     return original(*args, **kwargs)
+                positional, named = sealed_call(args, kwargs, signature)
+                with stopping.signals():
+                    return original(*positional, **named)
             finally:
                 _current.reset(token)
 

@@ -22,7 +22,6 @@ from specrej_eval.checkpoint import DEMO_POLICY
 from specrej_eval.config import DEFAULT_N, HOST, NEUTRAL, PLACEMENT, Decides, RunConfig, as_dict, names
 from specrej_eval.config.argument import checkpoint, template
 from specrej_eval.config.engines import AUTO_BACKEND, SDPA
-from specrej_eval.errors import without_passwords
 from specrej_eval.records.fingerprint.comparing import (
     BETWEEN,
     SINCE,
@@ -38,6 +37,7 @@ from specrej_eval.records.fingerprint.comparing import (
     warnings_of,
 )
 from specrej_eval.records.fingerprint.files import EMBEDDED, HOST_DEFAULTS, Behind, plain, text_or_digest
+from specrej_eval.redaction import redacted, redacted_values
 
 __all__ = [
     "BETWEEN",
@@ -99,16 +99,15 @@ def of_models(config: RunConfig, host: Mapping[str, Any], *, loaded: Sequence[st
         "numbers_version": NUMBERS_VERSION,
         "pretrained": policy or EMBEDDED,
         "pretrained_files": policy_files,
-        "reward_model": without_passwords(reward),
+        "reward_model": redacted(reward, put=""),
         "reward_files": reward_files,
         **{f"{name}_files": files for name, files in about.files.items() if files is not None},
         **({"reward_data_files": about.data} if about.data is not None else {}),
         **({"companion_files": dict(sorted(about.companions.items()))} if about.companions else {}),
         **({"hub_commits": dict(sorted(about.commits.items()))} if about.commits else {}),
-        **_about_models(config),
-        **_of_host(host),
+        **redacted_values({**_about_models(config), **_of_host(host)}, put=""),
         "environment": _environment(config, about.distributions),
-        "uncovered": about.uncovered,
+        "uncovered": redacted_values(about.uncovered),
     }
 
 

@@ -12,9 +12,9 @@ from specrej_eval import companions
 from specrej_eval.checked import object_in
 from specrej_eval.checkpoint import DEMO_REWARD, is_hub_name
 from specrej_eval.config import HOST, RunConfig, reward_names
-from specrej_eval.errors import without_passwords
 from specrej_eval.paths import expanded, is_folder, is_there
 from specrej_eval.records import callable_sources, digests
+from specrej_eval.redaction import without_passwords
 
 EMBEDDED = "embedded"
 """The demo pair's name in records: its folder differs from machine to machine."""

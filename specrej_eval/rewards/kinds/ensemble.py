@@ -17,6 +17,7 @@ from typing import Any, ClassVar, NamedTuple
 from specrej_eval.config import RunConfig, Takes, as_float, names, reward_names
 from specrej_eval.core import Message, RowView, TokenStat, finite_or_none
 from specrej_eval.errors import ConfigError
+from specrej_eval.redaction import redacted
 from specrej_eval.rewards.base import Pair, RewardModel, RewardPlan, RewardSession, in_groups
 from specrej_eval.rewards.kinds.base import Asked, RewardKind
 
@@ -85,9 +86,10 @@ class Kind(RewardKind):
         parts = parse(asked.name, asked.config)
         plans = [asked.resolve(part.config) for part in parts]
         weights, by_rank = [part.weight for part in parts], asked.config.reward_ensemble == "rank"
+        name = redacted(asked.name, put="")
 
         def load(device: str) -> Ensemble:
-            return Ensemble([plan.load(device) for plan in plans], weights, name=asked.name, by_rank=by_rank)
+            return Ensemble([plan.load(device) for plan in plans], weights, name=name, by_rank=by_rank)
 
         return RewardPlan(asked.name, load)
 

@@ -26,15 +26,16 @@ from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from itertools import accumulate, count
 from typing import Any, ClassVar, NamedTuple
-from urllib.parse import urlsplit
 
 from specrej_eval.config import RunConfig, reward_names
 from specrej_eval.core import Message, RowView
 from specrej_eval.errors import ConfigError, RewardError
 from specrej_eval.paths import expanded
+from specrej_eval.redaction import redacted
 from specrej_eval.rewards.base import Pair, RewardModel, RewardPlan, readable
-from specrej_eval.rewards.http import BadAnswerError, JsonServer, ServerError
+from specrej_eval.rewards.http import BadAnswerError, JsonServer, ServerError, address
 from specrej_eval.rewards.kinds.base import Asked, RewardKind
+from specrej_eval.rewards.servers.base import token_count
 from specrej_eval.special_tokens import ENCODE_AS_TEXT, ContentGuard
 
 KEY_VARIABLES = ("SPECREJ_REWARD_API_KEY", "OPENAI_API_KEY")
@@ -90,15 +91,15 @@ class Kind(RewardKind):
 
 def _judge(name: str, config: RunConfig) -> Judge:
     match = _NAME.fullmatch(name)
-    if match is None or not urlsplit(match["url"]).hostname:
+    if match is None:
         raise ConfigError(
-            f"reward_model={name!r} does not say which model at which server is the judge.",
+            f"reward_model={redacted(name)!r} does not say which model at which server is the judge.",
             hint="judge:MODEL@http://host:port/v1, for example judge:gpt-4o-mini@https://api.openai.com/v1",
         )
     url = match["url"].rstrip("/").removesuffix("/chat/completions")
-    if urlsplit(url).path in ("", "/"):
+    if address(url).path in ("", "/"):
         url += "/v1"
-    server = JsonServer(url, key_variables=KEY_VARIABLES, timeout=config.reward_timeout, retries=config.reward_retries)
+    server = JsonServer(url, key_variables=KEY_VARIABLES, config=config)
     return Judge(
         server,
         match["model"],
@@ -297,13 +298,13 @@ def _parse(answer: Any, key: str) -> Grade:
     """
     try:
         choice = answer["choices"][0]
-        content = choice["message"]["content"] or ""
+        content = choice["message"]["content"]
     except (KeyError, IndexError, TypeError):
         raise BadAnswerError("a chat completion was expected") from None
+    content = "" if content is None else content
     if not isinstance(content, str):
         raise BadAnswerError("a chat completion with a text was expected")
-    usage = answer.get("usage")
-    tokens = usage.get("prompt_tokens") if isinstance(usage, dict) else None
+    tokens = token_count(answer.get("usage"), "prompt_tokens")
     found = written_grade(content, key)
     if found is None:
         raise UnreadableGradeError(
@@ -314,7 +315,7 @@ def _parse(answer: Any, key: str) -> Grade:
     if place is not None:
         expected = _expected_grade(choice.get("logprobs"), content, place)
         score = score if expected is None else expected
-    return Grade(score, tokens if isinstance(tokens, int) else 0)
+    return Grade(score, tokens)
 
 
 def written_grade(content: str, key: str) -> tuple[float, int | None] | None:

@@ -10,14 +10,14 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
-from urllib.parse import urlsplit, urlunsplit
+from urllib.parse import urlunsplit
 
 from specrej_eval.config import RunConfig, reward_names
 from specrej_eval.core import Message, RowView
-from specrej_eval.errors import CheckpointError, ConfigError, suggest, without_passwords
+from specrej_eval.errors import CheckpointError, ConfigError, suggest
 from specrej_eval.rewards.base import Pair, RewardModel, RewardPlan, readable
 from specrej_eval.rewards.checkpoints.renderer import Renderer, renderer_options
-from specrej_eval.rewards.http import JsonServer
+from specrej_eval.rewards.http import JsonServer, address
 from specrej_eval.rewards.kinds.base import AUTO, Asked, RewardKind
 from specrej_eval.rewards.servers.base import Item, ServerProtocol, find_protocol, protocols
 from specrej_eval.special_tokens import ENCODE_AS_TEXT, ContentGuard
@@ -59,7 +59,7 @@ def _connected(name: str, config: RunConfig, token: str | bool | None) -> HttpRe
     family = config.reward_family
     if family not in (AUTO, *known):
         raise ConfigError(f"unknown reward_family {family!r} of a server.", hint=suggest(family, (AUTO, *known)))
-    server = JsonServer(url, key_variables=KEY_VARIABLES, timeout=config.reward_timeout, retries=config.reward_retries)
+    server = JsonServer(url, key_variables=KEY_VARIABLES, config=config)
     owners = [owner for owner, protocol in known.items() if endpoint in protocol.ENDPOINTS]
     if family == AUTO:
         family = owners[0] if len(owners) == 1 else find_protocol(server)
@@ -76,24 +76,15 @@ def split_endpoint(name: str, endpoints: Sequence[str]) -> tuple[str, str | None
     """The address without one of the paths of protocols, and that path.
 
     Raises:
-        ConfigError: no host, or a port that is no number.
+        ConfigError: as ``address``.
     """
-    parts = urlsplit(name)
-    try:
-        usable = bool(parts.hostname) and (parts.port is None or parts.port > 0)
-    except ValueError:
-        usable = False
-    if not usable:
-        raise ConfigError(
-            f"reward_model={without_passwords(name)!r} is not the address of a server.",
-            hint="such as http://localhost:8000",
-        )
+    parts = address(name)
     path = parts.path.rstrip("/")
     endpoint = next((known for known in endpoints if path.endswith(known)), None)
     if endpoint is not None:
         path = path.removesuffix(endpoint)
     # /classify and /pooling lie beside /v1, where people look for them
-    return urlunsplit(parts._replace(path=path.removesuffix("/v1"), query="", fragment="")), endpoint
+    return urlunsplit(parts._replace(path=path.removesuffix("/v1"))), endpoint
 
 
 def load_tokenizer(config: RunConfig, token: str | bool | None) -> Any:

@@ -126,7 +126,7 @@ def find_protocol(server: JsonServer) -> str:
     if not found:
         served = object_or_empty(server.get("/v1/models")).get("data")
         owners = [object_or_empty(model).get("owned_by") for model in served] if isinstance(served, list) else []
-        found = [owner for owner in owners if owner in known]
+        found = [owner for owner in owners if isinstance(owner, str) and owner in known]
     if found:
         return found[0]
     raise ConfigError(
@@ -161,7 +161,34 @@ def entries(answer: Any, key: str | None) -> list[Mapping[str, Any]]:
     return found
 
 
+def held(entry: Mapping[str, Any], name: str) -> Any:
+    """What an entry holds; null, which is a score that is none, is something.
+
+    Raises:
+        BadAnswerError: there is no such name.
+    """
+    if name not in entry:
+        raise BadAnswerError(f"an object with {name!r} was expected")
+    return entry[name]
+
+
+def in_order(told: Sequence[Mapping[str, Any]], count: int) -> list[Mapping[str, Any]]:
+    """Entries that say their own places, in this order.
+
+    Raises:
+        BadAnswerError: they are not those of ``count`` items.
+    """
+    found = {entry["index"]: entry for entry in told if type(entry.get("index")) is int}
+    if len(told) != count or sorted(found) != list(range(count)):
+        raise BadAnswerError(f"{count} scores were expected, each with its index from 0, got {len(told)}")
+    return [found[place] for place in range(count)]
+
+
+def count_or_none(value: Any) -> int | None:
+    """A number of things that a server tells; None for anything else."""
+    return value if type(value) is int and 0 < value < 2**53 else None
+
+
 def token_count(value: Any, name: str) -> int:
     """What a server says it has read; 0 if it does not say."""
-    found = object_or_empty(value).get(name)
-    return found if isinstance(found, int) else 0
+    return count_or_none(object_or_empty(value).get(name)) or 0

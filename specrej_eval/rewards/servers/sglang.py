@@ -17,6 +17,7 @@ from specrej_eval.rewards.servers.base import (
     Scored,
     ServerProtocol,
     entries,
+    held,
     needs_tokenizer,
     token_count,
 )
@@ -32,12 +33,13 @@ class Protocol(ServerProtocol):
         if has_tokenizer:
             return "ids"
         told = object_or_empty(self._server.get("/get_model_info") or self._server.get("/model_info"))
-        raise needs_tokenizer("sglang", self._server, told.get("tokenizer_path") or told.get("model_path"))
+        named = [told[name] for name in ("tokenizer_path", "model_path") if isinstance(told.get(name), str)]
+        raise needs_tokenizer("sglang", self._server, named[0] if named else None)
 
     def score(self, items: Sequence[Item]) -> Scored:
         def parse(answer: Any) -> Scored:
             told = entries(answer, None)
             tokens = sum(token_count(entry.get("meta_info"), "prompt_tokens") for entry in told)
-            return Scored(numbers([entry.get("embedding") for entry in told], len(items)), tokens)
+            return Scored(numbers([held(entry, "embedding") for entry in told], len(items)), tokens)
 
         return self._server.post("/classify", {"input_ids": [list(item.ids) for item in items]}, parse)

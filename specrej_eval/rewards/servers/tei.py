@@ -13,7 +13,7 @@ from specrej_eval.checked import object_or_empty
 from specrej_eval.errors import ConfigError
 from specrej_eval.rewards.base import in_groups
 from specrej_eval.rewards.http import BadAnswerError, JsonServer, number, numbers
-from specrej_eval.rewards.servers.base import Form, Item, Scored, ServerProtocol, entries
+from specrej_eval.rewards.servers.base import Form, Item, Scored, ServerProtocol, count_or_none, entries, held, in_order
 
 
 class Protocol(ServerProtocol):
@@ -28,8 +28,7 @@ class Protocol(ServerProtocol):
     def __init__(self, server: JsonServer, endpoint: str | None) -> None:
         super().__init__(server, endpoint)
         told = object_or_empty(server.get("/info"))
-        most = told.get("max_client_batch_size")
-        self.most_items = most if isinstance(most, int) and most > 0 else 32
+        self.most_items = count_or_none(told.get("max_client_batch_size")) or 32
         kind = told.get("model_type")
         if isinstance(kind, dict) and "embedding" in kind:
             raise ConfigError(
@@ -54,18 +53,15 @@ class Protocol(ServerProtocol):
         inputs = [[item.prompt, item.response] if item.response else [item.text] for item in items]
 
         def parse(answer: Any) -> list[float]:
-            if not isinstance(answer, list) or not all(isinstance(entry, list) for entry in answer):
+            if not isinstance(answer, list):
                 raise BadAnswerError("a list of predictions for each text was expected")
-            return numbers([[label.get("score") for label in entry] for entry in answer], len(items))
+            return numbers([[held(label, "score") for label in entries(entry, None)] for entry in answer], len(items))
 
         return Scored(self._server.post("/predict", {"inputs": inputs, "raw_scores": True}, parse), 0)
 
     def _rerank(self, query: str, texts: list[str]) -> list[float]:
         def parse(answer: Any) -> list[float]:
-            told = entries(answer, None)
-            found = {entry.get("index"): number(entry.get("score")) for entry in told}
-            if sorted(found, key=str) != sorted(range(len(texts)), key=str):
-                raise BadAnswerError(f"{len(texts)} ranks were expected, got {len(told)}")
-            return [found[index] for index in range(len(texts))]  # they come best first
+            ranked = in_order(entries(answer, None), len(texts))  # they come best first
+            return [number(held(entry, "score")) for entry in ranked]
 
         return self._server.post("/rerank", {"query": query, "texts": texts, "raw_scores": True}, parse)

@@ -10,9 +10,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from specrej_eval.checked import object_or_empty
 from specrej_eval.errors import ConfigError
 from specrej_eval.rewards.http import JsonServer, ServerError, numbers
-from specrej_eval.rewards.servers.base import Form, Item, Scored, ServerProtocol, entries, token_count
+from specrej_eval.rewards.servers.base import (
+    Form,
+    Item,
+    Scored,
+    ServerProtocol,
+    count_or_none,
+    entries,
+    held,
+    in_order,
+    token_count,
+)
 
 
 class Protocol(ServerProtocol):
@@ -24,11 +35,11 @@ class Protocol(ServerProtocol):
     def __init__(self, server: JsonServer, endpoint: str | None) -> None:
         super().__init__(server, endpoint)
         self._endpoints = [endpoint] if endpoint else list(self.ENDPOINTS)
-        listed = server.get("/v1/models")
-        served = listed["data"][0] if isinstance(listed, dict) and listed.get("data") else {}
-        self._model = served.get("id")
-        length = served.get("max_model_len")
-        self.max_length = length if isinstance(length, int) else None
+        listed = object_or_empty(server.get("/v1/models")).get("data")
+        served = object_or_empty(listed[0] if isinstance(listed, list) and listed else None)
+        model = served.get("id")
+        self._model = model if isinstance(model, str) else None
+        self.max_length = count_or_none(served.get("max_model_len"))
 
     def form(self, has_tokenizer: bool, has_template: bool) -> Form:
         return "ids" if has_tokenizer else "messages"
@@ -78,8 +89,8 @@ class Protocol(ServerProtocol):
         def parse(answer: Any) -> Scored:
             told = entries(answer, "data")
             if all("index" in entry for entry in told):
-                told = sorted(told, key=lambda entry: int(entry["index"]))
-            found = [_last_token(entry.get("probs" if endpoint == "/classify" else "data")) for entry in told]
+                told = in_order(told, count)
+            found = [_last_token(held(entry, "probs" if endpoint == "/classify" else "data")) for entry in told]
             usage = answer.get("usage")
             return Scored(numbers(found, count), token_count(usage, "prompt_tokens"))
 

@@ -21,6 +21,7 @@ import torch
 import yaml
 from arithmetic import distinct_problems, question
 from support import FULL, ROOT, forked
+from support import reward_servers as servers
 from support.alpaca_runs import alpaca_eval, package_digest
 from support.fake_hub import add_dataset_files
 from support.openai_server import JudgeServer
@@ -116,6 +117,25 @@ def test_answers_are_those_of_the_python_api_and_the_sidecar_says_what_they_cost
         generator.engine, questions, generator.config, PromptArguments(until=("\n",)), task="alpaca_eval"
     )
     assert answer(generator, questions, requests, progress=False)[0].output == answers[0].output
+
+
+def test_nothing_that_is_written_or_printed_holds_a_secret(
+    evaluate: Callable[..., Any],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    password, token = "Tr0ub4dor3", "hf_" + "aB3" * 11
+    dataset(tmp_path, INSTRUCTIONS[:2])
+    with servers.chat(lambda text: {"7": 0.5, "3": 0.5}) as server, caplog.at_level("DEBUG"):
+        name = f"likelihood+judge:m@{server.url.replace('http://', f'http://me:{password}@')}"
+        kwargs = {"reward_model": name, "token": token, "n": 2, "max_gen_toks": 8}
+        evaluate(config(tmp_path, completions_kwargs=kwargs))
+    told = capsys.readouterr()
+    assert server.headers[-1]["Authorization"].startswith("Basic ")
+    files = [path.read_text() for path in (tmp_path / "results").rglob("*") if path.is_file()]
+    for text in (told.out, told.err, caplog.text, *files):
+        assert password not in text and token not in text
 
 
 def test_models_are_loaded_once_for_all_chunks_and_both_strategies(

@@ -15,6 +15,7 @@ import huggingface_hub.constants
 import pandas as pd
 import pytest
 from alpaca_eval import annotators, utils
+from support import reward_servers as servers
 from support.alpaca_runs import LITERAL, sums, write
 from support.alpaca_runs import alpaca_eval as run_alpaca_eval
 
@@ -89,6 +90,17 @@ def test_an_answer_is_scored_once_and_the_model_loaded_once(calls: list[Any], mo
     for other in ("bb", "ccc"):
         specrej_reward_judge(prompts(("i", "a", other), ("i", other, "a")), reward_model=LENGTHS)
     assert calls == [("i", ["a", "bb"]), ("i", ["ccc"])] and len(made) == 1
+
+
+@pytest.mark.parametrize("form", ["judge:m@{}", "0.5*judge:m@{}"])
+def test_a_server_judges_too_and_its_password_is_in_no_record(form: str) -> None:
+    with servers.chat(lambda text: {"9": 1.0} if "good" in text.split("<response")[1] else {"1": 1.0}) as server:
+        name = form.format(server.url.replace("http://", "http://me:Tr0ub4dor3@"))
+        found = specrej_reward_judge(prompts(("i", "bad", "good")), reward_model=name)
+        stamp = specrej_reward_judge.stamp({"reward_model": name})  # type: ignore[attr-defined]  # what the cache asks
+        assert float(found["completions"][0]) > 1.9
+        assert server.headers[-1]["Authorization"].startswith("Basic ")
+    assert stamp["reward_model"] == form.format(server.url) and "commit" not in stamp
 
 
 def test_the_embedded_reward_finds_the_right_sums(tmp_path: Path) -> None:
