@@ -15,6 +15,7 @@ from specrej_eval.checked import object_or_empty
 from specrej_eval.checkpoint import DEMO_POLICY, DEMO_REWARD
 from specrej_eval.config import Decides, names
 from specrej_eval.errors import ConfigError, SpecRejError
+from specrej_eval.paths import below, lies_in
 from specrej_eval.records.scores import Score
 from specrej_eval.wording import counted, start_of
 
@@ -69,7 +70,10 @@ class Results:
         return found.group(1)
 
     def samples_file(self, task: str) -> Path:
-        return self.path.parent / f"samples_{task}_{self.date_id}.jsonl"
+        """Raises:
+        ConfigError: the task is called so that its file would lie elsewhere.
+        """
+        return below(self.path.parent, f"samples_{task}_{self.date_id}.jsonl", what=f"{self.path.name}: the file name")
 
     def scores(self) -> Iterator[Score]:
         """Every metric of every task, with the samples behind it where they were logged."""
@@ -198,6 +202,11 @@ def check_samples(results: Results, task: str, *, allow_empty: bool) -> Path:
         raise SpecRejError(
             f"{str(results.path)!r}: the samples of task {task!r} are missing; looked for {str(file)!r}.",
             hint="run lm_eval with --log_samples; keep results and samples in one folder.",
+        )
+    if not lies_in(file, results.path.parent):
+        raise SpecRejError(
+            f"{str(file)!r} is a link out of the folder of {results.path.name}.",
+            hint="put the samples file itself beside the results.",
         )
     hint = "the file was changed after the run, or two were mixed up; run the task again."
     generated = (results.content.get("configs") or {}).get(task, {}).get("output_type") == "generate_until"

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import json
 import os
+from pathlib import Path
 from typing import Any
 
 from specrej_eval.core import GenerationResult, Prompt, Round
-from specrej_eval.records.jsonl import open_append
+from specrej_eval.errors import ConfigError
+from specrej_eval.records.jsonl import open_append, scan
 
 SCHEMA_VERSION = 1
 
@@ -53,3 +55,13 @@ def rank_path(path: str, rank: int, world_size: int) -> str:
         return path
     root, extension = os.path.splitext(path)
     return f"{root}_rank{rank}{extension}"
+
+
+def is_trace(path: str | Path) -> bool:
+    """Whether every whole line of a file is an event of ours, and there is one."""
+    try:
+        found = scan(path, argument="trace_path", checksums=False)
+    except ConfigError:
+        return False
+    events = ("run", "round", "request")
+    return bool(found.lines) and not found.damaged and all(line.record.get("event") in events for line in found.lines)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from specrej_eval.errors import ConfigError, SpecRejError
+from specrej_eval.paths import below
 from specrej_eval.records.jsonl import write_atomically
 
 
@@ -34,15 +35,18 @@ class Tree:
         return sorted({*self._texts, *self._copies})
 
     def add(self, path: str, text: str, what: str = "") -> None:
+        below(self.root, path, what="the planned file")
         self._texts[path] = text
         self.contents.append((path, what))
 
     def copy(self, path: str, source: Path, what: str = "") -> None:
+        below(self.root, path, what="the planned file")
         self._copies[path] = source
         self.contents.append((path, what))
 
     def drop(self, path: str) -> None:
         """This file of an earlier submission must not stay: it would not belong to the others."""
+        below(self.root, path, what="the planned file")
         self._stale.add(path)
 
     def write(self) -> None:

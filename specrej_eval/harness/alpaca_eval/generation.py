@@ -18,6 +18,7 @@ from typing import Any
 
 from specrej_eval.errors import ConfigError
 from specrej_eval.harness.alpaca_eval import slips as alpaca_eval_slips
+from specrej_eval.paths import below
 from specrej_eval.records.fingerprint import warn_of_uncovered
 from specrej_eval.records.outputs import OutputsFolder, RunRecord
 from specrej_eval.wording import counted
@@ -70,7 +71,8 @@ def prepare(arguments: dict[str, Any]) -> None:
 
     folder = arguments["output_path"]
     if folder == "auto":
-        folder = Path("results") / next(iter(configs["model_configs"]))
+        name = str(next(iter(configs["model_configs"])))
+        folder = below("results", name, what="the configuration's top-level key")
     instructions = alpaca_eval_slips.instructions_of(
         arguments["evaluation_dataset"], needs_outputs=arguments.get("reference_model_configs") is None
     )
