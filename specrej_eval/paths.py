@@ -2,8 +2,8 @@
 how a name that stands in data becomes part of a path: nowhere else.
 
 A path that the user gives is the user's own, and is taken as it is. A name that was read (from a results file, a
-record, a configuration: a strategy, a task, a generator) goes through ``file_name`` where we choose what a thing is called, and
-through ``below`` where the name must stay as it is."""
+record, a configuration: a strategy, a task, a generator) goes through ``file_name`` where we choose what a thing is
+called, and through ``below`` where the name must stay as it is."""
 
 from __future__ import annotations
 
