@@ -29,6 +29,7 @@ from typing import Any
 from specrej_eval.checked import BadRecordError, an_object, as_whole
 from specrej_eval.core import GenerationResult, Prompt
 from specrej_eval.errors import ConfigError
+from specrej_eval.records import lock
 from specrej_eval.records.fingerprint import check_same
 from specrej_eval.records.jsonl import (
     RUN,
@@ -230,6 +231,7 @@ def check(path: str, fingerprint: Callable[[], dict[str, Any]]) -> None:
         ConfigError: as ``Journal``.
     """
     check_writable(path, argument="journal")
+    lock.check(path, argument="journal")
     others = [*beside(path)]
     if others or Path(path).is_file():
         now = fingerprint()
@@ -283,11 +285,12 @@ class Journal:
 
     Raises:
         ConfigError: the file belongs to another configuration (the message says what differs), is no journal, was
-            written by a newer version, or cannot be written. The file is as it was then.
+            written by a newer version, is in use by another process, or cannot be written. The file is as it was then.
     """
 
     def __init__(self, path: str, fingerprint: dict[str, Any]) -> None:
         self.path = path
+        self._give_up_lock = lock.hold(self, path, argument="journal")
         self._name = Path(path).name
         self._entries: dict[str, Entry] = {}
         """By key, of this file and those beside it."""
@@ -345,6 +348,7 @@ class Journal:
 
     def close(self) -> None:
         self._file.close()
+        self._give_up_lock()
 
     def _read(self) -> bool:
         """Fill the entries and mend the file; False if its header has yet to be written."""

@@ -34,6 +34,7 @@ from specrej_eval.checked import (
 )
 from specrej_eval.core import GenerationResult, Ledger, Prompt, Round, Spent, called
 from specrej_eval.errors import ConfigError, SpecRejError
+from specrej_eval.records import lock
 from specrej_eval.records.fingerprint import check_same, is_demo
 from specrej_eval.records.jsonl import (
     RUN,
@@ -352,8 +353,10 @@ class OutputsFolder:
 
         Raises:
             ConfigError: ``going_on``, and the folder belongs to another configuration (says what differs, what to do),
-                or holds answers of which nothing says how they were made.
+                or holds answers of which nothing says how they were made; or another process is writing there.
         """
+        if not self._writing:
+            lock.hold(self, self._own_part, argument="output")
         before = self.record() if going_on else None
         self._is_new = before is None
         if before is not None:
