@@ -6,12 +6,17 @@ import difflib
 import re
 from collections.abc import Iterable
 
+from specrej_eval.wording import inert_lines
+
 _PASSWORD = re.compile(r"(https?://)(?:(?!judge:)[^/\s\"])*@")
 """``judge:`` begins another name of an ensemble, whose ``@`` separates model and server."""
 
 
 class SpecRejError(Exception):
-    """Base of all errors raised on purpose. ``hint`` is printed below the message."""
+    """Base of all errors raised on purpose. ``hint`` is printed below the message.
+
+    What a message quotes may be anybody's text: as it is shown, nothing in it moves a terminal's cursor.
+    """
 
     def __init__(self, message: str, *, hint: str | None = None) -> None:
         super().__init__(message)
@@ -19,7 +24,7 @@ class SpecRejError(Exception):
 
     def __str__(self) -> str:
         message = super().__str__()
-        return f"{message}\n  hint: {self.hint}" if self.hint else message
+        return inert_lines(f"{message}\n  hint: {self.hint}" if self.hint else message)
 
 
 class ConfigError(SpecRejError, ValueError):

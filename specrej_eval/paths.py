@@ -10,12 +10,16 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import unicodedata
 from pathlib import Path
 
 from specrej_eval.errors import ConfigError, SpecRejError
+from specrej_eval.wording import start_of
 
 FOLDERS = ("tasks", "model_configs")
 PACKAGE = Path(__file__).resolve().parent
+_TURNING = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
+"""They turn the direction of writing, so that a path is read as another."""
 LONGEST = 200
 """Most characters of a file name made here: file systems take 255 bytes, and files are called after it with an end."""
 
@@ -48,7 +52,7 @@ def shortened(name: str) -> str:
     """A file name of at most ``LONGEST`` characters; where it is cut, a digest of the whole keeps two of them apart."""
     if len(name) <= LONGEST:
         return name
-    return f"{name[: LONGEST - 9]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+    return f"{name[: LONGEST - 9]}-{hashlib.sha256(name.encode('utf-8', 'surrogatepass')).hexdigest()[:8]}"
 
 
 def below(folder: str | Path, name: str, *, what: str) -> Path:
@@ -65,9 +69,9 @@ def below(folder: str | Path, name: str, *, what: str) -> Path:
         "it leads out of its folder"
         if ".." in parts or os.path.isabs(name) or Path(name).drive
         else "it has a control character in it"
-        if not name.isprintable()
+        if _odd(name)
         else "it is longer than a file name may be"
-        if max(len(part.encode("utf-8", "surrogatepass")) for part in parts) > 255
+        if max(len(part.encode()) for part in parts) > 255 or len(name.encode()) > 1000
         else "it names no file"
         if not name.strip("./ ")
         else ""
@@ -78,6 +82,54 @@ def below(folder: str | Path, name: str, *, what: str) -> Path:
             hint="use letters and digits, with . _ + - in between.",
         )
     return Path(folder) / name
+
+
+def check_path(path: str | Path, *, argument: str) -> None:
+    """Whether a path that the user gives can be one at all; whether it is there is another question.
+
+    Raises:
+        ConfigError: it is too long, has a character that cannot be printed, or is no text.
+    """
+    text = str(path)
+    wrong = ""
+    if odd := _odd(text):
+        wrong = f"it has the character {odd!r} in it, which cannot be printed"
+    elif any(len(part.encode()) > 255 for part in Path(text).parts):
+        wrong = "a name in it is longer than 255 bytes"
+    elif len(text.encode()) > 4095:
+        wrong = "it is longer than 4,095 bytes"
+    if wrong:
+        raise ConfigError(
+            f"{argument}={start_of(text)} cannot be a path: {wrong}.", hint="give it another name, or a shorter one."
+        )
+
+
+def _odd(text: str) -> str:
+    """The first character that would break a message, a log or a JSON file that holds the path; empty if none does."""
+    return next(
+        (mark for mark in text if mark in _TURNING or unicodedata.category(mark) in ("Cc", "Cs", "Zl", "Zp")), ""
+    )
+
+
+def is_running(pid: int) -> bool:
+    """Whether a process of this machine runs; True where it cannot be asked without harm."""
+    if os.name != "posix":
+        return True
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
+def is_same(name: str, folder: Path) -> bool:
+    """Whether a name that was read is that of a folder of ours; any text may be asked."""
+    try:
+        return Path(name).resolve() == folder
+    except (OSError, ValueError, RuntimeError):
+        return False
 
 
 def lies_in(path: str | Path, folder: str | Path) -> bool:

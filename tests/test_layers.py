@@ -21,8 +21,8 @@ HARNESSES = {"alpaca_eval", "lm_eval"}
 # above its own, and those of its own line only where SIDE_BY_SIDE says so.
 LAYERS = (
     {"errors", "checked", "wording"},
-    {"paths", "registry", "core", "stopping"},
-    {"checkpoint", "companions", "config", "special_tokens", "ranks"},
+    {"paths", "registry", "core", "stopping", "chat_templates"},
+    {"checkpoint", "companions", "temporary", "config", "special_tokens", "ranks"},
     {"budget"},
     {"kv", "strategies", "records", "demo"},
     {"engines", "rewards"},  # never each other
@@ -35,6 +35,7 @@ LAYERS = (
     {"__init__", "__main__"},
 )
 SIDE_BY_SIDE = {
+    ("errors", "wording"),
     ("companions", "checkpoint"),
     ("config", "checkpoint"),
     ("special_tokens", "config"),

@@ -24,7 +24,7 @@ from specrej_eval.options import add_reward_options, load_reward, reward_config
 from specrej_eval.paths import expanded
 from specrej_eval.records import lock
 from specrej_eval.records.fingerprint import check_same, of_models
-from specrej_eval.records.jsonl import mend, open_append, scan, write_atomically
+from specrej_eval.records.jsonl import as_text, mend, open_append, scan, write_atomically
 from specrej_eval.records.prompt_files import read_rows
 from specrej_eval.wording import counted
 
@@ -120,8 +120,7 @@ def _score(args: argparse.Namespace, config: RunConfig, source: Path, target: Pa
                     result = {args.column: found} if isinstance(found, float) else {args.column: None, "error": found}
                     with stopping.held():  # on disk before it is counted, whatever ends the process
                         done.append({**entry.record, **result})
-                        file.write(json.dumps(done[-1], ensure_ascii=False) + "\n")
-                        file.flush()
+                        file.write(as_text(done[-1]) + "\n")
                         kept.add()
                     bar.update(1)
     return _report(target, done, args.column)

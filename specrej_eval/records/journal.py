@@ -324,12 +324,16 @@ class Journal:
         return entry.result
 
     def put(self, key: str, result: GenerationResult) -> None:
-        """Append a finished request and flush it to disk."""
+        """Append a finished request and flush it to disk.
+
+        Raises:
+            WriteError: it cannot be written; the entries before are intact.
+        """
         record: dict[str, Any] = {"key": key, "result": result.to_dict()}
         if self.capacity_tokens is not None:
             record[CAPACITY] = self.capacity_tokens
         self._write(record)
-        os.fsync(self._file.fileno())
+        self._file.sync()
 
     def put_capacity(self, tokens: int) -> None:
         """Remember what ``n=max`` was resolved with, so that a resumed run starts as many rows."""
@@ -413,7 +417,6 @@ class Journal:
             self._reopen_if_replaced()
             record[RUN] = self._run
         self._file.write(checked_line(record))
-        self._file.flush()
 
     def _reopen_if_replaced(self) -> None:
         """Another process may have mended the file, or someone deleted it: answers must not go where nobody looks."""

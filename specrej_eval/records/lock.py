@@ -14,6 +14,8 @@ import contextlib
 import errno
 import functools
 import hashlib
+import importlib
+import importlib.util
 import json
 import logging
 import os
@@ -28,12 +30,11 @@ from pathlib import Path
 from typing import Any
 
 from specrej_eval.errors import ConfigError
+from specrej_eval.paths import check_path
 from specrej_eval.wording import inert
 
-try:
-    import fcntl
-except ImportError:  # not POSIX
-    fcntl = None  # type: ignore[assignment]  # mypy knows one platform
+fcntl: Any = importlib.import_module("fcntl") if importlib.util.find_spec("fcntl") else None
+"""None where this is no POSIX system."""
 
 logger = logging.getLogger(__name__)
 
@@ -92,6 +93,7 @@ def check(path: str | Path, *, argument: str) -> None:
     Raises:
         ConfigError: another process holds it.
     """
+    check_path(path, argument=argument)
     place = os.path.realpath(path)
     if fcntl is None or place in _held:
         return
@@ -108,6 +110,7 @@ def lock_file(path: Path) -> Path:
 
 
 def _take(path: str | Path, argument: str) -> bool:
+    check_path(path, argument=argument)
     if fcntl is None:
         _say_once("this system has no flock")
         return False
@@ -202,7 +205,7 @@ def _release(place: str) -> None:
 
 
 def _others(path: Path) -> Iterator[Path]:
-    """Files of the same name that only another run can be writing: with a rank beside one without, without beside with."""
+    """Files of the same name that only another run can be writing: without a rank, or with one where this has none."""
     root, ranked = _RANK.subn("", path.stem)
     if ranked:
         yield path.with_name(f"{root}{path.suffix}")
@@ -230,7 +233,7 @@ def _refusal(path: str | Path, file: Path, argument: str) -> ConfigError:
 def _holder(file: Path) -> dict[str, Any]:
     try:
         told = json.loads(file.read_bytes()[:4096])
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return told if isinstance(told, dict) else {}
 

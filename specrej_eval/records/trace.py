@@ -6,14 +6,13 @@ wrongly for unsorted sample lists.
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import Any
 
 from specrej_eval.core import GenerationResult, Prompt, Round
 from specrej_eval.errors import ConfigError
-from specrej_eval.records.jsonl import open_append, scan
+from specrej_eval.records.jsonl import as_text, open_append, scan
 
 SCHEMA_VERSION = 1
 
@@ -45,8 +44,7 @@ class Tracer:
 
     def _write(self, event: str, record: dict[str, Any]) -> None:
         if self._file is not None:
-            self._file.write(json.dumps({"event": event, **record}, allow_nan=False, ensure_ascii=False) + "\n")
-            self._file.flush()
+            self._file.write(as_text({"event": event, **record}) + "\n")
 
 
 def rank_path(path: str, rank: int, world_size: int) -> str:

@@ -21,10 +21,11 @@ from specrej_eval.errors import ConfigError
 from specrej_eval.paths import lies_in
 from specrej_eval.records import journal, trace
 from specrej_eval.records.fingerprint import BETWEEN, differences
+from specrej_eval.records.jsonl import as_text
 from specrej_eval.records.lm_eval_files import MARK, Results, check_samples, check_whole, find_results, remarks
 from specrej_eval.records.run_names import default_name
 from specrej_eval.records.trace import rank_path
-from specrej_eval.wording import inert, start_of
+from specrej_eval.wording import inert, shortened, start_of
 
 SIDE_FILES = {"trace_path": "specrej_trace", "journal": "specrej_journal"}
 """Arguments that name files of ours, and what their copies are called."""
@@ -42,8 +43,8 @@ def run(args: argparse.Namespace) -> int:
     tree, notes = build(args)
     tree.write()
     print(f"checked; collected in {tree.root}:")
-    print("\n".join(f"  {path}" for path in tree.paths))
-    print("\n".join(f"note: {note}" for note in notes), end="\n" if notes else "")
+    print("\n".join(f"  {inert(path)}" for path in tree.paths))
+    print("\n".join(f"note: {inert(note)}" for note in notes), end="\n" if notes else "")
     names = sorted({Path(path).parts[0] for path in tree.paths})
     print(f"next: publish each folder as it is, under its name ({', '.join(names)}), not under the bare model's.")
     return 0
@@ -124,7 +125,7 @@ def add_results(tree: Tree, results: Results, name: str) -> None:
             "specrej_eval": __version__,
         },
     }
-    tree.add(f"{name}/results_{results.date_id}.json", json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+    tree.add(f"{name}/results_{results.date_id}.json", as_text(content, indent=2, strict=False) + "\n")
 
 
 def add_side_files(tree: Tree, results: Results, name: str, folder: Path) -> list[str]:
@@ -147,7 +148,7 @@ def add_side_files(tree: Tree, results: Results, name: str, folder: Path) -> lis
             # what a file names is not all its reader's to publish: taken is a record of ours in the run's own folder
             there = [place for place in (written, folder / written, folder / written.name) if _is_file(place)]
             source = next((place for place in there if lies_in(place, folder)), None)
-            told = f"{argument}={inert(str(written))} of {results.path.name}"
+            told = f"{argument}={shortened(str(written), 300)} of {results.path.name}"
             if source is None:
                 where = f"does not lie in {folder}: left out (copy it there if it belongs to the run)"
                 notes.append(f"{told} {where if there else 'is not there: left out'}")

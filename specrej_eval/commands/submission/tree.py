@@ -88,7 +88,7 @@ def read_rows(path: Path, *, what: str, hint: str) -> list[dict[str, Any]]:
         raise SpecRejError(f"{what}: there is no file {str(path)!r}.", hint=hint)
     try:
         rows = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise SpecRejError(f"{what}: {str(path)!r} cannot be read as JSON: {error}.", hint=hint) from error
     if not isinstance(rows, list):
         raise SpecRejError(f"{what}: {str(path)!r} must hold a JSON list, got {type(rows).__name__}.", hint=hint)

@@ -16,9 +16,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from specrej_eval import temporary
 from specrej_eval.errors import ConfigError
 from specrej_eval.harness.alpaca_eval import slips as alpaca_eval_slips
-from specrej_eval.paths import below
+from specrej_eval.paths import below, check_path
 from specrej_eval.records.fingerprint import warn_of_uncovered
 from specrej_eval.records.outputs import OutputsFolder, RunRecord
 from specrej_eval.wording import counted
@@ -66,6 +67,7 @@ def prepare(arguments: dict[str, Any]) -> None:
     ours = {side for side, config in configs.items() if _entry(config).get("fn_completions") in STRATEGIES}
     if not ours:
         return
+    temporary.remove_abandoned()
     alpaca_eval_slips.check_options(arguments)
     alpaca_eval_slips.check_judge(arguments)
 
@@ -73,6 +75,8 @@ def prepare(arguments: dict[str, Any]) -> None:
     if folder == "auto":
         name = str(next(iter(configs["model_configs"])))
         folder = below("results", name, what="the configuration's top-level key")
+    elif folder is not None:
+        check_path(folder, argument="output_path")
     instructions = alpaca_eval_slips.instructions_of(
         arguments["evaluation_dataset"], needs_outputs=arguments.get("reference_model_configs") is None
     )

@@ -121,7 +121,7 @@ def _read_object(path: Path) -> dict[str, Any]:
         return {}
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         _logger.warning("%s cannot be read, so the reward behind these outputs is not known: %s", path, error)
         return {}
     return content if isinstance(content, dict) else {}
