@@ -14,7 +14,8 @@ from typing import Any
 
 _FORMULA = re.compile(r"\s*[=+\-@\t\r\n|%\uff1d\uff0b\uff0d\uff20]")
 _NUMBER = re.compile(r"[+-]?(?:\d[\d,_]*\.?\d*|\.\d+)(?:[eE][+-]?\d+)?%?")
-_MARKDOWN = re.compile(r"([\\`*_\[\]|#~!$])")
+_MARKDOWN = re.compile(r"([\\`*\[\]|~$])")
+"""Not the underscore: within a name, where ours stand, it is none of Markdown's."""
 
 
 def counted(number: int, noun: str, plural: str = "") -> str:
