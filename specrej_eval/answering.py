@@ -21,7 +21,7 @@ from specrej_eval.generator import Generator, Request
 from specrej_eval.progress import summary_line
 from specrej_eval.records.outputs import Answer, OutputsFolder, total_cost
 from specrej_eval.special_tokens import ContentText
-from specrej_eval.wording import counted
+from specrej_eval.wording import counted, inert
 
 logger = logging.getLogger(__name__)
 
@@ -193,6 +193,7 @@ def summary(answers: Sequence[Answer], spent: Spent, *, name: str) -> Iterator[s
     best = [item.reward for item in answers if item.reward is not None]
     ended = [reward for item in answers for reward in item.finished_rewards]
     line = summary_line(len(answers), spent, best, ended, total=total_cost(answers), source="the records")
+    name = inert(name)
     yield f"{name}: {line}"
     if empty := [item for item in answers if not item.output.strip()]:
         yield f"{name}: {counted(len(empty), 'answer is', 'answers are')} empty, such as that to {empty[0].called}"

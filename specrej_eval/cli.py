@@ -8,14 +8,18 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
 import importlib
 import pkgutil
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Protocol, cast
 
 from specrej_eval import commands, stopping
 from specrej_eval.errors import ConfigError, SpecRejError, nearest
+from specrej_eval.paths import check_path
+from specrej_eval.wording import inert
 
 COMMANDS = {
     info.name.replace("_", "-"): f"{commands.__name__}.{info.name}" for info in pkgutil.iter_modules(commands.__path__)
@@ -24,6 +28,10 @@ COMMANDS = {
 
 RENAMED = {"out": "output", "overwrite": "force"}
 """Options of earlier versions -> their names now."""
+_PATHS = ("FILE", "FILE.json", "DIR", "RUN", "RESULTS_DIR")
+"""What help calls a value that is a path."""
+_OF_THE_PLACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG)
+"""What is wrong with a disk, and with no program."""
 
 EXAMPLES = """\
 examples:
@@ -83,6 +91,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader went away, as in `specrej-eval report DIR | head`
         sys.stderr.close()
         return 1
+    except OSError as error:
+        if error.errno not in _OF_THE_PLACE or error.filename is None:
+            raise
+        where = inert(repr(error.filename))
+        print(f"specrej-eval {name}: {where} cannot be read or written: {error.strerror}.", file=sys.stderr)
+        return 1
 
 
 def load(name: str) -> Command:
@@ -126,15 +140,25 @@ def parse(name: str, words: Sequence[str]) -> argparse.Namespace:
             )
     if unknown:
         raise ConfigError(f"unexpected {unknown[0]!r}.", hint="options are written --name value.")
+    for action in _actions(parser):
+        if action.type is Path or action.metavar in _PATHS:
+            value = getattr(options, action.dest, None)
+            for path in value if isinstance(value, list) else [value]:
+                if path is not None and path is not argparse.SUPPRESS:
+                    check_path(path, argument=action.dest)
     return options
 
 
 def _options(parser: argparse.ArgumentParser) -> Iterator[argparse.Action]:
+    return (action for action in _actions(parser) if action.option_strings)
+
+
+def _actions(parser: argparse.ArgumentParser) -> Iterator[argparse.Action]:
     for action in parser._actions:
         if isinstance(action, argparse._SubParsersAction):
             for below in action.choices.values():
-                yield from _options(below)
-        elif action.option_strings:
+                yield from _actions(below)
+        else:
             yield action
 
 

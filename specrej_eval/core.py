@@ -45,7 +45,7 @@ def stream_key(seed: int, task: str, hash_of_prompt: str, repeat: int) -> int:
     Depends on nothing but its arguments, so neither order, batch, rank nor a resumed run changes a row's tokens.
     """
     text = f"{seed}\x1f{task}\x1f{hash_of_prompt}\x1f{repeat}"
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
+    return int.from_bytes(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()[:8], "big") >> 1
 
 
 def called(instruction: str, index: int | None) -> str:

@@ -6,10 +6,14 @@ import difflib
 from collections.abc import Iterable
 
 from specrej_eval.redaction import redacted
+from specrej_eval.wording import inert_lines
 
 
 class SpecRejError(Exception):
-    """Base of all errors raised on purpose. ``hint`` is printed below the message. Neither shows a secret."""
+    """Base of all errors raised on purpose. ``hint`` is printed below the message. Neither shows a secret.
+
+    What a message quotes may be anybody's text: as it is shown, nothing in it moves a terminal's cursor.
+    """
 
     def __init__(self, message: str, *, hint: str | None = None) -> None:
         super().__init__(redacted(message))
@@ -17,7 +21,7 @@ class SpecRejError(Exception):
 
     def __str__(self) -> str:
         message = super().__str__()
-        return f"{message}\n  hint: {self.hint}" if self.hint else message
+        return inert_lines(f"{message}\n  hint: {self.hint}" if self.hint else message)
 
 
 class ConfigError(SpecRejError, ValueError):

@@ -23,7 +23,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, get_args
 
-from specrej_eval.errors import RewardError
+from specrej_eval.errors import PromptError, RewardError
 from specrej_eval.wording import counted
 
 ENCODE_AS_TEXT = "encode_as_text"
@@ -53,6 +53,19 @@ Placement = Literal["inside", "around", "wide"]
 so what it writes there is its own."""
 _PLACEMENTS: tuple[Placement, ...] = get_args(Placement)
 """The first is taken that the template does not notice."""
+
+
+def check_text(text: str) -> None:
+    """Raises:
+    PromptError: the text holds half of a surrogate pair, for which there is no UTF-8 and so no token.
+    """
+    place = next((place for place, mark in enumerate(text) if "\ud800" <= mark <= "\udfff"), None)
+    if place is not None:
+        raise PromptError(
+            f"the prompt has half of a surrogate pair ({text[place]!r}) in it, which is no text: "
+            f"{text[max(0, place - 20) : place + 20]!r} (character {place + 1}).",
+            hint="a character outside Unicode's first plane was cut in two; remove what is left of it, or restore it.",
+        )
 
 
 class SpecialTokenError(ValueError):

@@ -22,8 +22,8 @@ HARNESSES = {"alpaca_eval", "lm_eval"}
 LAYERS = (
     {"redaction"},
     {"errors", "checked", "wording"},
-    {"paths", "registry", "core", "stopping"},
-    {"checkpoint", "companions", "config", "special_tokens", "ranks"},
+    {"paths", "registry", "core", "stopping", "chat_templates"},
+    {"checkpoint", "companions", "temporary", "config", "special_tokens", "ranks"},
     {"budget"},
     {"kv", "strategies", "records", "demo"},
     {"engines", "rewards"},  # never each other
@@ -36,6 +36,7 @@ LAYERS = (
     {"__init__", "__main__"},
 )
 SIDE_BY_SIDE = {
+    ("errors", "wording"),
     ("companions", "checkpoint"),
     ("config", "checkpoint"),
     ("special_tokens", "config"),

@@ -8,7 +8,6 @@ generator: a judge that is the very reward model the answers were chosen with ca
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -17,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from specrej_eval.errors import ConfigError
-from specrej_eval.records.jsonl import write_atomically
+from specrej_eval.records.jsonl import as_text, write_atomically
 from specrej_eval.records.outputs import RecordedRun
-from specrej_eval.wording import counted, start_of
+from specrej_eval.wording import counted, inert, start_of
 
 SUMMARY = "write the answers of runs as alpaca_eval's model outputs or reference outputs"
 EXAMPLES = (
@@ -137,10 +136,10 @@ def run(args: argparse.Namespace) -> int:
     write_atomically(sidecar_path(output), _json(sidecar(runs)))  # first: no outputs without it
     write_atomically(output, _json(rows))
     for remark in remarks(runs):
-        print(f"specrej-eval export: {remark}", file=sys.stderr)
-    print(f"{counted(len(rows), 'answer')} of {', '.join(run.name for run in runs)}\n{output}")
+        print(f"specrej-eval export: {inert(remark)}", file=sys.stderr)
+    print(f"{counted(len(rows), 'answer')} of {inert(', '.join(run.name for run in runs))}\n{output}")
     return 0
 
 
 def _json(content: Any) -> str:
-    return json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    return as_text(content, indent=2) + "\n"

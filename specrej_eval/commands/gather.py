@@ -26,7 +26,7 @@ from specrej_eval.errors import ConfigError
 from specrej_eval.records.fingerprint import BETWEEN, differences
 from specrej_eval.records.outputs import GATHERED, Answer, OutputsFolder, RecordedRun, RunRecord, total_cost
 from specrej_eval.records.run_names import default_name
-from specrej_eval.wording import counted
+from specrej_eval.wording import counted, inert
 
 SUMMARY = "put runs together: shards one after another, of several seeds the best answer to each prompt"
 EXAMPLES = (
@@ -300,7 +300,8 @@ def run(args: argparse.Namespace) -> int:
     n = str(rows[0]) if len(rows) == 1 else f"{rows[0]} to {rows[-1]}"
     rewards = [answer.reward for answer in gathered.answers if answer.reward is not None]
     print(
-        f"{gathered.record.name}: {counted(len(gathered.answers), 'answer')} of {counted(len(args.runs), 'run')}, "
+        f"{inert(gathered.record.name)}: {counted(len(gathered.answers), 'answer')} of "
+        f"{counted(len(args.runs), 'run')}, "
         f"seeds {_listed(gathered.seeds)}, n={n}, mean reward {sum(rewards) / len(rewards):.3f}\n{store.outputs_file}"
     )
     return 0

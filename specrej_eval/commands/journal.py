@@ -21,7 +21,7 @@ from specrej_eval.records.fingerprint import check_same
 from specrej_eval.records.journal import SCHEMA_VERSION, Contents, lacking_fields, read
 from specrej_eval.records.jsonl import checked_line, write_atomically
 from specrej_eval.records.outputs import OutputsFolder
-from specrej_eval.wording import counted
+from specrej_eval.wording import counted, inert
 
 _DIGEST = re.compile(r"\b([0-9a-f]{12})(?:[0-9a-f]{28}|[0-9a-f]{52})\b")
 
@@ -150,11 +150,6 @@ def _print_answer(key: str, result: GenerationResult) -> None:
             f"{mark} row {row.row}: {row.finish_reason}, {counted(row.num_tokens, 'token')}, reward {reward}: "
             f"{inert(row.text)}"
         )
-
-
-def inert(text: str) -> str:
-    """Text that does nothing to a terminal: control characters and line breaks are shown as escapes."""
-    return "".join(mark if mark.isprintable() else mark.encode("unicode_escape").decode() for mark in text)
 
 
 def verify(path: Path) -> Iterator[str]:

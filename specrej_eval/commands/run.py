@@ -40,6 +40,7 @@ from specrej_eval.core import Question, Spent
 from specrej_eval.errors import ConfigError, SpecRejError
 from specrej_eval.generator import Request
 from specrej_eval.options import add_options
+from specrej_eval.paths import below
 from specrej_eval.ranks import Watch, check_seen, started
 from specrej_eval.ranks import watch as watch_ranks
 from specrej_eval.records.fingerprint import from_first_rank, same, warn_of_uncovered
@@ -224,7 +225,7 @@ def _run(
     if ranks.main:
         warn_of_uncovered(fingerprint)
     name = own.get("name") or default_name(fingerprint)
-    folder = Path(own.get("output") or Path("results") / name)
+    folder = Path(own.get("output") or below("results", name, what="the run's name"))
     folder = folder if seed is None else folder / f"seed{seed}"
     store = OutputsFolder(folder, rank=ranks.rank, world_size=ranks.world_size)
     record = RunRecord(

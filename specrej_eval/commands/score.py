@@ -22,8 +22,9 @@ from specrej_eval.core import finite_or_none
 from specrej_eval.errors import ConfigError, RewardError
 from specrej_eval.options import add_reward_options, load_reward, reward_config
 from specrej_eval.paths import expanded
+from specrej_eval.records import lock
 from specrej_eval.records.fingerprint import check_same, of_models
-from specrej_eval.records.jsonl import mend, open_append, scan, write_atomically
+from specrej_eval.records.jsonl import as_text, mend, open_append, scan, write_atomically
 from specrej_eval.records.prompt_files import read_rows
 from specrej_eval.wording import counted
 
@@ -88,6 +89,11 @@ def run(args: argparse.Namespace) -> int:
     entries = read_pairs(source, column=args.column)
     if target.exists() and target.samefile(source):
         raise ConfigError(f"--output {str(target)!r} is the input itself.", hint="name another file.")
+    with lock.holding(target, argument="output"):
+        return _score(args, config, source, target, entries)
+
+
+def _score(args: argparse.Namespace, config: RunConfig, source: Path, target: Path, entries: list[Entry]) -> int:
     done = _begin(target, _fingerprint(config, source, args), overwrite=args.force)
     by_rank = config.reward_ensemble == "rank"
     if by_rank and len(done) < len(entries):  # ranks are among all answers to a prompt, wherever they stand
@@ -96,7 +102,7 @@ def run(args: argparse.Namespace) -> int:
     if len(done) < len(entries):
         if config.reward_model is None:
             tqdm.write("DEMO: the embedded demo reward scores; it knows nothing but small sums.", file=sys.stderr)
-        reward = load_reward(config, options.get("token"))
+        reward = load_reward(config, vars(args).get("token"))
         if not reward.reads_text:
             raise ConfigError(
                 f"reward_model={reward.name!r} scores from numbers recorded while decoding, which a file lacks.",
@@ -114,8 +120,7 @@ def run(args: argparse.Namespace) -> int:
                     result = {args.column: found} if isinstance(found, float) else {args.column: None, "error": found}
                     with stopping.held():  # on disk before it is counted, whatever ends the process
                         done.append({**entry.record, **result})
-                        file.write(json.dumps(done[-1], ensure_ascii=False) + "\n")
-                        file.flush()
+                        file.write(as_text(done[-1]) + "\n")
                         kept.add()
                     bar.update(1)
     return _report(target, done, args.column)

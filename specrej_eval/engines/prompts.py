@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from specrej_eval import chat_templates
 from specrej_eval.core import Message, Prompt, prompt_hash
 from specrej_eval.errors import PromptError
-from specrej_eval.special_tokens import ContentText, Tokeniser
+from specrej_eval.special_tokens import ContentText, Tokeniser, check_text
 
 
 def encode_prompt(
@@ -27,19 +28,23 @@ def encode_prompt(
         add_bos_token: None = the tokenizer's own way. A string that begins with BOS never gets a second one.
 
     Raises:
-        PromptError: empty text, no messages, a message without role or content, or no chat template.
+        PromptError: empty text, no messages, a message without role or content, half of a surrogate pair in a text, no
+            chat template, or one that fails or does not end.
         SpecialTokenError: special tokens in content that are not allowed, or cannot be told from the template's.
     """
     tokenizer = tokeniser.tokenizer
     if isinstance(prompt, str):
         if not prompt:
             raise PromptError("the prompt is an empty string.", hint="give a non-empty string or chat messages.")
+        check_text(prompt)
         return Prompt(
             token_ids=tuple(encode_text(tokeniser, prompt, add_bos_token)),
             conversation=({"role": "user", "content": str(prompt)},),
             prompt_hash=prompt_hash(prompt),
         )
     messages = [checked_message(message, place) for place, message in enumerate(prompt)]
+    for message in messages:
+        check_text(message["content"])
     if not messages:
         raise PromptError("the prompt holds no messages.", hint="give a string, or at least one user message.")
     if not tokenizer.chat_template:
@@ -53,9 +58,12 @@ def encode_prompt(
         "continue_final_message": continued,
         **(chat_template_args or {}),
     }
-    rendered = tokenizer.apply_chat_template(messages, tokenize=False, **options)
+    with chat_templates.rendering("the language model"):
+        rendered = tokenizer.apply_chat_template(messages, tokenize=False, **options)
+    with chat_templates.time_limit():
+        token_ids = tuple(tokeniser.chat(messages, **options)["input_ids"])
     return Prompt(
-        token_ids=tuple(tokeniser.chat(messages, **options)["input_ids"]),
+        token_ids=token_ids,
         conversation=tuple(messages[:-1] if continued else messages),
         response_prefix=messages[-1]["content"] if continued else "",
         prompt_hash=prompt_hash(rendered),

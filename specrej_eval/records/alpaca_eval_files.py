@@ -51,7 +51,7 @@ def _win_by_win(path: Path, name: str) -> dict[str, float]:
     """Instruction and reference, hashed -> preference in per cent."""
     try:
         annotations: Any = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     found: dict[str, float] = {}
     seen: Counter[str] = Counter()

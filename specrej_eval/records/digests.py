@@ -14,7 +14,6 @@ import hashlib
 import json
 import os
 import re
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -23,6 +22,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from specrej_eval import temporary
 from specrej_eval.checked import object_in, object_or_empty
 from specrej_eval.errors import CheckpointError
 from specrej_eval.paths import cache, expanded, is_folder
@@ -251,7 +251,7 @@ def _remember(state: tuple[Any, ...], digest: str) -> None:
     try:
         entry = _entry(state[0])
         entry.parent.mkdir(parents=True, exist_ok=True)
-        partial = entry.with_name(f".{entry.name}.{os.getpid()}.{threading.get_ident()}")
+        partial = temporary.partial(entry)
         partial.write_text(json.dumps({"state": list(state), "sha256": digest}) + "\n", encoding="utf-8")
         partial.replace(entry)  # in one step: another process sees the old entry or the new one
     except (OSError, ValueError):

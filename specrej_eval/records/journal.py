@@ -29,6 +29,7 @@ from typing import Any
 from specrej_eval.checked import BadRecordError, an_object, as_whole
 from specrej_eval.core import GenerationResult, Prompt
 from specrej_eval.errors import ConfigError
+from specrej_eval.records import lock
 from specrej_eval.records.fingerprint import check_same
 from specrej_eval.records.jsonl import (
     RUN,
@@ -230,6 +231,7 @@ def check(path: str, fingerprint: Callable[[], dict[str, Any]]) -> None:
         ConfigError: as ``Journal``.
     """
     check_writable(path, argument="journal")
+    lock.check(path, argument="journal")
     others = [*beside(path)]
     if others or Path(path).is_file():
         now = fingerprint()
@@ -283,11 +285,12 @@ class Journal:
 
     Raises:
         ConfigError: the file belongs to another configuration (the message says what differs), is no journal, was
-            written by a newer version, or cannot be written. The file is as it was then.
+            written by a newer version, is in use by another process, or cannot be written. The file is as it was then.
     """
 
     def __init__(self, path: str, fingerprint: dict[str, Any]) -> None:
         self.path = path
+        self._give_up_lock = lock.hold(self, path, argument="journal")
         self._name = Path(path).name
         self._entries: dict[str, Entry] = {}
         """By key, of this file and those beside it."""
@@ -321,12 +324,16 @@ class Journal:
         return entry.result
 
     def put(self, key: str, result: GenerationResult) -> None:
-        """Append a finished request and flush it to disk."""
+        """Append a finished request and flush it to disk.
+
+        Raises:
+            WriteError: it cannot be written; the entries before are intact.
+        """
         record: dict[str, Any] = {"key": key, "result": result.to_dict()}
         if self.capacity_tokens is not None:
             record[CAPACITY] = self.capacity_tokens
         self._write(record)
-        os.fsync(self._file.fileno())
+        self._file.sync()
 
     def put_capacity(self, tokens: int) -> None:
         """Remember what ``n=max`` was resolved with, so that a resumed run starts as many rows."""
@@ -345,6 +352,7 @@ class Journal:
 
     def close(self) -> None:
         self._file.close()
+        self._give_up_lock()
 
     def _read(self) -> bool:
         """Fill the entries and mend the file; False if its header has yet to be written."""
@@ -409,7 +417,6 @@ class Journal:
             self._reopen_if_replaced()
             record[RUN] = self._run
         self._file.write(checked_line(record))
-        self._file.flush()
 
     def _reopen_if_replaced(self) -> None:
         """Another process may have mended the file, or someone deleted it: answers must not go where nobody looks."""

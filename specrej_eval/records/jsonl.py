@@ -8,6 +8,7 @@ damaged is never deleted: it moves to ``FILE.damaged``, and what is intact stays
 from __future__ import annotations
 
 import base64
+import contextlib
 import errno
 import hashlib
 import json
@@ -15,9 +16,11 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import Any, Self
 
-from specrej_eval.errors import ConfigError
+from specrej_eval import temporary
+from specrej_eval.errors import ConfigError, SpecRejError
+from specrej_eval.paths import check_path
 
 CHECKSUM = "checksum"
 RUN = "run"
@@ -80,7 +83,21 @@ def checked_line(record: Mapping[str, Any], *, ensure_ascii: bool = True) -> str
     """A record as one line of JSON, with its checksum."""
     told = plain(record)
     told[CHECKSUM] = checksum(told)
-    return json.dumps(told, allow_nan=False, ensure_ascii=ensure_ascii) + "\n"
+    return as_text(told, ensure_ascii=ensure_ascii) + "\n"
+
+
+def as_text(value: Any, *, ensure_ascii: bool = False, indent: int | None = None, strict: bool = True) -> str:
+    """JSON that can be written as UTF-8: where a text has half a surrogate pair in it, all are escaped.
+
+    Args:
+        strict: refuse NaN and infinity, which are no JSON; False where another program has written them.
+    """
+    text = json.dumps(value, allow_nan=not strict, ensure_ascii=ensure_ascii, indent=indent)
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return json.dumps(value, allow_nan=not strict, indent=indent)
+    return text
 
 
 def plain(value: Any) -> Any:
@@ -187,8 +204,7 @@ def set_aside(path: Path, damaged: Sequence[Damage]) -> None:
             except UnicodeDecodeError:
                 told["base64"] = base64.b64encode(item.raw).decode()
             file.write(json.dumps(told) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
+        file.sync()
 
 
 def damaged_file(path: str | Path) -> Path:
@@ -205,18 +221,81 @@ def describe_damage(path: str | Path, damaged: Sequence[Damage]) -> str:
     return f"{len(damaged)} lines of {Path(path).name} are damaged ({listed}; line {first.number}: {first.reason})"
 
 
-def open_append(path: str, *, argument: str) -> IO[str]:
+class WriteError(SpecRejError, OSError):
+    """A record could not be written: the disk is full, a limit is reached. What stood there before is as it was."""
+
+
+class Appender:
+    """A file that grows by whole lines: what cannot be written to its end leaves no part of itself behind.
+
+    Raises:
+        ConfigError: the file or its folder cannot be written.
+    """
+
+    def __init__(self, path: str, *, argument: str) -> None:
+        self._told = f"{argument}={path!r}"
+        check_path(path, argument=argument)
+        try:
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
+            self._file = open(path, "ab", buffering=0)  # noqa: SIM115  # it is closed by close()
+        except OSError as exc:
+            raise ConfigError(f"{self._told} cannot be written: {exc.strerror or exc}.") from exc
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def write(self, text: str) -> None:
+        """Append a line, and hand it to the system.
+
+        Raises:
+            WriteError: it cannot be written; the file ends where it ended before.
+        """
+        left = memoryview(text.encode("utf-8", "surrogatepass"))
+        before = written = 0
+        try:
+            before = os.fstat(self.fileno()).st_size
+            while written < len(left):
+                written += self._file.write(left[written:]) or 0
+        except OSError as error:
+            with contextlib.suppress(OSError):  # half a line; unless somebody else has appended since
+                if written and os.fstat(self.fileno()).st_size == before + written:
+                    os.ftruncate(self.fileno(), before)
+            raise self._error(error) from error
+
+    def sync(self) -> None:
+        """Wait until the disk has it.
+
+        Raises:
+            WriteError: it cannot be said that it has.
+        """
+        try:
+            os.fsync(self.fileno())
+        except OSError as error:
+            raise self._error(error) from error
+
+    def fileno(self) -> int:
+        return self._file.fileno()
+
+    def close(self) -> None:
+        self._file.close()
+
+    def _error(self, error: OSError) -> WriteError:
+        return WriteError(
+            f"{self._told} cannot be written: {error.strerror or error}. The records before are intact.",
+            hint="make room there; the same command goes on from what is recorded.",
+        )
+
+
+def open_append(path: str, *, argument: str) -> Appender:
     """Open a JSONL file for appending, its folder made if need be.
 
     Raises:
         ConfigError: the file or its folder cannot be written.
     """
-    try:
-        folder = Path(path).parent
-        folder.mkdir(parents=True, exist_ok=True)
-        return open(path, "a", encoding="utf-8", errors="surrogatepass")
-    except OSError as exc:
-        raise ConfigError(f"{argument}={path!r} cannot be written: {exc.strerror or exc}.") from exc
+    return Appender(path, argument=argument)
 
 
 def check_writable(path: str, *, argument: str) -> None:
@@ -225,6 +304,7 @@ def check_writable(path: str, *, argument: str) -> None:
     Raises:
         ConfigError: the file, or the folder it is to lie in, cannot be written.
     """
+    check_path(path, argument=argument)
     place = Path(path)
     there = next(known for known in (place, *place.absolute().parents) if os.path.exists(known))
     wrong = errno.EISDIR if place.is_dir() else errno.ENOTDIR if there != place and not there.is_dir() else 0
@@ -245,7 +325,8 @@ def write_atomically(path: Path, text: str) -> None:
 
 def replace_bytes(path: Path, content: bytes) -> None:
     """``write_atomically`` for bytes."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    check_path(path, argument="file")
+    partial = temporary.partial(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(partial, "wb") as file:
@@ -254,4 +335,6 @@ def replace_bytes(path: Path, content: bytes) -> None:
             os.fsync(file.fileno())
         os.replace(partial, path)
     except OSError as exc:
+        with contextlib.suppress(OSError):
+            partial.unlink()  # on a full disk it would only be in the way
         raise ConfigError(f"{str(path)!r} cannot be written: {exc.strerror or exc}.") from exc

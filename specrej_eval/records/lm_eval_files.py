@@ -15,6 +15,7 @@ from specrej_eval.checked import object_or_empty
 from specrej_eval.checkpoint import DEMO_POLICY, DEMO_REWARD
 from specrej_eval.config import Decides, names
 from specrej_eval.errors import ConfigError, SpecRejError
+from specrej_eval.paths import below, is_same, lies_in
 from specrej_eval.records.scores import Score
 from specrej_eval.wording import counted, start_of
 
@@ -69,7 +70,10 @@ class Results:
         return found.group(1)
 
     def samples_file(self, task: str) -> Path:
-        return self.path.parent / f"samples_{task}_{self.date_id}.jsonl"
+        """Raises:
+        ConfigError: the task is called so that its file would lie elsewhere.
+        """
+        return below(self.path.parent, f"samples_{task}_{self.date_id}.jsonl", what=f"{self.path.name}: the file name")
 
     def scores(self) -> Iterator[Score]:
         """Every metric of every task, with the samples behind it where they were logged."""
@@ -148,7 +152,7 @@ def read_results(path: Path, *, strict: bool = False) -> Results | None:
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         if not strict or not path.name.startswith("results_"):
             return None
         raise SpecRejError(f"{str(path)!r} cannot be read: {error}.", hint="delete it if it is half a file.") from error
@@ -162,7 +166,7 @@ def check_whole(results: Results) -> None:
     """
     file = str(results.path)
     models = [results.arguments.get(name) for name in ("pretrained", "reward_model")]
-    by_path = any(Path(str(model)).resolve() in (DEMO_POLICY, DEMO_REWARD) for model in models if model)
+    by_path = any(is_same(str(model), demo) for model in models if model for demo in (DEMO_POLICY, DEMO_REWARD))
     if results.block.get("embedded_demo_pair") or not models[0] or by_path:
         raise SpecRejError(
             f"{file!r} is a run of the embedded demo pair, which knows nothing but small sums.",
@@ -199,6 +203,11 @@ def check_samples(results: Results, task: str, *, allow_empty: bool) -> Path:
             f"{str(results.path)!r}: the samples of task {task!r} are missing; looked for {str(file)!r}.",
             hint="run lm_eval with --log_samples; keep results and samples in one folder.",
         )
+    if not lies_in(file, results.path.parent):
+        raise SpecRejError(
+            f"{str(file)!r} is a link out of the folder of {results.path.name}.",
+            hint="put the samples file itself beside the results.",
+        )
     hint = "the file was changed after the run, or two were mixed up; run the task again."
     generated = (results.content.get("configs") or {}).get(task, {}).get("output_type") == "generate_until"
     seen: dict[str, dict[Any, int]] = {}
@@ -211,9 +220,13 @@ def check_samples(results: Results, task: str, *, allow_empty: bool) -> Path:
             raise SpecRejError(f"{where}: the same document as in line {first}.", hint=hint)
         documents[sample.get("doc_id")] = number
         for name, text in _hashed(sample):
-            if text is None or hashlib.sha256(text.encode()).hexdigest() != sample.get(name):
+            if text is None or hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest() != sample.get(name):
                 raise SpecRejError(f"{where}: {name} is not that of what stands there.", hint=hint)
-        digest.update("".join(str(sample[name]) for name in ("doc_hash", "prompt_hash", "target_hash")).encode())
+        digest.update(
+            "".join(str(sample[name]) for name in ("doc_hash", "prompt_hash", "target_hash")).encode(
+                "utf-8", "surrogatepass"
+            )
+        )
         if generated and not allow_empty:
             for answer in _answers(sample):
                 if not answer.strip():
@@ -235,11 +248,11 @@ def check_samples(results: Results, task: str, *, allow_empty: bool) -> Path:
 
 
 def _lines(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    with file.open(encoding="utf-8") as opened:
+    with file.open(encoding="utf-8", errors="surrogateescape") as opened:  # what is no UTF-8 has another hash
         for number, line in enumerate(opened, start=1):
             try:
                 sample = json.loads(line)
-            except ValueError:
+            except (ValueError, RecursionError):
                 sample = None
             if not isinstance(sample, dict):
                 raise SpecRejError(f"{str(file)!r}, line {number}: not a JSON object.", hint="the file was cut short.")

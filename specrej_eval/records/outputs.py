@@ -11,7 +11,6 @@ carry checksums (see ``jsonl``). Standard library only.
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -34,11 +33,14 @@ from specrej_eval.checked import (
 )
 from specrej_eval.core import GenerationResult, Ledger, Prompt, Round, Spent, called
 from specrej_eval.errors import ConfigError, SpecRejError
+from specrej_eval.records import lock
 from specrej_eval.records.fingerprint import check_same, is_demo
 from specrej_eval.records.jsonl import (
     RUN,
+    Appender,
     Damage,
     Scan,
+    as_text,
     checked_line,
     damaged_file,
     describe_damage,
@@ -271,7 +273,7 @@ class OutputsFolder:
         self._damaged: list[tuple[Path, list[Damage]]] = []
         self._record: RunRecord | None = None
         self._run: str | None = None
-        self._file: Any = None
+        self._file: Appender | None = None
         self._writing = False
         self._is_new = False
 
@@ -354,8 +356,10 @@ class OutputsFolder:
 
         Raises:
             ConfigError: ``going_on``, and the folder belongs to another configuration (says what differs, what to do),
-                or holds answers of which nothing says how they were made.
+                or holds answers of which nothing says how they were made; or another process is writing there.
         """
+        if not self._writing:
+            lock.hold(self, self._own_part, argument="output")
         before = self.record() if going_on else None
         self._is_new = before is None
         if before is not None:
@@ -445,7 +449,7 @@ class OutputsFolder:
     def write_record(self, record: RunRecord) -> None:
         record.schema_version = SCHEMA_VERSION
         self._run = digest(record.fingerprint)
-        write_atomically(self.run_file, json.dumps(record.to_dict(), indent=2, ensure_ascii=False) + "\n")
+        write_atomically(self.run_file, as_text(record.to_dict(), indent=2) + "\n")
 
     @property
     def capacity_tokens(self) -> int | None:
@@ -460,12 +464,15 @@ class OutputsFolder:
             self.write_record(self._record)
 
     def put(self, answer: Answer) -> None:
-        """Append an answer and flush it to disk."""
+        """Append an answer and flush it to disk.
+
+        Raises:
+            WriteError: it cannot be written; the answers before are intact.
+        """
         if self._file is None:
             self._file = open_append(str(self._own_part), argument="output")
         self._file.write(self._line(answer))
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        self._file.sync()
         self._read()[answer.key] = answer
 
     def close(self) -> None:

@@ -22,8 +22,8 @@ from typing import Any
 
 from specrej_eval.core import Question
 from specrej_eval.errors import ConfigError, nearest
-from specrej_eval.paths import expanded
-from specrej_eval.wording import counted
+from specrej_eval.paths import check_path, expanded
+from specrej_eval.wording import counted, start_of
 
 logger = logging.getLogger(__name__)
 
@@ -74,6 +74,7 @@ def read_rows(path: str | Path) -> list[FileRow]:
 
 
 def _checked_path(file: Path) -> Path:
+    check_path(file, argument="prompts")
     if file.suffix.lower() not in _READERS:
         raise ConfigError(
             f"{str(file)!r}: prompts are read from {', '.join(_READERS)} files, not from {file.suffix or 'this'!r}.",
@@ -236,6 +237,11 @@ def _text(file: Path, where: str, value: Any, what: str) -> str:
         raise ConfigError(f"{str(file)!r}, {where}: {what} must be a text, got {_kind(value)}.")
     if not value.strip():
         raise ConfigError(f"{str(file)!r}, {where}: {what} is empty.", hint="remove the row, or fill it in.")
+    if any("\ud800" <= mark <= "\udfff" for mark in value):
+        raise ConfigError(
+            f"{str(file)!r}, {where}: {what} has half of a surrogate pair in it, which is no text: {start_of(value)}.",
+            hint="a character outside Unicode's first plane was cut in two; remove what is left of it, or restore it.",
+        )
     return value
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from specrej_eval.config import reward_names
+from specrej_eval.paths import file_name, shortened
 from specrej_eval.records.fingerprint import EMBEDDED, is_demo
 
 
@@ -30,10 +30,10 @@ def default_name(fingerprint: Mapping[str, Any], *, n: int | None = None) -> str
         method = f"Bo{_rows(fingerprint, n, draws).removeprefix('n')}"
     else:
         alpha = f"_alpha{fingerprint['alpha']:g}" if isinstance(fingerprint.get("alpha"), int | float) else ""
-        short = "SpR" if strategy == "speculative_rejection" else strategy
+        short = "SpR" if strategy == "speculative_rejection" else file_name(strategy)
         method = f"{short}{alpha}_{_rows(fingerprint, n, draws, apart=True)}"
     models = (model_name(fingerprint.get("pretrained")), model_name(fingerprint.get("reward_model")))
-    return "_".join((*(["DEMO"] if is_demo(fingerprint) else []), method, *models))
+    return shortened("_".join((*(["DEMO"] if is_demo(fingerprint) else []), method, *models)))
 
 
 def model_name(name: Any) -> str:
@@ -49,15 +49,15 @@ def model_name(name: Any) -> str:
         return f"judge-{model_name(text.removeprefix(reward_names.JUDGE).partition('@http')[0])}"
     parts = reward_names.parts(text)
     if len(parts) > 1:
-        return "-".join(model_name(part["reward_model"]) for part in parts)
+        return shortened("-".join(model_name(part["reward_model"]) for part in parts))
     if reward_names.is_address(text):
         place = text.partition("://")[2].partition("?")[0].partition("#")[0]  # a record may hold what is no address
         host, slash, path = place.partition("/")
-        return _plain(host.rpartition("@")[2] + slash + path.rstrip("/"))
+        return file_name(host.rpartition("@")[2] + slash + path.rstrip("/"))
     module, colon, function = text.rpartition(":")
     if colon and function.isidentifier() and all(part.isidentifier() for part in module.split(".")):
-        return function
-    return _plain(Path(text).name or Path(text).resolve().name)
+        return file_name(function)
+    return file_name(Path(text).name or Path(text).resolve().name)
 
 
 def _rows(fingerprint: Mapping[str, Any], n: int | None, draws: int, *, apart: bool = False) -> str:
@@ -68,8 +68,4 @@ def _rows(fingerprint: Mapping[str, Any], n: int | None, draws: int, *, apart: b
     if n is not None and (draws == 1 or not apart or n % draws):
         return f"n{n}"
     single = f"n{n // draws}" if n is not None else f"n{each}" if each else f"kv{fingerprint.get('kv_budget_tokens')}"
-    return single + (f"x{draws}" if draws > 1 else "")
-
-
-def _plain(text: str) -> str:
-    return re.sub(r"[^\w.-]+", "-", text, flags=re.ASCII).strip("-.") or "model"
+    return file_name(single) + (f"x{draws}" if draws > 1 else "")

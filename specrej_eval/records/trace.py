@@ -6,12 +6,13 @@ wrongly for unsorted sample lists.
 
 from __future__ import annotations
 
-import json
 import os
+from pathlib import Path
 from typing import Any
 
 from specrej_eval.core import GenerationResult, Prompt, Round
-from specrej_eval.records.jsonl import open_append
+from specrej_eval.errors import ConfigError
+from specrej_eval.records.jsonl import as_text, open_append, scan
 from specrej_eval.redaction import redacted_values
 
 SCHEMA_VERSION = 1
@@ -44,8 +45,7 @@ class Tracer:
 
     def _write(self, event: str, record: dict[str, Any]) -> None:
         if self._file is not None:
-            self._file.write(json.dumps({"event": event, **record}, allow_nan=False, ensure_ascii=False) + "\n")
-            self._file.flush()
+            self._file.write(as_text({"event": event, **record}) + "\n")
 
 
 def rank_path(path: str, rank: int, world_size: int) -> str:
@@ -54,3 +54,13 @@ def rank_path(path: str, rank: int, world_size: int) -> str:
         return path
     root, extension = os.path.splitext(path)
     return f"{root}_rank{rank}{extension}"
+
+
+def is_trace(path: str | Path) -> bool:
+    """Whether every whole line of a file is an event of ours, and there is one."""
+    try:
+        found = scan(path, argument="trace_path", checksums=False)
+    except ConfigError:
+        return False
+    events = ("run", "round", "request")
+    return bool(found.lines) and not found.damaged and all(line.record.get("event") in events for line in found.lines)

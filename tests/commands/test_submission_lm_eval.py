@@ -207,11 +207,11 @@ def test_files_of_every_rank_are_collected(finished: Run) -> None:
 
     finished.change(ranks)
     for rank in range(2):
-        (finished.folder / f"trace_rank{rank}.jsonl").write_text(f"{rank}\n")
+        (finished.folder / f"trace_rank{rank}.jsonl").write_text(json.dumps({"event": "run", "rank": rank}) + "\n")
     finished.submit()
     traces = sorted(finished.out.rglob("specrej_trace*"))
     assert [path.stem[-6:] for path in traces] == ["_rank0", "_rank1"]
-    assert [path.read_text() for path in traces] == ["0\n", "1\n"]
+    assert [json.loads(path.read_text())["rank"] for path in traces] == [0, 1]
     assert not list(finished.out.rglob("specrej_journal*"))
 
 
@@ -247,6 +247,59 @@ def test_degraded_and_truncated_answers_are_said(finished: Run) -> None:
     text = finished.submit()
     assert "2 answers gave up rows for want of memory (degraded)" in text
     assert "1 prompt was cut" in text
+
+
+@pytest.mark.parametrize("argument", ["journal", "trace_path"])
+@pytest.mark.parametrize("how", ["absolute", "relative", "link", "of another kind", "unnameable"])
+def test_a_file_that_is_not_the_runs_own_is_never_published(
+    argument: str, how: str, finished: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    secret = finished.folder.parent / "secret.jsonl"
+    # even a real journal or trace: what a results file names outside its folder is not its writer's to publish
+    shutil.copy(finished.folder / {"journal": "run.jsonl", "trace_path": "trace.jsonl"}[argument], secret)
+    named = {"absolute": str(secret), "relative": "../secret.jsonl", "unnameable": "x" * 5000 + "\0"}.get(how, "mine")
+    monkeypatch.chdir(finished.folder)
+    if how == "link":
+        (finished.folder / named).symlink_to(secret)
+    elif how == "of another kind":
+        (finished.folder / named).write_text("root:x:0:0\n")
+    arguments = {argument: named}
+    finished.change(lambda content: content["config"]["specrej"]["arguments"].update(arguments))
+    text = finished.submit()
+    taken = {"journal": "specrej_journal", "trace_path": "specrej_trace"}
+    assert not [*finished.out.rglob(f"{taken.pop(argument)}*")]
+    assert [*finished.out.rglob(f"{taken.popitem()[1]}*")], "the other one is the run's own"
+    assert f"{argument}=" in text.partition("note: ")[2] and "left out" in text
+
+
+@pytest.mark.parametrize("ranks", ["many", -1, 10**12, [2], 1.5])
+def test_a_number_of_processes_that_is_none_is_refused(ranks: object, finished: Run) -> None:
+    finished.change(lambda content: content["config"]["specrej"].update(world_size=ranks))
+    assert "world_size" in finished.refused()
+
+
+@pytest.mark.parametrize("strategy", ["../../../x", "/etc", "a\0b", "x" * 400])
+def test_the_name_of_a_strategy_leads_nowhere(strategy: str, finished: Run) -> None:
+    before = {*finished.folder.parent.iterdir()}
+    finished.change(lambda content: content["config"]["specrej"]["arguments"].update(strategy=strategy))
+    finished.submit()
+    (made,) = finished.out.iterdir()
+    assert made.is_dir() and {*finished.folder.parent.iterdir()} - before == {finished.out}
+
+
+def test_the_name_of_a_task_leads_nowhere(finished: Run) -> None:
+    task = "../../secret"
+    for name in ("n-samples", "configs", "results"):
+        finished.change(lambda content, name=name: content[name].update({task: content[name].pop(TASK)}))  # type: ignore[misc]
+    assert "cannot be part of a path" in finished.refused()
+
+
+def test_samples_that_are_a_link_out_of_the_folder_are_refused(finished: Run) -> None:
+    elsewhere = finished.folder.parent / "samples.jsonl"
+    samples = finished.samples
+    samples.rename(elsewhere)
+    samples.symlink_to(elsewhere)
+    assert "is a link out of the folder" in finished.refused()
 
 
 def test_a_submission_inside_the_results_folder_is_no_run(finished: Run) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from typing import Literal, NamedTuple
 
 from specrej_eval.errors import SpecRejError
+from specrej_eval.wording import inert, inert_lines
 
 Status = Literal["ok", "note", "broken"]
 _MARKS = {"ok": "ok    ", "note": "note  ", "broken": "BROKEN"}
@@ -29,7 +30,7 @@ def show(sections: Iterable[tuple[str, Iterable[Finding]]], *, well: str) -> int
         try:
             for status, subject, detail in findings:
                 broken += status == "broken"
-                print(f"  {_MARKS[status]}  {subject:<21}  {detail}", flush=True)
+                print(f"  {_MARKS[status]}  {inert(subject):<21}  {inert_lines(detail)}", flush=True)
         except SpecRejError as error:  # the other checks may still tell something
             broken += 1
             print(f"  BROKEN  {'failed':<21}  {error}", flush=True)

@@ -13,6 +13,7 @@ from specrej_eval.commands.report.comparison import conclusions, rows
 from specrej_eval.commands.report.notes import notes
 from specrej_eval.commands.report.runs import find_runs
 from specrej_eval.commands.report.table import as_csv, as_json, as_tables
+from specrej_eval.wording import inert, inert_markdown
 
 SUMMARY = "print one table of the runs found under a folder, with paired differences between them"
 EXAMPLES = (
@@ -53,6 +54,7 @@ def run(args: argparse.Namespace) -> int:
     if args.format in _FOR_PROGRAMS:
         print(_FOR_PROGRAMS[args.format](table))
         return 0
-    parts = [as_tables(table, markdown=args.format == "markdown"), *map("\n".join, (conclusions(runs), notes(runs)))]
-    print("\n\n".join(filter(None, parts)))
+    markdown = args.format == "markdown"
+    told = ["\n".join(map(inert_markdown if markdown else inert, lines)) for lines in (conclusions(runs), notes(runs))]
+    print("\n\n".join(filter(None, [as_tables(table, markdown=markdown), *told])))
     return 0

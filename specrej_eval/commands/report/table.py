@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from specrej_eval.commands.report.comparison import PAIRED
 from specrej_eval.commands.report.runs import MODELS, describe
 from specrej_eval.records import lm_eval_files
+from specrej_eval.wording import inert, inert_markdown, inert_row
 
 ABSENT = "-"  # a run of another model has no reward and no ledger
 
@@ -33,7 +34,7 @@ def as_csv(rows: Sequence[Mapping[str, Any]]) -> str:
     written = io.StringIO()
     writer = csv.DictWriter(written, list(lines[0]) if lines else [], lineterminator="\n")
     writer.writeheader()
-    writer.writerows(lines)
+    writer.writerows(map(inert_row, lines))
     return written.getvalue().rstrip("\n")
 
 
@@ -49,6 +50,7 @@ class Column(NamedTuple):
 
     def set(self, texts: Sequence[str], *, markdown: bool) -> list[str]:
         """Its cells at one width, with a rule below the heading."""
+        texts = [(inert_markdown if markdown else inert)(text) for text in texts]
         width = max(map(len, texts))
         rule = "-" * (width - 1) + ":" if markdown and not self.words else "-" * width
         first, *others = (text.ljust(width) if self.words else text.rjust(width) for text in texts)
@@ -121,7 +123,8 @@ def _differences(compared: Sequence[Mapping[str, Any]], *, markdown: bool) -> st
         Column("95 % interval", _interval),
         Column("prompts", lambda row: f"{row['paired']['prompts']:,}"),
     ]
-    title = f"against {baselines[0]}, on the same prompts:" if len(baselines) == 1 else "on the same prompts:"
+    shown = inert_markdown if markdown else inert
+    title = f"against {shown(baselines[0])}, on the same prompts:" if len(baselines) == 1 else "on the same prompts:"
     return f"{title}\n\n{_as_text(columns, compared, markdown=markdown)}"
 
 

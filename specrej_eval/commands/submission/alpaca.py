@@ -9,7 +9,6 @@ recorded beside them answered; or that come from an unfinished run or from the e
 from __future__ import annotations
 
 import argparse
-import json
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,8 +18,9 @@ from specrej_eval.commands.submission.alpaca_checks import COLUMNS, JUDGE, NUM_I
 from specrej_eval.commands.submission.tree import Tree, read_rows
 from specrej_eval.errors import ConfigError, SpecRejError
 from specrej_eval.harness.alpaca_eval import config as alpaca_config
+from specrej_eval.records.jsonl import as_text
 from specrej_eval.redaction import secrets_of
-from specrej_eval.wording import counted
+from specrej_eval.wording import counted, inert_lines
 
 PACKAGE = "src/alpaca_eval"
 APPEND = "append"
@@ -78,7 +78,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     submission = build(args)
     submission.tree.write()
-    print(report(args.name, submission))
+    print(inert_lines(report(args.name, submission)))
     return 0
 
 
@@ -122,7 +122,7 @@ def build(args: argparse.Namespace) -> Submission:
     tree.add(f"{PACKAGE}/models_configs/{name}/configs.yaml", alpaca_config.render(config, record, answers))
     tree.add(f"{PACKAGE}/models_configs/{name}/prompt.txt", config.template)
     canonical = [{column: row[column] for column in COLUMNS} for row in rows]
-    text = json.dumps(canonical, indent=2, ensure_ascii=False)
+    text = as_text(canonical, indent=2)
     tree.add(f"results/{name}/model_outputs.json", text, f"{counted(len(rows), 'answer')} in AlpacaEval's order")
     add_annotations(submission, args, outputs, canonical)
     add_leaderboard(submission, args, outputs, canonical)

@@ -11,6 +11,7 @@ from importlib import metadata
 from pathlib import Path
 
 from specrej_eval.errors import ConfigError
+from specrej_eval.wording import inert_cell
 
 LEADERBOARD = "leaderboards/data_AlpacaEval_2/weighted_alpaca_eval_gpt4_turbo_leaderboard.csv"
 WEIGHTS = "metrics/weights/weighted_alpaca_eval_gpt4_turbo/length_controlled_v1/baseline_gpt4_1106_preview.csv"
@@ -83,5 +84,5 @@ def with_row(text: str, name: str, row: Row, *, source: str) -> str:
 def line(values: list[str]) -> str:
     """One line of CSV."""
     written = io.StringIO()
-    csv.writer(written, lineterminator="\n").writerow(values)
+    csv.writer(written, lineterminator="\n").writerow(map(inert_cell, values))
     return written.getvalue()

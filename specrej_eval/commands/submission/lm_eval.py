@@ -18,13 +18,18 @@ from typing import Any
 from specrej_eval import __version__
 from specrej_eval.commands.submission.tree import Tree
 from specrej_eval.errors import ConfigError
+from specrej_eval.paths import lies_in
+from specrej_eval.records import journal, trace
 from specrej_eval.records.fingerprint import BETWEEN, differences
+from specrej_eval.records.jsonl import as_text
 from specrej_eval.records.lm_eval_files import MARK, Results, check_samples, check_whole, find_results, remarks
 from specrej_eval.records.run_names import default_name
 from specrej_eval.records.trace import rank_path
+from specrej_eval.wording import inert, shortened, start_of
 
 SIDE_FILES = {"trace_path": "specrej_trace", "journal": "specrej_journal"}
 """Arguments that name files of ours, and what their copies are called."""
+_MOST_RANKS = 100_000
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -38,8 +43,8 @@ def run(args: argparse.Namespace) -> int:
     tree, notes = build(args)
     tree.write()
     print(f"checked; collected in {tree.root}:")
-    print("\n".join(f"  {path}" for path in tree.paths))
-    print("\n".join(f"note: {note}" for note in notes), end="\n" if notes else "")
+    print("\n".join(f"  {inert(path)}" for path in tree.paths))
+    print("\n".join(f"note: {inert(note)}" for note in notes), end="\n" if notes else "")
     names = sorted({Path(path).parts[0] for path in tree.paths})
     print(f"next: publish each folder as it is, under its name ({', '.join(names)}), not under the bare model's.")
     return 0
@@ -120,14 +125,19 @@ def add_results(tree: Tree, results: Results, name: str) -> None:
             "specrej_eval": __version__,
         },
     }
-    tree.add(f"{name}/results_{results.date_id}.json", json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+    tree.add(f"{name}/results_{results.date_id}.json", as_text(content, indent=2, strict=False) + "\n")
 
 
 def add_side_files(tree: Tree, results: Results, name: str, folder: Path) -> list[str]:
     """Our own records, if they are still there; returns notes of those that are not."""
     notes = []
     arguments = results.block.get("arguments") or {}
-    ranks = int(results.block.get("world_size") or 1)
+    ranks = results.block.get("world_size") or 1
+    if not isinstance(ranks, int) or not 1 <= ranks <= _MOST_RANKS:
+        raise ConfigError(
+            f"{str(results.path)!r}: world_size is {start_of(ranks)}, which is no number of processes.",
+            hint="the file was changed after the run; run the task again.",
+        )
     for argument, copy in SIDE_FILES.items():
         if not arguments.get(argument):
             continue
@@ -135,10 +145,35 @@ def add_side_files(tree: Tree, results: Results, name: str, folder: Path) -> lis
         first = Path(str(arguments[argument]))
         for rank in range(ranks):
             written = first.with_name(first.name.replace("_rank0", f"_rank{rank}"))
-            places = (written, folder / written, folder / written.name)
-            source = next((place for place in places if place.is_file()), None)
+            # what a file names is not all its reader's to publish: taken is a record of ours in the run's own folder
+            there = [place for place in (written, folder / written, folder / written.name) if _is_file(place)]
+            source = next((place for place in there if lies_in(place, folder)), None)
+            told = f"{argument}={shortened(str(written), 300)} of {results.path.name}"
             if source is None:
-                notes.append(f"{argument}={written} of {results.path.name} is not there: left out")
+                where = f"does not lie in {folder}: left out (copy it there if it belongs to the run)"
+                notes.append(f"{told} {where if there else 'is not there: left out'}")
+                continue
+            if (wrong := _not_ours(argument, source)) is not None:
+                notes.append(f"{told} {wrong}: left out")
                 continue
             tree.copy(f"{name}/{rank_path(f'{copy}_{results.date_id}.jsonl', rank, ranks)}", source)
     return notes
+
+
+def _is_file(place: Path) -> bool:
+    try:
+        return place.is_file()
+    except (OSError, ValueError):  # too long for a path, NUL in it
+        return False
+
+
+def _not_ours(argument: str, file: Path) -> str | None:
+    """What a file is not, in words; None for a trace or a journal of ours."""
+    try:
+        if argument == "journal":
+            journal.read(file)
+        elif not trace.is_trace(file):
+            return "is no trace of ours"
+    except ConfigError:
+        return "is no journal of ours"
+    return None

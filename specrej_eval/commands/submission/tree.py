@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from specrej_eval.errors import ConfigError, SpecRejError
+from specrej_eval.paths import below
 from specrej_eval.records.jsonl import write_atomically
 from specrej_eval.redaction import Search, own_secrets
 
@@ -43,15 +44,18 @@ class Tree:
         return sorted({*self._texts, *self._copies})
 
     def add(self, path: str, text: str, what: str = "") -> None:
+        below(self.root, path, what="the planned file")
         self._texts[path] = text
         self.contents.append((path, what))
 
     def copy(self, path: str, source: Path, what: str = "") -> None:
+        below(self.root, path, what="the planned file")
         self._copies[path] = source
         self.contents.append((path, what))
 
     def drop(self, path: str) -> None:
         """This file of an earlier submission must not stay: it would not belong to the others."""
+        below(self.root, path, what="the planned file")
         self._stale.add(path)
 
     def write(self) -> None:
@@ -122,7 +126,7 @@ def read_rows(path: Path, *, what: str, hint: str) -> list[dict[str, Any]]:
         raise SpecRejError(f"{what}: there is no file {str(path)!r}.", hint=hint)
     try:
         rows = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise SpecRejError(f"{what}: {str(path)!r} cannot be read as JSON: {error}.", hint=hint) from error
     if not isinstance(rows, list):
         raise SpecRejError(f"{what}: {str(path)!r} must hold a JSON list, got {type(rows).__name__}.", hint=hint)

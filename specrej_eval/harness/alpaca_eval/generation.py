@@ -16,8 +16,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from specrej_eval import temporary
 from specrej_eval.errors import ConfigError
 from specrej_eval.harness.alpaca_eval import slips as alpaca_eval_slips
+from specrej_eval.paths import below, check_path
 from specrej_eval.records.fingerprint import warn_of_uncovered
 from specrej_eval.records.outputs import OutputsFolder, RunRecord
 from specrej_eval.wording import counted
@@ -65,12 +67,16 @@ def prepare(arguments: dict[str, Any]) -> None:
     ours = {side for side, config in configs.items() if _entry(config).get("fn_completions") in STRATEGIES}
     if not ours:
         return
+    temporary.remove_abandoned()
     alpaca_eval_slips.check_options(arguments)
     alpaca_eval_slips.check_judge(arguments)
 
     folder = arguments["output_path"]
     if folder == "auto":
-        folder = Path("results") / next(iter(configs["model_configs"]))
+        name = str(next(iter(configs["model_configs"])))
+        folder = below("results", name, what="the configuration's top-level key")
+    elif folder is not None:
+        check_path(folder, argument="output_path")
     instructions = alpaca_eval_slips.instructions_of(
         arguments["evaluation_dataset"], needs_outputs=arguments.get("reference_model_configs") is None
     )

@@ -19,6 +19,7 @@ from types import ModuleType
 from typing import Any
 
 from specrej_eval.harness.patching import patch, takes
+from specrej_eval.paths import below
 
 _logger = logging.getLogger(__name__)
 
@@ -120,7 +121,7 @@ def _read_object(path: Path) -> dict[str, Any]:
         return {}
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         _logger.warning("%s cannot be read, so the reward behind these outputs is not known: %s", path, error)
         return {}
     return content if isinstance(content, dict) else {}
@@ -169,6 +170,8 @@ def _evaluate(original: Callable[..., Any], main: ModuleType) -> Callable[..., A
                 frame = main.utils.load_or_convert_to_dataframe(outputs)
             name = main.utils.get_generator_name(values["name"], frame)
             config = values["annotators_config"]
+            if name is not None and output_path == "auto":
+                below("results", str(name), what="the generator's name")  # upstream makes a folder of it
             folder = main.utils.get_output_path(output_path, values["model_outputs"], name, annotators_config=config)
         with run_in(folder, rewards, recompute_only=bool(values["is_recompute_metrics_only"])):
             return original(**values)

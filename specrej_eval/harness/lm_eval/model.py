@@ -18,7 +18,7 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.utils import simple_parse_args_string
 from transformers import PreTrainedModel
 
-from specrej_eval import budget, ranks, stopping
+from specrej_eval import budget, chat_templates, ranks, stopping
 from specrej_eval.api import RunPlan
 from specrej_eval.config import Decides, RunConfig, names
 from specrej_eval.core import Prompt, finite_or_none, prompt_hash
@@ -40,7 +40,7 @@ from specrej_eval.harness.lm_eval.requests import (
 from specrej_eval.harness.lm_eval.tally import Tally, strict_json
 from specrej_eval.records import fingerprint
 from specrej_eval.redaction import opened, redacted_values
-from specrej_eval.special_tokens import ALLOW, Marked, SpecialTokenError, Tokeniser, concerned
+from specrej_eval.special_tokens import ALLOW, Marked, SpecialTokenError, Tokeniser, check_text, concerned
 
 logger = logging.getLogger("lm_eval.models.specrej")  # below lm-eval's own logger: its format and --verbosity hold
 
@@ -293,6 +293,10 @@ class SpecRejLM(HFLM):
     def _encoded(self, task: str, context: str) -> list[int]:
         """As ``tok_encode``, with ``special_tokens_in_content`` if it is given."""
         try:
+            check_text(context)
+        except PromptError as error:
+            raise PromptError(f"task {task!r}: {error.args[0]}", hint=error.hint) from error
+        try:
             marked = self._marked(context)
         except SpecialTokenError as error:
             raise PromptError(
@@ -313,7 +317,8 @@ class SpecRejLM(HFLM):
 
         def render(contents: Sequence[str]) -> str:
             messages = [{**message, "content": text} for message, text in zip(context.messages, contents, strict=True)]
-            return str(super(SpecRejLM, self).apply_chat_template(messages, context.add_generation_prompt))
+            with chat_templates.time_limit():
+                return str(super(SpecRejLM, self).apply_chat_template(messages, context.add_generation_prompt))
 
         return self.tokeniser.marked([message["content"] for message in context.messages], render, str(context))
 
@@ -354,7 +359,8 @@ class SpecRejLM(HFLM):
         """The rendered prompt, which keeps its messages for the reward model."""
         self._uses_chat_template = True
         messages = [dict(message) for message in chat_history]
-        text = super().apply_chat_template(chat_history, add_generation_prompt)
+        with chat_templates.rendering("the language model"):
+            text = super().apply_chat_template(chat_history, add_generation_prompt)
         return ChatPrompt(text, messages, add_generation_prompt)
 
     @property

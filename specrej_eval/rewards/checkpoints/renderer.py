@@ -12,6 +12,7 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
+from specrej_eval import chat_templates
 from specrej_eval.config import RunConfig
 from specrej_eval.core import Message, RowView
 from specrej_eval.errors import ConfigError, RewardError
@@ -230,7 +231,10 @@ class Renderer:
         refusal: Exception | None = None
         for turns in ways:
             try:
-                encoded = encode(turns, response, open_turn=open_turn)
+                with chat_templates.time_limit():
+                    encoded = encode(turns, response, open_turn=open_turn)
+            except chat_templates.EndlessTemplateError as error:
+                raise self._template_error(error, row, response, open_turn) from error
             except SpecialTokenError as error:
                 raise self._special_token_error(error, row, response) from error
             except Exception as error:  # templates refuse with jinja's errors, and fail with any other

@@ -402,6 +402,26 @@ def test_bad_arguments_are_told_before_anything_is_loaded_or_written(
     assert not list((tmp_path / "results").rglob("*.json*"))
 
 
+@pytest.mark.parametrize("name", ["../../..", "..", "/tmp/specrej_elsewhere", "a/../../../b", "a\nb", "x" * 300])
+def test_a_generators_name_leads_to_no_other_folder(name: str, evaluate: Callable[..., Any], tmp_path: Path) -> None:
+    work = tmp_path / "one" / "two" / "three"
+    work.mkdir(parents=True)
+    os.chdir(work)  # the fixture goes back
+    dataset(work)
+    before = {path for path in tmp_path.rglob("*")}
+    file = config(work, name, file="mine.yaml")
+    with pytest.raises(ConfigError, match=r"top-level key .* cannot be part of a path"):
+        evaluate(file)
+    made = {path for path in tmp_path.rglob("*")} - before
+    assert {path.name for path in made} == {"configs_of_mine", "mine.yaml"}
+    import alpaca_eval.main
+
+    rows = [{"instruction": text, "output": "x", "generator": name} for text in INSTRUCTIONS]
+    with pytest.raises(ConfigError, match=r"generator's name .* cannot be part of a path"):
+        alpaca_eval.main.evaluate(pd.DataFrame(rows), reference_outputs="ref.json", annotators_config=JUDGE)
+    assert {path for path in tmp_path.rglob("*")} - before == made and not Path("/tmp/specrej_elsewhere").exists()
+
+
 @pytest.mark.parametrize(
     "options, told",
     [

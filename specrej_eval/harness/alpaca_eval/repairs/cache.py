@@ -18,6 +18,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from specrej_eval import temporary
 from specrej_eval.harness.alpaca_eval import runs as alpaca_eval_runs
 from specrej_eval.harness.patching import patch, takes
 
@@ -75,7 +76,7 @@ def _save(original: Callable[..., Any]) -> Callable[..., Any]:
             return
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+        unfinished = temporary.partial(path)
         original(self, unfinished)
         os.replace(unfinished, path)  # a run that is killed leaves a whole file
 

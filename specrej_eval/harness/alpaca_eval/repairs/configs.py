@@ -5,12 +5,12 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from specrej_eval import temporary
 from specrej_eval.errors import ConfigError, nearest
 from specrej_eval.harness.patching import patch, takes
 from specrej_eval.paths import expanded
@@ -168,13 +168,13 @@ def _absolute_template(template: Any, folders: Sequence[Path], where: str) -> st
 
 
 @functools.cache
-def _folder() -> tempfile.TemporaryDirectory[str]:
-    return tempfile.TemporaryDirectory(prefix="specrej_eval_templates_")  # removed when the process ends
+def _folder() -> Path:
+    return temporary.folder("templates")
 
 
 def _materialised(text: str) -> Path:
     """Upstream reads templates from files only."""
-    path = Path(_folder().name) / f"{hashlib.sha256(text.encode()).hexdigest()[:16]}.txt"
+    path = _folder() / f"{hashlib.sha256(text.encode()).hexdigest()[:16]}.txt"
     path.write_text(text, encoding="utf-8")
     return path
 

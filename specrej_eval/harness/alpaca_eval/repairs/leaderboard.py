@@ -10,6 +10,7 @@ from typing import Any
 
 from specrej_eval.harness.alpaca_eval import runs as alpaca_eval_runs
 from specrej_eval.harness.patching import patch, takes
+from specrej_eval.wording import inert
 
 COLUMNS = (
     "length_controlled_winrate",
@@ -42,9 +43,10 @@ def print_whole_leaderboard(utils: ModuleType) -> None:
         chosen = leaderboard_mode_or_models if leaderboard_mode is None else leaderboard_mode
         columns = _columns(df_leaderboard, cols_to_print, with_mode=chosen is None)
         rows = _rows(df_leaderboard, chosen, modes) | (df_leaderboard.index == current_name)
-        print(df_leaderboard.loc[rows, columns].to_string(float_format="%.2f"))
+        shown = df_leaderboard.loc[rows, columns].rename(index=lambda name: inert(str(name)))
+        print(shown.to_string(float_format="%.2f"))
         for line in alpaca_eval_runs.epilogue():
-            print(line)
+            print(inert(line))
 
     patch(utils, "print_leaderboard", lambda original: print_leaderboard, own_signature=True)
 

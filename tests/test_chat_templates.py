@@ -1,0 +1,125 @@
+"""A chat template may fail or never end: that is one error, and whatever renders next is not hit by it."""
+
+from __future__ import annotations
+
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support import forked
+from support.tiny_models import tiny_tokenizer
+
+from specrej_eval import chat_templates
+from specrej_eval.core import RowView
+from specrej_eval.engines.prompts import encode_prompt
+from specrej_eval.errors import PromptError, RewardError, SpecRejError
+from specrej_eval.rewards.checkpoints.renderer import Renderer
+from specrej_eval.special_tokens import ENCODE_AS_TEXT, Tokeniser
+
+MESSAGES = [{"role": "user", "content": "Hello"}]
+FAILING = {
+    "it refuses": "{{ raise_exception('no system role') }}",
+    "it divides by zero": "{{ 1 / 0 }}",
+    "it asks for what is not there": "{{ messages[0].nothing.at.all }}",
+    "it is no template": "{% for message in messages %}",
+    "it wants another type": "{{ messages[0]['content'] + 1 }}",
+    "it asks for too much": "{% for i in range(10 ** 9) %}x{% endfor %}",
+}
+ENDLESS = {
+    "loops in loops": "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
+    "with output": "{% for a in range(99999) %}{% for b in range(99999) %}{{ '' }}{% endfor %}{% endfor %}",
+    "a macro": "{% macro m(n) %}{% for a in range(99999) %}{% for b in range(9999) %}{{ n * a }}{% endfor %}"
+    "{% endfor %}{% endmacro %}{{ m(0) }}",
+}
+
+
+@pytest.fixture
+def short(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chat_templates, "SECONDS", 0.2)
+
+
+def encoded(template: str) -> Any:
+    return encode_prompt(Tokeniser(tiny_tokenizer(chat_template=template), ENCODE_AS_TEXT), MESSAGES)
+
+
+def scored(template: str) -> Any:
+    renderer = Renderer(tiny_tokenizer(chat_template=template), name="judge", vocab_size=10_000)
+    row = RowView(row=3, text="Hi", token_ids=[1], finish_reason="eos")
+    return renderer.inputs(MESSAGES, [row])
+
+
+@pytest.mark.parametrize("kind", FAILING)
+def test_a_template_that_fails_is_one_error(kind: str) -> None:
+    with pytest.raises(PromptError, match=r"the chat template of the language model failed: \w+: ") as refused:
+        encoded(FAILING[kind])
+    assert refused.value.hint and len(str(refused.value)) < 600
+    with pytest.raises(RewardError, match=r"the chat template of reward_model='judge' failed: \w+: (.|\n)*row 3"):
+        scored(FAILING[kind])
+
+
+@pytest.mark.usefixtures("short")
+@pytest.mark.parametrize("kind", ENDLESS)
+def test_a_template_that_never_ends_is_one_error(kind: str) -> None:
+    with pytest.raises(PromptError, match=r"the chat template of the language model: .* not ended after 0.2 seconds"):
+        encoded(ENDLESS[kind])
+    with pytest.raises(RewardError, match=r"the chat template of reward_model='judge' failed: EndlessTemplateError"):
+        scored(ENDLESS[kind])
+
+
+@pytest.mark.usefixtures("short")
+def test_it_is_told_in_whichever_thread_and_process_and_in_no_other() -> None:
+    ended: list[str] = []
+
+    def in_thread(template: str) -> None:
+        try:
+            encoded(template)
+            ended.append("well")
+        except SpecRejError:
+            ended.append("late")
+
+    fine = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    threads = [threading.Thread(target=in_thread, args=(t,)) for t in (ENDLESS["loops in loops"], fine, fine)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=60)
+    assert sorted(ended) == ["late", "well", "well"]
+
+    def in_process() -> int:
+        try:
+            encoded(ENDLESS["loops in loops"])
+        except PromptError:
+            return 0
+        return 1
+
+    assert forked.ended(forked.start(in_process)) == 0
+
+
+@pytest.mark.usefixtures("short")
+def test_what_is_rendered_in_time_is_not_hit_later() -> None:
+    for _ in range(50):  # ends around the moment the watch looks
+        began = time.monotonic()
+        try:
+            with chat_templates.time_limit():
+                while time.monotonic() - began < 0.19 + (0.05 if _ % 2 else 0.0):
+                    pass
+        except chat_templates.EndlessTemplateError:
+            pass
+        until = time.monotonic() + 0.02
+        while time.monotonic() < until:  # nothing arrives here
+            pass
+
+
+def test_lm_evals_way_of_rendering_is_guarded_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from specrej_eval.harness.lm_eval.model import SpecRejLM
+
+    model = SpecRejLM(n=2, max_gen_toks=8, device="cpu")
+    monkeypatch.setattr(model.tokenizer, "chat_template", FAILING["it divides by zero"])
+    with pytest.raises(PromptError, match="the chat template of the language model failed: ZeroDivisionError"):
+        model.apply_chat_template(MESSAGES)
+    monkeypatch.setattr(chat_templates, "SECONDS", 0.2)
+    monkeypatch.setattr(model.tokenizer, "chat_template", ENDLESS["loops in loops"])
+    with pytest.raises(PromptError, match="has not ended"):
+        model.apply_chat_template(MESSAGES)
