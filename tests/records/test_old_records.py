@@ -32,11 +32,11 @@ Counted = Callable[[str, int], None]
 def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """The prompts that are decoded."""
     found: list[Any] = []
-    opened = TransformersEngine.open
+    opened = TransformersEngine.open_all
     monkeypatch.setattr(
         TransformersEngine,
-        "open",
-        lambda self, prompt, *args, **options: found.append(prompt) or opened(self, prompt, *args, **options),
+        "open_all",
+        lambda self, openings: found.extend(each.prompt for each in openings) or opened(self, openings),
     )
     monkeypatch.setattr("specrej_eval.records.fingerprint.comparing._said", set())
     return found

@@ -307,12 +307,12 @@ def test_no_second_command_removes_an_answer(
 def decoded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The prompts that are decoded from now on."""
     found: list[str] = []
-    opened = TransformersEngine.open
+    opened = TransformersEngine.open_all
     monkeypatch.setattr(
         TransformersEngine,
-        "open",
-        lambda self, prompt, *args, **options: (
-            found.append(prompt.conversation[-1]["content"]) or opened(self, prompt, *args, **options)
+        "open_all",
+        lambda self, openings: (
+            found.extend(each.prompt.conversation[-1]["content"] for each in openings) or opened(self, openings)
         ),
     )
     return found

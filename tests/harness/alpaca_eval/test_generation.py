@@ -274,12 +274,12 @@ def test_no_second_command_removes_an_answer(
     known = everything(tmp_path)
     assert known or FULL
     drawn: list[str] = []
-    opened = TransformersEngine.open
+    opened = TransformersEngine.open_all
     monkeypatch.setattr(
         TransformersEngine,
-        "open",
-        lambda self, prompt, *args, **options: (
-            drawn.append(prompt.conversation[-1]["content"]) or opened(self, prompt, *args, **options)
+        "open_all",
+        lambda self, openings: (
+            drawn.extend(each.prompt.conversation[-1]["content"] for each in openings) or opened(self, openings)
         ),
     )
     wanted, options = ASKED_AGAIN[asked]

@@ -252,7 +252,7 @@ def test_its_standard_error_is_the_spread_over_new_judgments() -> None:
     ("rows", "reason"),
     [
         (annotations(3), "3 judged pairs are too few"),
-        (annotations(1), "1 judged pairs are too few"),
+        (annotations(1), "1 judged pair is too few"),
         (annotations(9, preference=2.0), "all preferences are the same"),
         (annotations(9, preference=float("nan")), "0 judged pairs are too few"),
     ],

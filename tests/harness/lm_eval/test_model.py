@@ -313,13 +313,13 @@ def test_cached_requests_keep_their_messages(tiny: str, shown: Any, tmp_path: Pa
 def test_a_long_prompt_keeps_its_end_with_one_warning(tiny: str, warnings: list[str]) -> None:
     lm = make(tiny, max_length=64)
     seen = []
-    open_session = lm.generator.engine.open
+    open_all = lm.generator.engine.open_all
 
-    def spy(prompt: Any, *args: Any, **kwargs: Any) -> Any:
-        seen.append(lm.tok_decode(list(prompt.token_ids)))
-        return open_session(prompt, *args, **kwargs)
+    def spy(openings: Any) -> Any:
+        seen.extend(lm.tok_decode(list(each.prompt.token_ids)) for each in openings)
+        return open_all(openings)
 
-    lm.generator.engine.open = spy
+    lm.generator.engine.open_all = spy
     lm.generate_until(requests("x" * 100 + "END", "y" * 100 + "END", "short", temperature=0.5))
     assert Counter(len(text) for text in seen) == {48: 2, 5: 1}
     assert all(text.endswith("END") for text in seen if len(text) == 48)
