@@ -66,6 +66,9 @@ class Ours:
             for place, ids in enumerate(job["prompts"])
         ]
         config = self.config.replace(n=job["rows"], max_gen_toks=job["tokens"], seed=job["seed"]).checked()
+        reader = getattr(self.engine.runner, "reader", None)  # an older checkout has none
+        if reader is not None:  # nothing is kept of the prompts of an earlier run
+            reader.store = type(reader.store)(self.engine.device)
         return self._one(prompts[0], config, job) if len(prompts) == 1 else self._many(prompts, config)
 
     def _one(self, prompt: Any, config: Any, job: Mapping[str, Any]) -> dict[str, Any]:

@@ -253,9 +253,10 @@ class Ledger:
     decode_tokens: int = 0
     """Tokens sampled, over all rows."""
     reward_tokens: int = 0
-    """Tokens the reward model read."""
+    """Tokens the reward model read. What a prompt has in common with others counts for each of them."""
     reward_calls: int = 0
-    """Forward passes of the reward model; calls of a callable, requests to a server."""
+    """Forward passes of the reward model that had a part in it, with or without others; calls of a callable, requests
+    to a server."""
     scores_floored: int = 0
     """Scores that ``floor_toks`` or ``floor_repetition`` put below all others, over all looks."""
     grades_unreadable: int = 0

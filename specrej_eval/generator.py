@@ -327,12 +327,11 @@ class Generator:
             return int(self.config.batch_size)
         if any(request.config.n == MAX for _, request, _ in work):
             return 1
-        if self.engine.promises != "bits":
-            return FIXED_PROMPTS
         return auto_prompts(
             max(b.n if request.config.rejects else min(b.n, b.rows_to_the_end) for _, request, b in work),
             max(budget.kv_budget_tokens for _, _, budget in work),
             lambda: self.engine.capacity_tokens(1),  # a guard against filling memory, not a measurement for n=max
+            bits=self.engine.promises == "bits",
         )
 
     def _open(self, admitted: Sequence[tuple[int, Request, Budget]]) -> Iterator[_Running]:

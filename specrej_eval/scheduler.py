@@ -11,23 +11,28 @@ T = TypeVar("T")
 AUTO_ROWS = 512
 """Rows that ``batch_size=auto`` lets decode together: the demo pair's tokens per second hardly rise beyond
 (docs/benchmarks.md), and what is in flight is what a kill costs."""
+AUTO_ROWS_UNIFORMS = 256
+"""The same where company may change the last bits of a result: on a GPU, or in half precision."""
 AUTO_PROMPTS = 128
 """Prompts that it lets do so, however few rows each has."""
 READ_A_TURN = 4096
 """Tokens of prompts that are opened between two turns of those that decode already, which wait meanwhile."""
 FIXED_PROMPTS = 4
-"""What it comes to where company may change a result, or memory is not known."""
+"""What it comes to where memory is not known; where company may change a result, the least."""
 
 
-def auto_prompts(rows: int, tokens: int, capacity_tokens: Callable[[], int]) -> int:
+def auto_prompts(rows: int, tokens: int, capacity_tokens: Callable[[], int], *, bits: bool) -> int:
     """Prompts in flight of ``batch_size=auto``, at least 1.
 
     Args:
         rows: that one of them decodes at a time, at most.
         tokens: of KV that one of them may hold, at most.
         capacity_tokens: tokens of KV that free memory holds, 0 = unknown; asked for only where it matters.
+        bits: whether company changes no bit of a result.
     """
     prompts = max(1, min(AUTO_ROWS // rows, AUTO_PROMPTS))
+    if not bits:
+        prompts = max(FIXED_PROMPTS, min(AUTO_ROWS_UNIFORMS // rows, AUTO_PROMPTS))
     if prompts <= FIXED_PROMPTS:
         return prompts
     return max(FIXED_PROMPTS, min(prompts, capacity_tokens() // tokens))

@@ -138,12 +138,18 @@ def test_batch_size_auto_gives_the_bits_of_1_and_of_4_prompts_in_flight(
         assert fixed.prompts_in_flight == batch_size
 
 
-def test_batch_size_auto_is_4_where_company_may_change_bits_and_1_with_n_max(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_batch_size_auto_is_256_rows_where_company_may_change_bits_and_1_with_n_max(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     generator = load(n=2, max_gen_toks=4)
     for promise in ("uniforms", "distribution"):
         monkeypatch.setattr(generator.engine, "promises", promise)
         generator.generate(PROMPTS)
-        assert generator.prompts_in_flight == 4
+        assert generator.prompts_in_flight == 128
+    wide = load(n=100, max_gen_toks=4)
+    monkeypatch.setattr(wide.engine, "promises", "uniforms")
+    wide.generate(PROMPTS[:1])
+    assert wide.prompts_in_flight == 4
     most = load(n="max", n_max=3, max_gen_toks=4)
     most.generate(PROMPTS)
     assert most.prompts_in_flight == 1

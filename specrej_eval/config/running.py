@@ -27,7 +27,7 @@ class RunningArguments:
         AUTO,
         whole(also=AUTO),
         "Prompts in flight; ``auto`` = as many as memory and 512 rows allow where company changes no bit of a result "
-        "(float32 on a CPU), else 4. Changes results in their last bits at most.",
+        "(float32 on a CPU), else 256 rows, and at least 4 prompts. Changes results in their last bits at most.",
         decides=Decides.NOTHING,
     )
     on_greedy: str = argument(

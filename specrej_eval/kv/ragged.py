@@ -7,10 +7,12 @@ waste nothing on padding; only inside attention is there a row dimension, padded
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 
+from specrej_eval.kv.attention import sdpa
 from specrej_eval.kv.attention.base import AttentionBackend, AttentionParams
 from specrej_eval.kv.cache import Prefix, SuffixPool
 from specrej_eval.kv.memory import twice
@@ -58,8 +60,8 @@ class RaggedPool(SuffixPool):
 class NewTokens:
     """New tokens of consecutive rows of a pool, behind one prefix.
 
-    What rows have in common goes through the model once: a token is fed for the first row that has it behind the same
-    tokens. Each row attends for itself, to keys and values of its own.
+    What rows have in common goes through the model once: a token is fed for one of the rows that have it behind the
+    same tokens. Each row attends for itself, to keys and values of its own.
 
     Args:
         prefix: what all rows share.
@@ -74,7 +76,7 @@ class NewTokens:
     def __init__(
         self,
         prefix: Prefix,
-        rows: Sequence[Sequence[int]],
+        rows: Sequence[tuple[int, ...]],
         starts: Sequence[int],
         *,
         pool: RaggedPool | None,
@@ -101,8 +103,8 @@ class NewTokens:
         ends = repeats.cumsum(0)
         self.places = torch.arange(sum(self.counts), device=device) - (ends - repeats)[self.rows]  # (tokens,), new ones
         self.slots = self.places + self.starts[self.rows]  # (tokens,), behind the prefix
-        self._fed = None if len(fed) == len(owners) else torch.tensor(fed, device=device)
-        """(tokens,): where each is among those that are fed; None if all are."""
+        self._fed = None if fed == list(range(len(fed))) else torch.tensor(fed, device=device)
+        """(tokens,): where each is among those that are fed; None if they are the same."""
         owner = torch.tensor(owners, device=device)  # (fed,): where among the tokens
         self.fed_rows, self.fed_places = self.rows[owner], self.places[owner]  # (fed,)
         self.positions = self.slots[owner] + prefix.length  # (fed,), in the whole sequence
@@ -158,10 +160,16 @@ class NewTokens:
     ) -> Tensor:
         """(rows, kv_heads, groups, longest, head_dim) -> (rows, longest, heads, head_dim of the values)."""
         count, kv_heads, groups, longest, width = query.shape
-        keys = torch.cat([_expanded(self.prefix.keys[layer], count), suffix_key], dim=2)
-        values = torch.cat([_expanded(self.prefix.values[layer], count), suffix_value], dim=2)
-        seen = self._seen_by(rows, params.window)[:, None, None]
-        seen = seen.expand(-1, 1, groups, -1, -1).reshape(count, 1, groups * longest, -1)
+        prefix_key, prefix_value = self.prefix.keys[layer], self.prefix.values[layer]
+        seen = self._seen_by(rows, params.window)
+        cut = params.window is not None and self.prefix.length + self.stored > params.window
+        if sdpa.extends_by_products(query, params) and self.prefix.length and not cut:
+            own = seen[..., self.prefix.length :]
+            out = sdpa.extend(query, prefix_key, prefix_value, suffix_key, suffix_value, own, params)
+            return out.permute(0, 3, 1, 2, 4).flatten(2, 3)
+        keys = torch.cat([_expanded(prefix_key, count), suffix_key], dim=2)
+        values = torch.cat([_expanded(prefix_value, count), suffix_value], dim=2)
+        seen = seen[:, None, None].expand(-1, 1, groups, -1, -1).reshape(count, 1, groups * longest, -1)
         out = self.attention.masked(query.reshape(count, kv_heads, groups * longest, width), keys, values, seen, params)
         return out.reshape(count, kv_heads, groups, longest, -1).permute(0, 3, 1, 2, 4).flatten(2, 3)
 
@@ -199,30 +207,46 @@ class ExtendStep(Step):
         return (outs[0] if len(outs) == 1 else torch.cat(outs))[None]
 
 
-def _in_common(rows: Sequence[Sequence[int]], starts: Sequence[int]) -> tuple[list[int], list[int], list[int]]:
+def _in_common(rows: Sequence[tuple[int, ...]], starts: Sequence[int]) -> tuple[list[int], list[int], list[int]]:
     """What of some rows' new tokens is fed, if a token counts once that several rows have behind the same tokens.
 
     Returns:
-        Of each new token, row by row, its number among those that are fed; of each of these, the number of the first
-        token that it is fed for, and its id.
+        Of each new token, row by row, its number among those that are fed; of each of these, the number of a token that
+        it is fed for, and its id.
     """
-    children: dict[tuple[int, int], int] = {}
-    numbers: dict[int, int] = {}
-    fed: list[int] = []
+    counts = [len(ids) - start for ids, start in zip(rows, starts, strict=True)]
+    offsets = [0, *accumulate(counts)]
+    fed = [-1] * offsets[-1]
     owners: list[int] = []
     ids: list[int] = []
-    for row, start in zip(rows, starts, strict=True):
-        node = -1
-        for place, token in enumerate(row):
-            node = children.setdefault((node, token), len(children))
-            if place < start:
-                continue
-            if node not in numbers:
-                numbers[node] = len(ids)
-                owners.append(len(fed))
-                ids.append(token)
-            fed.append(numbers[node])
+    before: tuple[int, ...] = ()
+    path: list[int] = []  # of each token of the row before, its number; -1 if it is not fed
+    for place in sorted(range(len(rows)), key=rows.__getitem__):  # each begins like the one before as far as it can
+        row, start, offset = rows[place], starts[place], offsets[place]
+        same = common(before, row)
+        path = path[:same] + [-1] * (len(row) - same)
+        fresh = [position for position in range(start, len(row)) if path[position] < 0]
+        for position in fresh:
+            path[position] = len(ids)
+            ids.append(row[position])
+            owners.append(offset + position - start)
+        fed[offset : offset + counts[place]] = path[start:]
+        before = row
     return fed, owners, ids
+
+
+def common(a: tuple[int, ...], b: tuple[int, ...]) -> int:
+    """Length of the longest common prefix."""
+    low, high = 0, min(len(a), len(b))
+    if a[:high] == b[:high]:
+        return high
+    while high - low > 1:  # a[:low] == b[:low], a[:high] != b[:high]
+        middle = (low + high) // 2
+        if a[low:middle] == b[low:middle]:
+            low = middle
+        else:
+            high = middle
+    return low
 
 
 def _expanded(prefix: Tensor, rows: int) -> Tensor:

@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from support.engine_models import ARCHITECTURES, build, prompt_of, shared_model, skip_unless_known
 from support.engine_runs import PROMPTS, Recorder, generate, make_engine, outcome
 from support.reward_sessions import BODIES, CONVERSATION, make_reward
@@ -15,7 +17,7 @@ from torch import Tensor
 
 from specrej_eval.core import RowView
 from specrej_eval.engines.transformers.model import ModelRunner
-from specrej_eval.kv import prefill
+from specrej_eval.kv import prefill, ragged
 from specrej_eval.kv.cache import Prefix
 from specrej_eval.kv.memory import release_memory
 from specrej_eval.kv.prefill import Chunk, ChunkStore
@@ -196,6 +198,26 @@ def test_a_rewards_hidden_states_are_there_for_heads_that_read_the_prompt() -> N
 
     ends = ("x", "y and z", "w")
     assert scores(*ends) == [score for end in ends for score in scores(end)]
+
+
+# ---- what rows have in common ----------------------------------------------------------------------------------------
+
+
+@given(
+    st.lists(st.tuples(st.lists(st.integers(0, 2), min_size=1, max_size=6), st.integers(0, 5)), min_size=1, max_size=8)
+)
+def test_a_token_is_fed_once_for_all_rows_that_have_it_behind_the_same_tokens(
+    drawn: list[tuple[list[int], int]],
+) -> None:
+    rows = [tuple(ids) for ids, _ in drawn]
+    starts = [min(start, len(ids) - 1) for ids, start in drawn]
+    fed, owners, ids = ragged._in_common(rows, starts)
+    paths = [row[: place + 1] for row, start in zip(rows, starts, strict=True) for place in range(start, len(row))]
+    assert len(fed) == len(paths)
+    assert len(ids) == len(owners) == len(set(paths)), "each once"
+    for number, path in zip(fed, paths, strict=True):
+        assert paths[owners[number]] == path
+        assert ids[number] == path[-1]
 
 
 # ---- the store -------------------------------------------------------------------------------------------------------

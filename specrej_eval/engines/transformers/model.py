@@ -113,6 +113,11 @@ class ModelRunner:
         raise RuntimeError(f"cannot decode {type(self.model).__name__}: {'; '.join(reasons)}")
 
     @property
+    def packed_bytes(self) -> int:
+        """Memory that copies of the weights take, for a CPU's kernels; 0 = there are none."""
+        return self._packed.nbytes
+
+    @property
     def attention(self) -> AttentionBackend:
         """Who computes attention on the ``shared_prefix`` path."""
         return self.reader.attention

@@ -22,7 +22,7 @@ from specrej_eval.kv.attention.base import AttentionBackend, AttentionParams, la
 _QUERY_ALIGN = 16
 """On CPU, query rows of a matmul are padded to a multiple of this: with fewer than 4 rows per thread MKL takes
 another kernel, whose bits differ (measured: 1-3 rows on one thread, also 5, 6, 7 and 9 on two)."""
-_CACHE_BYTES = 2 * 2**20
+_CACHE_BYTES = 8 * 2**20
 """Scores that are computed at a time on a CPU, in float32."""
 _LONG_SOFTMAX = 128
 """Columns from which on torch's softmax of half-precision scores is faster than by way of float32."""
@@ -108,6 +108,52 @@ def masked(query: Tensor, key: Tensor, value: Tensor, seen: Tensor, params: Atte
         per_head = params.sinks.view(1, kv_heads, -1, 1)
         extra = per_head.expand(batch, -1, -1, queries // per_head.shape[2]).reshape(batch, kv_heads, queries)
     return torch.matmul(_softmax(scores, extra).to(value.dtype), value)
+
+
+def extends_by_products(query: Tensor, params: AttentionParams) -> bool:
+    """Whether ``extend`` is the faster way: on a CPU in half precision, where its fused kernels are slow."""
+    plain = params.softcap is None and params.sinks is None
+    return plain and query.device.type == "cpu" and query.dtype != torch.float32
+
+
+def extend(
+    query: Tensor,
+    prefix_key: Tensor,
+    prefix_value: Tensor,
+    suffix_key: Tensor,
+    suffix_value: Tensor,
+    seen: Tensor,
+    params: AttentionParams,
+) -> Tensor:
+    """Several new tokens per row over the whole shared prefix and what each sees of the row's own suffix.
+
+    Neither softcap nor sinks. The prefix is not copied for the rows, as it would be for ``masked``.
+
+    Args:
+        query: (rows, kv_heads, groups, tokens, head_dim).
+        prefix_key, prefix_value: (kv_heads, prefix tokens, head_dim); at least one token.
+        suffix_key, suffix_value: (rows, kv_heads, stored, head_dim).
+        seen: bool, (rows, tokens, stored).
+
+    Returns:
+        (rows, kv_heads, groups, tokens, head_dim of the values).
+    """
+    rows, kv_heads, groups, tokens, _ = query.shape
+    prefix, stored = prefix_key.shape[1], suffix_key.shape[2]
+    at_once = max(1, _CACHE_BYTES // (4 * kv_heads * groups * tokens * (prefix + stored)))
+    out = query.new_empty(rows, kv_heads, groups, tokens, prefix_value.shape[2])
+    scaled = (query * params.scale).flatten(2, 3)  # (rows, kv_heads, groups * tokens, head_dim)
+    unseen = ~seen[:, None, None].expand(-1, 1, groups, -1, -1).flatten(2, 3)  # (rows, 1, groups * tokens, stored)
+    for first in range(0, rows, at_once):
+        mine = slice(first, first + at_once)
+        own = torch.matmul(scaled[mine], suffix_key[mine].transpose(2, 3)).masked_fill_(unseen[mine], float("-inf"))
+        count = own.shape[0]
+        shared = _products(_packed(scaled[mine]), prefix_key)  # (kv_heads, rows * groups * tokens, prefix)
+        weights = _weights(torch.cat([shared, _packed(own)], dim=-1), prefix + stored, params, None)
+        own_weights = _unpack(weights[..., prefix:], count, groups * tokens)
+        shared = _unpack(torch.bmm(weights[..., :prefix], prefix_value), count, groups * tokens)
+        out[mine] = torch.matmul(own_weights, suffix_value[mine]).add_(shared).reshape(out[mine].shape)
+    return out
 
 
 def decode(

@@ -201,6 +201,8 @@ class Renderer:
             )
         types = list(encoded.get("token_type_ids") or ()) if self.without_template == "pair" else []
         cut = self._positions_to_cut(ids, encoded)
+        if not cut:
+            return Input(tuple(ids), tuple(types)), 0
         kept = [position for position in range(len(ids)) if position not in cut]
         entry = Input(tuple(ids[i] for i in kept), tuple(types[i] for i in kept) if types else ())
         return entry, len(cut)

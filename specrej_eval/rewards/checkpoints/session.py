@@ -23,7 +23,7 @@ from specrej_eval.core import Message, RowView
 from specrej_eval.errors import OutOfMemoryError, RewardError
 from specrej_eval.kv.cache import Prefix
 from specrej_eval.kv.memory import is_out_of_memory, twice
-from specrej_eval.kv.ragged import NewTokens, RaggedPool
+from specrej_eval.kv.ragged import NewTokens, RaggedPool, common
 from specrej_eval.rewards.base import RewardSession
 from specrej_eval.rewards.checkpoints.forward import Forward
 from specrej_eval.rewards.checkpoints.memory import in_batches, in_halves
@@ -460,17 +460,3 @@ def _extend(body: SharedBody, items: Sequence[tuple[_Look, _Job]]) -> list[None]
     for (look, _), part in zip(groups, parts, strict=True):
         look.session.has_read(len(part.ids))  # nothing can fail behind it: what is done again counts once
     return [None] * len(items)
-
-
-def common(a: tuple[int, ...], b: tuple[int, ...]) -> int:
-    """Length of the longest common prefix."""
-    low, high = 0, min(len(a), len(b))
-    if a[:high] == b[:high]:
-        return high
-    while high - low > 1:  # a[:low] == b[:low], a[:high] != b[:high]
-        middle = (low + high) // 2
-        if a[low:middle] == b[low:middle]:
-            low = middle
-        else:
-            high = middle
-    return low

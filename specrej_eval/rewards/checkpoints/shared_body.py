@@ -81,7 +81,7 @@ class SharedBody:
     def new_tokens(
         self,
         prefix: Prefix,
-        rows: Sequence[Sequence[int]],
+        rows: Sequence[tuple[int, ...]],
         starts: Sequence[int],
         *,
         pool: RaggedPool | None,
@@ -157,10 +157,10 @@ class SharedBody:
         return None
 
     def _probe_prompts(self) -> list[_Probe]:
-        ids = probe_ids(64, int(self._text_config.vocab_size))
+        ids = tuple(probe_ids(64, int(self._text_config.vocab_size)))
         return [
-            (ids[:12], [ids[12:16], ids[16:22], ids[22:23]], [3, 5, 1], [ids[30:37], ids[40:42], ids[50:54]]),
-            (ids[3:8], [ids[9:30]], [7], [ids[40:43]]),
+            (list(ids[:12]), [ids[12:16], ids[16:22], ids[22:23]], [3, 5, 1], [ids[30:37], ids[40:42], ids[50:54]]),
+            (list(ids[3:8]), [ids[9:30]], [7], [ids[40:43]]),
         ]
 
     def _probe_looks(self, prompts: Sequence[_Probe]) -> list[list[tuple[Tensor, ...]]]:
@@ -173,11 +173,11 @@ class SharedBody:
                 parts = []
                 for (prefix, _), (_, first, stay, second), pool in zip(read, prompts, pools, strict=True):
                     starts = [count if place else 0 for count in stay]
-                    rows = [[*old[:count], *new] for old, count, new in zip(first, stay, second, strict=True)]
+                    rows = [old[:count] + new for old, count, new in zip(first, stay, second, strict=True)]
                     parts.append(self.new_tokens(prefix, rows if place else first, starts, pool=pool))
                 looks.append(self.extend(parts))
         return [list(both) for both in zip(*looks, strict=True)]
 
 
-_Probe = tuple[list[int], list[list[int]], list[int], list[list[int]]]
+_Probe = tuple[list[int], list[tuple[int, ...]], list[int], list[tuple[int, ...]]]
 """A prompt, its rows' first tokens, how many of them stay, and what comes behind these."""
