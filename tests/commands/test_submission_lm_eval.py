@@ -490,8 +490,9 @@ def test_any_file_with_a_secret_is_refused(
         finished.change_samples(lambda lines: lines[3].update(note=text))
         number = 4
     else:
+        event = {"event": "round"} if file == "trace.jsonl" else {}  # what is no trace of ours is left out anyway
         number = len(path.read_text().splitlines()) + 1
-        path.write_text(path.read_text() + json.dumps({"note": text}) + "\n")
+        path.write_text(path.read_text() + json.dumps({**event, "note": text}) + "\n")
     error = finished.refused(*(["--allow_lookalikes"] if own else []))
     assert f"(from {str(path)!r}), line {number}, holds " in error and PASSWORD not in error
     assert ("the key in SPECREJ_REWARD_API_KEY" in error) is own

@@ -296,13 +296,13 @@ SAFE = [harmless(question, list(TOKENIZER.get_added_vocab())) for question in QU
 def prompts_read(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     """The ids of every prompt that the language model prefills, in order."""
     read: list[tuple[int, ...]] = []
-    prefill = ModelRunner.prefill
+    prefill_all = ModelRunner.prefill_all
 
-    def recorded(self: ModelRunner, token_ids: Sequence[int], *args: Any, **options: Any) -> Any:
-        read.append(tuple(token_ids))
-        return prefill(self, token_ids, *args, **options)
+    def recorded(self: ModelRunner, prompts: Sequence[tuple[Sequence[int], Any]]) -> Any:
+        read.extend(tuple(token_ids) for token_ids, _ in prompts)
+        return prefill_all(self, prompts)
 
-    monkeypatch.setattr(ModelRunner, "prefill", recorded)
+    monkeypatch.setattr(ModelRunner, "prefill_all", recorded)
     return read
 
 
