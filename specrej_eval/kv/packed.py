@@ -24,6 +24,7 @@ from specrej_eval.kv.memory import free_bytes
 LARGEST_SHARE = 0.25
 """Of the free memory; if the copies were larger, there are none."""
 _DTYPES = (torch.bfloat16, torch.float32)
+_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 _ROWS = 64
 """Rows that a layout is chosen for; others are right too."""
 
@@ -105,12 +106,14 @@ def _packable(module: torch.nn.Module) -> TypeGuard[torch.nn.Linear]:
     if type(module) is not torch.nn.Linear or "forward" in vars(module):
         return False
     weight = module.weight
-    plain = type(weight) is torch.nn.Parameter and weight.is_contiguous() and not weight.nbytes % 8
+    plain = type(weight) is torch.nn.Parameter and weight.is_contiguous()
     return plain and weight.dtype in _DTYPES and weight.device.type == "cpu"
 
 
 def _source(weight: Tensor) -> Source:
-    return weight.data_ptr(), int(weight.detach().view(torch.int64).sum())
+    bits = weight.detach().flatten()
+    by_eight = not (bits.nbytes % 8 or bits.storage_offset() * bits.itemsize % 8)  # the fastest to add up
+    return weight.data_ptr(), int(bits.view(torch.int64 if by_eight else _INTEGERS[bits.itemsize]).sum())
 
 
 @cache

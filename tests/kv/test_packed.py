@@ -79,6 +79,24 @@ def test_a_model_gives_the_same_bits_and_is_as_it_was() -> None:
     assert torch.equal(logits(model), want)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("sizes", [(33, 22), (66, 40), (33, 21), (7, 8), (1, 3), (3, 1)])
+def test_sizes_need_not_be_round(sizes: tuple[int, int], dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    layer = torch.nn.Linear(*sizes).to(dtype)
+    memory = torch.zeros(layer.weight.numel() + 1, dtype=dtype)  # as in a file of weights: at any place
+    memory[1:] = layer.weight.detach().flatten()
+    layer.weight.data = memory[1:].view(layer.weight.shape)
+    given = torch.randn(16, sizes[0]).to(dtype)
+    weights = PackedWeights(layer)
+    for _ in range(2):
+        with torch.inference_mode():
+            want = layer(given)
+            with weights.active():
+                assert torch.allclose(layer(given), want, atol=1e-4)
+        layer.weight.data[0, 0] += 2
+
+
 def test_an_error_inside_leaves_nothing_behind() -> None:
     model = model_in()
     with pytest.raises(KeyError), PackedWeights(model).active():
