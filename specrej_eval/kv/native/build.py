@@ -1,0 +1,153 @@
+"""The library of CPU kernels: compiled once for a machine by the C++ compiler that is there, and kept.
+
+Nothing but speed depends on it. It needs g++ (or what ``CXX`` names, if that is GCC) and Linux; where something is
+missing or fails, ``why_not`` says what, and everything is computed by torch. Threads are torch's own: the library is
+linked with the OpenMP runtime that torch brings, for with two runtimes the threads of one would wait for the other's.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from specrej_eval import paths
+
+SOURCE = Path(__file__).with_name("kernels.cpp")
+_FLAGS = ("-std=c++17", "-O3", "-march=native", "-ffp-contract=off", "-fno-math-errno", "-fopenmp", "-fPIC")
+_SECONDS = 120
+"""A compiler that takes longer is stopped."""
+
+
+class Attention(ctypes.Structure):
+    """What ``attention`` of kernels.cpp is given: the same fields in the same order; addresses, and strides in numbers."""
+
+    _fields_ = (
+        ("query", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("query_row", "query_head", "query_group")),
+        *((name, ctypes.c_void_p) for name in ("prefix_key", "prefix_value")),
+        *((f"prefix_{name}", ctypes.c_int64) for name in ("key_head", "key_token", "value_head", "value_token")),
+        *((name, ctypes.c_void_p) for name in ("suffix_key", "suffix_value")),
+        *((f"suffix_key_{name}", ctypes.c_int64) for name in ("row", "head", "token")),
+        *((f"suffix_value_{name}", ctypes.c_int64) for name in ("row", "head", "token")),
+        ("out", ctypes.c_void_p),
+        *((f"out_{name}", ctypes.c_int64) for name in ("row", "head", "group")),
+        ("sinks", ctypes.c_void_p),
+        ("scratch", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("rows", "kv_heads", "groups", "width", "value_width")),
+        *((name, ctypes.c_int64) for name in ("prefix", "suffix", "causal_start", "window")),
+        *((name, ctypes.c_float) for name in ("scale", "softcap")),
+        ("single", ctypes.c_int32),
+    )
+
+
+class Unavailable(Exception):
+    """Why there is no library, in words that follow a colon."""
+
+
+def why_not() -> str | None:
+    """Why the kernels cannot be used on this machine; None if they can. Compiles them, the first time ever."""
+    try:
+        library()
+    except Unavailable as error:
+        return str(error)
+    return None
+
+
+@cache
+def _found() -> ctypes.CDLL | str:
+    try:
+        return _loaded(_built())
+    except Unavailable as error:
+        return str(error)
+
+
+def library() -> ctypes.CDLL:
+    """The kernels.
+
+    Raises:
+        Unavailable: they cannot be had here.
+    """
+    found = _found()
+    if isinstance(found, str):
+        raise Unavailable(found)
+    return found
+
+
+def _built() -> Path:
+    """The compiled file; made if this source was never compiled here by this compiler for this processor."""
+    if sys.platform != "linux":
+        raise Unavailable("they are compiled on Linux only")
+    compiler = shlex.split(os.environ.get("CXX", "g++"))
+    if not compiler or shutil.which(compiler[0]) is None:
+        raise Unavailable(f"there is no C++ compiler ({' '.join(compiler) or 'CXX is empty'})")
+    version = _output([*compiler, "--version"])
+    if "Free Software Foundation" not in version:
+        raise Unavailable(f"{' '.join(compiler)} is not GCC, whose OpenMP is torch's")
+    runtime = next(iter(sorted(Path(torch.__file__).parent.glob("lib/libgomp*.so*"))), None)
+    if runtime is None:
+        raise Unavailable("torch does not bring the OpenMP runtime of GCC")
+    parts = (SOURCE.read_text(encoding="utf-8"), *_FLAGS, version, _processor(), runtime.name)
+    digest = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:24]
+    built = paths.cache("native") / f"{digest}.so"
+    if not built.exists():
+        _compile(compiler, runtime, built)
+    return built
+
+
+def _processor() -> str:
+    """What distinguishes processors for which another library is compiled."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return platform.processor()
+    wanted = ("model name", "flags", "Features", "CPU part")
+    return "\n".join(sorted({line for line in lines if line.startswith(wanted)}))
+
+
+def _compile(compiler: list[str], runtime: Path, built: Path) -> None:
+    """Through a file of another name: whoever looks finds a whole library, or none."""
+    try:
+        built.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=built.parent) as folder:
+            compiled, linked = Path(folder, "kernels.o"), Path(folder, "kernels.so")
+            _output([*compiler, *_FLAGS, "-c", str(SOURCE), "-o", str(compiled)])
+            _output([*compiler, "-shared", str(compiled), "-o", str(linked), str(runtime)])
+            os.replace(linked, built)
+    except OSError as error:
+        raise Unavailable(f"nothing can be kept in {built.parent} ({error.strerror})") from error
+
+
+def _output(command: list[str]) -> str:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=_SECONDS, check=False)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise Unavailable(f"{command[0]} failed ({error})") from error
+    if done.returncode:
+        said = next((line for line in done.stderr.splitlines() if "error" in line), f"status {done.returncode}")
+        raise Unavailable(f"{command[0]} failed ({said.strip()})")
+    return done.stdout
+
+
+def _loaded(built: Path) -> ctypes.CDLL:
+    try:
+        found = ctypes.CDLL(str(built))
+        found.attention.argtypes = [ctypes.POINTER(Attention)]
+        found.attention.restype = None
+        found.scratch_bytes.argtypes = [ctypes.POINTER(Attention)]
+        found.scratch_bytes.restype = ctypes.c_int64
+    except (OSError, AttributeError) as error:
+        raise Unavailable(f"what was compiled cannot be loaded ({error})") from error
+    if found.threads() != torch.get_num_threads():
+        raise Unavailable("their threads are not torch's")
+    return found

@@ -1,0 +1,509 @@
+// Kernels of a decode step on a CPU, compiled on the user's machine by build.py. Plain C++ and OpenMP, no headers of
+// torch. Arrays are given by address and strides in elements; the last dimension is contiguous.
+//
+// What a row gets does not depend on which rows or how many threads are beside it: every sum runs over the same numbers
+// in the same order. So products are not contracted into fused multiply-adds unless written so here.
+
+#include <cstdint>
+#include <cstring>
+#include <cmath>
+#include <limits>
+#include <omp.h>
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
+extern "C" {
+
+// The same fields as build.Attention, in the same order.
+struct Attention {
+    const void *query;                                     // (rows, kv_heads, groups, width)
+    int64_t query_row, query_head, query_group;
+    const void *prefix_key, *prefix_value;                 // (kv_heads, prefix, width)
+    int64_t prefix_key_head, prefix_key_token, prefix_value_head, prefix_value_token;
+    const void *suffix_key, *suffix_value;                 // (rows, kv_heads, suffix, width)
+    int64_t suffix_key_row, suffix_key_head, suffix_key_token;
+    int64_t suffix_value_row, suffix_value_head, suffix_value_token;
+    void *out;                                             // (rows, kv_heads, groups, value width)
+    int64_t out_row, out_head, out_group;
+    const float *sinks;                                    // (kv_heads * groups,), or null
+    void *scratch;                                         // scratch_bytes
+    int64_t rows, kv_heads, groups, width, value_width, prefix, suffix;
+    int64_t causal_start;                                  // row r sees so many + r + 1 tokens of the prefix; -1: all
+    int64_t window;                                        // and of these the last so many; 0: all
+    float scale, softcap;                                  // softcap 0: none
+    int32_t single;                                        // numbers are float32, else bfloat16
+};
+
+} // extern "C"
+
+namespace {
+
+constexpr int LANES = 16;   // numbers of a vector; smaller registers are used in pairs or fours by the compiler
+constexpr int BLOCK = 128;  // keys that are scored at a time
+constexpr int QUERIES = 48; // queries of one kv head that a thread takes at a time, unless one row has more
+constexpr int TILE = 6;     // of which so many share what is read of the keys
+
+typedef float Floats __attribute__((vector_size(4 * LANES)));
+typedef uint32_t Words __attribute__((vector_size(4 * LANES)));
+typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
+typedef Floats FloatsAnywhere __attribute__((aligned(4), may_alias));
+typedef Words WordsAnywhere __attribute__((aligned(4), may_alias));
+
+inline Floats load(const float *from) { return *reinterpret_cast<const FloatsAnywhere *>(from); }
+inline Words load(const uint32_t *from) { return *reinterpret_cast<const WordsAnywhere *>(from); }
+inline void store(float *to, Floats x) { *reinterpret_cast<FloatsAnywhere *>(to) = x; }
+inline void store(uint32_t *to, Words x) { *reinterpret_cast<WordsAnywhere *>(to) = x; }
+inline Floats all(float x) { return Floats{} + x; }
+inline Words all(uint32_t x) { return Words{} + x; }
+
+#if defined(__AVX512F__)
+inline Floats fused(Floats a, Floats b, Floats c) { return (Floats)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
+inline Floats larger(Floats a, Floats b) { return (Floats)_mm512_max_ps((__m512)a, (__m512)b); }
+#else
+inline Floats fused(Floats a, Floats b, Floats c) {
+    Floats out;
+    for (int i = 0; i < LANES; i++) out[i] = __builtin_fmaf(a[i], b[i], c[i]);
+    return out;
+}
+inline Floats larger(Floats a, Floats b) { return a > b ? a : b; }
+#endif
+
+// bfloat16 with the rounding of torch (to nearest, ties to even)
+inline uint16_t rounded(float x) {
+    uint32_t bits;
+    std::memcpy(&bits, &x, 4);
+    if ((bits & 0x7fffffffu) > 0x7f800000u) return 0x7fc0;
+    return (bits + 0x7fffu + ((bits >> 16) & 1)) >> 16;
+}
+inline float widened(uint16_t x) {
+    uint32_t bits = uint32_t(x) << 16;
+    float out;
+    std::memcpy(&out, &bits, 4);
+    return out;
+}
+
+// What differs between the two dtypes. A word holds PAIR numbers that are multiplied by PAIR others and added up.
+struct Half {
+    typedef uint16_t Number;
+    static constexpr int PAIR = 2;
+    static inline Floats products(Floats sum, uint32_t one, Words many) {
+#if defined(__AVX512BF16__)
+        return (Floats)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32(one), (__m512bh)many);
+#else
+        Floats low = (Floats)(many << 16), high = (Floats)(many & 0xffff0000u);
+        return fused(all(widened(one >> 16)), high, fused(all(widened(one & 0xffff)), low, sum));
+#endif
+    }
+    static inline float number(Number x) { return widened(x); }
+    static inline Number of(float x) { return rounded(x); }
+    static inline void weights(uint32_t *to, Floats first, Floats second) { // 32 weights
+#if defined(__AVX512BF16__)
+        store(to, (Words)_mm512_cvtne2ps_pbh((__m512)second, (__m512)first));
+#else
+        uint16_t *numbers = reinterpret_cast<uint16_t *>(to);
+        for (int i = 0; i < LANES; i++) numbers[i] = rounded(first[i]), numbers[LANES + i] = rounded(second[i]);
+#endif
+    }
+    // two rows of values -> words of one number of each
+    static inline void interleave(const Number *first, const Number *second, uint32_t *to, int count) {
+        for (int i = 0; i < count; i++) to[i] = uint32_t(first[i]) | uint32_t(second[i]) << 16;
+    }
+};
+
+struct Single {
+    typedef float Number;
+    static constexpr int PAIR = 1;
+    static inline Floats products(Floats sum, uint32_t one, Words many) {
+        float x;
+        std::memcpy(&x, &one, 4);
+        return fused(all(x), (Floats)many, sum);
+    }
+    static inline float number(Number x) { return x; }
+    static inline Number of(float x) { return x; }
+    static inline void weights(uint32_t *to, Floats first, Floats second) {
+        store(reinterpret_cast<float *>(to), first);
+        store(reinterpret_cast<float *>(to) + LANES, second);
+    }
+};
+
+#if defined(__AVX512F__)
+// 16 x 16 words, rows of `from` become columns of `to`
+inline void transpose(const uint32_t *from, int64_t stride, uint32_t *to, int to_stride) {
+    __m512i a[16], b[16];
+    for (int i = 0; i < 16; i++) a[i] = _mm512_loadu_si512(from + i * stride);
+    for (int i = 0; i < 16; i += 2) {
+        b[i] = _mm512_unpacklo_epi32(a[i], a[i + 1]);
+        b[i + 1] = _mm512_unpackhi_epi32(a[i], a[i + 1]);
+    }
+    for (int i = 0; i < 16; i += 4) {
+        a[i] = _mm512_unpacklo_epi64(b[i], b[i + 2]);
+        a[i + 1] = _mm512_unpackhi_epi64(b[i], b[i + 2]);
+        a[i + 2] = _mm512_unpacklo_epi64(b[i + 1], b[i + 3]);
+        a[i + 3] = _mm512_unpackhi_epi64(b[i + 1], b[i + 3]);
+    }
+    for (int i = 0; i < 16; i += 8)
+        for (int j = 0; j < 4; j++) {
+            b[i + j] = _mm512_shuffle_i32x4(a[i + j], a[i + 4 + j], 0x88);
+            b[i + 4 + j] = _mm512_shuffle_i32x4(a[i + j], a[i + 4 + j], 0xdd);
+        }
+    for (int j = 0; j < 8; j++) {
+        _mm512_storeu_si512(to + j * to_stride, _mm512_shuffle_i32x4(b[j], b[8 + j], 0x88));
+        _mm512_storeu_si512(to + (8 + j) * to_stride, _mm512_shuffle_i32x4(b[j], b[8 + j], 0xdd));
+    }
+}
+#else
+inline void transpose(const uint32_t *from, int64_t stride, uint32_t *to, int to_stride) {
+    for (int i = 0; i < 16; i++)
+        for (int j = 0; j < 16; j++) to[j * to_stride + i] = from[i * stride + j];
+}
+#endif
+
+// Keys (count, width) -> words (width / PAIR, BLOCK): a vector holds 16 keys' numbers of one place. Zeros behind count.
+template <class T>
+void pack_keys(const typename T::Number *keys, int64_t stride, int count, int width, uint32_t *to) {
+    const int words = width / T::PAIR;
+    const uint32_t *from = reinterpret_cast<const uint32_t *>(keys);
+    const int64_t word_stride = stride / T::PAIR;
+    int first = 0;
+    for (; first + LANES <= count; first += LANES) {
+        int at = 0;
+        for (; at + LANES <= words; at += LANES)
+            transpose(from + first * word_stride + at, word_stride, to + at * BLOCK + first, BLOCK);
+        for (; at < words; at++)
+            for (int i = 0; i < LANES; i++) to[at * BLOCK + first + i] = from[(first + i) * word_stride + at];
+    }
+    const int end = (count + LANES - 1) / LANES * LANES;
+    for (; first < end; first++)
+        for (int at = 0; at < words; at++)
+            to[at * BLOCK + first] = first < count ? from[first * word_stride + at] : 0;
+}
+
+// Values (count, width) -> words (BLOCK / PAIR, width): a word holds one place's numbers of PAIR tokens.
+template <class T>
+void pack_values(const typename T::Number *values, int64_t stride, int count, int width, uint32_t *to) {
+    const int end = (count + LANES - 1) / LANES * LANES;
+    for (int token = 0; token < end; token += T::PAIR, to += width) {
+        if constexpr (T::PAIR == 1) {
+            if (token < count) std::memcpy(to, values + token * stride, 4 * width);
+            else std::memset(to, 0, 4 * width);
+        } else {
+            const typename T::Number *one = values + token * stride;
+            if (token + 1 < count) T::interleave(one, one + stride, to, width);
+            else for (int i = 0; i < width; i++) to[i] = token < count ? uint32_t(one[i]) : 0;
+        }
+    }
+}
+
+template <class T, int ROWS, int VECTORS>
+inline void score_tile(const uint32_t *queries, int words, const uint32_t *keys, float *to) {
+    Floats sums[ROWS][VECTORS] = {};
+    for (int at = 0; at < words; at++) {
+        Words many[VECTORS];
+        for (int v = 0; v < VECTORS; v++) many[v] = load(keys + at * BLOCK + v * LANES);
+        for (int row = 0; row < ROWS; row++)
+            for (int v = 0; v < VECTORS; v++)
+                sums[row][v] = T::products(sums[row][v], queries[row * words + at], many[v]);
+    }
+    for (int row = 0; row < ROWS; row++)
+        for (int v = 0; v < VECTORS; v++) store(to + row * BLOCK + v * LANES, sums[row][v]);
+}
+
+template <class T, int ROWS>
+inline void score_rows(const uint32_t *queries, int words, const uint32_t *keys, int vectors, float *to) {
+    int v = 0;
+    for (; v + 4 <= vectors; v += 4) score_tile<T, ROWS, 4>(queries, words, keys + v * LANES, to + v * LANES);
+    if (vectors - v >= 2) { score_tile<T, ROWS, 2>(queries, words, keys + v * LANES, to + v * LANES); v += 2; }
+    if (vectors - v >= 1) score_tile<T, ROWS, 1>(queries, words, keys + v * LANES, to + v * LANES);
+}
+
+template <class T, int ROWS, int VECTORS>
+inline void add_tile(const uint32_t *weights, int words, const uint32_t *values, int width, float *to) {
+    Floats sums[ROWS][VECTORS];
+    for (int row = 0; row < ROWS; row++)
+        for (int v = 0; v < VECTORS; v++) sums[row][v] = load(to + row * width + v * LANES);
+    for (int at = 0; at < words; at++) {
+        Words many[VECTORS];
+        for (int v = 0; v < VECTORS; v++) many[v] = load(values + at * width + v * LANES);
+        for (int row = 0; row < ROWS; row++)
+            for (int v = 0; v < VECTORS; v++)
+                sums[row][v] = T::products(sums[row][v], weights[row * (BLOCK / T::PAIR) + at], many[v]);
+    }
+    for (int row = 0; row < ROWS; row++)
+        for (int v = 0; v < VECTORS; v++) store(to + row * width + v * LANES, sums[row][v]);
+}
+
+template <class T, int ROWS>
+inline void add_rows(const uint32_t *weights, int words, const uint32_t *values, int width, float *to) {
+    int v = 0;
+    for (; v + 4 * LANES <= width; v += 4 * LANES) add_tile<T, ROWS, 4>(weights, words, values + v, width, to + v);
+    for (; v < width; v += LANES) add_tile<T, ROWS, 1>(weights, words, values + v, width, to + v);
+}
+
+// 2 ** x for x <= 0; relative error below 3e-7, and 0 where x is below -126
+inline Floats power_of_two(Floats x) {
+    const Floats low = all(-127.0f);
+    x = larger(x, low);
+    const Floats magic = all(12582912.0f); // 1.5 * 2 ** 23: adding it rounds to an integer
+    const Floats whole = x + magic;
+    const Floats part = x - (whole - magic); // in [-0.5, 0.5]
+    Floats sum = all(1.5403530e-4f);
+    sum = fused(sum, part, all(1.3333558e-3f));
+    sum = fused(sum, part, all(9.6181291e-3f));
+    sum = fused(sum, part, all(5.5504109e-2f));
+    sum = fused(sum, part, all(2.4022651e-1f));
+    sum = fused(sum, part, all(6.9314718e-1f));
+    sum = fused(sum, part, all(1.0f));
+    const Ints exponent = ((Ints)whole - (Ints)magic + 127) << 23; // 0 at -127: then the product is 0
+    return sum * (Floats)exponent;
+}
+
+inline float sum_of(Floats x) {
+    float numbers[LANES];
+    store(numbers, x);
+    for (int half = LANES / 2; half; half /= 2)
+        for (int i = 0; i < half; i++) numbers[i] += numbers[i + half];
+    return numbers[0];
+}
+inline float largest_of(Floats x) {
+    float numbers[LANES];
+    store(numbers, x);
+    for (int half = LANES / 2; half; half /= 2)
+        for (int i = 0; i < half; i++) numbers[i] = numbers[i] > numbers[i + half] ? numbers[i] : numbers[i + half];
+    return numbers[0];
+}
+
+// A thread's place to work in.
+struct Work {
+    uint32_t *queries;         // (queries, words)
+    float *scores;             // (queries, BLOCK)
+    uint32_t *weights;         // (queries, BLOCK / PAIR)
+    float *sums;               // (queries, value width)
+    float *most, *mass;        // (queries,): the largest score so far, and the sum of weights relative to it
+    int *first_seen, *end_seen; // (queries,): which keys of a block each query sees
+    uint32_t *keys, *values;   // a row's own, packed
+};
+
+inline int64_t queries_at_once(int64_t groups) { return groups > QUERIES ? groups : QUERIES / groups * groups; }
+
+int64_t work_bytes(int64_t queries, int pair, int width, int value_width) {
+    return 4 * (queries * (width / pair) + queries * BLOCK + queries * (BLOCK / pair) + queries * value_width +
+                4 * queries + BLOCK * (width / pair) + BLOCK / pair * value_width) + 64 * 10;
+}
+
+Work work_at(char *from, int64_t queries, int pair, int width, int value_width) {
+    auto take = [&from](int64_t words) {
+        char *here = from;
+        from += (4 * words + 63) / 64 * 64;
+        return here;
+    };
+    Work work;
+    work.queries = (uint32_t *)take(queries * (width / pair));
+    work.scores = (float *)take(queries * BLOCK);
+    work.weights = (uint32_t *)take(queries * (BLOCK / pair));
+    work.sums = (float *)take(queries * value_width);
+    work.most = (float *)take(queries);
+    work.mass = (float *)take(queries);
+    work.first_seen = (int *)take(queries);
+    work.end_seen = (int *)take(queries);
+    work.keys = (uint32_t *)take(BLOCK * (width / pair));
+    work.values = (uint32_t *)take(BLOCK / pair * value_width);
+    return work;
+}
+
+// Squashes scores, in place, to within plus and minus `cap`: cap * tanh(score * scale / cap), in powers of two.
+inline void squash(float *scores, int vectors, float scale, float cap) {
+    const Floats factor = all(scale / cap * 2.88539008177793f), most = all(cap * 1.44269504088896f);
+    for (int v = 0; v < vectors; v++) {
+        const Floats x = load(scores + v * LANES) * factor;
+        const Floats e = power_of_two(x < 0.0f ? x : -x); // exp(-2 |y|)
+        const Floats squashed = most * ((1.0f - e) / (1.0f + e));
+        store(scores + v * LANES, x < 0.0f ? -squashed : squashed);
+    }
+}
+
+// Queries [first, first + count) of the work take in one block of keys.
+// cut: each sees only its keys [first_seen, end_seen).
+template <class T>
+void take_in(Work &work, int first, int count, const uint32_t *keys, const uint32_t *values, int count_keys, int width,
+             int value_width, const Attention &a, bool cut) {
+    // powers of two are computed; a squashed score is scaled already
+    const float scale = a.softcap > 0 ? 1.0f : a.scale * 1.44269504088896f;
+    const int words = width / T::PAIR;
+    const int vectors = (count_keys + LANES - 1) / LANES;
+    for (int q = first; q < first + count; q += TILE) {
+        const uint32_t *queries = work.queries + q * words;
+        float *to = work.scores + q * BLOCK;
+        switch (first + count - q < TILE ? first + count - q : TILE) {
+            case 1: score_rows<T, 1>(queries, words, keys, vectors, to); break;
+            case 2: score_rows<T, 2>(queries, words, keys, vectors, to); break;
+            case 3: score_rows<T, 3>(queries, words, keys, vectors, to); break;
+            case 4: score_rows<T, 4>(queries, words, keys, vectors, to); break;
+            case 5: score_rows<T, 5>(queries, words, keys, vectors, to); break;
+            default: score_rows<T, 6>(queries, words, keys, vectors, to);
+        }
+    }
+    const float lowest = -std::numeric_limits<float>::infinity();
+    for (int q = first; q < first + count; q++) {
+        float *scores = work.scores + q * BLOCK;
+        if (a.softcap > 0) squash(scores, vectors, a.scale, a.softcap);
+        const int padded = (vectors + 1) / 2 * 2 * LANES;
+        for (int i = cut ? work.end_seen[q] : count_keys; i < padded; i++) scores[i] = lowest;
+        for (int i = 0; cut && i < work.first_seen[q]; i++) scores[i] = lowest;
+        Floats most = load(scores);
+        for (int v = 1; v < vectors; v++) most = larger(most, load(scores + v * LANES));
+        const float before = work.most[q];
+        float now = largest_of(most) * scale; // scale > 0
+        now = now > before ? now : before;
+        uint32_t *weights = work.weights + q * (BLOCK / T::PAIR);
+        if (now == lowest) { // it has seen nothing yet
+            std::memset(weights, 0, 4 * (padded / T::PAIR));
+            continue;
+        }
+        if (now != before) {
+            const float less = before == lowest ? 0.0f : power_of_two(all(before - now))[0];
+            float *sums = work.sums + q * value_width;
+            for (int i = 0; i < value_width; i += LANES) store(sums + i, load(sums + i) * less);
+            work.mass[q] *= less;
+            work.most[q] = now;
+        }
+        Floats mass = {};
+        const Floats factor = all(scale), minus = all(-now);
+        for (int v = 0; v < vectors; v += 2) {
+            Floats one = power_of_two(fused(load(scores + v * LANES), factor, minus));
+            Floats two = power_of_two(fused(load(scores + (v + 1) * LANES), factor, minus));
+            mass += one;
+            mass += two;
+            T::weights(weights + v * LANES / T::PAIR, one, two);
+        }
+        work.mass[q] += sum_of(mass);
+    }
+    const int weight_words = vectors * LANES / T::PAIR;
+    for (int q = first; q < first + count; q += TILE) {
+        const uint32_t *weights = work.weights + q * (BLOCK / T::PAIR);
+        float *to = work.sums + q * value_width;
+        switch (first + count - q < TILE ? first + count - q : TILE) {
+            case 1: add_rows<T, 1>(weights, weight_words, values, value_width, to); break;
+            case 2: add_rows<T, 2>(weights, weight_words, values, value_width, to); break;
+            case 3: add_rows<T, 3>(weights, weight_words, values, value_width, to); break;
+            case 4: add_rows<T, 4>(weights, weight_words, values, value_width, to); break;
+            case 5: add_rows<T, 5>(weights, weight_words, values, value_width, to); break;
+            default: add_rows<T, 6>(weights, weight_words, values, value_width, to);
+        }
+    }
+}
+
+} // namespace
+
+extern "C" {
+
+int64_t scratch_bytes(const Attention *a) {
+    const int pair = a->single ? 1 : 2;
+    const int64_t blocks = (a->prefix + BLOCK - 1) / BLOCK;
+    return 4 * a->kv_heads * blocks * BLOCK / pair * (a->width + a->value_width) +
+           omp_get_max_threads() * work_bytes(queries_at_once(a->groups), pair, a->width, a->value_width) + 64;
+}
+
+} // extern "C"
+
+namespace {
+
+template <class T> void attend(const Attention &a) {
+    typedef typename T::Number Number;
+    constexpr float LOG2E = 1.44269504088896f;
+    const int width = a.width, value_width = a.value_width, groups = a.groups, words = width / T::PAIR;
+    const int blocks = (a.prefix + BLOCK - 1) / BLOCK;
+    const int64_t key_words = int64_t(words) * BLOCK, value_words = int64_t(BLOCK / T::PAIR) * value_width;
+    uint32_t *packed_keys = (uint32_t *)((uintptr_t(a.scratch) + 63) / 64 * 64);
+    uint32_t *packed_values = packed_keys + a.kv_heads * blocks * key_words;
+    char *works = (char *)(packed_values + a.kv_heads * blocks * value_words);
+    const int64_t queries = queries_at_once(groups), rows_at_once = queries / groups;
+    const int64_t each = work_bytes(queries, T::PAIR, width, value_width);
+    const int64_t parts = (a.rows + rows_at_once - 1) / rows_at_once;
+#pragma omp parallel
+    {
+        if (blocks) {
+#pragma omp for collapse(2) schedule(static)
+            for (int64_t head = 0; head < a.kv_heads; head++)
+                for (int64_t block = 0; block < blocks; block++) {
+                    const int64_t first = block * BLOCK;
+                    const int count = a.prefix - first < BLOCK ? a.prefix - first : BLOCK;
+                    pack_keys<T>((const Number *)a.prefix_key + head * a.prefix_key_head + first * a.prefix_key_token,
+                                 a.prefix_key_token, count, width, packed_keys + (head * blocks + block) * key_words);
+                    pack_values<T>(
+                        (const Number *)a.prefix_value + head * a.prefix_value_head + first * a.prefix_value_token,
+                        a.prefix_value_token, count, value_width, packed_values + (head * blocks + block) * value_words);
+                }
+        }
+        Work work = work_at(works + omp_get_thread_num() * each, queries, T::PAIR, width, value_width);
+#pragma omp for collapse(2) schedule(dynamic, 1)
+        for (int64_t head = 0; head < a.kv_heads; head++)
+            for (int64_t part = 0; part < parts; part++) {
+                const int64_t first_row = part * rows_at_once;
+                const int rows = a.rows - first_row < rows_at_once ? a.rows - first_row : rows_at_once;
+                const int count = rows * groups;
+                for (int row = 0; row < rows; row++)
+                    for (int group = 0; group < groups; group++) {
+                        const int q = row * groups + group;
+                        const Number *query = (const Number *)a.query + (first_row + row) * a.query_row +
+                                              head * a.query_head + group * a.query_group;
+                        std::memcpy(work.queries + q * words, query, 4 * words);
+                        work.most[q] = a.sinks ? a.sinks[head * groups + group] * LOG2E
+                                               : -std::numeric_limits<float>::infinity();
+                        work.mass[q] = a.sinks ? 1.0f : 0.0f;
+                    }
+                std::memset(work.sums, 0, 4ll * count * value_width);
+                const bool causal = a.causal_start >= 0;
+                const int64_t nearest = a.causal_start + first_row + 1, furthest = nearest + rows - 1; // tokens seen
+                const int64_t oldest = causal && a.window ? nearest - a.window : 0;
+                for (int64_t block = 0; block < blocks && (!causal || block * BLOCK < furthest); block++) {
+                    const int64_t first = block * BLOCK;
+                    const int keys = a.prefix - first < BLOCK ? a.prefix - first : BLOCK;
+                    if (first + keys <= oldest) continue;
+                    const bool cut = causal && (nearest < first + keys || (a.window && furthest - a.window > first));
+                    for (int q = 0; cut && q < count; q++) {
+                        const int64_t end = nearest + q / groups - first, start = a.window ? end - a.window : 0;
+                        work.end_seen[q] = end < 0 ? 0 : end < keys ? end : keys;
+                        work.first_seen[q] = start < 0 ? 0 : start < keys ? start : keys;
+                    }
+                    take_in<T>(work, 0, count, packed_keys + (head * blocks + block) * key_words,
+                               packed_values + (head * blocks + block) * value_words, keys, width, value_width, a, cut);
+                }
+                for (int row = 0; row < rows; row++)
+                    for (int64_t first = 0; first < a.suffix; first += BLOCK) {
+                        const int keys = a.suffix - first < BLOCK ? a.suffix - first : BLOCK;
+                        const int64_t r = first_row + row;
+                        pack_keys<T>((const Number *)a.suffix_key + r * a.suffix_key_row + head * a.suffix_key_head +
+                                         first * a.suffix_key_token,
+                                     a.suffix_key_token, keys, width, work.keys);
+                        pack_values<T>((const Number *)a.suffix_value + r * a.suffix_value_row +
+                                           head * a.suffix_value_head + first * a.suffix_value_token,
+                                       a.suffix_value_token, keys, value_width, work.values);
+                        take_in<T>(work, row * groups, groups, work.keys, work.values, keys, width, value_width, a,
+                                   false);
+                    }
+                for (int row = 0; row < rows; row++)
+                    for (int group = 0; group < groups; group++) {
+                        const int q = row * groups + group;
+                        const float share = 1.0f / work.mass[q];
+                        const float *sums = work.sums + q * value_width;
+                        Number *out = (Number *)a.out + (first_row + row) * a.out_row + head * a.out_head +
+                                      group * a.out_group;
+                        for (int i = 0; i < value_width; i++) out[i] = T::of(sums[i] * share);
+                    }
+            }
+    }
+}
+
+} // namespace
+
+extern "C" {
+
+void attention(const Attention *a) {
+    if (a->single) attend<Single>(*a);
+    else attend<Half>(*a);
+}
+
+int32_t threads() { return omp_get_max_threads(); }
+
+} // extern "C"
