@@ -192,6 +192,12 @@ def choice(
     return read
 
 
+def on_off(*options: str) -> Kind:
+    """``choice`` of words that hold ``on`` and ``off``, which YAML and ``--model_args`` read as true and false."""
+    of_words = choice(*options, also={"true": "on", "false": "off"})
+    return lambda name, value: of_words(name, {True: "on", False: "off"}[value] if isinstance(value, bool) else value)
+
+
 def held(name: str, value: Number, holds: bool, rule: str, hint: str | None = None) -> Number:
     """The value.
 

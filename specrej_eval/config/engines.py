@@ -5,11 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from specrej_eval import registry
-from specrej_eval.config.argument import Decides, Takes, argument, as_is, choice, text
+from specrej_eval.config.argument import Decides, Takes, argument, as_is, choice, on_off, text
 
 AUTO_BACKEND = "auto"
 SDPA = "sdpa"
 """PyTorch's own attention, on every device."""
+CPP = "cpp"
+"""A C++ kernel of ours for CPUs, compiled on the machine."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,8 +38,18 @@ class EngineArguments:
             among=lambda: (AUTO_BACKEND, *registry.names("specrej_eval.kv.attention")),
             also={"flash-attn": "flash_attn", "flash_attention_2": "flash_attn"},
         ),
-        "Kernels of our engine's attention on a GPU: ``sdpa``, ``flash_attn``, ``flashinfer``, ``triton``; ``auto`` = "
-        "one that ``doctor --attention`` found right on this GPU, else ``sdpa``.",
+        "Kernels of our engine's attention: ``sdpa`` everywhere; ``flash_attn``, ``flashinfer``, ``triton`` on a GPU; "
+        "``cpp`` on a CPU. ``auto`` = on a GPU one that ``doctor --attention`` found right there, on a CPU ``cpp`` if "
+        "``compile`` allows it, else ``sdpa``.",
         decides=Decides.MODELS,
         takes=(Takes.RUN, Takes.POLICY),
+    )
+    compile: str = argument(
+        "auto",
+        on_off("auto", "on", "off"),
+        "C++ kernels for a CPU, compiled once on this machine (2 seconds): ``auto`` = where g++ is there, ``on`` = or an "
+        "error, ``off`` = never. They differ from PyTorch's in last bits.",
+        decides=Decides.PLACE,
+        takes=(Takes.RUN, Takes.POLICY),
+        later=True,
     )

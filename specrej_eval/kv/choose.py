@@ -1,12 +1,14 @@
 """Which attention backend a run uses, and which ones are known to be right on this machine.
 
 ``attention_backend=auto`` takes nothing on trust: on a GPU it uses a backend only where `specrej-eval doctor
---attention` has found it right, on this device and with these versions. What doctor finds is kept in a small file, of
-which nothing but speed depends: without it, or with one that cannot be read, attention is computed by ``sdpa``.
+--attention` has found it right, on this device and with these versions; the C++ kernel of a CPU runs the same contract
+when it is first used. What is found is kept in a small file, of which nothing but speed depends: without it, or with one
+that cannot be read, a GPU's attention is computed by ``sdpa``.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -19,8 +21,9 @@ import torch
 
 from specrej_eval import __version__, paths, registry
 from specrej_eval.checked import object_in
-from specrej_eval.config.engines import AUTO_BACKEND, SDPA
+from specrej_eval.config.engines import AUTO_BACKEND, CPP, SDPA
 from specrej_eval.errors import ConfigError, MissingDependencyError
+from specrej_eval.kv import contract
 from specrej_eval.kv.attention.base import AttentionBackend
 
 logger = logging.getLogger(__name__)
@@ -47,18 +50,29 @@ def all_backends() -> list[AttentionBackend]:
     return sorted(map(build, registry.names(_PACKAGE)), key=lambda backend: -backend.preference)
 
 
-def resolve(asked: str, device: str) -> AttentionBackend:
+def resolve(asked: str, device: str, compiled: str = "auto") -> AttentionBackend:
     """The backend for a value of ``attention_backend``, before a weight is loaded.
 
     Says once where one that is asked for was never found right on this device.
 
+    Args:
+        compiled: ``compile``: whether C++ kernels may, must or must not be compiled for a CPU.
+
     Raises:
-        MissingDependencyError: its package is not installed, or cannot be imported.
-        ConfigError: it does not run on the device.
+        MissingDependencyError: its package, or a compiler, is not installed or fails.
+        ConfigError: it does not run on the device, or is not allowed to be compiled.
     """
     place = torch.device(device)
+    if compiled == "on" and (reason := build(CPP).why_not_on(place)):
+        raise MissingDependencyError(
+            f"compile=on: C++ kernels cannot be had: {reason}.",
+            hint=f"install with: {build(CPP).install}" if place.type == "cpu" else "compile=auto fits every device.",
+        )
     if asked == AUTO_BACKEND:
-        return next((backend for backend in all_backends() if _trusted(backend, place)), build(SDPA))
+        able = (each for each in all_backends() if each.name != CPP or compiled != "off")
+        return next((backend for backend in able if _trusted(backend, place)), build(SDPA))
+    if asked == CPP and compiled == "off":
+        raise ConfigError(f"attention_backend={CPP} needs kernels that compile=off forbids.", hint="leave one out.")
     backend = build(asked)
     if reason := backend.why_not_on(place):
         if backend.missing() and place.type in backend.devices:
@@ -66,7 +80,7 @@ def resolve(asked: str, device: str) -> AttentionBackend:
                 f"attention_backend={asked}: {reason}.", hint=f"install with: {backend.install}"
             )
         raise ConfigError(f"attention_backend={asked}: {reason}.", hint="attention_backend=auto fits every device.")
-    if asked != SDPA and not is_verified(backend, place) and asked not in _said:
+    if asked != SDPA and not _verified(backend, place) and asked not in _said:
         _said.add(asked)
         logger.warning(
             "attention_backend=%s was never found right on this device (%s) with these versions; "
@@ -78,9 +92,22 @@ def resolve(asked: str, device: str) -> AttentionBackend:
 
 
 def _trusted(backend: AttentionBackend, device: torch.device) -> bool:
-    if backend.name == SDPA or device.type == "cpu":  # on a CPU nothing beats sdpa, and only it promises bits
+    if backend.name == SDPA or device.type not in backend.devices:
         return False
-    return is_verified(backend, device) and backend.why_not_on(device) is None
+    return backend.why_not_on(device) is None and _verified(backend, device)
+
+
+def _verified(backend: AttentionBackend, device: torch.device) -> bool:
+    """``is_verified``; where that is not known and takes less than a second, it is found out."""
+    if is_verified(backend, device) or device.type != "cpu" or backend.name != CPP:
+        return is_verified(backend, device)
+    outcomes = contract.check(backend, device, dtypes=backend.dtypes)
+    if wrong := next((found for found in outcomes if not found.kept), None):
+        logger.warning("attention_backend=%s is wrong on this machine and is not used: %s", backend.name, wrong)
+        return False
+    with contextlib.suppress(OSError):  # then it is tried again next time
+        record(backend, device, right=True)
+    return True
 
 
 # what doctor found
@@ -97,6 +124,8 @@ def stamp(backend: AttentionBackend, device: torch.device) -> dict[str, str]:
     versions = {"specrej_eval": __version__, "torch": torch.__version__}
     if backend.distribution is not None:
         versions[backend.distribution] = _version_of(backend.distribution)
+    if (built := backend.built()) is not None:
+        versions["built"] = built
     return {**found, **versions}
 
 

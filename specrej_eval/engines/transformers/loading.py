@@ -133,7 +133,7 @@ def resolve_engine(config: RunConfig, host: Mapping[str, Any], *, check: bool = 
         name=name,
         dtype="float32" if config.dtype == "auto" and config.pretrained is None else config.dtype,
         device=device,
-        attention=choose.resolve(config.attention_backend, device),
+        attention=choose.resolve(config.attention_backend, device, config.compile),
         template_args=template_args,
         config=config,
         host=host,

@@ -138,7 +138,8 @@ class ModelRunner:
         reason = attention.why_not(self.device, self.dtype, width)
         if reason is None:
             return attention
-        self._say_unused(attention, reason)
+        if self.device.type != "cpu":  # nobody is slower there without it than he would have been
+            self._say_unused(attention, reason)
         return SDPA
 
     def _say_unused(self, attention: AttentionBackend, reason: str) -> None:

@@ -66,6 +66,11 @@ class AttentionBackend(ABC):
             return f"{self.package} cannot be imported: {error!r}"
         return None
 
+    def built(self) -> str | None:
+        """What distinguishes the kernel from others that were compiled from other sources; None where that is the
+        package's version."""
+        return None
+
     def why_not_on(self, device: torch.device) -> str | None:
         """Why nothing can be computed on a device, whatever the model; None if something can."""
         if device.type not in self.devices:

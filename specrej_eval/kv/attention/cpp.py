@@ -25,15 +25,18 @@ class Backend(AttentionBackend):
     install = "a C++ compiler, such as: apt-get install g++"
     devices = ("cpu",)
     dtypes = (torch.bfloat16, torch.float32)
+    preference = 1
 
     def missing(self) -> str | None:
         """See ``AttentionBackend.missing``. Compiles the kernel, the first time ever."""
         return build.why_not()
 
+    def built(self) -> str | None:
+        """See ``AttentionBackend.built``."""
+        return None if build.why_not() else str(build.library()._name).rpartition("/")[2]
+
     def _why_not_dims(self, head_dim: int, value_dim: int) -> str | None:
-        if head_dim % 16 or value_dim % 16 or max(head_dim, value_dim) > 256:
-            return f"its head dims are multiples of 16 up to 256, not {head_dim} and {value_dim}"
-        return None
+        return f"its head dims are even, not {head_dim}" if head_dim % 2 else None
 
     def _decode(
         self,

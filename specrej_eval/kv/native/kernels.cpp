@@ -159,6 +159,8 @@ inline void transpose(const uint32_t *from, int64_t stride, uint32_t *to, int to
 }
 #endif
 
+inline int whole_vectors(int64_t numbers) { return (numbers + LANES - 1) / LANES * LANES; }
+
 // Keys (count, width) -> words (width / PAIR, BLOCK): a vector holds 16 keys' numbers of one place. Zeros behind count.
 template <class T>
 void pack_keys(const typename T::Number *keys, int64_t stride, int count, int width, uint32_t *to) {
@@ -179,11 +181,12 @@ void pack_keys(const typename T::Number *keys, int64_t stride, int count, int wi
             to[at * BLOCK + first] = first < count ? from[first * word_stride + at] : 0;
 }
 
-// Values (count, width) -> words (BLOCK / PAIR, width): a word holds one place's numbers of PAIR tokens.
+// Values (count, width) -> words (BLOCK / PAIR, whole vectors): a word holds one place's numbers of PAIR tokens.
 template <class T>
 void pack_values(const typename T::Number *values, int64_t stride, int count, int width, uint32_t *to) {
-    const int end = (count + LANES - 1) / LANES * LANES;
-    for (int token = 0; token < end; token += T::PAIR, to += width) {
+    const int end = (count + LANES - 1) / LANES * LANES, padded = whole_vectors(width);
+    for (int token = 0; token < end; token += T::PAIR, to += padded) {
+        for (int i = width; i < padded; i++) to[i] = 0;
         if constexpr (T::PAIR == 1) {
             if (token < count) std::memcpy(to, values + token * stride, 4 * width);
             else std::memset(to, 0, 4 * width);
@@ -398,10 +401,10 @@ void take_in(Work &work, int first, int count, const uint32_t *keys, const uint3
 extern "C" {
 
 int64_t scratch_bytes(const Attention *a) {
-    const int pair = a->single ? 1 : 2;
+    const int pair = a->single ? 1 : 2, value_width = whole_vectors(a->value_width);
     const int64_t blocks = (a->prefix + BLOCK - 1) / BLOCK;
-    return 4 * a->kv_heads * blocks * BLOCK / pair * (a->width + a->value_width) +
-           omp_get_max_threads() * work_bytes(queries_at_once(a->groups), pair, a->width, a->value_width) + 64;
+    return 4 * a->kv_heads * blocks * BLOCK / pair * (a->width + value_width) +
+           omp_get_max_threads() * work_bytes(queries_at_once(a->groups), pair, a->width, value_width) + 64;
 }
 
 } // extern "C"
@@ -411,7 +414,7 @@ namespace {
 template <class T> void attend(const Attention &a) {
     typedef typename T::Number Number;
     constexpr float LOG2E = 1.44269504088896f;
-    const int width = a.width, value_width = a.value_width, groups = a.groups, words = width / T::PAIR;
+    const int width = a.width, value_width = whole_vectors(a.value_width), groups = a.groups, words = width / T::PAIR;
     const int blocks = (a.prefix + BLOCK - 1) / BLOCK;
     const int64_t key_words = int64_t(words) * BLOCK, value_words = int64_t(BLOCK / T::PAIR) * value_width;
     uint32_t *packed_keys = (uint32_t *)((uintptr_t(a.scratch) + 63) / 64 * 64);
@@ -432,7 +435,7 @@ template <class T> void attend(const Attention &a) {
                                  a.prefix_key_token, count, width, packed_keys + (head * blocks + block) * key_words);
                     pack_values<T>(
                         (const Number *)a.prefix_value + head * a.prefix_value_head + first * a.prefix_value_token,
-                        a.prefix_value_token, count, value_width, packed_values + (head * blocks + block) * value_words);
+                        a.prefix_value_token, count, a.value_width, packed_values + (head * blocks + block) * value_words);
                 }
         }
         Work work = work_at(works + omp_get_thread_num() * each, queries, T::PAIR, width, value_width);
@@ -478,7 +481,7 @@ template <class T> void attend(const Attention &a) {
                                      a.suffix_key_token, keys, width, work.keys);
                         pack_values<T>((const Number *)a.suffix_value + r * a.suffix_value_row +
                                            head * a.suffix_value_head + first * a.suffix_value_token,
-                                       a.suffix_value_token, keys, value_width, work.values);
+                                       a.suffix_value_token, keys, a.value_width, work.values);
                         take_in<T>(work, row * groups, groups, work.keys, work.values, keys, width, value_width, a,
                                    false);
                     }
@@ -489,7 +492,7 @@ template <class T> void attend(const Attention &a) {
                         const float *sums = work.sums + q * value_width;
                         Number *out = (Number *)a.out + (first_row + row) * a.out_row + head * a.out_head +
                                       group * a.out_group;
-                        for (int i = 0; i < value_width; i++) out[i] = T::of(sums[i] * share);
+                        for (int i = 0; i < a.value_width; i++) out[i] = T::of(sums[i] * share);
                     }
             }
     }
