@@ -50,13 +50,22 @@ class Ours:
         from specrej_eval.engines.transformers.engine import TransformersEngine
 
         model, tokenizer = load_model(options.model, options.dtype, options.device, seed=options.seed)
-        self.engine = TransformersEngine(model, tokenizer)
-        self.engine.eos_ids = ()
         self.config = RunConfig(
             dtype=options.dtype, device=options.device, strategy="best_of_n", reward_model="likelihood",
             temperature=TEMPERATURE, top_k=TOP_K, batch_size="auto", **json.loads(options.arguments),
         )  # fmt: skip
         self.device = options.device
+        self.engine = TransformersEngine(model, tokenizer, **self._attention())
+        self.engine.eos_ids = ()
+
+    def _attention(self) -> dict[str, Any]:
+        """Our attention as a run would have it; nothing where the checkout is older than the argument."""
+        try:
+            from specrej_eval.kv import choose
+        except ImportError:
+            return {}
+        asked = [self.config.attention_backend, self.device, *filter(None, [getattr(self.config, "compile", None)])]
+        return {"attention": choose.resolve(*asked)}
 
     def run(self, job: Mapping[str, Any]) -> dict[str, Any]:
         from specrej_eval.core import Prompt

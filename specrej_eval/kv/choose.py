@@ -91,6 +91,11 @@ def resolve(asked: str, device: str, compiled: str = "auto") -> AttentionBackend
     return backend
 
 
+def of_rewards(device: torch.device, compiled: str) -> AttentionBackend:
+    """The backend of a reward model. On a GPU it is ``sdpa``: others have no kernel for rows of unequal lengths."""
+    return resolve(AUTO_BACKEND, "cpu", compiled) if device.type == "cpu" else build(SDPA)
+
+
 def _trusted(backend: AttentionBackend, device: torch.device) -> bool:
     if backend.name == SDPA or device.type not in backend.devices:
         return False

@@ -161,8 +161,13 @@ class NewTokens:
         """(rows, kv_heads, groups, longest, head_dim) -> (rows, longest, heads, head_dim of the values)."""
         count, kv_heads, groups, longest, width = query.shape
         prefix_key, prefix_value = self.prefix.keys[layer], self.prefix.values[layer]
-        seen = self._seen_by(rows, params.window)
         cut = params.window is not None and self.prefix.length + self.stored > params.window
+        if not cut:
+            stored = (prefix_key, prefix_value, suffix_key, suffix_value)
+            found = self.attention.extend(query, *stored, self.starts[rows], params)
+            if found is not None:
+                return found.permute(0, 3, 1, 2, 4).flatten(2, 3)
+        seen = self._seen_by(rows, params.window)
         if sdpa.extends_by_products(query, params) and self.prefix.length and not cut:
             own = seen[..., self.prefix.length :]
             out = sdpa.extend(query, prefix_key, prefix_value, suffix_key, suffix_value, own, params)

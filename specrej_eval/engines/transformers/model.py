@@ -25,12 +25,14 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from specrej_eval.config.engines import CPP
 from specrej_eval.engines.base import Promise
 from specrej_eval.engines.transformers.groups import Group, padded
 from specrej_eval.kv import shared_prefix
 from specrej_eval.kv.attention.base import AttentionBackend
 from specrej_eval.kv.cache import Prefix
 from specrej_eval.kv.experts import expert_configs, padded_experts
+from specrej_eval.kv.native.fused import FusedOperators
 from specrej_eval.kv.models import has_odd_widths, obstacle, our_attention, reset_rotary, rope_limit, windows_missing
 from specrej_eval.kv.packed import PackedWeights
 from specrej_eval.kv.prefill import PromptReader
@@ -75,6 +77,7 @@ class ModelRunner:
         """What the model's attention was, while ours is in its place."""
         self._row_align = _row_align(model, self.dtype) if self.device.type == "cpu" else 1
         self._packed = PackedWeights(model)
+        self._fused = FusedOperators(model, wanted=attention is not None and attention.name == CPP)
         self._expert_configs = expert_configs(model) if self.device.type == "cpu" else []
         self.reader = PromptReader(
             self._prompt_logits,
@@ -239,7 +242,7 @@ class ModelRunner:
     def active(self) -> Iterator[None]:
         """Our attention is the model's only in here, so the same object still serves log-likelihood requests."""
         reset_rotary(self.model, self.device)
-        with padded_experts(self._expert_configs), self._packed.active():
+        with padded_experts(self._expert_configs), self._packed.active(), self._fused.active():
             if self.path != "shared_prefix":
                 yield
                 return

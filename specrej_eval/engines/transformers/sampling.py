@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from specrej_eval.errors import ModelError
+from specrej_eval.kv.native import logits as logits_kernels
 
 # splitmix64 (Steele, Lea & Flood 2014), constants as signed 64-bit integers
 _GAMMA = -7046029254386353131
@@ -239,6 +240,9 @@ def largest(scores: Tensor, width: int) -> Tensor:
     The vocabulary is cut into blocks of ``BLOCK`` tokens, and only those ``width`` blocks are searched whose largest
     scores are the largest: a score outside them has ``width`` scores above or equal to it, one in each.
     """
+    found = logits_kernels.largest(scores, width)
+    if found is not None:
+        return found
     rows, vocab = scores.shape
     blocks = vocab // BLOCK
     if blocks < 4 * width:

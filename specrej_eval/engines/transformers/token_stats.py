@@ -12,6 +12,7 @@ from torch import Tensor
 
 from specrej_eval.core import TokenStat
 from specrej_eval.engines.transformers.sampling import in_chunks, largest
+from specrej_eval.kv.native import logits as logits_kernels
 
 CONFIDENCE_TOP_K = 20
 """As in DeepConf (arXiv 2508.15260)."""
@@ -32,7 +33,9 @@ def stats_of(logits: Tensor, tokens: Tensor, names: Sequence[TokenStat]) -> Tens
 
     def of_chunk(logits: Tensor, tokens: Tensor) -> Tensor:
         scores = logits.float()
-        total = scores.logsumexp(-1)  # the one pass that takes time: all of them need it
+        total = logits_kernels.logsumexp(scores)  # the one pass that takes time: all of them need it
+        if total is None:
+            total = scores.logsumexp(-1)
         return torch.stack([_STATS[name](scores, total, tokens).expand(tokens.shape[0]) for name in names], dim=1)
 
     return in_chunks(of_chunk, logits, tokens)

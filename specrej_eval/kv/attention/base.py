@@ -165,7 +165,44 @@ class AttentionBackend(ABC):
             suffix_key, suffix_value = suffix_key[:, :, :count], suffix_value[:, :, :count]
         return taken._decode(query, prefix_key, prefix_value, suffix_key, suffix_value, params, count)
 
+    def extend(
+        self,
+        query: Tensor,
+        prefix_key: Tensor,
+        prefix_value: Tensor,
+        suffix_key: Tensor,
+        suffix_value: Tensor,
+        starts: Tensor,
+        params: AttentionParams,
+    ) -> Tensor | None:
+        """Several new tokens per row over the whole shared prefix and the row's own suffix, without a window that is in
+        the way; None where there is no kernel for it.
+
+        Args:
+            query: (rows, kv_heads, groups, tokens, head_dim).
+            prefix_key, prefix_value: (kv_heads, prefix tokens, head_dim); may hold no token.
+            suffix_key, suffix_value: (rows, kv_heads, stored, head_dim), finite where no token is.
+            starts: (rows,), int64: token t of a row sees so many + t + 1 of what is stored.
+
+        Returns:
+            (rows, kv_heads, groups, tokens, head_dim of the values).
+        """
+        keys = (prefix_key, prefix_value, suffix_key, suffix_value)
+        return self._of(query, suffix_value)._extend(query, *keys, starts, params)
+
     # what a backend is made of
+
+    def _extend(
+        self,
+        query: Tensor,
+        prefix_key: Tensor,
+        prefix_value: Tensor,
+        suffix_key: Tensor,
+        suffix_value: Tensor,
+        starts: Tensor,
+        params: AttentionParams,
+    ) -> Tensor | None:
+        return None
 
     def _prefill(self, query: Tensor, key: Tensor, value: Tensor, *, start: int, params: AttentionParams) -> Tensor:
         return self._fallback()._prefill(query, key, value, start=start, params=params)

@@ -10,6 +10,7 @@ attention does. A row's numbers do not depend on its company, nor on the number 
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 from typing import Any
 
 import torch
@@ -52,6 +53,25 @@ class Backend(AttentionBackend):
         _attend(query, prefix_key, prefix_value, out, params, suffix=(suffix_key, suffix_value))
         return out
 
+    def _extend(
+        self,
+        query: Tensor,
+        prefix_key: Tensor,
+        prefix_value: Tensor,
+        suffix_key: Tensor,
+        suffix_value: Tensor,
+        starts: Tensor,
+        params: AttentionParams,
+    ) -> Tensor | None:
+        tokens = query.shape[3]
+        packed = query.flatten(2, 3)  # (rows, kv_heads, groups * tokens, head_dim)
+        out = suffix_value.new_empty(*packed.shape[:3], suffix_value.shape[-1])
+        own = (suffix_key, suffix_value)
+        sinks = None if params.sinks is None else params.sinks.repeat_interleave(tokens)
+        params = dataclasses.replace(params, sinks=sinks)
+        _attend(packed, prefix_key, prefix_value, out, params, suffix=own, own_starts=starts, new_tokens=tokens)
+        return out.unflatten(2, (-1, tokens))
+
     def _prefill(self, query: Tensor, key: Tensor, value: Tensor, *, start: int, params: AttentionParams) -> Tensor:
         _, heads, chunk, _ = query.shape
         by_kv_head = (key.shape[0], heads // key.shape[0])
@@ -70,6 +90,8 @@ def _attend(
     *,
     suffix: tuple[Tensor, Tensor] | None = None,
     start: int = -1,
+    own_starts: Tensor | None = None,
+    new_tokens: int = 1,
 ) -> None:
     """Fill ``out``.
 
@@ -78,6 +100,8 @@ def _attend(
         prefix_key, prefix_value: (kv_heads, tokens, head_dim).
         suffix: keys and values, (rows, kv_heads, tokens, head_dim).
         start: row r sees ``start`` + r + 1 tokens of the prefix, or the window's part of them; -1 = each row sees all.
+        own_starts: (rows,), int64: query g of a row sees so many + g % ``new_tokens`` + 1 tokens of the suffix; None =
+            all of it.
 
     Raises:
         RuntimeError: no memory to work in.
@@ -85,6 +109,7 @@ def _attend(
     query, prefix_key, prefix_value = map(last_dim_contiguous, (query, prefix_key, prefix_value))
     own_key, own_value = (prefix_key[None], prefix_value[None]) if suffix is None else map(last_dim_contiguous, suffix)
     sinks = None if params.sinks is None else params.sinks.detach().float().contiguous()
+    own_starts = None if own_starts is None else own_starts.contiguous()
     rows, kv_heads, groups, width = query.shape
     told: Any = build.Attention(
         query.data_ptr(),
@@ -110,6 +135,8 @@ def _attend(
         0 if suffix is None else own_key.shape[2],
         start,
         0 if start < 0 else params.window or 0,
+        None if own_starts is None else own_starts.data_ptr(),
+        new_tokens,
         params.scale,
         params.softcap or 0,
         query.dtype == torch.float32,

@@ -16,8 +16,11 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -46,9 +49,23 @@ class Attention(ctypes.Structure):
         ("scratch", ctypes.c_void_p),
         *((name, ctypes.c_int64) for name in ("rows", "kv_heads", "groups", "width", "value_width")),
         *((name, ctypes.c_int64) for name in ("prefix", "suffix", "causal_start", "window")),
+        ("suffix_starts", ctypes.c_void_p),
+        ("new_tokens", ctypes.c_int64),
         *((name, ctypes.c_float) for name in ("scale", "softcap")),
         ("single", ctypes.c_int32),
     )
+
+
+_ADDRESS, _COUNT, _FLAG = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
+_SIGNATURES: dict[str, list[Any]] = {
+    "attention": [ctypes.POINTER(Attention)],
+    "scratch_bytes": [ctypes.POINTER(Attention)],
+    "norm": [_ADDRESS, _ADDRESS, _ADDRESS, _COUNT, _COUNT, ctypes.c_float, _FLAG],
+    "gate": [_ADDRESS, _ADDRESS, _ADDRESS, _COUNT, _FLAG],
+    "largest": [_ADDRESS, _COUNT, _COUNT, _COUNT, _COUNT, _ADDRESS],
+    "logsumexp": [_ADDRESS, _COUNT, _COUNT, _COUNT, _ADDRESS],
+    "rotate": [_ADDRESS, _ADDRESS, _ADDRESS, _ADDRESS, _ADDRESS, _ADDRESS, *[_COUNT] * 5, _FLAG],
+}
 
 
 class Unavailable(Exception):
@@ -82,6 +99,25 @@ def library() -> ctypes.CDLL:
     if isinstance(found, str):
         raise Unavailable(found)
     return found
+
+
+_in_use: ctypes.CDLL | None = None
+
+
+def in_use() -> ctypes.CDLL | None:
+    """The kernels, inside ``used``; else None."""
+    return _in_use
+
+
+@contextmanager
+def used(kernels: ctypes.CDLL | None) -> Iterator[None]:
+    """Inside, whoever asks for kernels ``in_use`` gets these."""
+    global _in_use
+    before, _in_use = _in_use, kernels
+    try:
+        yield
+    finally:
+        _in_use = before
 
 
 def _built() -> Path:
@@ -142,9 +178,9 @@ def _output(command: list[str]) -> str:
 def _loaded(built: Path) -> ctypes.CDLL:
     try:
         found = ctypes.CDLL(str(built))
-        found.attention.argtypes = [ctypes.POINTER(Attention)]
-        found.attention.restype = None
-        found.scratch_bytes.argtypes = [ctypes.POINTER(Attention)]
+        for name, arguments in _SIGNATURES.items():
+            function = getattr(found, name)
+            function.argtypes, function.restype = arguments, None
         found.scratch_bytes.restype = ctypes.c_int64
     except (OSError, AttributeError) as error:
         raise Unavailable(f"what was compiled cannot be loaded ({error})") from error

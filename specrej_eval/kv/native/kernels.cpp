@@ -8,6 +8,7 @@
 #include <cstring>
 #include <cmath>
 #include <limits>
+#include <vector>
 #include <omp.h>
 #if defined(__AVX512F__)
 #include <immintrin.h>
@@ -31,6 +32,8 @@ struct Attention {
     int64_t rows, kv_heads, groups, width, value_width, prefix, suffix;
     int64_t causal_start;                                  // row r sees so many + r + 1 tokens of the prefix; -1: all
     int64_t window;                                        // and of these the last so many; 0: all
+    const int64_t *suffix_starts;                          // (rows,); null: each query sees all of the suffix
+    int64_t new_tokens;                                    // query g sees suffix_starts[row] + g % new_tokens + 1 of it
     float scale, softcap;                                  // softcap 0: none
     int32_t single;                                        // numbers are float32, else bfloat16
 };
@@ -43,6 +46,7 @@ constexpr int LANES = 16;   // numbers of a vector; smaller registers are used i
 constexpr int BLOCK = 128;  // keys that are scored at a time
 constexpr int QUERIES = 48; // queries of one kv head that a thread takes at a time, unless one row has more
 constexpr int TILE = 6;     // of which so many share what is read of the keys
+constexpr int64_t SMALL = 16384; // numbers for which a second thread is not worth waking
 
 typedef float Floats __attribute__((vector_size(4 * LANES)));
 typedef uint32_t Words __attribute__((vector_size(4 * LANES)));
@@ -60,6 +64,7 @@ inline Words all(uint32_t x) { return Words{} + x; }
 #if defined(__AVX512F__)
 inline Floats fused(Floats a, Floats b, Floats c) { return (Floats)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
 inline Floats larger(Floats a, Floats b) { return (Floats)_mm512_max_ps((__m512)a, (__m512)b); }
+inline uint32_t above(Floats a, float b) { return _mm512_cmp_ps_mask((__m512)a, _mm512_set1_ps(b), _CMP_GT_OQ); }
 #else
 inline Floats fused(Floats a, Floats b, Floats c) {
     Floats out;
@@ -67,6 +72,11 @@ inline Floats fused(Floats a, Floats b, Floats c) {
     return out;
 }
 inline Floats larger(Floats a, Floats b) { return a > b ? a : b; }
+inline uint32_t above(Floats a, float b) { // a bit for each
+    uint32_t found = 0;
+    for (int i = 0; i < LANES; i++) found |= uint32_t(a[i] > b) << i;
+    return found;
+}
 #endif
 
 // bfloat16 with the rounding of torch (to nearest, ties to even)
@@ -482,8 +492,13 @@ template <class T> void attend(const Attention &a) {
                         pack_values<T>((const Number *)a.suffix_value + r * a.suffix_value_row +
                                            head * a.suffix_value_head + first * a.suffix_value_token,
                                        a.suffix_value_token, keys, a.value_width, work.values);
+                        for (int group = 0; a.suffix_starts && group < groups; group++) {
+                            const int64_t end = a.suffix_starts[r] + group % a.new_tokens + 1 - first;
+                            work.end_seen[row * groups + group] = end < 0 ? 0 : end < keys ? end : keys;
+                            work.first_seen[row * groups + group] = 0;
+                        }
                         take_in<T>(work, row * groups, groups, work.keys, work.values, keys, width, value_width, a,
-                                   false);
+                                   a.suffix_starts != nullptr);
                     }
                 for (int row = 0; row < rows; row++)
                     for (int group = 0; group < groups; group++) {
@@ -498,6 +513,176 @@ template <class T> void attend(const Attention &a) {
     }
 }
 
+// Elementwise parts of a layer. Numbers are rounded to their dtype where the model's own operators round them.
+template <class T> inline Floats wide(const typename T::Number *from) {
+    if constexpr (T::PAIR == 1) return load(from);
+    else {
+#if defined(__AVX512F__)
+        return (Floats)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)from)), 16);
+#else
+        Words words;
+        for (int i = 0; i < LANES; i++) words[i] = uint32_t(from[i]) << 16;
+        return (Floats)words;
+#endif
+    }
+}
+template <class T> inline Floats round_to(Floats x) {
+    if constexpr (T::PAIR == 1) return x;
+    else {
+        const Words bits = (Words)x;
+        const Words even = (bits + 0x7fffu + ((bits >> 16) & 1u)) & 0xffff0000u;
+        return (Floats)((bits & 0x7fffffffu) > 0x7f800000u ? all(0x7fc00000u) : even);
+    }
+}
+template <class T> inline void narrow(typename T::Number *to, Floats x) { // x is rounded
+    if constexpr (T::PAIR == 1) store(to, x);
+    else {
+#if defined(__AVX512F__)
+        _mm256_storeu_si256((__m256i *)to, _mm512_cvtepi32_epi16(_mm512_srli_epi32((__m512i)x, 16)));
+#else
+        for (int i = 0; i < LANES; i++) to[i] = ((Words)x)[i] >> 16;
+#endif
+    }
+}
+
+// weight * round(x / sqrt(mean(x ** 2) + eps)): LlamaRMSNorm of transformers. (rows, width), contiguous.
+template <class T>
+void norm_rows(const typename T::Number *x, const typename T::Number *weight, typename T::Number *out, int64_t rows,
+               int64_t width, float eps) {
+    typedef typename T::Number Number;
+    const int64_t whole = width / LANES * LANES;
+#pragma omp parallel for schedule(static) if (rows * width > SMALL)
+    for (int64_t row = 0; row < rows; row++) {
+        const Number *from = x + row * width;
+        Number *to = out + row * width;
+        Floats squares = {}, more = {};
+        int64_t i = 0;
+        for (; i + 2 * LANES <= whole; i += 2 * LANES) {
+            const Floats one = wide<T>(from + i), two = wide<T>(from + i + LANES);
+            squares = fused(one, one, squares);
+            more = fused(two, two, more);
+        }
+        for (; i < whole; i += LANES) squares = fused(wide<T>(from + i), wide<T>(from + i), squares);
+        float sum = sum_of(squares + more);
+        for (; i < width; i++) sum += T::number(from[i]) * T::number(from[i]);
+        const float factor = 1.0f / std::sqrt(sum / width + eps);
+        for (i = 0; i < whole; i += LANES)
+            narrow<T>(to + i, round_to<T>(wide<T>(weight + i) * round_to<T>(wide<T>(from + i) * factor)));
+        for (; i < width; i++) to[i] = T::of(T::number(weight[i]) * T::number(T::of(T::number(from[i]) * factor)));
+    }
+}
+
+// round(silu(gate)) * up
+template <class T>
+void gate_all(const typename T::Number *gate, const typename T::Number *up, typename T::Number *out, int64_t count) {
+    const int64_t vectors = count / LANES;
+    auto silu = [](Floats x) {
+        const Floats y = x * 1.44269504088896f;
+        const Floats e = power_of_two(y < 0.0f ? y : -y); // exp(-|x|)
+        return x / (1.0f + e) * (x < 0.0f ? e : all(1.0f));
+    };
+#pragma omp parallel for schedule(static) if (count > SMALL)
+    for (int64_t v = 0; v < vectors; v++) {
+        const int64_t i = v * LANES;
+        narrow<T>(out + i, round_to<T>(round_to<T>(silu(wide<T>(gate + i))) * wide<T>(up + i)));
+    }
+    for (int64_t i = vectors * LANES; i < count; i++)
+        out[i] = T::of(T::number(T::of(silu(all(T::number(gate[i])))[0])) * T::number(up[i]));
+}
+
+// round(round(x * cos) + round(rotate_half(x) * sin)), of queries or keys
+template <class T>
+void rotate_heads(const typename T::Number *x, const int64_t *x_strides, typename T::Number *out,
+                  const int64_t *out_strides, const typename T::Number *cos, const typename T::Number *sin,
+                  int64_t table_batch, int64_t batch, int64_t heads, int64_t tokens, int64_t width) {
+    typedef typename T::Number Number;
+    const int64_t half = width / 2;
+#pragma omp parallel for collapse(2) schedule(static) if (batch * heads * tokens * width > SMALL)
+    for (int64_t b = 0; b < batch; b++)
+        for (int64_t token = 0; token < tokens; token++) {
+            const Number *c = cos + b * table_batch + token * width, *s = sin + b * table_batch + token * width;
+            for (int64_t head = 0; head < heads; head++) {
+                const Number *from = x + b * x_strides[0] + head * x_strides[1] + token * x_strides[2];
+                Number *to = out + b * out_strides[0] + head * out_strides[1] + token * out_strides[2];
+                int64_t i = 0;
+                for (; i + LANES <= half; i += LANES) {
+                    const Floats low = wide<T>(from + i), high = wide<T>(from + half + i);
+                    narrow<T>(to + i, round_to<T>(round_to<T>(low * wide<T>(c + i)) +
+                                                  round_to<T>(-high * wide<T>(s + i))));
+                    narrow<T>(to + half + i, round_to<T>(round_to<T>(high * wide<T>(c + half + i)) +
+                                                         round_to<T>(low * wide<T>(s + half + i))));
+                }
+                for (; i < half; i++) {
+                    const float low = T::number(from[i]), high = T::number(from[half + i]);
+                    auto mixed = [](float a, float b) { return T::of(T::number(T::of(a)) + T::number(T::of(b))); };
+                    to[i] = mixed(low * T::number(c[i]), -high * T::number(s[i]));
+                    to[half + i] = mixed(high * T::number(c[half + i]), low * T::number(s[half + i]));
+                }
+            }
+        }
+}
+
+// Logits: what a token is drawn from. (rows, count) float32, rows `stride` apart.
+
+// Places of the `width` largest numbers of a row, in no order.
+void largest_of_row(const float *numbers, int64_t count, int64_t width, int64_t *places) {
+    if (width > count) width = count;
+    std::vector<float> least(width); // a heap whose first is the smallest of those kept
+    auto sink = [&](int64_t at) {
+        const float number = least[at];
+        const int64_t place = places[at];
+        for (int64_t child; (child = 2 * at + 1) < width; at = child) {
+            if (child + 1 < width && least[child + 1] < least[child]) child++;
+            if (!(least[child] < number)) break;
+            least[at] = least[child];
+            places[at] = places[child];
+        }
+        least[at] = number;
+        places[at] = place;
+    };
+    for (int64_t i = 0; i < width; i++) least[i] = numbers[i], places[i] = i;
+    for (int64_t at = width / 2; at-- > 0;) sink(at);
+    auto offer = [&](int64_t i) {
+        if (numbers[i] > least[0]) {
+            least[0] = numbers[i];
+            places[0] = i;
+            sink(0);
+        }
+    };
+    int64_t i = width;
+    for (; i + 4 * LANES <= count; i += 4 * LANES) {
+        Floats most = larger(load(numbers + i), load(numbers + i + LANES));
+        most = larger(most, larger(load(numbers + i + 2 * LANES), load(numbers + i + 3 * LANES)));
+        if (above(most, least[0]))
+            for (int64_t j = i; j < i + 4 * LANES; j += LANES)
+                for (uint32_t bits = above(load(numbers + j), least[0]); bits; bits &= bits - 1)
+                    offer(j + __builtin_ctz(bits));
+    }
+    for (; i < count; i++) offer(i);
+}
+
+float log_sum_exp(const float *numbers, int64_t count) {
+    const int64_t whole = count / LANES * LANES;
+    float most = -std::numeric_limits<float>::infinity();
+    if (whole) {
+        Floats mosts = load(numbers);
+        for (int64_t i = LANES; i < whole; i += LANES) mosts = larger(mosts, load(numbers + i));
+        most = largest_of(mosts);
+    }
+    for (int64_t i = whole; i < count; i++) most = numbers[i] > most ? numbers[i] : most;
+    if (std::isinf(most)) return most;
+    const Floats log2e = all(1.44269504088896f), minus = all(-most);
+    double sum = 0;
+    for (int64_t i = 0; i < whole;) { // float32 within a few hundred numbers, float64 between them
+        Floats part = {};
+        for (const int64_t end = i + 64 * LANES < whole ? i + 64 * LANES : whole; i < end; i += LANES)
+            part += power_of_two((load(numbers + i) + minus) * log2e);
+        sum += sum_of(part);
+    }
+    for (int64_t i = whole; i < count; i++) sum += std::exp(numbers[i] - most);
+    return float(most + std::log(sum));
+}
+
 } // namespace
 
 extern "C" {
@@ -505,6 +690,38 @@ extern "C" {
 void attention(const Attention *a) {
     if (a->single) attend<Single>(*a);
     else attend<Half>(*a);
+}
+
+void norm(const void *x, const void *weight, void *out, int64_t rows, int64_t width, float eps, int32_t single) {
+    if (single) norm_rows<Single>((const float *)x, (const float *)weight, (float *)out, rows, width, eps);
+    else norm_rows<Half>((const uint16_t *)x, (const uint16_t *)weight, (uint16_t *)out, rows, width, eps);
+}
+
+void gate(const void *gate, const void *up, void *out, int64_t count, int32_t single) {
+    if (single) gate_all<Single>((const float *)gate, (const float *)up, (float *)out, count);
+    else gate_all<Half>((const uint16_t *)gate, (const uint16_t *)up, (uint16_t *)out, count);
+}
+
+void rotate(const void *x, const int64_t *x_strides, void *out, const int64_t *out_strides, const void *cos,
+            const void *sin, int64_t table_batch, int64_t batch, int64_t heads, int64_t tokens, int64_t width,
+            int32_t single) {
+    if (single)
+        rotate_heads<Single>((const float *)x, x_strides, (float *)out, out_strides, (const float *)cos,
+                             (const float *)sin, table_batch, batch, heads, tokens, width);
+    else
+        rotate_heads<Half>((const uint16_t *)x, x_strides, (uint16_t *)out, out_strides, (const uint16_t *)cos,
+                           (const uint16_t *)sin, table_batch, batch, heads, tokens, width);
+}
+
+void largest(const float *numbers, int64_t stride, int64_t rows, int64_t count, int64_t width, int64_t *places) {
+#pragma omp parallel for schedule(static) if (rows > 1)
+    for (int64_t row = 0; row < rows; row++)
+        largest_of_row(numbers + row * stride, count, width, places + row * width);
+}
+
+void logsumexp(const float *numbers, int64_t stride, int64_t rows, int64_t count, float *out) {
+#pragma omp parallel for schedule(static) if (rows > 1)
+    for (int64_t row = 0; row < rows; row++) out[row] = log_sum_exp(numbers + row * stride, count);
 }
 
 int32_t threads() { return omp_get_max_threads(); }

@@ -46,6 +46,7 @@ class Forward:
         max_padded_tokens: most tokens of one forward pass, padding included.
         cache: what sessions keep from look to look: ``off``, ``prompt`` or ``full`` (``RunConfig.reward_cache``).
         allowance: how much of it; None = a share of the memory that is free.
+        compile: C++ kernels on a CPU (``RunConfig.compile``).
     """
 
     tokens_scored = 0
@@ -61,6 +62,7 @@ class Forward:
         max_padded_tokens: int = MAX_PADDED_TOKENS,
         cache: str = "full",
         allowance: Allowance | None = None,
+        compile: str = "auto",
     ) -> None:
         self.body = body.eval()
         self.head = head
@@ -70,6 +72,7 @@ class Forward:
         self.device: torch.device = next(body.parameters()).device
         self.cache = cache
         self.allowance = allowance or Allowance()
+        self.compile = compile
         self._rope_limit = rope_limit(body.config.get_text_config(decoder=True))
 
     def score_inputs(self, inputs: Sequence[Input]) -> dict[Input, float]:

@@ -232,6 +232,7 @@ def assemble(
         inputs,
         positions_of=positions_of or inputs.positions_of,
         cache=source.config.reward_cache,
+        compile=source.config.compile,
         allowance=Allowance.of(source.config, source.device),
     )
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from specrej_eval.core import Message, RowView
+from specrej_eval.kv import choose
 from specrej_eval.kv.memory import clear_error, twice
 from specrej_eval.rewards.base import Pair, RewardModel, RewardSession
 from specrej_eval.rewards.checkpoints.forward import SMALLER, Forward, Head
@@ -32,7 +33,7 @@ class CheckpointReward(Forward, RewardModel):
         """
         if self.cache == "off" or self.head is None:
             return None
-        shared = SharedBody(self.body)
+        shared = SharedBody(self.body, choose.of_rewards(self.device, self.compile))
         with clear_error(f"reward_model={self.name!r} was tried out", SMALLER):
             reason = twice(shared.probe)
         if reason is not None:

@@ -14,15 +14,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from specrej_eval.config.engines import CPP
 from specrej_eval.kv import shared_prefix
+from specrej_eval.kv.attention.base import AttentionBackend
 from specrej_eval.kv.cache import Prefix
 from specrej_eval.kv.experts import expert_configs, padded_experts
 from specrej_eval.kv.models import has_odd_widths, obstacle, our_attention, reset_rotary, rope_limit, windows_missing
+from specrej_eval.kv.native.fused import FusedOperators
 from specrej_eval.kv.packed import PackedWeights
 from specrej_eval.kv.prefill import PromptReader
 from specrej_eval.kv.probe import difference, may_be_bits, probe_ids, tried
 from specrej_eval.kv.ragged import ExtendStep, NewTokens, RaggedPool
 from specrej_eval.kv.shared_prefix import ROW_ALIGN
+from specrej_eval.kv.steps import SDPA
 
 
 class SharedBody:
@@ -30,9 +34,10 @@ class SharedBody:
 
     Args:
         body: a transformers model whose first output are hidden states, on its device.
+        attention: who computes attention.
     """
 
-    def __init__(self, body: Any) -> None:
+    def __init__(self, body: Any, attention: AttentionBackend = SDPA) -> None:
         self.body = body
         parameter = next(body.parameters())
         self.device: torch.device = parameter.device
@@ -50,6 +55,7 @@ class SharedBody:
         """What forward passes are padded to a multiple of, in tokens."""
         self._expert_configs = expert_configs(body) if on_cpu else []
         self._packed = PackedWeights(body)
+        self._fused = FusedOperators(body, wanted=attention.name == CPP)
         self.exact = False
         """Whether what is read of a prompt is the same bits whatever is read with it; tried out by ``probe``."""
         self.reader = PromptReader(
@@ -59,12 +65,13 @@ class SharedBody:
             align=self._row_align,
             shares=self.limit is None,
         )
+        self.reader.attention = self._attention = attention
 
     @contextmanager
     def active(self) -> Iterator[None]:
         """Our attention is the body's only in here."""
         reset_rotary(self.body, self.device)
-        with padded_experts(self._expert_configs), self._packed.active(), our_attention(self.body):
+        with padded_experts(self._expert_configs), self._packed.active(), self._fused.active(), our_attention(self.body):
             yield
 
     def prefill(self, prompts: Sequence[Sequence[int]], *, share: bool = True) -> list[tuple[Prefix, Tensor]]:
@@ -88,7 +95,8 @@ class SharedBody:
         first: int = 0,
     ) -> NewTokens:
         """What ``extend`` is to read of one prompt. See ``NewTokens`` for the arguments."""
-        return NewTokens(prefix, rows, starts, pool=pool, first=first, align=self.align, device=self.device)
+        kwargs: dict[str, Any] = {"align": self.align, "device": self.device, "attention": self._attention}
+        return NewTokens(prefix, rows, starts, pool=pool, first=first, **kwargs)
 
     def extend(self, parts: Sequence[NewTokens]) -> list[tuple[Tensor, ...]]:
         """Read new tokens of rows of some prompts. Inside ``active`` only.

@@ -71,6 +71,7 @@ class Family(RewardFamily):
             tokenizer,
             name=source.name,
             cache=source.config.reward_cache,
+            compile=source.config.compile,
             allowance=Allowance.of(source.config, source.device),
             **renderer_options(source.config),
         )

@@ -1,0 +1,195 @@
+"""Small operators of a layer (RMSNorm, rotary embedding, SiLU gate) as one C++ kernel each, where torch needs five to ten.
+
+A module is taken only if its code is, word for word, that of transformers' Llama, from which most models' are copied;
+whatever is another's stays as it is. As with packed weights, nothing of the model is changed by it, and the kernels
+stand in only inside ``active``. They round where the model's own operators round: rotary embeddings are the same bits,
+the others differ in last bits of float32.
+"""
+
+from __future__ import annotations
+
+import ast
+import ctypes
+import inspect
+import sys
+import textwrap
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.models.llama import modeling_llama
+
+from specrej_eval.kv.native import build
+
+_DTYPES = (torch.bfloat16, torch.float32)
+_ROTARY = "apply_rotary_pos_emb"
+Rotary = Callable[..., tuple[Tensor, Tensor]]
+
+
+class _Norm:
+    """In the place of one norm's ``forward``."""
+
+    def __init__(self, module: torch.nn.Module, kernels: ctypes.CDLL) -> None:
+        self._module = module
+        self._kernels = kernels
+
+    def __call__(self, hidden_states: Tensor) -> Tensor:
+        module: Any = self._module
+        weight: Tensor = module.weight
+        if not _plain(hidden_states, weight) or not hidden_states.is_contiguous() or not weight.is_contiguous():
+            found: Tensor = type(module).forward(module, hidden_states)
+            return found
+        width = hidden_states.shape[-1]
+        out = torch.empty_like(hidden_states)
+        self._kernels.norm(
+            *(hidden_states.data_ptr(), weight.data_ptr(), out.data_ptr()),
+            *(hidden_states.numel() // width, width, module.variance_epsilon, weight.dtype == torch.float32),
+        )
+        return out
+
+
+class _Gated:
+    """In the place of one MLP's ``forward``."""
+
+    def __init__(self, module: torch.nn.Module, kernels: ctypes.CDLL) -> None:
+        self._module = module
+        self._kernels = kernels
+
+    def __call__(self, x: Tensor) -> Tensor:
+        module: Any = self._module
+        gate, up = module.gate_proj(x), module.up_proj(x)
+        if _plain(gate, up) and gate.is_contiguous() and up.is_contiguous():
+            out = torch.empty_like(gate)
+            addresses = gate.data_ptr(), up.data_ptr(), out.data_ptr()
+            self._kernels.gate(*addresses, gate.numel(), gate.dtype == torch.float32)
+        else:
+            out = module.act_fn(gate) * up
+        found: Tensor = module.down_proj(out)
+        return found
+
+
+class _Rotated:
+    """In the place of a module's ``apply_rotary_pos_emb``."""
+
+    def __init__(self, original: Rotary, kernels: ctypes.CDLL) -> None:
+        self._original = original
+        self._kernels = kernels
+
+    def __call__(
+        self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1
+    ) -> tuple[Tensor, Tensor]:
+        able = unsqueeze_dim == 1 and q.dim() == k.dim() == 4 and cos.dim() == 3 and cos.shape == sin.shape
+        able = able and cos.shape[-1] == q.shape[-1] == k.shape[-1] and cos.shape[1] == q.shape[2] == k.shape[2]
+        able = able and cos.shape[0] in (1, q.shape[0]) and q.shape[0] == k.shape[0]
+        able = able and _plain(q, k, cos, sin) and cos.is_contiguous() and sin.is_contiguous()
+        if not able or q.stride(-1) != 1 or k.stride(-1) != 1:
+            return self._original(q, k, cos, sin, unsqueeze_dim=unsqueeze_dim)
+        return self._rotated(q, cos, sin), self._rotated(k, cos, sin)
+
+    def _rotated(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        out = torch.empty_like(x)
+        batch, heads, tokens, width = x.shape
+        self._kernels.rotate(
+            *(x.data_ptr(), _Strides(*x.stride()[:3]), out.data_ptr(), _Strides(*out.stride()[:3])),
+            *(cos.data_ptr(), sin.data_ptr(), 0 if cos.shape[0] == 1 else tokens * width),
+            *(batch, heads, tokens, width, x.dtype == torch.float32),
+        )
+        return out
+
+
+_Strides = ctypes.c_int64 * 3
+
+
+def _plain(*tensors: Tensor) -> bool:
+    """Whether these are what the kernels take: on a CPU, of one dtype, and nobody wants gradients."""
+    dtype = tensors[0].dtype
+    for each in tensors:
+        if each.dtype != dtype or not each.is_cpu:
+            return False
+    return dtype in _DTYPES and not torch.is_grad_enabled()
+
+
+class FusedOperators:
+    """Kernels in the place of a model's small operators, and in use for its logits; none where there are none.
+
+    Args:
+        model: any module.
+        wanted: False = none.
+    """
+
+    def __init__(self, model: torch.nn.Module, *, wanted: bool = True) -> None:
+        self._forwards: dict[torch.nn.Module, Any] = {}
+        self._rotary: dict[str, _Rotated] = {}
+        """Modules of Python code, by name, whose function is exchanged."""
+        self._depth = 0
+        able = wanted and next(model.parameters()).device.type == "cpu" and build.why_not() is None
+        self._kernels = build.library() if able else None
+        if self._kernels is not None:
+            self._find(model, self._kernels)
+
+    def _find(self, model: torch.nn.Module, kernels: ctypes.CDLL) -> None:
+        for module in model.modules():
+            if "forward" in vars(module):  # somebody has put another there (accelerate's hooks do)
+                continue
+            code = _code(type(module).forward)
+            if code == _code(modeling_llama.LlamaRMSNorm.forward) and _has(module, "weight", "variance_epsilon"):
+                self._forwards[module] = _Norm(module, kernels)
+            elif code == _code(modeling_llama.LlamaMLP.forward) and isinstance(
+                getattr(module, "act_fn", None), torch.nn.SiLU | type(modeling_llama.ACT2FN["silu"])
+            ):
+                self._forwards[module] = _Gated(module, kernels)
+            of = sys.modules.get(type(module).__module__)
+            function = getattr(of, _ROTARY, None)
+            if of is not None and inspect.isfunction(function) and of.__name__ not in self._rotary:
+                same = _code(function) == _code(modeling_llama.apply_rotary_pos_emb)
+                halves = _code(getattr(of, "rotate_half", None)) == _code(modeling_llama.rotate_half)
+                if same and halves:
+                    self._rotary[of.__name__] = _Rotated(function, kernels)
+
+    def __len__(self) -> int:
+        return len(self._forwards) + len(self._rotary)
+
+    @contextmanager
+    def active(self) -> Iterator[None]:
+        """Inside, kernels compute these operators."""
+        if self._depth:
+            yield
+            return
+        self._depth += 1
+        exchanged: dict[str, Any] = {}
+        try:
+            for module, forward in self._forwards.items():
+                if "forward" not in vars(module):
+                    module.forward = forward
+            for name, rotary in self._rotary.items():
+                exchanged[name] = getattr(sys.modules[name], _ROTARY)
+                setattr(sys.modules[name], _ROTARY, rotary)
+            with build.used(self._kernels):
+                yield
+        finally:
+            self._depth -= 1
+            for name, original in exchanged.items():
+                setattr(sys.modules[name], _ROTARY, original)
+            for module, forward in self._forwards.items():
+                if vars(module).get("forward") is forward:
+                    del module.forward
+
+
+def _has(module: torch.nn.Module, *names: str) -> bool:
+    return all(hasattr(module, name) for name in names)
+
+
+@cache
+def _code(function: Any) -> str | None:
+    """The statements of a function, without its name, decorators, docstring and annotations; None if they are unknown."""
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(function))).body[0]
+    except (OSError, TypeError, SyntaxError, IndexError):
+        return None
+    if not isinstance(tree, ast.FunctionDef):
+        return None
+    body = tree.body[1:] if ast.get_docstring(tree) is not None else tree.body
+    return "\n".join([", ".join(each.arg for each in tree.args.args), *map(ast.unparse, body)])
