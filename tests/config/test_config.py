@@ -57,6 +57,7 @@ def test_the_defaults_are_the_documented_ones():
         "seed": 0,
         "batch_size": "auto",
         "attention_backend": "auto",
+        "compile": "auto",
         "max_gen_toks": 256,
         "on_greedy": "sample",
         "on_nan": "error",

@@ -57,6 +57,7 @@ VALUES: dict[str, Any] = {
     "reward_device": "cpu",
     "device": "cpu",
     "attn_implementation": "eager",
+    "compile": "off",
     "batch_size": 3,
     "trace_path": "x.jsonl",
     "journal": "x.jsonl",

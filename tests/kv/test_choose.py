@@ -19,6 +19,7 @@ from specrej_eval.commands.doctor import attention as doctor
 from specrej_eval.config import RunConfig
 from specrej_eval.errors import ConfigError, MissingDependencyError
 from specrej_eval.kv import choose
+from specrej_eval.kv.native import build
 from specrej_eval.records import fingerprint
 
 OTHERS = [name for name in registry.names("specrej_eval.kv.attention") if name != "sdpa"]
@@ -39,6 +40,11 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(choose, "device_name", lambda device: "a GPU" if device.type == "cuda" else "cpu")
     for name, module in packages().items():
         monkeypatch.setitem(sys.modules, name, module)
+
+
+def on_a_cpu() -> str:
+    """What ``auto`` comes to there."""
+    return "sdpa" if build.why_not() else "cpp"
 
 
 def verify(name: str, device: torch.device = GPU, *, right: bool = True) -> None:
@@ -108,7 +114,7 @@ def test_auto_takes_the_best_of_those_that_are_verified_and_else_sdpa() -> None:
     assert choose.resolve("auto", "cuda").name == "flash_attn"
     verify("flash_attn", right=False)
     assert choose.resolve("auto", "cuda").name == "flashinfer", "what was found wrong is forgotten"
-    assert choose.resolve("auto", "cpu").name == "sdpa"
+    assert choose.resolve("auto", "cpu").name == on_a_cpu(), "of the others none is for a CPU"
 
 
 def test_auto_takes_nothing_that_is_not_installed_any_more(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -164,15 +170,15 @@ def test_what_auto_came_to_is_told_beside_the_device() -> None:
     plan = resolve(*RunConfig.from_args({"device": "cpu"}))
     before = plan.of_models()
     assert before["environment"] == plan.fingerprint()["environment"]
-    assert before["environment"]["attention_backend"] == "sdpa"
+    assert before["environment"]["attention_backend"] == on_a_cpu()
     now = {**before, "environment": {**before["environment"], "attention_backend": "flash_attn"}}
     found = fingerprint.compare(before, now)
-    assert not found.changed and found.environment == ["attention_backend was 'sdpa', is now 'flash_attn'"]
+    assert not found.changed and found.environment == [f"attention_backend was '{on_a_cpu()}', is now 'flash_attn'"]
 
 
 def test_results_name_the_backend() -> None:
     generator = specrej_eval.load(device="cpu", n=2, max_gen_toks=4)
-    assert generator.describe()["attention_backend"] == "sdpa"
+    assert generator.describe()["attention_backend"] == on_a_cpu()
 
 
 # ---- doctor ----------------------------------------------------------------------------------------------------------
@@ -198,7 +204,7 @@ def test_doctor_tries_every_backend_and_keeps_what_is_right(
         assert choose.is_verified(choose.build(name), torch.device("cpu")), name
         assert name in said
     assert "it computes float16 and bfloat16 only, not float32" in said and "not tried: left out here" in said
-    assert "auto is sdpa here (on a CPU always)" in said and str(choose.store()) in said
+    assert f"auto is {choose.resolve('auto', 'cpu').name} here" in said and str(choose.store()) in said
 
 
 @pytest.mark.usefixtures("without_triton")

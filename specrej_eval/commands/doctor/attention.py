@@ -143,8 +143,7 @@ def _findings(device: torch.device) -> Iterator[Finding]:
     for report in examine(device):
         yield from _told(report)
     chosen = choose.resolve(AUTO_BACKEND, str(device)).name
-    always = " (on a CPU always)" if device.type == "cpu" else ""
-    yield Finding("ok", "attention_backend", f"auto is {chosen} here{always}; kept in {choose.store()}")
+    yield Finding("ok", "attention_backend", f"auto is {chosen} here; kept in {choose.store()}")
 
 
 def _told(report: Report) -> Iterator[Finding]:

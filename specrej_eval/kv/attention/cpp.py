@@ -19,6 +19,7 @@ from torch import Tensor
 from specrej_eval.kv.attention.base import AttentionBackend, AttentionParams, last_dim_contiguous
 from specrej_eval.kv.native import build
 
+
 class Backend(AttentionBackend):
     """Decoding and prompts; other head dims, and float16, are left to ``otherwise``."""
 

@@ -78,9 +78,7 @@ class _Rotated:
         self._original = original
         self._kernels = kernels
 
-    def __call__(
-        self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1
-    ) -> tuple[Tensor, Tensor]:
+    def __call__(self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1) -> tuple[Tensor, Tensor]:
         able = unsqueeze_dim == 1 and q.dim() == k.dim() == 4 and cos.dim() == 3 and cos.shape == sin.shape
         able = able and cos.shape[-1] == q.shape[-1] == k.shape[-1] and cos.shape[1] == q.shape[2] == k.shape[2]
         able = able and cos.shape[0] in (1, q.shape[0]) and q.shape[0] == k.shape[0]

@@ -71,7 +71,12 @@ class SharedBody:
     def active(self) -> Iterator[None]:
         """Our attention is the body's only in here."""
         reset_rotary(self.body, self.device)
-        with padded_experts(self._expert_configs), self._packed.active(), self._fused.active(), our_attention(self.body):
+        with (
+            padded_experts(self._expert_configs),
+            self._packed.active(),
+            self._fused.active(),
+            our_attention(self.body),
+        ):
             yield
 
     def prefill(self, prompts: Sequence[Sequence[int]], *, share: bool = True) -> list[tuple[Prefix, Tensor]]:

@@ -95,7 +95,9 @@ def test_the_cpp_kernel_gives_what_a_mask_over_copies_gives(
     params = AttentionParams(0.37, softcap=softcap, sinks=torch.randn(kv_heads * groups) if sinks else None)
     got = choose.build("cpp").extend(query, *own_keys, starts, params)
     wide = [each.float() for each in own_keys]
-    keys, values = (torch.cat([each.expand(rows, -1, -1, -1), own], 2) for each, own in zip(wide, wide[2:], strict=False))
+    keys, values = (
+        torch.cat([each.expand(rows, -1, -1, -1), own], 2) for each, own in zip(wide, wide[2:], strict=False)
+    )
     seen = torch.arange(stored) <= (starts[:, None] + torch.arange(tokens))[..., None]  # (rows, tokens, stored)
     whole = torch.cat([torch.ones(rows, tokens, prefix, dtype=torch.bool), seen], 2)
     whole = whole[:, None, None].expand(-1, 1, groups, -1, -1).reshape(rows, 1, groups * tokens, -1)

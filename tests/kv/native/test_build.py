@@ -1,0 +1,174 @@
+"""The library of CPU kernels: made where it can be, and where not, why; nothing is ever wrong or an error for want of it."""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import stat
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import specrej_eval
+from specrej_eval.api import resolve
+from specrej_eval.config import RunConfig
+from specrej_eval.errors import ConfigError, MissingDependencyError
+from specrej_eval.kv import choose
+from specrej_eval.kv.native import build
+
+needs_compiler = pytest.mark.skipif(build.why_not() is not None, reason=f"no kernels here: {build.why_not()}")
+
+
+@pytest.fixture
+def fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache folder of the test's own, and nothing found yet."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    build._found.cache_clear()
+    yield tmp_path
+    build._found.cache_clear()
+
+
+def compiler(folder: Path, script: str) -> str:
+    """A program in the place of a C++ compiler."""
+    program = folder / "compiler"
+    program.write_text(f"#!/bin/sh\n{script}\n")
+    program.chmod(program.stat().st_mode | stat.S_IXUSR)
+    return str(program)
+
+
+GCC = 'case "$*" in *--version*) echo "g++ 12, Free Software Foundation"; exit 0;; esac\n'
+
+
+@pytest.mark.parametrize(
+    ("script", "said"),
+    [
+        (None, "there is no C++ compiler"),
+        ('echo "clang version 17"', "is not GCC"),
+        ("exit 3", "failed (status 3)"),
+        (GCC + 'echo "kernels.cpp:1: error: no such instruction" >&2; exit 1', "error: no such instruction"),
+        (GCC + "kill -9 $$", "failed (status -9)"),
+        (GCC + "sleep 60", "timed out"),
+        (GCC + 'for last; do :; done; for each; do case "$each" in *.o|*.so) echo nonsense > "$each";; esac; done', "cannot be loaded"),
+    ],
+    ids=["none", "clang", "fails", "refuses the source", "is killed", "hangs", "makes nonsense"],
+)  # fmt: skip
+def test_a_compiler_that_is_no_use_is_a_reason_and_never_an_error(
+    script: str | None, said: str, fresh: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(build, "_SECONDS", 1)
+    monkeypatch.setenv("CXX", compiler(fresh, script) if script else "there-is-no-such-compiler")
+    assert said in str(build.why_not())
+    assert choose.resolve("auto", "cpu").name == "sdpa"
+    with pytest.raises(MissingDependencyError, match="compile=on") as caught:
+        choose.resolve("auto", "cpu", "on")
+    assert said in str(caught.value) and "apt-get install g++" in str(caught.value)
+    with pytest.raises(MissingDependencyError, match="attention_backend=cpp"):
+        choose.resolve("cpp", "cpu")
+
+
+@needs_compiler
+def test_it_is_compiled_once_and_found_afterwards(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert build.why_not() is None
+    [built] = (fresh / "cache" / "specrej-eval" / "native").iterdir()
+    when = built.stat().st_mtime_ns
+    build._found.cache_clear()
+    assert build.why_not() is None
+    assert built.stat().st_mtime_ns == when
+    monkeypatch.setattr(build, "_processor", lambda: "another")
+    build._found.cache_clear()
+    assert build.why_not() is None
+    assert len(list(built.parent.iterdir())) == 2, "another processor gets another library"
+
+
+@needs_compiler
+def test_a_cache_that_is_a_file_is_a_reason(fresh: Path) -> None:
+    (fresh / "cache").write_text("")
+    assert "nothing can be kept in" in str(build.why_not())
+
+
+@needs_compiler
+def test_other_threads_than_torchs_are_a_reason(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 97)
+    assert build.why_not() == "their threads are not torch's"
+
+
+@needs_compiler
+def test_threads_follow_torch() -> None:
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            assert build.library().threads() == threads
+    finally:
+        torch.set_num_threads(before)
+
+
+@needs_compiler
+def test_both_sides_mean_the_same_by_a_request() -> None:
+    """The fields of the two structures, by name and order."""
+    source = build.SOURCE.read_text(encoding="utf-8")
+    body = source.split("struct Attention {")[1].split("};")[0]
+    fields: list[tuple[str, bool]] = []
+    for line in body.splitlines():
+        declared = line.split("//")[0].strip().rstrip(";")
+        if declared:
+            kind, names = declared.rsplit(" ", 1) if "," not in declared else declared.split(" ", 1)
+            kind, names = (
+                (" ".join(declared.split(" ")[:2]), declared.split("*", 1)[1]) if "*" in declared else (kind, names)
+            )
+            fields += [(name.strip(" *"), "*" in declared) for name in names.split(",")]
+    assert [name for name, _ in fields] == [name for name, _ in build.Attention._fields_]
+    pointers = [name for name, kind in build.Attention._fields_ if kind is ctypes.c_void_p]
+    assert [name for name, pointer in fields if pointer] == pointers
+
+
+# ---- what a run makes of it ------------------------------------------------------------------------------------------
+
+
+@needs_compiler
+def test_auto_takes_it_on_a_cpu_unless_compile_is_off(fresh: Path) -> None:
+    assert choose.resolve("auto", "cpu").name == choose.resolve("auto", "cpu", "on").name == "cpp"
+    assert choose.is_verified(choose.build("cpp"), torch.device("cpu"))
+    assert choose.resolve("auto", "cpu", "off").name == "sdpa"
+    assert choose.resolve("sdpa", "cpu").name == "sdpa"
+    with pytest.raises(ConfigError, match="compile=off forbids"):
+        choose.resolve("cpp", "cpu", "off")
+
+
+@needs_compiler
+def test_a_kernel_that_is_wrong_on_this_machine_is_not_used(
+    fresh: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    backend = type(choose.build("cpp"))
+    whole = backend._decode
+    monkeypatch.setattr(backend, "_decode", lambda self, *given: whole(self, *given) * 1.2)
+    with caplog.at_level(logging.WARNING):
+        assert choose.resolve("auto", "cpu").name == "sdpa"
+    assert "is wrong on this machine and is not used" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("given", "read"), [("on", "on"), (True, "on"), ("true", "on"), (False, "off"), ("auto", "auto")]
+)
+def test_compile_is_read_as_yaml_and_arguments_spell_it(given: Any, read: str) -> None:
+    config, _ = RunConfig.from_args({"compile": given})
+    assert config.compile == read
+
+
+def test_a_word_that_compile_does_not_know_is_refused() -> None:
+    with pytest.raises(ConfigError, match="compile"):
+        RunConfig.from_args({"compile": "always"})
+
+
+@needs_compiler
+def test_results_say_which_kernels_computed_them(fresh: Path) -> None:
+    compiled = specrej_eval.load(device="cpu", n=2, max_gen_toks=4).describe()["attention_backend"]
+    plain = specrej_eval.load(device="cpu", n=2, max_gen_toks=4, compile="off").describe()["attention_backend"]
+    assert (compiled, plain) == ("cpp", "sdpa")
+    before, now = (
+        resolve(*RunConfig.from_args({"device": "cpu", "compile": each})).of_models() for each in ("on", "off")
+    )
+    assert before["environment"]["attention_backend"] == "cpp"
+    assert now["environment"]["attention_backend"] == "sdpa"

@@ -1,0 +1,158 @@
+"""Small operators as C++ kernels: what torch computes, only where the model's code is known, and gone afterwards."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from support.tiny_models import tiny_causal_lm
+from transformers.models.gemma2 import modeling_gemma2
+from transformers.models.llama import modeling_llama
+from transformers.models.qwen3 import modeling_qwen3
+
+from specrej_eval.engines.transformers.model import ModelRunner
+from specrej_eval.kv import choose
+from specrej_eval.kv.native import build
+from specrej_eval.kv.native.fused import FusedOperators
+
+pytestmark = pytest.mark.skipif(build.why_not() is not None, reason=f"no kernels here: {build.why_not()}")
+
+DTYPES = st.sampled_from([torch.float32, torch.bfloat16])
+WIDTHS = st.sampled_from([2, 8, 16, 30, 32, 64, 80, 576])
+
+
+def drawn(seed: int, dtype: torch.dtype, *shape: int) -> torch.Tensor:
+    return (3 * torch.randn(*shape, generator=torch.Generator().manual_seed(seed))).to(dtype)
+
+
+@pytest.fixture(autouse=True)
+def without_gradients() -> Any:
+    with torch.inference_mode():
+        yield
+
+
+@given(rows=st.integers(1, 70), width=WIDTHS, dtype=DTYPES, seed=st.integers(0, 10**6))
+def test_a_norm_is_torchs(rows: int, width: int, dtype: torch.dtype, seed: int) -> None:
+    module = torch.nn.ModuleList([modeling_llama.LlamaRMSNorm(width, eps=1e-5)])
+    module[0].weight.copy_(drawn(seed + 1, torch.float32, width))
+    module.to(dtype)
+    x = drawn(seed, dtype, rows, 1, width)
+    want = module[0](x)
+    with FusedOperators(module).active():
+        assert "forward" in vars(module[0])
+        got = module[0](x)
+        alone = module[0](x[-1:])
+    assert torch.allclose(got.float(), want.float(), rtol=1e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-6)
+    assert torch.equal(alone, got[-1:]), "a row's bits depend on its company"
+
+
+@given(rows=st.integers(1, 70), dtype=DTYPES, seed=st.integers(0, 10**6), width=st.sampled_from([1, 15, 16, 33, 300]))
+def test_a_gate_is_torchs(rows: int, dtype: torch.dtype, seed: int, width: int) -> None:
+    config = modeling_llama.LlamaConfig(hidden_size=8, intermediate_size=width, num_attention_heads=1)
+    module = torch.nn.ModuleList([modeling_llama.LlamaMLP(config)]).to(dtype)
+    torch.manual_seed(seed)
+    x = drawn(seed, dtype, rows, 1, 8)
+    want = module[0](x)
+    with FusedOperators(module).active():
+        got = module[0](x)
+    assert torch.allclose(got.float(), want.float(), rtol=3e-2 if dtype == torch.bfloat16 else 1e-4, atol=1e-3)
+
+
+@given(x=st.lists(st.floats(width=32), min_size=1, max_size=40), dtype=DTYPES)
+def test_a_gate_takes_every_number(x: list[float], dtype: torch.dtype) -> None:
+    gate, up = torch.tensor(x).to(dtype), torch.ones(len(x)).to(dtype)
+    out = torch.empty_like(gate)
+    addresses = gate.data_ptr(), up.data_ptr(), out.data_ptr()
+    build.library().gate(*addresses, gate.numel(), dtype == torch.float32)
+    want = torch.nn.functional.silu(gate)
+    known = gate.isfinite()
+    assert torch.allclose(
+        out[known].float(), want[known].float(), rtol=1e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-30
+    )
+
+
+@given(
+    batch=st.integers(1, 20),
+    heads=st.integers(1, 5),
+    tokens=st.integers(1, 9),
+    width=st.sampled_from([2, 6, 16, 32, 36, 64, 128]),
+    one_table=st.booleans(),
+    dtype=DTYPES,
+    seed=st.integers(0, 10**6),
+)
+def test_rotary_embeddings_are_torchs_bits(
+    batch: int, heads: int, tokens: int, width: int, one_table: bool, dtype: torch.dtype, seed: int
+) -> None:
+    q, k = (
+        drawn(seed + place, dtype, batch, tokens, count, width).transpose(1, 2)
+        for place, count in enumerate((heads, 1))
+    )
+    cos, sin = (drawn(seed + place, dtype, 1 if one_table else batch, tokens, width) for place in (2, 3))
+    want = modeling_llama.apply_rotary_pos_emb(q, k, cos, sin)
+    fused = FusedOperators(tiny_causal_lm())
+    with fused.active():
+        got = modeling_llama.apply_rotary_pos_emb(q, k, cos, sin)
+    assert all(torch.equal(one, two) for one, two in zip(got, want, strict=True))
+
+
+def test_only_code_that_is_llamas_word_for_word_is_taken() -> None:
+    llama, other = modeling_llama.LlamaRMSNorm(8), modeling_gemma2.Gemma2RMSNorm(8)  # Gemma's adds 1 to its weight
+    fused = FusedOperators(torch.nn.ModuleList([llama, other]))
+    with fused.active():
+        assert "forward" in vars(llama)
+        assert "forward" not in vars(other)
+    config = modeling_llama.LlamaConfig(hidden_size=8, intermediate_size=8, num_attention_heads=1, hidden_act="gelu")
+    assert not FusedOperators(torch.nn.ModuleList([modeling_llama.LlamaMLP(config)]))._forwards
+    copied = modeling_qwen3.Qwen3RMSNorm(8)
+    assert list(FusedOperators(torch.nn.ModuleList([copied]))._forwards) == [copied]
+
+
+def test_nothing_is_left_behind_whatever_happens() -> None:
+    model = tiny_causal_lm()
+    fused = FusedOperators(model)
+    assert len(fused) > 1
+    rotary = modeling_llama.apply_rotary_pos_emb
+    with pytest.raises(KeyError), fused.active():
+        assert modeling_llama.apply_rotary_pos_emb is not rotary
+        with fused.active():
+            pass
+        assert modeling_llama.apply_rotary_pos_emb is not rotary, "the inner one does not end the outer one"
+        raise KeyError
+    assert modeling_llama.apply_rotary_pos_emb is rotary
+    assert not any("forward" in vars(module) for module in model.modules())
+    assert build.in_use() is None
+
+
+def test_a_module_that_somebody_else_changed_is_left_alone() -> None:
+    norm = modeling_llama.LlamaRMSNorm(8)
+    mine: Callable[[torch.Tensor], torch.Tensor] = lambda x: x  # noqa: E731  # as a hook of accelerate would
+    fused = FusedOperators(torch.nn.ModuleList([norm]))
+    norm.forward = mine
+    with fused.active():
+        assert norm.forward is mine
+    assert norm.forward is mine
+    assert not FusedOperators(torch.nn.ModuleList([norm]))._forwards
+
+
+def test_gradients_are_the_models_own() -> None:
+    norm = modeling_llama.LlamaRMSNorm(8)
+    fused = FusedOperators(torch.nn.ModuleList([norm]))
+    with torch.inference_mode(False), torch.enable_grad(), fused.active():
+        norm(torch.ones(2, 8)).sum().backward()
+    assert norm.weight.grad is not None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_model_decodes_with_them_and_calls_without_them_are_as_before(dtype: torch.dtype) -> None:
+    model = tiny_causal_lm().to(dtype)
+    ids = torch.arange(12)[None]
+    before = model(ids).logits
+    runner = ModelRunner(model, attention=choose.build("cpp"))
+    assert len(runner._fused) and runner.attention.name == "cpp" and runner.path == "shared_prefix"
+    assert torch.equal(model(ids).logits, before)
+    plain = ModelRunner(model)
+    assert not len(plain._fused)
