@@ -47,8 +47,8 @@ class EngineArguments:
     compile: str = argument(
         "auto",
         on_off("auto", "on", "off"),
-        "C++ kernels for a CPU, compiled once on this machine (2 seconds): ``auto`` = where g++ is there, ``on`` = or an "
-        "error, ``off`` = never. They differ from PyTorch's in last bits.",
+        "C++ kernels for a CPU, compiled once on this machine (2 seconds): ``auto`` = where g++ is there, ``on`` = or "
+        "an error, ``off`` = never. They differ from PyTorch's in last bits.",
         decides=Decides.PLACE,
         takes=(Takes.RUN, Takes.POLICY),
         later=True,

@@ -2,8 +2,8 @@
 
 ``attention_backend=auto`` takes nothing on trust: on a GPU it uses a backend only where `specrej-eval doctor
 --attention` has found it right, on this device and with these versions; the C++ kernel of a CPU runs the same contract
-when it is first used. What is found is kept in a small file, of which nothing but speed depends: without it, or with one
-that cannot be read, a GPU's attention is computed by ``sdpa``.
+when it is first used. What is found is kept in a small file, of which nothing but speed depends: without it, or with
+one that cannot be read, a GPU's attention is computed by ``sdpa``.
 """
 
 from __future__ import annotations

@@ -32,8 +32,8 @@ from specrej_eval.kv import shared_prefix
 from specrej_eval.kv.attention.base import AttentionBackend
 from specrej_eval.kv.cache import Prefix
 from specrej_eval.kv.experts import expert_configs, padded_experts
-from specrej_eval.kv.native.fused import FusedOperators
 from specrej_eval.kv.models import has_odd_widths, obstacle, our_attention, reset_rotary, rope_limit, windows_missing
+from specrej_eval.kv.native.fused import FusedOperators
 from specrej_eval.kv.packed import PackedWeights
 from specrej_eval.kv.prefill import PromptReader
 from specrej_eval.kv.probe import difference, may_be_bits, probe_ids, tried
@@ -141,7 +141,7 @@ class ModelRunner:
         reason = attention.why_not(self.device, self.dtype, width)
         if reason is None:
             return attention
-        if self.device.type != "cpu":  # nobody is slower there without it than he would have been
+        if attention.name != CPP:  # which auto takes everywhere, and whose absence costs little
             self._say_unused(attention, reason)
         return SDPA
 

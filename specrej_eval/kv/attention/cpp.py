@@ -71,7 +71,8 @@ class Backend(AttentionBackend):
         sinks = None if params.sinks is None else params.sinks.repeat_interleave(tokens)
         params = dataclasses.replace(params, sinks=sinks)
         _attend(packed, prefix_key, prefix_value, out, params, suffix=own, own_starts=starts, new_tokens=tokens)
-        return out.unflatten(2, (-1, tokens))
+        by_token: Tensor = out.unflatten(2, (-1, tokens))
+        return by_token
 
     def _prefill(self, query: Tensor, key: Tensor, value: Tensor, *, start: int, params: AttentionParams) -> Tensor:
         _, heads, chunk, _ = query.shape

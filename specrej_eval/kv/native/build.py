@@ -33,7 +33,7 @@ _SECONDS = 120
 
 
 class Attention(ctypes.Structure):
-    """What ``attention`` of kernels.cpp is given: the same fields in the same order; addresses, and strides in numbers."""
+    """What ``attention`` of kernels.cpp is given, field by field: addresses, and strides in numbers."""
 
     _fields_ = (
         ("query", ctypes.c_void_p),

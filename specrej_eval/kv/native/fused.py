@@ -1,4 +1,4 @@
-"""Small operators of a layer (RMSNorm, rotary embedding, SiLU gate) as one C++ kernel each, where torch needs five to ten.
+"""Small operators of a layer (RMSNorm, rotary embedding, SiLU gate) as one C++ kernel each; torch needs five to ten.
 
 A module is taken only if its code is, word for word, that of transformers' Llama, from which most models' are copied;
 whatever is another's stays as it is. As with packed weights, nothing of the model is changed by it, and the kernels
@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.activations import ACT2FN
 from transformers.models.llama import modeling_llama
 
 from specrej_eval.kv.native import build
@@ -136,7 +137,7 @@ class FusedOperators:
             if code == _code(modeling_llama.LlamaRMSNorm.forward) and _has(module, "weight", "variance_epsilon"):
                 self._forwards[module] = _Norm(module, kernels)
             elif code == _code(modeling_llama.LlamaMLP.forward) and isinstance(
-                getattr(module, "act_fn", None), torch.nn.SiLU | type(modeling_llama.ACT2FN["silu"])
+                getattr(module, "act_fn", None), torch.nn.SiLU | type(ACT2FN["silu"])
             ):
                 self._forwards[module] = _Gated(module, kernels)
             of = sys.modules.get(type(module).__module__)
@@ -182,7 +183,7 @@ def _has(module: torch.nn.Module, *names: str) -> bool:
 
 @cache
 def _code(function: Any) -> str | None:
-    """The statements of a function, without its name, decorators, docstring and annotations; None if they are unknown."""
+    """The statements of a function, without name, decorators, docstring and annotations; None if they are unknown."""
     try:
         tree = ast.parse(textwrap.dedent(inspect.getsource(function))).body[0]
     except (OSError, TypeError, SyntaxError, IndexError):

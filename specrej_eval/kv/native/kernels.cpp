@@ -4,11 +4,15 @@
 // What a row gets does not depend on which rows or how many threads are beside it: every sum runs over the same numbers
 // in the same order. So products are not contracted into fused multiply-adds unless written so here.
 
+#include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <cstring>
-#include <cmath>
+#include <functional>
 #include <limits>
+#include <utility>
 #include <vector>
+
 #include <omp.h>
 #if defined(__AVX512F__)
 #include <immintrin.h>
@@ -64,7 +68,6 @@ inline Words all(uint32_t x) { return Words{} + x; }
 #if defined(__AVX512F__)
 inline Floats fused(Floats a, Floats b, Floats c) { return (Floats)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
 inline Floats larger(Floats a, Floats b) { return (Floats)_mm512_max_ps((__m512)a, (__m512)b); }
-inline uint32_t above(Floats a, float b) { return _mm512_cmp_ps_mask((__m512)a, _mm512_set1_ps(b), _CMP_GT_OQ); }
 #else
 inline Floats fused(Floats a, Floats b, Floats c) {
     Floats out;
@@ -72,11 +75,6 @@ inline Floats fused(Floats a, Floats b, Floats c) {
     return out;
 }
 inline Floats larger(Floats a, Floats b) { return a > b ? a : b; }
-inline uint32_t above(Floats a, float b) { // a bit for each
-    uint32_t found = 0;
-    for (int i = 0; i < LANES; i++) found |= uint32_t(a[i] > b) << i;
-    return found;
-}
 #endif
 
 // bfloat16 with the rounding of torch (to nearest, ties to even)
@@ -624,41 +622,35 @@ void rotate_heads(const typename T::Number *x, const int64_t *x_strides, typenam
 
 // Logits: what a token is drawn from. (rows, count) float32, rows `stride` apart.
 
-// Places of the `width` largest numbers of a row, in no order.
+// Places of the `width` largest numbers of a row, in no order. The row is cut into pieces; the width-th largest of their
+// largest numbers is exceeded or equalled by `width` numbers at least, so nothing below it is looked at.
 void largest_of_row(const float *numbers, int64_t count, int64_t width, int64_t *places) {
-    if (width > count) width = count;
-    std::vector<float> least(width); // a heap whose first is the smallest of those kept
-    auto sink = [&](int64_t at) {
-        const float number = least[at];
-        const int64_t place = places[at];
-        for (int64_t child; (child = 2 * at + 1) < width; at = child) {
-            if (child + 1 < width && least[child + 1] < least[child]) child++;
-            if (!(least[child] < number)) break;
-            least[at] = least[child];
-            places[at] = places[child];
-        }
-        least[at] = number;
-        places[at] = place;
-    };
-    for (int64_t i = 0; i < width; i++) least[i] = numbers[i], places[i] = i;
-    for (int64_t at = width / 2; at-- > 0;) sink(at);
-    auto offer = [&](int64_t i) {
-        if (numbers[i] > least[0]) {
-            least[0] = numbers[i];
-            places[0] = i;
-            sink(0);
-        }
-    };
-    int64_t i = width;
-    for (; i + 4 * LANES <= count; i += 4 * LANES) {
-        Floats most = larger(load(numbers + i), load(numbers + i + LANES));
-        most = larger(most, larger(load(numbers + i + 2 * LANES), load(numbers + i + 3 * LANES)));
-        if (above(most, least[0]))
-            for (int64_t j = i; j < i + 4 * LANES; j += LANES)
-                for (uint32_t bits = above(load(numbers + j), least[0]); bits; bits &= bits - 1)
-                    offer(j + __builtin_ctz(bits));
+    constexpr int64_t PIECE = 4 * LANES;
+    const int64_t pieces = count / PIECE;
+    float least = -std::numeric_limits<float>::infinity();
+    std::vector<float> mosts(pieces);
+    for (int64_t piece = 0; piece < pieces; piece++) {
+        const float *from = numbers + piece * PIECE;
+        mosts[piece] = largest_of(larger(larger(load(from), load(from + LANES)),
+                                         larger(load(from + 2 * LANES), load(from + 3 * LANES))));
     }
-    for (; i < count; i++) offer(i);
+    if (pieces > width) {
+        std::vector<float> sorted = mosts;
+        std::nth_element(sorted.begin(), sorted.begin() + width - 1, sorted.end(), std::greater<float>());
+        least = sorted[width - 1];
+    }
+    std::vector<std::pair<float, int64_t>> found;
+    found.reserve(4 * width);
+    for (int64_t piece = 0; piece < pieces; piece++)
+        if (mosts[piece] >= least)
+            for (int64_t i = piece * PIECE; i < (piece + 1) * PIECE; i++)
+                if (numbers[i] >= least) found.emplace_back(numbers[i], i);
+    for (int64_t i = pieces * PIECE; i < count; i++)
+        if (numbers[i] >= least) found.emplace_back(numbers[i], i);
+    if (width < int64_t(found.size()))
+        std::nth_element(found.begin(), found.begin() + width - 1, found.end(),
+                         [](const auto &one, const auto &two) { return one.first > two.first; });
+    for (int64_t i = 0; i < width; i++) places[i] = i < int64_t(found.size()) ? found[i].second : 0; // NaN is never found
 }
 
 float log_sum_exp(const float *numbers, int64_t count) {

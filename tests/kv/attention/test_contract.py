@@ -22,6 +22,7 @@ from specrej_eval import registry
 from specrej_eval.kv import choose, contract
 from specrej_eval.kv.attention.base import AttentionBackend, AttentionParams
 from specrej_eval.kv.contract import CASES, Case
+from specrej_eval.kv.native import build
 from specrej_eval.kv.steps import DecodeStep, PrefillStep
 
 BACKENDS = registry.names("specrej_eval.kv.attention")
@@ -256,6 +257,15 @@ OWN_FAULTS: dict[str, tuple[tuple[str, str], ...]] = {
         ("heads, kv_heads, width, params.scale, params.softcap)", "heads, kv_heads, width, 0, 0)"),
         ("suffix_key.stride() != suffix_value.stride() or ", ""),
     ),
+    "cpp": (
+        ("*prefix_key.stride()[:2]", "*prefix_key.stride()[1:]"),
+        ("*own_value.stride()[:3]", "*own_key.stride()[:3]"),
+        ("0 if suffix is None else own_key.shape[2]", "0"),
+        ("0 if start < 0 else params.window or 0", "0"),
+        ("params.softcap or 0", "0"),
+        ("None if sinks is None else sinks.data_ptr()", "None"),
+        ("params, start=start)", "params)"),
+    ),
     "triton": (
         ("weight = tl.exp(lse - higher)", "weight = tl.exp2(lse - higher)"),
         ("most + tl.log(total)", "most + tl.log2(total)"),
@@ -310,6 +320,47 @@ def test_a_fault_in_a_backends_file_is_found(
     name: str, old: str, new: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, counted: Counted
 ) -> None:
     assert is_found(on_the_cpu(mutant(name, old, new, tmp_path), monkeypatch)), f"{old!r} -> {new!r}"
+    counted("faults of attention planted and found")
+
+
+KERNEL_FAULTS = (
+    ("a.prefix - first < BLOCK ? a.prefix - first : BLOCK", "BLOCK"),
+    ("scores[i] = lowest;", "scores[i] = 0;"),
+    ("store(sums + i, load(sums + i) * less)", "store(sums + i, load(sums + i))"),
+    ("work.mass[q] *= less;", ""),
+    ("a.sinks[head * groups + group] * LOG2E", "a.sinks[head * groups + group]"),
+    ("work.mass[q] = a.sinks ? 1.0f : 0.0f;", "work.mass[q] = 0.0f;"),
+    ("nearest + q / groups - first", "nearest + q / groups - first + 1"),
+    ("start = a.window ? end - a.window : 0", "start = a.window ? end - a.window + 1 : 0"),
+    ("if (first + keys <= oldest) continue;", "if (first + keys <= oldest + BLOCK) continue;"),
+    ("block * BLOCK < furthest", "block * BLOCK < furthest - BLOCK"),
+    ("work.mass[q] += sum_of(mass);", "work.mass[q] = sum_of(mass);"),
+    ("most * ((1.0f - e) / (1.0f + e))", "most * ((1.0f - e) / (2.0f + e))"),
+    ("head * a.suffix_value_head", "head * a.suffix_key_head"),
+)
+
+
+@pytest.mark.skipif(build.why_not() is not None, reason=f"no kernels here: {build.why_not()}")
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [pytest.param(*fault, marks=[pytest.mark.full] if place % 3 else []) for place, fault in enumerate(KERNEL_FAULTS)],
+)
+def test_a_fault_in_the_cpp_kernels_is_found(
+    old: str, new: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, counted: Counted
+) -> None:
+    source = build.SOURCE.read_text(encoding="utf-8")
+    assert old in source, f"kernels.cpp has no {old!r} any more: change the fault with it"
+    (tmp_path / "kernels.cpp").write_text(source.replace(old, new), encoding="utf-8")
+    monkeypatch.setattr(build, "SOURCE", tmp_path / "kernels.cpp")
+    monkeypatch.setattr(build, "_FLAGS", tuple("-O1" if flag == "-O3" else flag for flag in build._FLAGS))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    build._found.cache_clear()
+    try:
+        backend = choose.build("cpp")
+        assert build.why_not() is None
+        assert any(not found.kept for found in contract.check(backend, CPU, dtypes=backend.dtypes)), f"{old} -> {new}"
+    finally:
+        build._found.cache_clear()
     counted("faults of attention planted and found")
 
 

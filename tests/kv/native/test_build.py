@@ -1,4 +1,4 @@
-"""The library of CPU kernels: made where it can be, and where not, why; nothing is ever wrong or an error for want of it."""
+"""The library of CPU kernels: made where it can be, and where not, why; nothing is wrong or an error for want of it."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ GCC = 'case "$*" in *--version*) echo "g++ 12, Free Software Foundation"; exit 0
         (GCC + 'echo "kernels.cpp:1: error: no such instruction" >&2; exit 1', "error: no such instruction"),
         (GCC + "kill -9 $$", "failed (status -9)"),
         (GCC + "sleep 60", "timed out"),
-        (GCC + 'for last; do :; done; for each; do case "$each" in *.o|*.so) echo nonsense > "$each";; esac; done', "cannot be loaded"),
+        (GCC + 'for each; do case "$each" in *.o|*.so) echo nonsense > "$each";; esac; done', "cannot be loaded"),
     ],
     ids=["none", "clang", "fails", "refuses the source", "is killed", "hangs", "makes nonsense"],
 )  # fmt: skip
