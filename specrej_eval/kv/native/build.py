@@ -13,6 +13,7 @@ import os
 import platform
 import shlex
 import shutil
+import stat
 import subprocess
 import sys
 import tempfile
@@ -138,6 +139,9 @@ def _built() -> Path:
     built = paths.cache("native") / f"{digest}.so"
     if not built.exists():
         _compile(compiler, runtime, built)
+    found = built.stat()
+    if found.st_uid != os.geteuid() or found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        raise Unavailable(f"others may have written {built}")  # it would run as this user
     return built
 
 
@@ -159,6 +163,7 @@ def _compile(compiler: list[str], runtime: Path, built: Path) -> None:
             compiled, linked = Path(folder, "kernels.o"), Path(folder, "kernels.so")
             _output([*compiler, *_FLAGS, "-c", str(SOURCE), "-o", str(compiled)])
             _output([*compiler, "-shared", str(compiled), "-o", str(linked), str(runtime)])
+            linked.chmod(0o700)
             os.replace(linked, built)
     except OSError as error:
         raise Unavailable(f"nothing can be kept in {built.parent} ({error.strerror})") from error

@@ -89,6 +89,15 @@ def test_a_cache_that_is_a_file_is_a_reason(fresh: Path) -> None:
 
 
 @needs_compiler
+def test_a_library_that_others_can_write_is_not_loaded(fresh: Path) -> None:
+    assert build.why_not() is None
+    [built] = (fresh / "cache" / "specrej-eval" / "native").iterdir()
+    built.chmod(0o777)
+    build._found.cache_clear()
+    assert "others may have written" in str(build.why_not())
+
+
+@needs_compiler
 def test_other_threads_than_torchs_are_a_reason(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "get_num_threads", lambda: 97)
     assert build.why_not() == "their threads are not torch's"
