@@ -27,6 +27,7 @@ from specrej_eval.budget import resolve
 from specrej_eval.config import RunConfig
 from specrej_eval.core import Plan, Prompt
 from specrej_eval.engines.transformers.engine import TransformersEngine
+from specrej_eval.kv import choose
 
 JUDGED_FROM = 16 * 2**20
 """Bytes."""
@@ -50,7 +51,7 @@ def measure(options: argparse.Namespace) -> bool:
     """True if memory was within the tolerance everywhere."""
     torch.set_num_threads(options.threads)
     model, tokenizer = load_model(options.model, options.dtype, options.device, seed=options.seed)
-    engine = TransformersEngine(model, tokenizer)
+    engine = TransformersEngine(model, tokenizer, attention=choose.resolve("auto", options.device))
     engine.eos_ids = ()
     result: dict[str, Any] = header("growth", options)
     config = model.config.get_text_config(decoder=True)
