@@ -20,6 +20,7 @@ from specrej_eval.paths import is_folder
 from specrej_eval.records.fingerprint import differences, of_run
 from specrej_eval.records.outputs import Answer, RunRecord
 from specrej_eval.redaction import redacted, redacted_values
+from specrej_eval.yaml_files import read_yaml
 
 STRATEGIES = {"specrej_completions": "speculative_rejection", "specrej_best_of_n": "best_of_n"}
 """Our completion functions and the strategy each presets."""
@@ -103,10 +104,7 @@ def read(path: Path) -> ModelConfig:
     ConfigError: the file is missing, is no YAML, or is not a configuration for one of our completion functions.
     """
     path = path / "configs.yaml" if path.is_dir() else path
-    try:
-        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise ConfigError(f"--model_config {str(path)!r} cannot be read: {error}.") from error
+    loaded = read_yaml(path, what=f"--model_config {str(path)!r}")
     if not (isinstance(loaded, dict) and len(loaded) == 1 and isinstance(next(iter(loaded.values())), dict)):
         raise ConfigError(f"{str(path)!r} must have one top-level key, the generator's name, with a mapping below it.")
     ((generator, entry),) = loaded.items()
@@ -212,8 +210,8 @@ def _bundled() -> list[Path]:
 
 def _generator(path: Path) -> str | None:
     try:
-        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError):
+        loaded = read_yaml(path, what=str(path))
+    except ConfigError:
         return None
     return str(next(iter(loaded))) if isinstance(loaded, dict) and loaded else None
 
