@@ -318,7 +318,7 @@ def check_message(text: str) -> None:
     """One clear error: it can be printed, moves no cursor, and does not go on for pages."""
     assert text.strip() and len(text) < MOST, f"{len(text)} characters: {text[:200]!r}"
     text.encode()
-    odd = {mark for mark in text if mark != "\n" and not mark.isprintable()}
+    odd = {mark for mark in text if mark not in "\n\t" and not mark.isprintable()}
     assert not odd, f"{odd!r} in {text[:300]!r}"
     assert "Traceback" not in text
 

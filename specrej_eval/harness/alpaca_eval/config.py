@@ -20,6 +20,7 @@ from specrej_eval.paths import is_folder
 from specrej_eval.records.fingerprint import differences, of_run
 from specrej_eval.records.outputs import Answer, RunRecord
 from specrej_eval.redaction import redacted, redacted_values
+from specrej_eval.wording import inert
 from specrej_eval.yaml_files import read_yaml
 
 STRATEGIES = {"specrej_completions": "speculative_rejection", "specrej_best_of_n": "best_of_n"}
@@ -108,7 +109,7 @@ def read(path: Path) -> ModelConfig:
     if not (isinstance(loaded, dict) and len(loaded) == 1 and isinstance(next(iter(loaded.values())), dict)):
         raise ConfigError(f"{str(path)!r} must have one top-level key, the generator's name, with a mapping below it.")
     ((generator, entry),) = loaded.items()
-    if entry.get("fn_completions") not in STRATEGIES:
+    if str(entry.get("fn_completions")) not in STRATEGIES:
         raise ConfigError(
             f"{str(path)!r}: fn_completions is {entry.get('fn_completions')!r}, but must be one of ours.",
             hint=f"ours: {', '.join(STRATEGIES)}.",
@@ -173,7 +174,7 @@ def render(config: ModelConfig, record: RunRecord | None, answers: Sequence[Answ
         entry["link"] = link
     text = yaml.safe_dump({name: entry}, sort_keys=False, allow_unicode=True, width=1000)
     text = text.replace("fn_completions: null", f"fn_completions: null  # {config.function} of specrej-eval", 1)
-    return "".join(f"# {line}\n" for line in remarks) + text
+    return "".join(f"# {inert(line)}\n" for line in remarks) + text
 
 
 def local_paths(config: ModelConfig) -> list[str]:
@@ -194,8 +195,11 @@ def _template(path: Path, written: Any) -> str:
         return written
     places = [path.parent, path.parent.parent, Path(), *_bundled()]
     for place in places:
-        if (place / written).is_file():
-            return (place / written).read_text(encoding="utf-8")
+        try:
+            if (place / written).is_file():
+                return (place / written).read_text(encoding="utf-8")
+        except (OSError, ValueError) as error:  # longer than a file name may be, no UTF-8, ...
+            raise ConfigError(f"{str(path)!r}: the prompt template {written!r} cannot be read: {error}.") from error
     raise ConfigError(
         f"{str(path)!r}: there is no prompt template {written!r} in {', '.join(repr(str(place)) for place in places)}.",
         hint='give a file, or the text itself, such as "{instruction}".',

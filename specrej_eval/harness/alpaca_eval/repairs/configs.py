@@ -132,6 +132,8 @@ def _with_absolute_templates(
             raise ConfigError(
                 f"{where}: {name} needs {missing}.", hint=f"did you misspell it as {close!r}?" if close else None
             )
+        if not isinstance(config.get("completions_kwargs") or {}, dict):
+            raise ConfigError(f"{where}: completions_kwargs of {name} must be a mapping.")
         template = _absolute_template(config["prompt_template"], folders, where)
         # an empty `completions_kwargs:` is None in YAML, and leaving it out is as clear
         found[name] = {
@@ -144,6 +146,8 @@ def _with_absolute_templates(
 
 def _absolute_template(template: Any, folders: Sequence[Path], where: str) -> str:
     text = str(template)
+    if any("\ud800" <= mark <= "\udfff" for mark in text):
+        raise ConfigError(f"{where}: prompt_template has half of a surrogate pair in it, which is no text.")
     if "\n" not in text:
         for folder in folders:
             path = folder / expanded(text)
