@@ -368,7 +368,9 @@ class Journal:
         self._tell(found)
         mend(self.path, found.scan)
         if found.fingerprint is None and found.scan.lines:
-            header = checked_line({"journal": SCHEMA_VERSION, "fingerprint": self._fingerprint})
+            # what is used now must be next time: with a header of today's, entries without a checksum would not
+            version = 1 if found.unchecked else SCHEMA_VERSION
+            header = checked_line({"journal": version, "fingerprint": self._fingerprint})
             place = Path(os.path.realpath(self.path))
             replace_bytes(place, header.encode() + place.read_bytes())
             return True

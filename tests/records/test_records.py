@@ -142,6 +142,16 @@ def test_what_was_decoded_in_the_place_of_swapped_content_is_found_by_the_next_r
     assert decoded == [0, 1], "each of them once"
 
 
+def test_what_is_used_of_a_journal_with_a_damaged_header_is_used_by_the_next_run_too(tmp_path: Path) -> None:
+    path = tmp_path / "run.jsonl"
+    lines = a_journal(path)
+    lines[0] = b"{" + lines[0]
+    lines[2] = changed(lines[2], lambda record: record.pop("checksum"), sign=False)
+    path.write_bytes(b"".join(lines))
+    first = sorted(opened(path))
+    assert sorted(opened(path)) == first
+
+
 def test_an_old_journal_is_read_said_so_once_and_continued(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = tmp_path / "old.jsonl"
     result = a_result(0).to_dict()

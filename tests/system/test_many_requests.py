@@ -18,9 +18,9 @@ from specrej_eval import load
 PROC = Path("/proc/self")
 REQUESTS = 10_000 if FULL else 240
 FIRST = 4000 if FULL else 80
-"""Requests after which libraries have what they keep for good. A tokenizer keeps the last 10,000 short words that it has
-taken apart, and to a tokenizer that splits no words (the demo pair's) a whole text is one: some 7 KB a request until
-it is full, after about 2,200 requests."""
+"""Requests after which libraries have what they keep for good. A tokenizer keeps the last 10,000 short words that it
+has taken apart, and to one that splits no words (the demo pair's) a whole text is a word: some 7 KB a request until it
+is full, after about 2,200 requests."""
 MOST_BYTES = 1024
 """Of Python's own memory that a request may leave behind; what it is recorded by lies on the disk."""
 AT_A_TIME = 40
