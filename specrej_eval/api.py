@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from specrej_eval import budget
 from specrej_eval.config import RunConfig
-from specrej_eval.records import fingerprint, journal, jsonl
+from specrej_eval.records import fingerprint, journal, jsonl, lock
 from specrej_eval.records.trace import rank_path
 from specrej_eval.special_tokens import ENCODE_AS_TEXT
 
@@ -83,6 +83,7 @@ class RunPlan:
             return
         if self.config.trace_path is not None:
             jsonl.check_writable(self.config.trace_path, argument="trace_path")
+            lock.check(self.config.trace_path, argument="trace_path")
         if self.config.journal is not None:
             journal.check(self.config.journal, self.of_models)
 

@@ -32,11 +32,24 @@ def object_or_empty(value: Any) -> Mapping[str, Any]:
     return value if isinstance(value, Mapping) else {}
 
 
+def list_or_empty(value: Any) -> list[Any]:
+    """As ``object_or_empty``."""
+    return value if isinstance(value, list) else []
+
+
+def number_or(value: Any, other: T) -> float | T:
+    """A finite number, or something in the place of whatever else it is."""
+    try:
+        return as_number(value, "")
+    except BadRecordError:
+        return other
+
+
 def object_in(path: Path) -> Mapping[str, Any]:
     """What a JSON file holds; empty where there is none, where it cannot be read, and for anything but an object."""
     try:
         return object_or_empty(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
 
 

@@ -90,7 +90,7 @@ def read_config(
         raise CheckpointError(f"{argument}: {str(path)!r} is missing, so this is not a model's folder.", hint=hint)
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{argument}: {str(path)!r} cannot be read as JSON: {error}.") from error
     if not isinstance(config, dict):
         raise CheckpointError(f"{argument}: {str(path)!r} must hold a JSON object, got {type(config).__name__}.")
@@ -148,7 +148,7 @@ def check_weights(argument: str, folder: Path) -> None:
 def _shards(argument: str, index: Path) -> set[str]:
     try:
         return set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{argument}: {str(index)!r} is not an index of weight files: {error!r}.") from error
 
 
@@ -168,7 +168,7 @@ def _check_weight_file(argument: str, path: Path) -> None:
                 raise ValueError("its header is cut off")
             header = json.loads(file.read(length))
             ends = [entry["data_offsets"][1] for key, entry in header.items() if key != "__metadata__"]
-        except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
             raise CheckpointError(
                 f"{argument}: {str(path)!r} is not a readable safetensors file: {error}.",
                 hint="the download or copy is not complete.",

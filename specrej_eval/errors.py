@@ -8,20 +8,29 @@ from collections.abc import Iterable
 from specrej_eval.redaction import redacted
 from specrej_eval.wording import inert_lines
 
+MOST = 2000
+"""Characters of a message, and of its hint: what they quote may be of any size."""
+
 
 class SpecRejError(Exception):
     """Base of all errors raised on purpose. ``hint`` is printed below the message. Neither shows a secret.
 
-    What a message quotes may be anybody's text: as it is shown, nothing in it moves a terminal's cursor.
+    What a message quotes may be anybody's text: as it is shown, nothing in it moves a terminal's cursor, and it does
+    not go on for pages.
     """
 
     def __init__(self, message: str, *, hint: str | None = None) -> None:
-        super().__init__(redacted(message))
-        self.hint = None if hint is None else redacted(hint)
+        super().__init__(_bounded(redacted(message)))
+        self.hint = None if hint is None else _bounded(redacted(hint))
 
     def __str__(self) -> str:
         message = super().__str__()
         return inert_lines(f"{message}\n  hint: {self.hint}" if self.hint else message)
+
+
+def _bounded(text: str) -> str:
+    """Its beginning and its end; the rule stands in one of them."""
+    return text if len(text) <= MOST else f"{text[: MOST * 3 // 4]} ... {text[-MOST // 4 :]}"
 
 
 class ConfigError(SpecRejError, ValueError):

@@ -35,6 +35,32 @@ ENDLESS = {
 }
 
 
+ONE_CALL = {
+    "a power": "{{ 10 ** (10 ** 10) }}",
+    "powers of powers": "{% set ns = namespace(x=7) %}{% for i in range(60) %}{% set ns.x = ns.x ** 9 %}{% endfor %}",
+    "squares of squares": "{% set ns = namespace(x=7) %}{% for i in range(60) %}{% set ns.x = ns.x*ns.x %}{% endfor %}",
+    "a text many times": "{{ 'x' * 10 ** 11 }}",
+    "many times a text": "{{ 10 ** 11 * 'x' }}",
+    "a list many times": "{{ ([1] * 10 ** 11) | length }}",
+    "texts of texts": "{% set ns = namespace(x='x') %}{% for i in range(60) %}{% set ns.x = ns.x + ns.x %}{% endfor %}",
+    "padding": "{{ 'x'.ljust(10 ** 11) }}",
+    "padding with zeros": "{{ '1'.zfill(10 ** 11) }}",
+    "the middle": "{{ 'x' | center(10 ** 11) }}",
+    "an indent": "{{ 'x\ny' | indent(10 ** 11) }}",
+    "a width": "{{ '%99999999999d' % 1 }}",
+    "a width by number": "{{ '%*d' % (10 ** 11, 1) }}",
+    "a width by filter": "{{ '%99999999999d' | format(1) }}",
+    "a format": "{{ '{:>99999999999}'.format(1) }}",
+    "a format by number": "{{ '{:>{w}}'.format(1, w=10 ** 11) }}",
+    "a format by a mapping": "{{ '{:>{w}}{x}'.format_map({'': 1, 'w': 10 ** 11, 'x': 1}) }}",
+    "replacing": "{% set x = 'x' * 10 ** 6 %}{{ x.replace('x', x) }}",
+    "replacing by filter": "{% set x = 'x' * 10 ** 6 %}{{ x | replace('x', x) }}",
+    "joining": "{% set x = 'x' * 10 ** 6 %}{{ x.join([x] * 10 ** 6) }}",
+    "joining by filter": "{% set x = 'x' * 10 ** 6 %}{{ ([1] * 10 ** 6) | join(x) }}",
+}
+"""Each would keep C code busy for minutes, or fill the memory, with no Python in between."""
+
+
 @pytest.fixture
 def short(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(chat_templates, "SECONDS", 0.2)
@@ -57,6 +83,29 @@ def test_a_template_that_fails_is_one_error(kind: str) -> None:
     assert refused.value.hint and len(str(refused.value)) < 600
     with pytest.raises(RewardError, match=r"the chat template of reward_model='judge' failed: \w+: (.|\n)*row 3"):
         scored(FAILING[kind])
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("kind", ONE_CALL)
+def test_a_template_that_asks_one_call_for_too_much_is_refused_before_it_begins(kind: str) -> None:
+    with pytest.raises(PromptError, match=r"the chat template of the language model failed: .* would give more than"):
+        encoded(ONE_CALL[kind])
+    with pytest.raises(RewardError, match=r"the chat template of reward_model='judge' failed: TooMuchError"):
+        scored(ONE_CALL[kind])
+
+
+def test_what_templates_do_with_texts_and_numbers_gives_what_it_gave() -> None:
+    template = (
+        "{% set ns = namespace(x=3) %}{% set ns.x = ns.x * 2 ** 5 + 1 %}{{ ns.x }}{{ 'a' * 3 }}{{ [1] * 2 }}"
+        "{{ 'b'.ljust(4) }}{{ 'c' | center(5) }}{{ '%03d' % 7 }}{{ '%s-%s' | format('x', 1) }}{{ '{:>4}'.format(1) }}"
+        "{{ ['d', 'e'] | join(', ') }}{{ 'f g'.replace('g', 'h') | replace('f', 'i') }}{{ 'j\nk' | indent(2) }}"
+        "{{ messages[0].content + '!' }}{{ ', '.join(['l', 'm']) }}{{ [1, 2] + [3] }}{{ 7 % 4 }}{{ 'n' ~ 2 }}"
+    )
+    text = tiny_tokenizer(chat_template=template).apply_chat_template(MESSAGES, tokenize=False)
+    with chat_templates.time_limit():
+        found = tiny_tokenizer(chat_template=template).apply_chat_template(MESSAGES, tokenize=False)
+    want = "97aaa[1, 1]b     c  007x-1   1d, ei hj\n  kHello!l, m[1, 2, 3]3n2"
+    assert found == text == want
 
 
 @pytest.mark.usefixtures("short")

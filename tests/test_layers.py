@@ -22,6 +22,7 @@ HARNESSES = {"alpaca_eval", "lm_eval"}
 LAYERS = (
     {"redaction"},
     {"errors", "checked", "wording"},
+    {"yaml_files"},
     {"paths", "registry", "core", "stopping", "chat_templates"},
     {"checkpoint", "companions", "temporary", "config", "special_tokens", "ranks"},
     {"budget"},

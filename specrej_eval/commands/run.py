@@ -309,7 +309,7 @@ def _value(name: str, text: str) -> Any:
         return text.lower() == "true"
     try:
         return json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return text  # also a stop string that begins with a bracket
 
 

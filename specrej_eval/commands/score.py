@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from tqdm import tqdm
 
 from specrej_eval import stopping
+from specrej_eval.checked import an_object
 from specrej_eval.config import RunConfig
 from specrej_eval.core import finite_or_none
 from specrej_eval.errors import ConfigError, RewardError
@@ -204,8 +205,8 @@ def _begin(target: Path, fingerprint: dict[str, Any], *, overwrite: bool) -> lis
         write_atomically(sidecar, json.dumps(fingerprint, indent=1, default=str) + "\n")
         return []
     try:
-        then = json.loads(sidecar.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        then = an_object(json.loads(sidecar.read_text(encoding="utf-8")), sidecar.name)
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(
             f"{str(target)!r} exists, and nothing says which reward model wrote it ({sidecar.name} is missing).",
             hint="replace it with --force, or give another --output.",

@@ -261,7 +261,7 @@ def as_dict(name: str, value: Any) -> dict[str, Any]:
         return dict(value)
     try:
         parsed = json.loads(value)
-    except (TypeError, json.JSONDecodeError):
+    except (TypeError, ValueError, RecursionError):
         parsed = None
     if not isinstance(parsed, dict):
         raise ConfigError(f"{name} must be a dict or the JSON text of one, got {value!r}.")

@@ -59,7 +59,7 @@ def parts(name: str) -> list[dict[str, Any]]:
     if name.lstrip().startswith("["):
         try:
             entries = json.loads(name)
-        except ValueError:
+        except (ValueError, RecursionError):
             entries = []
     found = []
     for entry in entries if isinstance(entries, list) else []:

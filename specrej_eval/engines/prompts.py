@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from specrej_eval import chat_templates
@@ -41,6 +41,11 @@ def encode_prompt(
             token_ids=tuple(encode_text(tokeniser, prompt, add_bos_token)),
             conversation=({"role": "user", "content": str(prompt)},),
             prompt_hash=prompt_hash(prompt),
+        )
+    if not isinstance(prompt, Iterable) or isinstance(prompt, Mapping):
+        raise PromptError(
+            f"a prompt must be a string or a list of chat messages, got {prompt!r}.",
+            hint='for example "Name a fruit." or [{"role": "user", "content": "Name a fruit."}]',
         )
     messages = [checked_message(message, place) for place, message in enumerate(prompt)]
     for message in messages:

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from specrej_eval.checked import number_or
 from specrej_eval.records.scores import Score
 
 TASK = "alpaca_eval"
@@ -61,15 +62,14 @@ def _win_by_win(path: Path, name: str) -> dict[str, float]:
         asked = json.dumps([row.get("instruction"), row.get("output_1")])
         key = hashlib.sha256(asked.encode()).hexdigest()
         seen[key] += 1
-        preference = row.get("preference")
-        if isinstance(preference, int | float) and preference == preference:
+        preference = number_or(row.get("preference"), None)
+        if preference is not None:
             found[f"{key} {seen[key]}"] = (preference - 1) * 100
     return found
 
 
 def _number(text: str | None) -> float | None:
     try:
-        value = float(text or "")
+        return number_or(float(text or ""), None)
     except ValueError:
         return None
-    return value if value == value else None

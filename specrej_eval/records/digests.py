@@ -237,7 +237,7 @@ def _remembered(path: Path) -> str | None:
         entry = json.loads(_entry(state[0]).read_text(encoding="utf-8"))
         digest = entry["sha256"]
         good = entry["state"] == list(state) and re.fullmatch(r"[0-9a-f]{64}", digest)
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
     if good:
         _known[state] = digest

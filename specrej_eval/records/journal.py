@@ -113,6 +113,8 @@ class Contents:
     """Lines with a key and content that stood there before."""
     contradicting: list[tuple[int, int]] = field(default_factory=list)
     """Lines (first, later) with one key and different content."""
+    later: dict[str, Entry] = field(default_factory=dict)
+    """By key, the last that contradicts the first: what was decoded because the first is to another prompt."""
 
     @property
     def unchecked(self) -> int:
@@ -217,6 +219,7 @@ def _take(found: Contents, line: Line) -> int | None:
             found.repeated.append(line.number)
         else:
             found.contradicting.append((first.line.number, line.number))
+            found.later[key] = Entry(found.name, line, result)
     capacity = line.record.get(CAPACITY)
     return as_whole(capacity, CAPACITY) if capacity is not None else None
 
@@ -294,6 +297,7 @@ class Journal:
         self._name = Path(path).name
         self._entries: dict[str, Entry] = {}
         """By key, of this file and those beside it."""
+        self._later: dict[str, Entry] = {}
         self._told = {self._name}
         self.capacity_tokens: int | None = None
         """What memory held when the run began (``n=max``)."""
@@ -312,7 +316,7 @@ class Journal:
 
     def get(self, key: str, prompt: Prompt | None = None) -> GenerationResult | None:
         """The finished request, if this journal has it; see ``look_up``."""
-        entry = look_up(key, prompt, self._entries)
+        entry = look_up(key, prompt, self._entries, self._later)
         if entry is None:
             return None
         if entry.file not in self._told:
@@ -359,12 +363,14 @@ class Journal:
         found = _read_own(self.path, self._fingerprint)
         if found.fingerprint is not None:
             self._run = digest(found.fingerprint)
-        self._entries = dict(found.entries)
+        self._entries, self._later = dict(found.entries), dict(found.later)
         self.capacity_tokens = found.capacity_tokens
         self._tell(found)
         mend(self.path, found.scan)
         if found.fingerprint is None and found.scan.lines:
-            header = checked_line({"journal": SCHEMA_VERSION, "fingerprint": self._fingerprint})
+            # what is used now must be next time: with a header of today's, entries without a checksum would not
+            version = 1 if found.unchecked else SCHEMA_VERSION
+            header = checked_line({"journal": version, "fingerprint": self._fingerprint})
             place = Path(os.path.realpath(self.path))
             replace_bytes(place, header.encode() + place.read_bytes())
             return True

@@ -307,7 +307,9 @@ def check_writable(path: str, *, argument: str) -> None:
     check_path(path, argument=argument)
     place = Path(path)
     there = next(known for known in (place, *place.absolute().parents) if os.path.exists(known))
-    wrong = errno.EISDIR if place.is_dir() else errno.ENOTDIR if there != place and not there.is_dir() else 0
+    # os.path's questions: where a folder may not be entered, those of Path raise
+    beneath = there != place and not os.path.isdir(there)
+    wrong = errno.EISDIR if os.path.isdir(place) else errno.ENOTDIR if beneath else 0
     if not wrong and not os.access(there, os.W_OK):
         wrong = errno.EACCES
     if wrong:

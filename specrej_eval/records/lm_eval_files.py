@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from specrej_eval.checked import object_or_empty
+from specrej_eval.checked import list_or_empty, number_or, object_or_empty
 from specrej_eval.checkpoint import DEMO_POLICY, DEMO_REWARD
 from specrej_eval.config import Decides, names
 from specrej_eval.errors import ConfigError, SpecRejError
@@ -53,10 +53,20 @@ class Results:
         """Task -> numbers of samples, ``original`` and ``effective``."""
         return object_or_empty(self.content.get("n-samples"))
 
+    def samples_of(self, task: str, which: str) -> int | None:
+        """One of a task's numbers of samples; None where the file does not say."""
+        number = number_or(object_or_empty(self.tasks.get(task)).get(which), None)
+        return int(number) if number is not None and number >= 0 else None
+
+    @property
+    def warnings(self) -> list[str]:
+        """What the run warned of."""
+        return list(map(str, list_or_empty(self.block.get("warnings"))))
+
     @property
     def date(self) -> float:
-        date = self.content.get("date")
-        return float(date) if isinstance(date, int | float) else self.path.stat().st_mtime
+        date = number_or(self.content.get("date"), None)
+        return self.path.stat().st_mtime if date is None else date
 
     @property
     def date_id(self) -> str:
@@ -80,7 +90,6 @@ class Results:
         for task, values in self.content["results"].items():
             if not isinstance(values, Mapping):
                 continue
-            counts = object_or_empty(self.tasks.get(task))
             each = self._each(task)
             for key, value in values.items():
                 metric, _, filter_name = key.partition(",")
@@ -93,8 +102,8 @@ class Results:
                     filter=filter_name,
                     value=value,
                     stderr=stderr if is_number(stderr) else None,
-                    prompts=counts.get("effective"),
-                    prompts_in_all=counts.get("original"),
+                    prompts=self.samples_of(task, "effective"),
+                    prompts_in_all=self.samples_of(task, "original"),
                     each=each.get((metric, filter_name), {}),
                 )
 
@@ -107,12 +116,12 @@ class Results:
         except (SpecRejError, OSError, ValueError):
             return {}
         for sample in samples:
-            asked = (sample.get("prompt_hash"), sample.get("target_hash"), sample.get("filter"))
+            asked = tuple(str(sample.get(name)) for name in ("prompt_hash", "target_hash", "filter"))
             seen[asked] += 1
-            for metric in sample.get("metrics") or ():
-                if is_number(sample.get(metric)):
-                    key = f"{asked[0]} {asked[1]} {seen[asked]}"
-                    found.setdefault((str(metric), str(asked[2])), {})[key] = float(sample[metric])
+            for metric in map(str, list_or_empty(sample.get("metrics"))):
+                score = number_or(sample.get(metric), None)
+                if score is not None:
+                    found.setdefault((metric, asked[2]), {})[f"{asked[0]} {asked[1]} {seen[asked]}"] = float(score)
         return found
 
 
@@ -174,15 +183,20 @@ def check_whole(results: Results) -> None:
         )
     limit = results.config.get("limit")
     if limit is not None:
+        told = f"{limit:g}" if number_or(limit, None) is not None else start_of(limit)
         raise SpecRejError(
-            f"{file!r} was run with --limit {limit:g}: not scores of the whole task.", hint="run it without --limit."
+            f"{file!r} was run with --limit {told}: not scores of the whole task.", hint="run it without --limit."
         )
-    if not results.tasks:
-        raise SpecRejError(f"{file!r} does not say how many samples its tasks have (n-samples).")
-    for task, counts in results.tasks.items():
-        if counts["effective"] != counts["original"]:
+    for task in results.tasks or (None,):
+        done, whole = (None if task is None else results.samples_of(task, which) for which in ("effective", "original"))
+        if done is None or whole is None:
             raise SpecRejError(
-                f"{file!r}: task {task!r} answered {counts['effective']} of {counts['original']} documents.",
+                f"{file!r} does not say how many samples its tasks have (n-samples).",
+                hint="the file was changed after the run; run the task again.",
+            )
+        if done != whole:
+            raise SpecRejError(
+                f"{file!r}: task {task!r} answered {done} of {whole} documents.",
                 hint="run it without --samples and --limit.",
             )
 
@@ -209,16 +223,16 @@ def check_samples(results: Results, task: str, *, allow_empty: bool) -> Path:
             hint="put the samples file itself beside the results.",
         )
     hint = "the file was changed after the run, or two were mixed up; run the task again."
-    generated = (results.content.get("configs") or {}).get(task, {}).get("output_type") == "generate_until"
-    seen: dict[str, dict[Any, int]] = {}
+    configured = object_or_empty(object_or_empty(results.content.get("configs")).get(task))
+    generated = configured.get("output_type") == "generate_until"
+    seen: dict[str, dict[str, int]] = {}
     digest = hashlib.sha256()
     for number, sample in _lines(file):
         where = f"{str(file)!r}, line {number} (document {sample.get('doc_id')})"
         documents = seen.setdefault(str(sample.get("filter")), {})
-        if sample.get("doc_id") in documents:
-            first = documents[sample["doc_id"]]
+        first = documents.setdefault(str(sample.get("doc_id")), number)
+        if first != number:
             raise SpecRejError(f"{where}: the same document as in line {first}.", hint=hint)
-        documents[sample.get("doc_id")] = number
         for name, text in _hashed(sample):
             if text is None or hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest() != sample.get(name):
                 raise SpecRejError(f"{where}: {name} is not that of what stands there.", hint=hint)
@@ -234,14 +248,14 @@ def check_samples(results: Results, task: str, *, allow_empty: bool) -> Path:
                         f"{where}: the answer to {start_of(_prompt(sample))} is empty.",
                         hint="--allow_empty takes empty answers, if the model did stop at once.",
                     )
-    wanted = results.tasks[task]["effective"]
+    wanted = results.samples_of(task, "effective")
     for name, documents in seen.items() or [("none", {})]:
         if len(documents) != wanted:
             raise SpecRejError(
                 f"{str(file)!r} has {len(documents)} samples (filter {name!r}); {results.path.name} says {wanted}.",
                 hint=hint,
             )
-    known = (results.content.get("task_hashes") or {}).get(task)
+    known = object_or_empty(results.content.get("task_hashes")).get(task)
     if known is not None and known != digest.hexdigest():
         raise SpecRejError(f"{str(file)!r} is not the file behind {results.path.name}: task_hashes differ.", hint=hint)
     return file
@@ -277,7 +291,7 @@ def _prompt(sample: Mapping[str, Any]) -> str | None:
 
 def _answers(sample: Mapping[str, Any]) -> Iterator[str]:
     """All draws; one empty answer where there is none."""
-    for draws in sample.get("resps") or [[]]:
+    for draws in list_or_empty(sample.get("resps")) or [[]]:
         yield from map(str, draws or [""] if isinstance(draws, list) else [draws])
 
 
@@ -288,12 +302,14 @@ def remarks(results: Results) -> list[str]:
         "truncated": ("prompt was", "prompts were", "cut to fit the context"),
     }
     return [
-        f"task {task!r}: {counted(counts[kind], one, more)} {what}"
-        for task, counts in (results.block.get("per_task") or {}).items()
+        f"task {task!r}: {counted(int(number), one, more)} {what}"
+        for task, counts in object_or_empty(results.block.get("per_task")).items()
         for kind, (one, more, what) in kinds.items()
-        if counts.get(kind)
+        if (number := number_or(object_or_empty(counts).get(kind), 0))
     ]
 
 
 def is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    """Also one that is not finite, as lm-eval writes a metric of nothing; but none beyond the floats."""
+    whole = isinstance(value, int) and not isinstance(value, bool) and abs(value) <= 1e300
+    return whole or isinstance(value, float)

@@ -7,11 +7,13 @@ wrongly for unsorted sample lists.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from specrej_eval.core import GenerationResult, Prompt, Round
 from specrej_eval.errors import ConfigError
+from specrej_eval.records import lock
 from specrej_eval.records.jsonl import as_text, open_append, scan
 from specrej_eval.redaction import redacted_values
 
@@ -22,10 +24,13 @@ class Tracer:
     """Appends events to a file, if one is named; a run's first event names its schema, arguments and hardware.
 
     Raises:
-        ConfigError: the file cannot be opened for appending.
+        ConfigError: the file cannot be opened for appending, or another process writes there.
     """
 
     def __init__(self, path: str | None) -> None:
+        self._give_up_lock: Callable[[], object] = (
+            (lambda: None) if path is None else lock.hold(self, path, argument="trace_path")
+        )
         self._file = None if path is None else open_append(path, argument="trace_path")
 
     def run(self, info: dict[str, Any]) -> None:
@@ -42,6 +47,7 @@ class Tracer:
     def close(self) -> None:
         if self._file is not None:
             self._file.close()
+        self._give_up_lock()
 
     def _write(self, event: str, record: dict[str, Any]) -> None:
         if self._file is not None:

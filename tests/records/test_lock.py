@@ -109,10 +109,15 @@ def by_alpaca_eval(folder: Path) -> None:
     )
 
 
+def by_trace(folder: Path) -> None:
+    load(n=2, max_gen_toks=8, trace_path=str(folder / "trace.jsonl")).generate(["1 + 2 = ?"])
+
+
 WAYS = [
     (by_run, "run/specrej_outputs.jsonl"),
     (by_score, "scored.jsonl"),
     (by_load, "run.jsonl"),
+    (by_trace, "trace.jsonl"),
     (by_lm_eval, "run.jsonl"),
     (by_alpaca_eval, "run/specrej_outputs.jsonl"),
 ]

@@ -125,6 +125,33 @@ def test_swapped_content_is_noticed_without_checksums_too(tmp_path: Path) -> Non
     assert sorted(opened(path)) == [2]
 
 
+def test_what_was_decoded_in_the_place_of_swapped_content_is_found_by_the_next_run(tmp_path: Path) -> None:
+    """The first of two answers to a request counts; but not where it is one to another prompt."""
+    path = tmp_path / "old.jsonl"
+    header = json.dumps({"journal": 1, "fingerprint": FINGERPRINT})
+    records = [{"key": key_of(number), "result": a_result(1 - number).to_dict()} for number in (0, 1)]
+    path.write_text("\n".join([header, *map(json.dumps, records)]) + "\n")
+    decoded = []
+    for _ in range(2):
+        journal = Journal(str(path), FINGERPRINT)
+        for number in range(2):
+            if journal.get(key_of(number), a_prompt(number)) is None:
+                decoded.append(number)
+                journal.put(key_of(number), a_result(number))
+        journal.close()
+    assert decoded == [0, 1], "each of them once"
+
+
+def test_what_is_used_of_a_journal_with_a_damaged_header_is_used_by_the_next_run_too(tmp_path: Path) -> None:
+    path = tmp_path / "run.jsonl"
+    lines = a_journal(path)
+    lines[0] = b"{" + lines[0]
+    lines[2] = changed(lines[2], lambda record: record.pop("checksum"), sign=False)
+    path.write_bytes(b"".join(lines))
+    first = sorted(opened(path))
+    assert sorted(opened(path)) == first
+
+
 def test_an_old_journal_is_read_said_so_once_and_continued(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = tmp_path / "old.jsonl"
     result = a_result(0).to_dict()

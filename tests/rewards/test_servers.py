@@ -894,6 +894,17 @@ def test_options_a_model_does_not_take_are_left_out(refused: str, instead: str |
         assert instead is None or server.requests[-1][1][instead] == 16
 
 
+def test_once_it_has_graded_all_grades_are_made_with_the_same_options() -> None:
+    """A server that refuses log-probs in the middle of a run would give the rows after that grades of another kind."""
+    with servers.chat(lambda text: {"7": 0.5, "3": 0.5}) as server:
+        judge = judge_at(server)
+        assert judge.score(HELLO, rows("a")) == [5.0]
+        server.faults.append(servers.status(400, "Unsupported parameter: 'logprobs'"))
+        with pytest.raises(RewardError, match="status 400"):
+            judge.score(HELLO, rows("b"))
+        assert judge.score(HELLO, rows("b")) == [5.0]
+
+
 def test_the_judge_is_told_what_is_unfinished_if_asked_for() -> None:
     with servers.chat(lambda text: {"5": 1.0}) as server:
         judge_at(server, partial_turn="open").score(HELLO, rows("x", finish=None))

@@ -240,6 +240,77 @@ def test_a_path_that_can_be_none_is_one_error_in_every_command(
     assert sorted(path.name for path in tmp_path.iterdir()) in (["pairs.json"], ["o", "pairs.json"])
 
 
+NOBODY = 65534
+"""The user who owns nothing."""
+
+
+def as_nobody(work: Callable[[], Any]) -> int:
+    """The exit code of ``work`` in a process without root's rights; what it needs must be imported already."""
+
+    def within() -> int:
+        os.setgroups([])
+        os.setgid(NOBODY)
+        os.setuid(NOBODY)
+        return int(work() or 0)
+
+    return forked.ended(forked.start(within))
+
+
+@pytest.mark.skipif(os.name != "posix" or os.geteuid() != 0, reason="only root can become another user")
+@pytest.mark.parametrize(
+    "what", ["a folder of root's", "one that may not be entered", "one without a right to write", "a file of root's"]
+)
+def test_a_place_that_this_user_may_not_write_is_one_error(what: str, tmp_path: Path, counted: Counted) -> None:
+    for folder in (tmp_path, tmp_path.parent, tmp_path.parent.parent):
+        folder.chmod(0o755)
+    prompts = tmp_path / "pairs.json"
+    prompts.write_text(json.dumps([{"prompt": "1 + 2 = ?", "response": "3"}]))
+    place = tmp_path / "place"
+    place.mkdir()
+    earlier = {}
+    if what == "a file of root's":
+        a_journal(place / "run.jsonl", 2)
+        (place / "trace.jsonl").write_text('{"event": "run"}\n')
+        earlier = {path: path.read_bytes() for path in place.iterdir()}
+        place.chmod(0o777)  # what lies there is root's all the same
+    elif what == "one that may not be entered":
+        place.chmod(0o700)
+    elif what == "one without a right to write":
+        os.chown(place, NOBODY, NOBODY)
+        place.chmod(0o555)
+    given = ["--prompts", str(prompts), "--n", "2", "--max_gen_toks", "4", "--device", "cpu"]
+    ways = {
+        "run --trace_path": ["run", *given, "--output", str(place / "o"), "--trace_path", str(place / "trace.jsonl")],
+    }
+    if not earlier:
+        ways["score"] = ["score", "--input", str(prompts), "--output", str(place / "scored.jsonl")]
+        ways["run"] = ["run", *given, "--output", str(place / "out")]
+        ways["init"] = ["init", str(place / "new")]
+    assert cli.main(["run", *given, "--output", str(tmp_path / "before")]) == 0  # everything is imported now
+    for name, words in ways.items():
+        reader, writer = os.pipe()
+
+        def work(words: list[str] = words, writer: int = writer) -> int:
+            sys.stdout = sys.stderr = open(writer, "w", buffering=1, closefd=False)  # noqa: SIM115  # this process's
+            return cli.main(words)
+
+        code = as_nobody(work)
+        os.close(writer)
+        with open(reader) as told:
+            said = told.read()
+        assert code == 1 and "Traceback" not in said and "ermission denied" in said, (name, said)
+        assert said.count(f"specrej-eval {words[0]}: ") == 1, (name, said)
+        counted("places refused", 1)
+
+    def by_python() -> int:
+        with pytest.raises(ConfigError, match="cannot be written: Permission denied"):
+            load(n=2, max_gen_toks=4, device="cpu", journal=str(place / "run.jsonl"))
+        return 0
+
+    assert as_nobody(by_python) == 0
+    assert {path: path.read_bytes() for path in place.iterdir()} == earlier
+
+
 @pytest.mark.parametrize("path", NO_PATHS.values(), ids=NO_PATHS)
 @pytest.mark.parametrize("argument", ["journal", "trace_path"])
 def test_a_path_that_can_be_none_is_told_before_models_load(

@@ -135,7 +135,8 @@ class LmEval(Command):
             gen_kwargs={"max_gen_toks": self.max_gen_toks},
             bootstrap_iters=0,
         )
-        assert found is not None
+        if found is None:  # the first rank has the results
+            return 0
         samples = found["samples"]["specrej_arithmetic"]
         Path("out").mkdir(exist_ok=True)
         Path("out/results_.json").write_text(json.dumps({"results": found["results"]}))
@@ -224,6 +225,63 @@ def test_killed_whenever_something_reaches_the_disk(
         place += 1
     counted(f"kills -9: {command.name}", kills)
     assert kills > (8 if FULL else 0)
+
+
+def of_all_ranks(command: Command, folder: Path) -> dict[str, dict[str, Any]]:
+    """The answers behind a run, whichever of its processes has written them; two never contradict each other."""
+    found: dict[str, dict[str, Any]] = {}
+    for path in sorted(folder.rglob("run*.jsonl" if isinstance(command, LmEval) else "specrej_trajectories*.jsonl")):
+        for key, result in of_journal(path).items():
+            assert found.setdefault(key, result) == result, f"{path.name} contradicts another file"
+    return dict(sorted(found.items()))
+
+
+def shown(command: Command, folder: Path) -> Any:
+    """What the user sees of a run: its answers, or lm-eval's results and samples."""
+    if isinstance(command, Run):
+        record, answers = open_run(folder / "out")
+        assert record.complete and not OutputsFolder(folder / "out").problems()
+        return [without_costs(item.to_dict()) for item in answers]
+    results, samples = ((folder / "out").rglob(pattern) for pattern in ("results_*.json", "samples_*.jsonl"))
+    rows = sorted(map(json.loads, max(samples).read_text().splitlines()), key=lambda row: row["doc_id"])
+    return json.loads(max(results).read_text())["results"], rows
+
+
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("kind", [Run, LmEval], ids=lambda kind: kind.name)
+def test_two_ranks_killed_whenever_something_reaches_the_disk(
+    kind: type[Command], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, silent: None, counted: Counted
+) -> None:
+    """The first rank at every such moment, and then the other, as when a machine is gone; gone on with by two or one,
+    in turn. One moment in `make test`."""
+    command = kind(prompts=8 if FULL else 4, n=3, max_gen_toks=16)
+    command.prepare(tmp_path / "whole")
+    monkeypatch.chdir(tmp_path / "whole")
+    assert not forked.killed(command.call, 10**6)
+    whole = shown(command, tmp_path / "whole"), of_all_ranks(command, tmp_path / "whole")
+    place = 0 if FULL else 2
+    kills = 0
+    while True:
+        folder = tmp_path / f"at {place}"
+        command.prepare(folder)
+        monkeypatch.chdir(folder)
+        first, *others = forked.together(command.call, 2, killed_at=place)
+        if first == 0:
+            assert others == [0]
+            break
+        assert first == -signal.SIGKILL
+        kills += 2
+        if place % 2:
+            assert not forked.killed(command.call, 10**6)
+        else:
+            assert forked.together(command.call, 2) == [0, 0]
+        assert (shown(command, folder), of_all_ranks(command, folder)) == whole, f"killed at moment {place}"
+        shutil.rmtree(folder)
+        if not FULL:
+            break
+        place += 1
+    counted(f"kills -9: {command.name}, two ranks", kills)
+    assert kills >= (16 if FULL else 2)
 
 
 # the commands themselves

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from specrej_eval.checked import object_or_empty
+from specrej_eval.checked import number_or, object_or_empty
 from specrej_eval.config import DECIDING, NEUTRAL, RecordArguments, declared
 from specrej_eval.errors import SpecRejError
 from specrej_eval.records import alpaca_eval_files, lm_eval_files
@@ -130,11 +130,11 @@ def _of_lm_eval(results: lm_eval_files.Results) -> Run:
             "pretrained": EMBEDDED if embedded else arguments.get("pretrained") or given.get("pretrained"),
             "reward_model": redacted_values(block.get("reward_model") or arguments.get("reward_model"), put=""),
         },
-        limit=results.config.get("limit"),
+        limit=number_or(results.config.get("limit"), None),
         hardware=block.get("hardware"),
-        warnings=[*map(str, block.get("warnings") or ()), *lm_eval_files.remarks(results)],
-        totals=object_or_empty(block.get("totals")),
-        mean_reward=block.get("mean_reward"),
+        warnings=[*results.warnings, *lm_eval_files.remarks(results)],
+        totals=_numbers(block.get("totals")),
+        mean_reward=number_or(block.get("mean_reward"), None),
     )
 
 
@@ -160,12 +160,21 @@ def _recorded(path: Path, prefix: str) -> Run:
         scores=scores,
         arguments=asked if len(rows) != 1 else {**asked, "n": rows[0]},
         models={name: record.fingerprint.get(name) for name in MODELS},
-        limit=record.arguments.get("limit"),
+        limit=number_or(record.arguments.get("limit"), None),
         hardware=_one_machine(record.machines),
         warnings=_remarks(answers, complete=record.complete),
-        totals=record.totals or total_cost(answers).to_dict(),
+        totals=_numbers(record.totals) or total_cost(answers).to_dict(),
         mean_reward=statistics.fmean(rewards) if rewards else None,
     )
+
+
+def _numbers(totals: Any) -> dict[str, Any]:
+    """What is a number in a record's costs, by name and by phase."""
+    found: dict[str, Any] = {name: number_or(value, None) for name, value in object_or_empty(totals).items()}
+    phases = object_or_empty(object_or_empty(totals).get("seconds"))
+    seconds = {name: number for name, value in phases.items() if (number := number_or(value, None)) is not None}
+    found |= {"seconds": seconds} if phases else {}
+    return {name: value for name, value in found.items() if value is not None}
 
 
 def _one_machine(machines: Sequence[Mapping[str, Any]]) -> Any:
@@ -198,7 +207,10 @@ def named(runs: Sequence[Run]) -> list[Run]:
     if len(models) > 1:
         names = [", ".join(filter(None, (name, run.pair))) for name, run in zip(names, runs, strict=True)]
     told = list(zip(names, runs, strict=True))
-    alike = [[other for called, other in told if called == name and other.tasks & run.tasks] for name, run in told]
+    alike = [
+        [other for called, other in told if called == name and (other is run or other.tasks & run.tasks)]
+        for name, run in told
+    ]
     names = [", ".join([name, *_differing(run, same)]) for (name, run), same in zip(told, alike, strict=True)]
     own = dict(zip(map(id, runs), names, strict=True))
     found = []

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from specrej_eval import __version__
+from specrej_eval.checked import object_or_empty
 from specrej_eval.commands.submission.tree import Tree
 from specrej_eval.errors import ConfigError
 from specrej_eval.paths import lies_in
@@ -75,7 +76,7 @@ def build(args: argparse.Namespace) -> tuple[Tree, list[str]]:
             tree.copy(f"{name}/{file.name}", file)
         notes += add_side_files(tree, results, name, Path(args.results))
         notes += remarks(results)
-        notes += [f"the run warned: {warning}" for warning in results.block.get("warnings") or ()]
+        notes += [f"the run warned: {warning}" for warning in results.warnings]
     return tree, notes
 
 
@@ -131,7 +132,7 @@ def add_results(tree: Tree, results: Results, name: str) -> None:
 def add_side_files(tree: Tree, results: Results, name: str, folder: Path) -> list[str]:
     """Our own records, if they are still there; returns notes of those that are not."""
     notes = []
-    arguments = results.block.get("arguments") or {}
+    arguments = object_or_empty(results.block.get("arguments"))
     ranks = results.block.get("world_size") or 1
     if not isinstance(ranks, int) or not 1 <= ranks <= _MOST_RANKS:
         raise ConfigError(

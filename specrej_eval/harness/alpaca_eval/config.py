@@ -20,6 +20,8 @@ from specrej_eval.paths import is_folder
 from specrej_eval.records.fingerprint import differences, of_run
 from specrej_eval.records.outputs import Answer, RunRecord
 from specrej_eval.redaction import redacted, redacted_values
+from specrej_eval.wording import inert
+from specrej_eval.yaml_files import read_yaml
 
 STRATEGIES = {"specrej_completions": "speculative_rejection", "specrej_best_of_n": "best_of_n"}
 """Our completion functions and the strategy each presets."""
@@ -103,14 +105,11 @@ def read(path: Path) -> ModelConfig:
     ConfigError: the file is missing, is no YAML, or is not a configuration for one of our completion functions.
     """
     path = path / "configs.yaml" if path.is_dir() else path
-    try:
-        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise ConfigError(f"--model_config {str(path)!r} cannot be read: {error}.") from error
+    loaded = read_yaml(path, what=f"--model_config {str(path)!r}")
     if not (isinstance(loaded, dict) and len(loaded) == 1 and isinstance(next(iter(loaded.values())), dict)):
         raise ConfigError(f"{str(path)!r} must have one top-level key, the generator's name, with a mapping below it.")
     ((generator, entry),) = loaded.items()
-    if entry.get("fn_completions") not in STRATEGIES:
+    if str(entry.get("fn_completions")) not in STRATEGIES:
         raise ConfigError(
             f"{str(path)!r}: fn_completions is {entry.get('fn_completions')!r}, but must be one of ours.",
             hint=f"ours: {', '.join(STRATEGIES)}.",
@@ -175,7 +174,7 @@ def render(config: ModelConfig, record: RunRecord | None, answers: Sequence[Answ
         entry["link"] = link
     text = yaml.safe_dump({name: entry}, sort_keys=False, allow_unicode=True, width=1000)
     text = text.replace("fn_completions: null", f"fn_completions: null  # {config.function} of specrej-eval", 1)
-    return "".join(f"# {line}\n" for line in remarks) + text
+    return "".join(f"# {inert(line)}\n" for line in remarks) + text
 
 
 def local_paths(config: ModelConfig) -> list[str]:
@@ -196,8 +195,11 @@ def _template(path: Path, written: Any) -> str:
         return written
     places = [path.parent, path.parent.parent, Path(), *_bundled()]
     for place in places:
-        if (place / written).is_file():
-            return (place / written).read_text(encoding="utf-8")
+        try:
+            if (place / written).is_file():
+                return (place / written).read_text(encoding="utf-8")
+        except (OSError, ValueError) as error:  # longer than a file name may be, no UTF-8, ...
+            raise ConfigError(f"{str(path)!r}: the prompt template {written!r} cannot be read: {error}.") from error
     raise ConfigError(
         f"{str(path)!r}: there is no prompt template {written!r} in {', '.join(repr(str(place)) for place in places)}.",
         hint='give a file, or the text itself, such as "{instruction}".',
@@ -212,8 +214,8 @@ def _bundled() -> list[Path]:
 
 def _generator(path: Path) -> str | None:
     try:
-        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError):
+        loaded = read_yaml(path, what=str(path))
+    except ConfigError:
         return None
     return str(next(iter(loaded))) if isinstance(loaded, dict) and loaded else None
 

@@ -171,7 +171,7 @@ def _keep_only_a_prefix(outputs: Path, instructions: list[str]) -> None:
     try:
         rows = json.loads(outputs.read_text(encoding="utf-8"))
         found = [row["instruction"] for row in rows]
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         found = None
     if found is not None and found == instructions[: len(found)]:
         return

@@ -14,14 +14,13 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import yaml
-
 from specrej_eval import stopping
 from specrej_eval.errors import ConfigError, SpecRejError, nearest
 from specrej_eval.harness.lm_eval import LM_EVAL_MODELS
 from specrej_eval.harness.lm_eval.sealing import sealed_configs
 from specrej_eval.harness.patching import patch
 from specrej_eval.paths import folder, is_folder
+from specrej_eval.yaml_files import read_yaml
 
 _SHORT = {"-C": "config", "-M": "model"}
 _INCLUDE = '--include_path "$(specrej-eval path tasks)"'
@@ -66,9 +65,9 @@ def options_of(words: Sequence[str]) -> dict[str, Any]:
             given[_SHORT.get(name, name[2:])] = joined if equals else value
     if "config" in given:
         try:
-            told = yaml.safe_load(Path(given["config"]).read_text(encoding="utf-8"))
+            told = read_yaml(Path(given["config"]), what="--config")
             given = {**dict.fromkeys(told or ()), **(told if isinstance(told, dict) else {}), **given}
-        except (OSError, ValueError, TypeError, yaml.YAMLError):
+        except (ConfigError, TypeError):
             pass  # lm-eval says what is wrong with it
     return given
 

@@ -178,7 +178,7 @@ def _of_host(host: Mapping[str, Any]) -> dict[str, Any]:
         if name in names(as_dict, among=HOST) and isinstance(value, str):
             try:
                 value = json.loads(value)
-            except ValueError:
+            except (ValueError, RecursionError):
                 pass  # refused, with words, where it is used
         if value is not None and value != HOST_DEFAULTS.get(name):
             found[name] = plain(value)

@@ -42,7 +42,7 @@ def parse(name: str, config: RunConfig) -> list[Part]:
     if name.lstrip().startswith("["):
         try:
             entries = json.loads(name)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ConfigError(f"reward_model={name!r} is not a JSON list ({error}).", hint=f"{_FORM}.") from error
     if not entries:
         raise ConfigError("reward_model=[] names no reward.", hint=f"{_FORM}.")

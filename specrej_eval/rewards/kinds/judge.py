@@ -175,6 +175,8 @@ class Judge(RewardModel):
         self._server = server
         self._prompt = prompt
         self._note_unfinished = note_unfinished
+        self._graded = False
+        """Once there is a grade, all others are made with the same options: without log-probs they are others."""
         self._options: dict[str, Any] = {
             "max_tokens": max_tokens,
             "temperature": 0,
@@ -250,12 +252,14 @@ class Judge(RewardModel):
             options = dict(self._options)
             body = {"model": self.model, "messages": [{"role": "user", "content": asked.text}], **options}
             try:
-                return self._server.post("/chat/completions", body, lambda answer: _parse(answer, asked.key))
+                found = self._server.post("/chat/completions", body, lambda answer: _parse(answer, asked.key))
+                self._graded = True
+                return found
             except ServerError as error:
                 cause = error.__cause__ and error.__cause__.__cause__
                 if isinstance(cause, UnreadableGradeError):
                     return Grade(math.nan, 0, str(error))
-                if error.status != 400 or not self._give_up_option(options, error.body):
+                if error.status != 400 or self._graded or not self._give_up_option(options, error.body):
                     raise
 
     def _give_up_option(self, sent: dict[str, Any], complaint: str) -> bool:

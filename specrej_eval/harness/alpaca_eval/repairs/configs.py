@@ -14,6 +14,7 @@ from specrej_eval import temporary
 from specrej_eval.errors import ConfigError, nearest
 from specrej_eval.harness.patching import patch, takes
 from specrej_eval.paths import expanded
+from specrej_eval.yaml_files import read_yaml
 
 OUR_ANNOTATORS = Path(__file__).resolve().parents[1] / "annotators_configs"
 """Judges that come with this package."""
@@ -106,12 +107,7 @@ def _not_found(name: Any, folders: Sequence[Path]) -> ConfigError:
 
 
 def _read(file: Path) -> dict[str, Any]:
-    import yaml
-
-    try:
-        configs = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise ConfigError(f"{file} cannot be read as YAML: {error}") from error
+    configs = read_yaml(file, what=str(file))
     if not isinstance(configs, dict) or not all(isinstance(value, dict) for value in configs.values()) or not configs:
         raise ConfigError(
             f"{file} must hold a name with a mapping below it, got {configs!r}.",
@@ -136,6 +132,8 @@ def _with_absolute_templates(
             raise ConfigError(
                 f"{where}: {name} needs {missing}.", hint=f"did you misspell it as {close!r}?" if close else None
             )
+        if not isinstance(config.get("completions_kwargs") or {}, dict):
+            raise ConfigError(f"{where}: completions_kwargs of {name} must be a mapping.")
         template = _absolute_template(config["prompt_template"], folders, where)
         # an empty `completions_kwargs:` is None in YAML, and leaving it out is as clear
         found[name] = {
@@ -148,6 +146,8 @@ def _with_absolute_templates(
 
 def _absolute_template(template: Any, folders: Sequence[Path], where: str) -> str:
     text = str(template)
+    if any("\ud800" <= mark <= "\udfff" for mark in text):
+        raise ConfigError(f"{where}: prompt_template has half of a surrogate pair in it, which is no text.")
     if "\n" not in text:
         for folder in folders:
             path = folder / expanded(text)
