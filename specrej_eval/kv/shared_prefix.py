@@ -73,8 +73,8 @@ class _Layer(CacheLayerMixin):
 def cache_argument(model: torch.nn.Module) -> str:
     """The name under which ``model.forward`` takes its cache.
 
-    A name that it does not know would be swallowed by its ``**kwargs``, and each pass would begin anew. It is asked, and
-    not transformers' version, for code that came with a checkpoint keeps the names of its day.
+    A name that it does not know would be swallowed by its ``**kwargs``, and each pass would begin anew. The model is
+    asked, not transformers' version: code that came with a checkpoint keeps the names of its day.
     """
     accepted = inspect.signature(model.forward).parameters
     # the name since transformers 5.24, the one before, and Mamba's before
