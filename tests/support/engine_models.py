@@ -13,6 +13,8 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -136,7 +138,12 @@ ARCHITECTURES = [
     ),
     Architecture("mamba", {"state_size": 4, "time_step_rank": 4}, path="replicated"),
     Architecture("mpt", {"d_model": 32, "n_heads": 4, "n_layers": 2, "max_seq_len": 256}, path="replicated"),
-    Architecture("gptj", {**_GPT2_SIZES, "rotary_dim": 4}, path="replicated"),
+    # rewritten in transformers 5.24, so that its attention can be exchanged
+    Architecture(
+        "gptj",
+        {**_GPT2_SIZES, "rotary_dim": 4},
+        path="shared_prefix" if Version(transformers.__version__) >= Version("5.24") else "replicated",
+    ),
 ]
 BY_NAME = {arch.name: arch for arch in ARCHITECTURES}
 

@@ -72,7 +72,7 @@ class ModelRunner:
         accepted = inspect.signature(model.forward).parameters
         self._takes_positions = "position_ids" in accepted
         self._takes_logits_to_keep = "logits_to_keep" in accepted
-        self._cache_argument = "past_key_values" if "past_key_values" in accepted else "cache_params"  # mamba
+        self._cache_argument = shared_prefix.cache_argument(model)
         self._exchanged: Any = None
         """What the model's attention was, while ours is in its place."""
         self._row_align = _row_align(model, self.dtype) if self.device.type == "cpu" else 1

@@ -44,6 +44,7 @@ class SharedBody:
         self.dtype: torch.dtype = parameter.dtype
         self._text_config = body.config.get_text_config(decoder=True)
         self._num_layers = int(self._text_config.num_hidden_layers)
+        self._cache_argument = shared_prefix.cache_argument(body)
         self._takes_positions = "position_ids" in inspect.signature(body.forward).parameters
         self._windows: dict[int, int | None] = {}
         on_cpu = self.device.type == "cpu"
@@ -121,7 +122,7 @@ class SharedBody:
 
     def _forward(self, ids: Tensor, positions: Tensor) -> Tensor:
         cache = shared_prefix.SharedPrefixCache(self._num_layers)
-        kwargs: dict[str, Any] = {"past_key_values": cache, "use_cache": True}
+        kwargs: dict[str, Any] = {self._cache_argument: cache, "use_cache": True}
         if self._takes_positions:
             kwargs["position_ids"] = positions[None]
         hidden: Tensor = self.body(input_ids=ids, **kwargs)[0]  # (1, tokens, hidden size)

@@ -9,7 +9,7 @@ import sys
 import pytest
 
 COMPILE = """
-import torch, triton
+import inspect, torch, triton
 from triton.backends.compiler import GPUTarget
 from specrej_eval.kv.attention import triton as ours
 
@@ -32,11 +32,12 @@ for capability in (80, 90):
             constants = ours._shape_constants(query, width) | {
                 "KV_HEADS": 8, "GROUPS": 4, "SOFTCAP": True, "SINKS": merges, "MERGES": merges,
             }
-            source = triton.compiler.ASTSource(
-                fn=kernel,
-                signature=signature(dtype, constants),
-                constexprs={(names.index(name),): value for name, value in constants.items()},
-            )
+            # Triton 3.2 (torch 2.6) wants the constants by name; from 3.3 on they are named by their places
+            if "constants" in inspect.signature(triton.compiler.ASTSource).parameters:
+                known = {"constants": constants}
+            else:
+                known = {"constexprs": {(names.index(name),): value for name, value in constants.items()}}
+            source = triton.compiler.ASTSource(fn=kernel, signature=signature(dtype, constants), **known)
             built = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=dict(ours._OPTIONS))
             print(capability, dtype, width, merges, built.metadata.shared)
 """
