@@ -22,7 +22,7 @@ HARNESSES = {"alpaca_eval", "lm_eval"}
 LAYERS = (
     {"redaction"},
     {"errors", "checked", "wording"},
-    {"paths", "registry", "core", "stopping", "chat_templates"},
+    {"paths", "registry", "core", "stopping", "chat_templates", "http"},
     {"checkpoint", "companions", "temporary", "config", "special_tokens", "ranks"},
     {"budget"},
     {"kv", "strategies", "records", "demo"},
