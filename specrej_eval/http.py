@@ -187,6 +187,25 @@ class JsonServer:
         """
         return self._ask("POST", path, body, parse)
 
+    def tell(self, path: str, body: Any = None) -> None:
+        """Send JSON, and take any answer with status 200 for a yes.
+
+        Raises:
+            ServerError: as ``post``.
+        """
+        self._ask("POST", path, body, None)
+
+    def tell(self, path: str, body: Any = None, *, once: bool = False) -> None:
+        """Send JSON, and take any answer with status 200 for a yes.
+
+        Args:
+            once: do not try again.
+
+        Raises:
+            ServerError: as ``post``.
+        """
+        self._ask("POST", path, body, lambda _: None, read=lambda _: None, retries=0 if once else None)
+
     def get(self, path: str) -> Any:
         """The JSON at a path; None where there is none (any 4xx, or an answer that is not JSON).
 
@@ -220,20 +239,32 @@ class JsonServer:
         """What to raise after so many tries of a stream."""
         return self._final(error, tries)
 
-    def _ask(self, method: str, path: str, body: Any, parse: Callable[[Any], Answer]) -> Answer:
-        for number in range(self.retries + 1):
+    def _ask(
+        self,
+        method: str,
+        path: str,
+        body: Any,
+        parse: Callable[[Any], Answer],
+        *,
+        read: Callable[[bytes], Any] | None = None,
+        retries: int | None = None,
+    ) -> Answer:
+        retries = self.retries if retries is None else retries
+        for number in range(retries + 1):
             try:
-                return self._try(method, path, body, parse)
+                return self._try(method, path, body, parse, read or read_json)
             except ServerError as error:
                 # a page that is not JSON, where JSON was only looked for, is an answer
                 looked_for = method == "GET" and error.status == 200
-                if error.hopeless or looked_for or number == self.retries:
+                if error.hopeless or looked_for or number == retries:
                     raise self._final(error, number + 1) from error
                 _logger.info("%s; trying again", error)
                 sleep(self.wait_after(error, number + 1))
         raise AssertionError("unreachable: the last try returns or raises")
 
-    def _try(self, method: str, path: str, body: Any, parse: Callable[[Any], Answer]) -> Answer:
+    def _try(
+        self, method: str, path: str, body: Any, parse: Callable[[Any], Answer], read: Callable[[bytes], Any]
+    ) -> Answer:
         where = f"{method} {self.shown_url}{path}"
         begun = False
         with _Deadline(self.timeout) as deadline:
@@ -254,7 +285,7 @@ class JsonServer:
         try:
             if not whole:
                 raise BadAnswerError(f"more than {MAX_BYTES // 2**20} MiB")
-            answer = parse(read_json(content))
+            answer = parse(read(content))
         except NotJsonError as error:
             kind = self._told(reply.headers.get("Content-Type", "of no type"))
             raise ServerError(
