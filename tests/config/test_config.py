@@ -78,6 +78,10 @@ def test_the_defaults_are_the_documented_ones():
         "force_sampling_args": False,
         "logprobs": False,
         "trust_remote_code": False,
+        "engine": "auto",
+        "tensor_parallel_size": 1,
+        "pipeline_parallel_size": 1,
+        "enforce_eager": False,
     }
     found = config().to_dict()
     assert expected.items() <= found.items()

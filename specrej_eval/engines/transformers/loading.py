@@ -20,6 +20,7 @@ from transformers.models.auto.modeling_auto import (
 
 from specrej_eval import checkpoint
 from specrej_eval.config import HOST, RunConfig, as_bool, as_dict
+from specrej_eval.engines import base
 from specrej_eval.engines.transformers.engine import TransformersEngine
 from specrej_eval.errors import CheckpointError, ConfigError, MissingDependencyError
 from specrej_eval.kv import choose
@@ -42,21 +43,14 @@ def check_host_arguments(host: Mapping[str, Any]) -> None:
             raise ConfigError(f"{name}={value!r} is not supported in the Python API.", hint=UNSUPPORTED[name])
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EnginePlan:
-    """A language model that was named and checked, and is not loaded yet."""
+@dataclass(frozen=True, kw_only=True)
+class EnginePlan(base.EnginePlan):
+    """A language model of transformers. ``host`` are ``from_pretrained``'s arguments, as in lm-eval's ``--model_args``,
+    all but ``UNSUPPORTED``; ``dtype`` is never ``auto`` of the embedded model."""
 
-    name: str
-    """Folder or hub name; that of the embedded model if none is given."""
-    dtype: str
-    """``auto`` = the checkpoint's; never of the embedded model."""
-    device: str
     attention: AttentionBackend
     template_args: Mapping[str, Any]
     """Of the chat template."""
-    config: RunConfig
-    host: Mapping[str, Any]
-    """``from_pretrained``'s arguments as in lm-eval's ``--model_args``, all but ``UNSUPPORTED``."""
 
     def load(self, *, content_rule: str) -> TransformersEngine:
         """Load weights and tokenizer, and try the model out.
@@ -79,6 +73,10 @@ class EnginePlan:
             chat_template_args=self.template_args,
             special_tokens_in_content=self.config.special_tokens_in_content or content_rule,
         )
+
+    def environment(self) -> dict[str, Any]:
+        """What ``attention_backend=auto`` came to. See ``base.EnginePlan``."""
+        return {"attention_backend": self.attention.name}
 
     def load_model(self) -> tuple[Any, Any]:
         """The language model, in eval mode on its device, and its tokenizer.

@@ -21,7 +21,7 @@ from typing import Any
 from specrej_eval.checkpoint import DEMO_POLICY
 from specrej_eval.config import DEFAULT_N, HOST, NEUTRAL, PLACEMENT, Decides, RunConfig, as_dict, names
 from specrej_eval.config.argument import checkpoint, template
-from specrej_eval.config.engines import AUTO_BACKEND, SDPA
+from specrej_eval.config.engines import AUTO_BACKEND, AUTO_ENGINE, SDPA, engine_of
 from specrej_eval.records.fingerprint.comparing import (
     BETWEEN,
     SINCE,
@@ -166,6 +166,7 @@ def _about_models(config: RunConfig) -> dict[str, Any]:
     found = {name: getattr(config, name) for name in names(Decides.MODELS, without=("pretrained", "reward_model"))}
     if config.attention_backend in (AUTO_BACKEND, SDPA):  # what earlier records have; auto's choice is environment
         del found["attention_backend"]
+    found["engine"] = AUTO_ENGINE if engine_of(config.engine) == engine_of(AUTO_ENGINE) else config.engine
     return {name: text_or_digest(value) if value and name in of_file else value for name, value in found.items()}
 
 
