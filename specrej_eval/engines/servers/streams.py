@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection
 from time import monotonic
 from typing import Any
 
-from specrej_eval.engines.servers.protocols.base import Delta
+from specrej_eval.engines.servers.protocols.base import Delta, Finish
 from specrej_eval.http import BadAnswerError, ServerError, Stream
 
 
@@ -66,6 +66,11 @@ class RowStream:
         """It is done, and all of it was taken."""
         self.error: ServerError | None = None
         """Why it broke; None while it goes on, and where it came to an end of its own or was cut."""
+        self.finish: Finish | None = None
+        """Why the server ended it, as far as its events say."""
+        self.spoilt = False
+        """It brought something that cannot be; nothing of it is taken any more."""
+        self.is_cut = False
         self._stream = stream
         self._read = read
         self._news = news
@@ -76,6 +81,7 @@ class RowStream:
 
     def cut(self) -> None:
         """End it, whatever it waits for."""
+        self.is_cut = True
         self._stream.cut()
 
     def join(self, seconds: float) -> None:
