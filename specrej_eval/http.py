@@ -187,14 +187,6 @@ class JsonServer:
         """
         return self._ask("POST", path, body, parse)
 
-    def tell(self, path: str, body: Any = None) -> None:
-        """Send JSON, and take any answer with status 200 for a yes.
-
-        Raises:
-            ServerError: as ``post``.
-        """
-        self._ask("POST", path, body, None)
-
     def tell(self, path: str, body: Any = None, *, once: bool = False) -> None:
         """Send JSON, and take any answer with status 200 for a yes.
 

@@ -29,7 +29,9 @@ TRANSFORMERS = "transformers"
 VLLM = "vllm"
 VLLM_SERVER = "vllm-server"
 SGLANG_SERVER = "sglang-server"
-ENGINES = (TRANSFORMERS, VLLM, VLLM_SERVER, SGLANG_SERVER)
+OPENAI_SERVER = "openai-server"
+SERVERS = (VLLM_SERVER, SGLANG_SERVER, OPENAI_SERVER)
+ENGINES = (TRANSFORMERS, VLLM, *SERVERS)
 """Who can decode; ``engines.choose`` knows where each one lies."""
 
 NOT_TAKEN = {
@@ -49,13 +51,18 @@ def _of_vllm(default: Any, kind: Kind, help: str, *, decides: Decides = Decides.
     return argument(default, kind, help, decides=decides, engines=(VLLM,), **others)
 
 
+def _of_servers(default: Any, kind: Kind, help: str, **others: Any) -> Any:
+    """A field about a server that decodes."""
+    return argument(default, kind, help, decides=Decides.PLACE, engines=SERVERS, **others)
+
+
 @dataclass(frozen=True, kw_only=True)
 class EngineArguments:
     engine: str = argument(
         AUTO_ENGINE,
         choice(AUTO_ENGINE, *ENGINES, also={"hf": TRANSFORMERS, "sglang": SGLANG_SERVER}),
         "Who decodes: ``transformers`` (our own engine, on a transformers model), ``vllm`` (in this process), "
-        "``vllm-server`` or ``sglang-server`` (one that runs); ``auto`` = ``transformers``.",
+        "``vllm-server``, ``sglang-server`` or ``openai-server`` (one that runs); ``auto`` = ``transformers``.",
         decides=Decides.MODELS,
     )
     device: str | None = argument(
@@ -114,6 +121,33 @@ class EngineArguments:
         none="vLLM's",
     )
     enforce_eager: bool = _of_vllm(False, as_bool, "True: no CUDA graphs and no compilation.")
+    engine_url: str | None = _of_servers(
+        None,
+        text,
+        "Address of the server that decodes, such as ``http://localhost:8000``; its key is read from the environment "
+        "variable ``SPECREJ_ENGINE_API_KEY``.",
+        none="must be given for an engine that is a server",
+        private=True,
+    )
+    engine_looks: str = _of_servers(
+        "auto",
+        choice("auto", "pause", "resubmit"),
+        "How a server comes to a look: ``pause`` = all its clients wait while rows are scored, ``resubmit`` = rows are "
+        "asked for anew from what they have; ``auto`` = ``pause`` where the server can.",
+    )
+    engine_timeout: float = _of_servers(
+        60.0,
+        number("above 0", lambda value: value > 0),
+        "Seconds without a token of any row, or without an answer, after which a server is asked anew.",
+    )
+    engine_retries: int = _of_servers(
+        5, whole(0), "Further tries, with growing pauses, before a server that decodes counts as failed."
+    )
+    engine_key_over_http: bool = _of_servers(
+        False,
+        as_bool,
+        "True: the key for ``engine_url`` goes to any host, unencrypted too; else to ``https`` and this machine alone.",
+    )
 
 
 OF_VLLM = tuple(name for name, made in declared(EngineArguments).items() if made.engines == (VLLM,))

@@ -90,6 +90,10 @@ class EnginePlan(ABC):
             ConfigError, CheckpointError, MissingDependencyError, OutOfMemoryError: what only loading finds.
         """
 
+    def deciding(self) -> dict[str, Any]:
+        """What decides answers and no argument says: in a fingerprint, beside what the arguments are."""
+        return {}
+
     def environment(self) -> dict[str, Any]:
         """What this machine makes of the arguments, and versions: in a fingerprint's ``environment``."""
         return {}

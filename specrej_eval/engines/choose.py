@@ -11,15 +11,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from specrej_eval.config import ARGUMENTS, HOST, RunConfig
-from specrej_eval.config.engines import SGLANG_SERVER, TRANSFORMERS, VLLM, VLLM_SERVER, engine_of
+from specrej_eval.config.engines import SERVERS, TRANSFORMERS, VLLM, engine_of
 from specrej_eval.engines.base import EnginePlan
 from specrej_eval.errors import ConfigError
 
 LOADERS = {
     TRANSFORMERS: "specrej_eval.engines.transformers.loading",
     VLLM: "specrej_eval.engines.vllm.loading",
-    VLLM_SERVER: "specrej_eval.engines.servers.loading",
-    SGLANG_SERVER: "specrej_eval.engines.servers.loading",
+    **dict.fromkeys(SERVERS, "specrej_eval.engines.servers.loading"),
 }
 """A module with ``resolve_engine(config, host, *, check) -> EnginePlan`` for each."""
 

@@ -124,6 +124,7 @@ class EngineProtocol(ABC):
 
     def abort(self, request_ids: Sequence[str]) -> None:
         """End requests of ours; not tried again, since a stream that is cut ends its request too."""
+        raise NotImplementedError
 
     # what servers have in common
 

@@ -37,11 +37,12 @@ class Protocol(EngineProtocol):
         paused = self.paused()
         self.can_pause = paused is not None
         if paused:
-            logger.warning("%s was left paused, by a run that was killed or by another client: it goes on now.", self.server.shown_url)
+            logger.warning(
+                "%s was left paused, by a run that was killed or by another client: it goes on now.",
+                self.server.shown_url,
+            )
             self.resume()
-        asked = Asked(
-            request_id="specrej-eval", token_ids=[1], max_tokens=1, seed=0, config=RunConfig(), stop_ids=()
-        )
+        asked = Asked(request_id="specrej-eval", token_ids=[1], max_tokens=1, seed=0, config=RunConfig(), stop_ids=())
         path, body = self.request(asked)
         del body["stream"], body["stream_options"], body["request_id"]
         self.gives_ids = isinstance(
