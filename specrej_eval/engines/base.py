@@ -47,6 +47,10 @@ class EngineSession(ABC):
     decode_seconds: float = 0.0
     degraded: bool = False
     """True once rows had to be given up for want of memory."""
+    overshoot_tokens: int = 0
+    discarded_tokens: int = 0
+    cached_tokens: int = 0
+    """See ``core.Ledger``: of engines whose rows run ahead of a look, or read a prompt once for each row."""
 
     @property
     @abstractmethod

