@@ -434,11 +434,16 @@ def _of_completions(state: Server, method: str, path: str, query: dict[str, list
 ROUTES = {"vllm": _of_vllm, "sglang": _of_sglang, "completions": _of_completions}
 
 
+class Listening(ThreadingHTTPServer):
+    daemon_threads = True
+    request_queue_size = 1024
+    """All rows of a prompt knock at once."""
+
+
 @contextmanager
 def serve(kind: str, tokenizer: Any, **settings: Any) -> Iterator[Server]:
     state = Server(tokenizer=tokenizer, kind=kind, **settings)
-    httpd = ThreadingHTTPServer(("127.0.0.1", 0), type("H", (Handler,), {"state": state}))
-    httpd.daemon_threads = True
+    httpd = Listening(("127.0.0.1", 0), type("H", (Handler,), {"state": state}))
     state.url = f"http://127.0.0.1:{httpd.server_port}"
     over = threading.Event()
     threads = [

@@ -20,8 +20,8 @@ from specrej_eval.http import BadAnswerError
 class Asking:
     """How far a row has come in asking for its tokens."""
 
-    requests: int = 0
-    """Sent so far."""
+    fruitful: int = 0
+    """Requests so far that brought tokens."""
     stream: RowStream | None = None
     """The one in flight."""
     at_first: int = 0
@@ -66,14 +66,16 @@ class Session(AheadSession):
         return self.asking.setdefault(row.row, Asking())
 
     def next_seed(self, row: Row) -> int:
-        """The noise of a row's next request: 63 bits of its own, and never the same again."""
-        text = f"{row.seed}\x1f{self.of(row).requests}"
+        """The noise of a row's next request: 63 bits of its own. One that brought nothing is asked for again with the
+        same; else it is never the same again, since a row that repeats its noise repeats itself."""
+        asking = self.of(row)
+        text = f"{row.seed}\x1f{asking.fruitful + (asking.received > 0)}"
         return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
 
     def asks(self, row: Row, most: int) -> None:
         """The row's next request is sent, for ``most`` tokens."""
         asking = self.of(row)
-        asking.requests += 1
+        asking.fruitful += asking.received > 0
         asking.at_first, asking.asked_for, asking.received = len(row.tokens), most, 0
         self._texts[row.row] = ""  # a text that broke off cannot be gone on from
 
