@@ -105,6 +105,12 @@ class EnginePlan(base.EnginePlan):
         return model.eval(), tokenizer
 
 
+def engine_of_model(plan: base.EnginePlan, model: Any, tokenizer: Any, **text: Any) -> TransformersEngine:
+    """The engine over a model that somebody else has loaded by ``plan``; ``text`` as in ``TransformersEngine``."""
+    assert isinstance(plan, EnginePlan)
+    return TransformersEngine(model, tokenizer, attention=plan.attention, **text)
+
+
 def resolve_engine(config: RunConfig, host: Mapping[str, Any], *, check: bool = True) -> EnginePlan:
     """Everything that can be said of the language model before its weights load.
 
