@@ -174,14 +174,13 @@ def _same_tokenizer(protocol: EngineProtocol, tokenizer: Any, name: str) -> None
 
 def _about(name: str, hub: Mapping[str, Any], tokenizer: Any) -> Any:
     """What a checkpoint's configs say of its context and of how answers end; empty where there are none here."""
-    where = {key: hub[key] for key in ("revision", "subfolder", "token", "trust_remote_code")}
     found = SimpleNamespace(config=PretrainedConfig(), generation_config=None)
     try:
-        found.config = AutoConfig.from_pretrained(name, **where)
+        found.config = AutoConfig.from_pretrained(name, **hub)
     except (OSError, ValueError) as error:
         logger.info("pretrained=%r: no config.json can be read (%s)", name, error)
     try:
-        found.generation_config = GenerationConfig.from_pretrained(name, **where)
+        found.generation_config = GenerationConfig.from_pretrained(name, **hub)
     except (OSError, ValueError):  # it is no must
         pass
     return found
