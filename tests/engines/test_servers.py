@@ -13,19 +13,21 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import pytest
-from support import ROOT
+from support import ROOT, toy
 from support import decoding_servers as servers
 from support.decoding_servers import draws
+from support.engine_contract import CHECKS, Subject, log_probs_are_the_models_own
 from support.engine_runs import HashReward
 from support.tiny_models import EOS, save, tiny_tokenizer
 
 from specrej_eval import http as _http
 from specrej_eval.config import RunConfig
-from specrej_eval.core import GenerationResult, RowView
+from specrej_eval.core import GenerationResult, RowView, TokenStat
 from specrej_eval.engines.choose import resolve_engine
+from specrej_eval.engines.servers.engine import ServerEngine
 from specrej_eval.errors import ConfigError, ModelError, SpecRejError
 from specrej_eval.generator import Generator, Request
 from specrej_eval.rewards.base import RewardModel
@@ -210,18 +212,20 @@ def test_first_tokens_have_the_models_distribution(kind: str, looks: str, folder
     assert statistic < freedom + 4 * math.sqrt(2 * freedom)
 
 
-def test_numbers_of_tokens_are_those_of_the_untempered_model(folder: Path) -> None:
+@pytest.mark.parametrize(("kind", "looks"), LOOKS)
+def test_numbers_of_tokens_are_those_of_the_untempered_model(kind: str, looks: str, folder: Path) -> None:
     class Reading(HashReward):
-        needs_token_stats = frozenset({"confidence"})
+        needs_token_stats: ClassVar[frozenset[TokenStat]] = frozenset({"confidence"}) if kind == "vllm" else frozenset()
         seen: ClassVar[list[RowView]] = []
 
         def score(self, conversation: Any, rows: Sequence[RowView], response_prefix: str = "") -> list[float]:
             self.seen += rows
             return super().score(conversation, rows, response_prefix)
 
-    with running("vllm", stagger=2) as server:
+    with running(kind, stagger=2) as server:
         reward = Reading()
-        generator = make(server, folder, reward=reward, logprobs=True, temperature=0.7, engine_looks="pause")
+        asked = {"logprobs": True, "temperature": 0.7 if kind == "vllm" else 1.0, "engine_looks": looks}
+        generator = make(server, folder, reward=reward, **asked)
         [result] = answered(generator, ["a"])
     prompt = prompt_ids("a")
     for row in result.trajectories:
@@ -231,12 +235,39 @@ def test_numbers_of_tokens_are_those_of_the_untempered_model(folder: Path) -> No
             logits = servers.toy_logits(ids[:place])
             expected.append(logits[ids[place]] - math.log(sum(map(math.exp, logits.values()))))
         assert row.logprobs == pytest.approx(expected)
-    for view in reward.seen:
+    for view in reward.seen if kind == "vllm" else ():
         assert len(view.token_stats["confidence"]) == view.num_tokens
         logits = servers.toy_logits(prompt)
         norm = math.log(sum(map(math.exp, logits.values())))
         top = sorted((value - norm for value in logits.values()), reverse=True)[:20]
         assert view.token_stats["confidence"][0] == pytest.approx(-sum(top) / 20)
+
+
+# ---- the contract of all engines ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("kind", "looks"), LOOKS)
+@pytest.mark.parametrize("check", CHECKS, ids=[check.__name__ for check in CHECKS])
+def test_engines_that_are_servers_keep_the_contract(
+    check: Callable[[Subject], None], kind: str, looks: str, folder: Path
+) -> None:
+    def logits(ids: Sequence[int]) -> dict[int, float]:
+        return dict(enumerate(toy.logits_of(ids)))
+
+    with running(kind, logits=logits, stagger=2, step_seconds=0.001) as server:
+        engine = cast("ServerEngine", make(server, folder, engine_looks=looks, engine_timeout=30).engine)
+        subject = Subject(
+            engine=engine,
+            logits=toy.logits_of,
+            is_open=lambda session: bool(session.streams),
+            decoded=lambda: server.decoded,
+            draws=150,
+        )
+        if kind == "sglang" and check is log_probs_are_the_models_own:  # at another temperature than 1
+            with pytest.raises(ConfigError, match="after the temperature"):
+                check(subject)
+        else:
+            check(subject)
 
 
 # ---- servers that fail -------------------------------------------------------------------------------------------

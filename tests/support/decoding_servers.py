@@ -194,6 +194,8 @@ class Server:
             return
         logits = self.logits([*job.prompt, *job.ids])
         chosen = drawn(probabilities(logits, job.body), uniform(job.seed, len(job.ids)))
+        if self.kind == "sglang" and job.body["temperature"]:  # its log-probs are of what is after the temperature
+            logits = {token: value / job.body["temperature"] for token, value in logits.items()}
         norm = math.log(sum(map(math.exp, logits.values())))
         job.ids.append(chosen)
         job.logprobs.append(logits[chosen] - norm)
@@ -262,7 +264,7 @@ class Handler(BaseHTTPRequestHandler):
         state, native = self.state, self.path == "/generate"
         sampling = body.get("sampling_params", body)
         if native:
-            sampling = {**sampling, "top_k": max(0, sampling["top_k"])}
+            sampling = {**sampling, "top_k": max(0, sampling["top_k"]), "return_logprob": body.get("return_logprob")}
         with state.lock:
             number = len(state.requests)
             probe = not body.get("stream")

@@ -41,6 +41,8 @@ logger = logging.getLogger(__name__)
 Looks = Literal["pause", "resubmit"]
 LONGEST_NAP = 0.2
 """Seconds after which a waiting engine looks around, news or not."""
+SETTLED = 0.02
+"""Seconds without news after which a paused server has sent all there is."""
 AFTER_ABORT = 1.0
 """Seconds that aborted requests have to send what they decoded; then they are cut."""
 _NOT_THERE = (404, 405, 501)
@@ -122,9 +124,7 @@ class ServerEngine(Engine):
             ConfigError: the server cannot draw rows as these arguments say, or cannot stop for a look.
         """
         super().check(prompt, config)
-        refusal = self._protocol.refuses(config)
-        if refusal is not None:
-            raise ConfigError(f"engine={self.name} ({self._protocol.KIND} at {self._server.shown_url}): {refusal}.")
+        self._check_refusal(config, ("logprob",) if config.logprobs else ())
         if config.rejects and not self._protocol.gives_ids:
             raise ConfigError(
                 f"engine={self.name}: the server at {self._server.shown_url} gives text and no token ids, so its rows "
@@ -155,6 +155,7 @@ class ServerEngine(Engine):
                 hint="reward_model=self_certainty, deepconf and likelihood, and logprobs=True, need such numbers; "
                 "engine=transformers has them all.",
             )
+        self._check_refusal(config, token_stats)
         session = Session(
             prompt,
             config,
@@ -167,6 +168,11 @@ class ServerEngine(Engine):
         )
         self._sessions.add(session)
         return session
+
+    def _check_refusal(self, config: RunConfig, token_stats: Collection[TokenStat]) -> None:
+        refusal = self._protocol.refuses(config, token_stats)
+        if refusal is not None:
+            raise ConfigError(f"engine={self.name} ({self._protocol.KIND} at {self._server.shown_url}): {refusal}.")
 
     def follow(self, session: Session, plan: Plan) -> None:
         """See ``base.Engine.follow``. Nothing is sent but aborts: rows that start do so when they are decoded."""
@@ -293,15 +299,16 @@ class ServerEngine(Engine):
         stream.start()
         self._news.awake()
 
-    def _take_news(self, seconds: float) -> None:
-        """Give what has come in to its rows, and let go of requests that are over.
+    def _take_news(self, seconds: float) -> bool:
+        """Give what has come in to its rows, and let go of requests that are over; whether there was something.
 
         Raises:
             ServerError: a row failed after all tries, or was refused.
             ModelError: as ``Session.take_in``.
         """
         needless = []
-        for stream, deltas in self._news.take(seconds):
+        news = self._news.take(seconds)
+        for stream, deltas in news:
             if stream not in self._rows:
                 continue  # its session is closed
             session, row = self._rows[stream]
@@ -323,6 +330,7 @@ class ServerEngine(Engine):
             elif row.end is not None and stream.finish is None and not stream.is_cut:
                 needless.append(stream)
         self._abort(needless, wait=False)
+        return bool(news)
 
     def _broke_off(self, stream: RowStream) -> ServerError:
         why = "somebody aborted a request of ours" if stream.finish == "abort" else "an answer broke off"
@@ -384,6 +392,8 @@ class ServerEngine(Engine):
             if error.status not in _NOT_THERE:
                 raise
             self._forgets(error)
+        while self._take_news(SETTLED):
+            pass  # what was decoded before the pause is still on its way
 
     def _go_on(self) -> None:
         try:

@@ -103,6 +103,8 @@ class Session(AheadSession):
             if new and len(delta.stats.get(name, ())) != len(ids):
                 raise BadAnswerError(f"row {row.row}: not one {name} for each token")
         asking.received += len(new)
+        if row.rejected:  # they were on their way when it was
+            self.overshoot_tokens += len(new)
         self.receive(row, new, {name: delta.stats[name][again:] for name in self.recorded} if new else {})
         if row.end is None and not row.rejected:
             self._hear(row, delta, asking)

@@ -99,9 +99,9 @@ class EngineProtocol(ABC):
             BadAnswerError: it is not what was asked for, or the server's error.
         """
 
-    def refuses(self, config: RunConfig) -> str | None:
-        """Why rows cannot be drawn as these arguments say; None = they can."""
-        del config
+    def refuses(self, config: RunConfig, token_stats: Collection[TokenStat]) -> str | None:
+        """Why rows cannot be drawn as these arguments say, or such numbers not be had; None = they can."""
+        del config, token_stats
         return None
 
     # only where it can be paused

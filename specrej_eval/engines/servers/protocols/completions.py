@@ -7,10 +7,12 @@ say: such arguments are refused.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any, ClassVar
 
 from specrej_eval.checked import object_or_empty
 from specrej_eval.config import RunConfig
+from specrej_eval.core import TokenStat
 from specrej_eval.engines.servers.protocols.base import Asked, Delta, EngineProtocol, Finish, error_of
 from specrej_eval.http import BadAnswerError
 
@@ -38,7 +40,8 @@ class Protocol(EngineProtocol):
         }
         return COMPLETIONS, {**body, **({"model": self.model} if self.model else {})}
 
-    def refuses(self, config: RunConfig) -> str | None:
+    def refuses(self, config: RunConfig, token_stats: Collection[TokenStat]) -> str | None:
+        del token_stats
         if config.temperature and (config.top_k or config.min_p):
             return (
                 f"top_k={config.top_k} and min_p={config.min_p:g} are not of OpenAI's API, and a server may ignore "

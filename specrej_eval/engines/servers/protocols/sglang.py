@@ -9,7 +9,7 @@ without, rows draw independent noise that no run repeats. Log-probs are of the d
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, ClassVar
 
 from specrej_eval.checked import object_or_empty
@@ -43,11 +43,11 @@ class Protocol(EngineProtocol):
         if self.can_pause:
             self.resume()  # it does not say whether somebody left it paused
 
-    def refuses(self, config: RunConfig) -> str | None:
-        if config.logprobs and config.temperature != 1:
+    def refuses(self, config: RunConfig, token_stats: Collection[TokenStat]) -> str | None:
+        if token_stats and config.temperature != 1:
             return (
-                f"logprobs=True at temperature={config.temperature:g}: SGLang's log-probs are of the distribution "
-                "after the temperature, ours of the model's own; give temperature=1, or leave logprobs out"
+                f"log-probs at temperature={config.temperature:g}: SGLang's are of the distribution after the "
+                "temperature, ours of the model's own; give temperature=1, or leave logprobs (or the reward) out"
             )
         return None
 
