@@ -224,7 +224,7 @@ class JsonServer:
 
     def wait_after(self, error: ServerError, tries: int) -> float:
         """Seconds to wait before the next try, after so many."""
-        pause = min(LONGEST_WAIT, FIRST_WAIT * 2 ** (tries - 1)) * self._random.uniform(0.5, 1)
+        pause: float = min(LONGEST_WAIT, FIRST_WAIT * 2.0 ** (tries - 1)) * self._random.uniform(0.5, 1)
         return max(pause, min(LONGEST_ASKED, error.retry_after))
 
     def gave_up(self, error: ServerError, tries: int) -> ServerError:

@@ -36,6 +36,8 @@ PROMPTS = ["a", "Tell me about rivers.", "One, two, three: " * 3]
 SMALL: dict[str, Any] = {"n": 8, "max_gen_toks": 24, "first_look": 6, "reward_model": "likelihood"}
 NAMES = {"vllm": "vllm-server", "sglang": "sglang-server", "completions": "openai-server"}
 LOOKS = [("vllm", "pause"), ("vllm", "resubmit"), ("sglang", "pause"), ("sglang", "resubmit")]
+MOST_LOOKS = [*LOOKS[:3], pytest.param(*LOOKS[3], marks=pytest.mark.full)]
+"""Of long suites: each kind and each way is there in a short run too."""
 
 
 @pytest.fixture(autouse=True)
@@ -246,7 +248,7 @@ def test_numbers_of_tokens_are_those_of_the_untempered_model(kind: str, looks: s
 # ---- the contract of all engines ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("kind", "looks"), LOOKS)
+@pytest.mark.parametrize(("kind", "looks"), MOST_LOOKS)
 @pytest.mark.parametrize("check", CHECKS, ids=[check.__name__ for check in CHECKS])
 def test_engines_that_are_servers_keep_the_contract(
     check: Callable[[Subject], None], kind: str, looks: str, folder: Path
@@ -285,7 +287,7 @@ FAULTS: dict[str, servers.Fault] = {
 }
 
 
-@pytest.mark.parametrize(("kind", "looks"), LOOKS)
+@pytest.mark.parametrize(("kind", "looks"), MOST_LOOKS)
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_request_that_fails_is_asked_for_again_from_where_it_was(
     kind: str, looks: str, fault: str, folder: Path, counted: Callable[..., None]
@@ -518,6 +520,9 @@ def test_numbers_that_a_server_cannot_give_are_refused(folder: Path) -> None:
         with running(kind) as server:
             with pytest.raises(ConfigError, match="does not give self_certainty"):
                 make(server, folder, reward=Wanting()).generate("a")
+            if kind == "vllm":
+                with pytest.raises(ConfigError, match=r"give 0, or 0.01 to 2"):
+                    make(server, folder, temperature=2.5).generate("a")
             if kind == "sglang":
                 with pytest.raises(ConfigError, match="after the temperature"):
                     make(server, folder, logprobs=True, temperature=0.5).generate("a")

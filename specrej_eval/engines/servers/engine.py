@@ -124,7 +124,8 @@ class ServerEngine(Engine):
             ConfigError: the server cannot draw rows as these arguments say, or cannot stop for a look.
         """
         super().check(prompt, config)
-        self._check_refusal(config, ("logprob",) if config.logprobs else ())
+        wanted: tuple[TokenStat, ...] = ("logprob",) if config.logprobs else ()
+        self._check_refusal(config, wanted)
         if config.rejects and not self._protocol.gives_ids:
             raise ConfigError(
                 f"engine={self.name}: the server at {self._server.shown_url} gives text and no token ids, so its rows "

@@ -67,7 +67,11 @@ class Protocol(EngineProtocol):
             "no_stop_trim": True,
             "sampling_seed": asked.seed % 2**31,
         }
-        body = {"input_ids": list(asked.token_ids), "sampling_params": sampling, "rid": asked.request_id}
+        body: dict[str, Any] = {
+            "input_ids": list(asked.token_ids),
+            "sampling_params": sampling,
+            "rid": asked.request_id,
+        }
         if asked.token_stats:
             body["return_logprob"] = True
         return GENERATE, {**body, "stream": True}

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, ClassVar
 
 from specrej_eval.checked import object_or_empty
@@ -18,6 +18,7 @@ from specrej_eval.config import RunConfig
 from specrej_eval.core import TokenStat
 from specrej_eval.engines.servers.protocols.base import CONFIDENCE_TOKENS, Asked, Delta, EngineProtocol, whole_ids
 from specrej_eval.engines.servers.protocols.completions import COMPLETIONS, choice_of, finish_of
+from specrej_eval.engines.vllm.adapter import LEAST_TEMPERATURE, MOST_TEMPERATURE
 from specrej_eval.http import BadAnswerError
 
 logger = logging.getLogger(__name__)
@@ -48,6 +49,15 @@ class Protocol(EngineProtocol):
         self.gives_ids = isinstance(
             self.server.post(path, body, lambda answer: choice_of(answer).get("token_ids")), list
         )
+
+    def refuses(self, config: RunConfig, token_stats: Collection[TokenStat]) -> str | None:
+        del token_stats
+        if config.temperature and not LEAST_TEMPERATURE <= config.temperature <= MOST_TEMPERATURE:
+            return (
+                f"temperature={config.temperature:g} is not one that vLLM samples at: give 0, or "
+                f"{LEAST_TEMPERATURE:g} to {MOST_TEMPERATURE:g}"
+            )
+        return None
 
     def request(self, asked: Asked) -> tuple[str, dict[str, Any]]:
         config = asked.config
