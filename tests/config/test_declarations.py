@@ -62,6 +62,7 @@ VALUES: dict[str, Any] = {
     "distributed_executor_backend": "ray",
     "gpu_memory_utilization": 0.5,
     "enforce_eager": True,
+    "reward_gpu_memory_utilization": 0.3,
     "batch_size": 3,
     "trace_path": "x.jsonl",
     "journal": "x.jsonl",

@@ -17,8 +17,6 @@ import pytest
 from support import ROOT
 from support.tiny_models import save, tiny_causal_lm, tiny_tokenizer
 
-from specrej_eval.records.jsonl import scan
-
 pytestmark = pytest.mark.full
 Counted = Callable[..., None]
 ENV = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
@@ -60,7 +58,9 @@ def specrej_block(path: Path) -> dict[str, Any]:
 
 
 def answers_in(journal: Path) -> int:
-    return sum("key" in entry for _, entry in scan(journal)) if journal.exists() else 0  # type: ignore[misc]
+    """Whole lines that hold an answer."""
+    lines = journal.read_bytes().split(b"\n")[:-1] if journal.exists() else []
+    return sum(b'"trajectories"' in line for line in lines)
 
 
 def test_the_demo_task_runs_through_lm_eval(folder: str, tmp_path: Path) -> None:
