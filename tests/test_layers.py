@@ -23,7 +23,7 @@ LAYERS = (
     {"redaction"},
     {"errors", "checked", "wording"},
     {"paths", "registry", "core", "stopping", "chat_templates", "http"},
-    {"checkpoint", "companions", "temporary", "config", "special_tokens", "ranks"},
+    {"checkpoint", "companions", "temporary", "config", "special_tokens", "ranks", "vllm_adapter"},
     {"budget"},
     {"kv", "strategies", "records", "demo"},
     {"engines", "rewards"},  # never each other

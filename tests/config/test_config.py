@@ -78,6 +78,7 @@ def test_the_defaults_are_the_documented_ones():
         "force_sampling_args": False,
         "logprobs": False,
         "trust_remote_code": False,
+        "reward_engine": "transformers",
         "engine": "auto",
         "tensor_parallel_size": 1,
         "pipeline_parallel_size": 1,

@@ -67,6 +67,7 @@ VALUES: dict[str, Any] = {
     "engine_timeout": 3.0,
     "engine_retries": 3,
     "engine_key_over_http": True,
+    "reward_gpu_memory_utilization": 0.3,
     "batch_size": 3,
     "trace_path": "x.jsonl",
     "journal": "x.jsonl",

@@ -14,9 +14,9 @@ from support.engine_contract import CHECKS, Subject
 from support.tiny_models import save, tiny_causal_lm, tiny_tokenizer
 from support.toy import FAULTS, ToyEngine, logits_of
 
+from specrej_eval import vllm_adapter as adapter
 from specrej_eval.config import RunConfig
 from specrej_eval.engines.transformers.engine import TransformersEngine
-from specrej_eval.engines.vllm import adapter
 from specrej_eval.engines.vllm.engine import VLLMEngine
 from specrej_eval.engines.vllm.loading import EnginePlan
 

@@ -17,11 +17,12 @@ from support.tiny_models import save, tiny_causal_lm, tiny_tokenizer
 
 import specrej_eval
 from specrej_eval import api
+from specrej_eval import vllm_adapter as adapter
 from specrej_eval.budget import Budget
 from specrej_eval.config import RunConfig
 from specrej_eval.core import GenerationResult, Plan
 from specrej_eval.engines.ahead import row_seed
-from specrej_eval.engines.vllm import adapter, loading
+from specrej_eval.engines.vllm import loading
 from specrej_eval.errors import CheckpointError, ConfigError, MissingDependencyError, ModelError
 from specrej_eval.generator import Generator
 from specrej_eval.records import fingerprint
@@ -391,6 +392,7 @@ def test_the_stand_in_has_the_names_and_signatures_of_the_package() -> None:
     for ours, theirs in (
         (vllm_stand_in.EngineArgs, real.EngineArgs),
         (vllm_stand_in.SamplingParams, real.SamplingParams),
+        (vllm_stand_in.PoolingParams, real.PoolingParams),
     ):
         known = inspect.signature(theirs).parameters
         assert {field.name for field in dataclasses.fields(ours)} <= known.keys()

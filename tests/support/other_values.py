@@ -40,4 +40,5 @@ OTHER: dict[str, Any] = {
     "engine": "vllm",
     "quantization": "fp8",
     "max_model_len": 77,
+    "reward_engine": "vllm",
 }

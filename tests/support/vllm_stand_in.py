@@ -19,9 +19,10 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from support.tiny_models import EOS, VOCAB_SIZE
-from support.toy import distribution, draw, log_softmax, logits_of
+from support.toy import distribution, draw, fraction, log_softmax, logits_of
 
 VERSION = "0.32.0"
 BLOCK = 16
@@ -62,6 +63,14 @@ class SamplingParams:
             raise ValueError("stop_token_ids out of the vocabulary")
 
 
+@dataclass(kw_only=True)
+class PoolingParams:
+    """As ``SamplingParams``: what is in use here."""
+
+    task: str | None = None
+    use_activation: bool | None = None
+
+
 def TokensPrompt(*, prompt_token_ids: list[int]) -> dict[str, Any]:
     return {"prompt_token_ids": prompt_token_ids}
 
@@ -85,6 +94,7 @@ class EngineArgs:
     async_scheduling: bool | None = None
     disable_log_stats: bool = False
     generation_config: str = "auto"
+    runner: str = "auto"
     enforce_eager: bool = False
     tensor_parallel_size: int = 1
     pipeline_parallel_size: int = 1
@@ -127,6 +137,8 @@ class Behaviour:
     fails: Exception | None = None
     stuck: bool = False
     ends_early: bool = False
+    labels: int = 1
+    """Numbers that a classifier gives."""
     made: list[LLMEngine] = field(default_factory=list)
 
 
@@ -149,6 +161,7 @@ class LLMEngine:
         self.decoded = 0
         self.steps = 0
         self.aborted: list[str] = []
+        self.to_score: dict[str, tuple[list[int], bool]] = {}
         config = SimpleNamespace(eos_token_id=EOS)
         self.vllm_config = SimpleNamespace(
             scheduler_config=SimpleNamespace(async_scheduling=behaviour.schedules_ahead),
@@ -167,9 +180,14 @@ class LLMEngine:
             ),
         )
 
-    def add_request(self, request_id: str, prompt: dict[str, Any], params: SamplingParams) -> str:
+    def add_request(self, request_id: str, prompt: dict[str, Any], params: SamplingParams | PoolingParams) -> str:
         if not isinstance(request_id, str):
             raise TypeError(f"request_id must be a string, got {type(request_id)}")
+        assert (self.arguments.runner == "pooling") == isinstance(params, PoolingParams)
+        if isinstance(params, PoolingParams):
+            assert params.task == "classify"
+            self.to_score[request_id] = (list(prompt["prompt_token_ids"]), bool(params.use_activation))
+            return f"{request_id}-0"
         assert params.seed is not None and params.output_kind is RequestOutputKind.DELTA and not params.detokenize
         ids = list(prompt["prompt_token_ids"])
         if not ids:
@@ -178,7 +196,7 @@ class LLMEngine:
         return f"{request_id}-0"
 
     def has_unfinished_requests(self) -> bool:
-        return bool(self.requests)
+        return bool(self.requests or self.to_score)
 
     def abort_request(self, request_ids: list[str], internal: bool = False) -> None:
         for name in request_ids:
@@ -189,6 +207,8 @@ class LLMEngine:
         self.steps += 1
         if behaviour.stuck:
             return []
+        if self.to_score:
+            return self._scored()
         room = behaviour.read_per_step or self.arguments.max_num_batched_tokens
         most = behaviour.most_running or self.arguments.max_num_seqs
         outputs = []
@@ -207,6 +227,21 @@ class LLMEngine:
             if request.tokens and self._is_put_off(request):
                 continue
             outputs.append(self._decode(request))
+        return outputs
+
+    def _scored(self) -> list[Any]:
+        """Three at a time, the last first."""
+        outputs = []
+        for name in list(self.to_score)[:-4:-1]:
+            ids, squashed = self.to_score.pop(name)
+            request = _Request(name, ids, SamplingParams(), random.Random(0))
+            cached = self._cached(request)
+            self._cache(ids)
+            raw = raw_score(ids)
+            value = 1 / (1 + math.exp(-raw)) if squashed else raw
+            data = torch.tensor([value] * behaviour.labels)
+            answer = SimpleNamespace(data=data)
+            outputs.append(SimpleNamespace(request_id=name, outputs=answer, finished=True, num_cached_tokens=cached))
         return outputs
 
     def _is_put_off(self, request: _Request) -> bool:
@@ -250,6 +285,11 @@ class LLMEngine:
         )
 
 
+def raw_score(ids: list[int]) -> float:
+    """Of a reward model that is arithmetic: often beyond what a sigmoid can tell apart."""
+    return 40 * fraction("score", *ids) - 10
+
+
 def _logprobs(logits: Any, token: int, most: int) -> dict[int, Logprob]:
     told = log_softmax(logits)
     order = sorted(range(len(told)), key=lambda each: -told[each])
@@ -265,6 +305,7 @@ def install(monkeypatch: pytest.MonkeyPatch, *, version: str = VERSION, distribu
     package = ModuleType("vllm")
     inputs, parameters = ModuleType("vllm.inputs"), ModuleType("vllm.sampling_params")
     package.__dict__.update(EngineArgs=EngineArgs, LLMEngine=LLMEngine, SamplingParams=SamplingParams)
+    package.__dict__.update(PoolingParams=PoolingParams)
     package.__path__ = []
     inputs.__dict__.update(TokensPrompt=TokensPrompt)
     parameters.__dict__.update(RequestOutputKind=RequestOutputKind, SamplingParams=SamplingParams)

@@ -24,9 +24,9 @@ from specrej_eval.core import Plan, Prompt, RowView, TokenStat
 from specrej_eval.engines.ahead import AheadSession, Row, steps_to_take
 from specrej_eval.engines.base import Engine
 from specrej_eval.engines.transformers import hardware
-from specrej_eval.engines.vllm.adapter import TELLS, Requests, Sampling, check_sampling
 from specrej_eval.errors import ConfigError, ModelError
 from specrej_eval.kv.memory import clear_error
+from specrej_eval.vllm_adapter import TELLS, Requests, Sampling, check_sampling
 
 logger = logging.getLogger(__name__)
 

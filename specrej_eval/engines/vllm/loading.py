@@ -14,9 +14,9 @@ from specrej_eval.config import AUTO, DEFAULT_N, MAX, RunConfig, as_int, reward_
 from specrej_eval.config.engines import OF_VLLM
 from specrej_eval.engines import base
 from specrej_eval.engines.tokenizers import load_tokenizer, template_args_of
-from specrej_eval.engines.vllm.adapter import Requests, check_installed, check_sampling
 from specrej_eval.engines.vllm.engine import VLLMEngine, sampling_of
 from specrej_eval.errors import ConfigError
+from specrej_eval.vllm_adapter import Requests, check_installed, check_sampling, version
 
 LEAST_SEQUENCES, MOST_SEQUENCES = 256, 1024
 """Requests that vLLM decodes at a time. Rows that find no place wait until others end, and these run far ahead."""
@@ -78,8 +78,7 @@ class EnginePlan(base.EnginePlan):
 
     def environment(self) -> dict[str, Any]:
         """vLLM's version. See ``base.EnginePlan``."""
-        name, version = self.installed
-        return {"vllm": version if name == "vllm" else f"{version} ({name})"}
+        return {"vllm": version()}
 
 
 def resolve_engine(config: RunConfig, host: Mapping[str, Any], *, check: bool = True) -> EnginePlan:

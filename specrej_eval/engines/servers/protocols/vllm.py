@@ -18,8 +18,8 @@ from specrej_eval.config import RunConfig
 from specrej_eval.core import TokenStat
 from specrej_eval.engines.servers.protocols.base import CONFIDENCE_TOKENS, Asked, Delta, EngineProtocol, whole_ids
 from specrej_eval.engines.servers.protocols.completions import COMPLETIONS, choice_of, finish_of
-from specrej_eval.engines.vllm.adapter import LEAST_TEMPERATURE, MOST_TEMPERATURE
 from specrej_eval.http import BadAnswerError
+from specrej_eval.vllm_adapter import LEAST_TEMPERATURE, MOST_TEMPERATURE
 
 logger = logging.getLogger(__name__)
 

@@ -1,4 +1,3 @@
-# torch-free
 """vLLM by its own names: the only file that knows them, and the releases it was written for.
 
 Requests of token ids go in, tokens come out, and nothing moves but in ``step``: the engine runs in this process
@@ -40,6 +39,12 @@ def installed() -> tuple[str, str] | None:
         except metadata.PackageNotFoundError:
             continue
     return None
+
+
+def version() -> str | None:
+    """Of vLLM, for records."""
+    found = installed()
+    return None if found is None else found[1] if found[0] == "vllm" else f"{found[1]} ({found[0]})"
 
 
 def check_installed(argument: str) -> tuple[str, str]:
@@ -101,33 +106,39 @@ def check_sampling(sampling: Sampling) -> None:
         )
 
 
+def _started(arguments: Mapping[str, Any], name: str) -> Any:
+    """vLLM's engine, in this process.
+
+    Raises:
+        CheckpointError: it cannot be started; vLLM's own words are in the message.
+    """
+    os.environ[IN_THIS_PROCESS] = "0"
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    from vllm import EngineArgs, LLMEngine
+
+    try:
+        return LLMEngine.from_engine_args(
+            EngineArgs(**arguments, enable_prefix_caching=True, async_scheduling=False, disable_log_stats=True)
+        )
+    except Exception as error:  # files, formats, memory and devices fail in many ways
+        raise _failed(name, "load", error) from error
+
+
 class Requests:
     """A vLLM engine, as requests that are added, stepped and aborted.
 
     Args:
         arguments: of vLLM's ``EngineArgs``.
+        name: the checkpoint's, for messages.
 
     Raises:
-        CheckpointError: it cannot be started; vLLM's own words are in the message.
+        CheckpointError: it cannot be started, or cannot decode the model.
+        MissingDependencyError: it schedules ahead of its steps.
     """
 
     def __init__(self, arguments: Mapping[str, Any], *, name: str) -> None:
-        os.environ[IN_THIS_PROCESS] = "0"
-        os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
-        from vllm import EngineArgs, LLMEngine
-
-        try:
-            self._engine = LLMEngine.from_engine_args(
-                EngineArgs(
-                    **arguments,
-                    enable_prefix_caching=True,
-                    async_scheduling=False,
-                    disable_log_stats=True,
-                    generation_config="vllm",  # the sampling arguments are ours, none of the checkpoint's
-                )
-            )
-        except Exception as error:  # files, formats, memory and devices fail in many ways
-            raise _failed(name, "load", error) from error
+        # "vllm": the sampling arguments are ours, none of the checkpoint's
+        self._engine = _started({**arguments, "generation_config": "vllm"}, f"pretrained={name!r}")
         config = self._engine.vllm_config
         if config.scheduler_config.async_scheduling:
             raise MissingDependencyError(
@@ -147,7 +158,7 @@ class Requests:
         try:
             self._try_out()
         except Exception as error:  # a kernel that does not take the model's sizes says so only when it runs
-            raise _failed(name, "decode", error) from error
+            raise _failed(f"pretrained={name!r}", "decode", error) from error
 
     def _try_out(self) -> None:
         greedy = Sampling(temperature=0.0, top_k=0, top_p=1.0, min_p=0.0)
@@ -243,11 +254,65 @@ class Requests:
             return 0
 
 
-def _failed(name: str, doing: str, error: Exception) -> CheckpointError:
+class Pooling:
+    """A vLLM engine that scores: raw, at the last token, with what rows have in common read once (by whole blocks).
+
+    Args:
+        arguments: of vLLM's ``EngineArgs``.
+        name: the checkpoint's, for messages.
+
+    Raises:
+        CheckpointError: it cannot be started, or gives no score.
+    """
+
+    def __init__(self, arguments: Mapping[str, Any], *, name: str) -> None:
+        shown = f"reward_model={name!r}"
+        self._engine = _started({**arguments, "runner": "pooling"}, shown)
+        config = self._engine.vllm_config
+        self.max_model_len = int(config.model_config.max_model_len)
+        self.vocab_size = int(config.model_config.get_vocab_size())
+        self.steps = 0
+        self.tokens_read = 0
+        """Tokens of what was scored that were not found in the prefix cache."""
+        self._count = 0
+        try:
+            self.score([[0]])
+        except Exception as error:  # a kernel or a head that does not fit says so only when it runs
+            raise _failed(shown, "score with", error) from error
+        self.steps = self.tokens_read = 0
+
+    def score(self, inputs: Sequence[Sequence[int]]) -> list[float]:
+        """One raw score for each list of token ids, in order: no sigmoid, under which good answers would tie at 1."""
+        from vllm import PoolingParams
+        from vllm.inputs import TokensPrompt
+
+        names = {}
+        for place, ids in enumerate(inputs):
+            name = f"{self._count}"
+            self._count += 1
+            names[name] = place
+            prompt = TokensPrompt(prompt_token_ids=list(ids))
+            self._engine.add_request(name, prompt, PoolingParams(task="classify", use_activation=False))
+        scores: dict[int, float] = {}
+        while self._engine.has_unfinished_requests():
+            self.steps += 1
+            for output in self._engine.step():
+                if not output.finished:
+                    continue
+                place = names[output.request_id]
+                values = [float(value) for value in output.outputs.data.reshape(-1).tolist()]
+                if len(values) != 1:
+                    raise ValueError(f"{len(values)} values were given for one answer; a reward is one number")
+                scores[place] = values[0]
+                self.tokens_read += len(inputs[place]) - int(output.num_cached_tokens or 0)
+        return [scores[place] for place in range(len(inputs))]
+
+
+def _failed(shown: str, doing: str, error: Exception) -> CheckpointError:
     return CheckpointError(
-        f"pretrained={name!r}: vLLM cannot {doing} it: {type(error).__name__}: {error}",
+        f"{shown}: vLLM cannot {doing} it: {type(error).__name__}: {error}",
         hint="what vLLM printed before this says more. gpu_memory_utilization= and max_model_len= say how much memory "
-        "it takes.",
+        "it takes, reward_gpu_memory_utilization= that of a reward model.",
     )
 
 
