@@ -21,7 +21,7 @@ from support import decoding_servers as servers
 from support.decoding_servers import draws
 from support.engine_contract import CHECKS, Subject, log_probs_are_the_models_own
 from support.engine_runs import HashReward
-from support.tiny_models import EOS, save, tiny_tokenizer
+from support.tiny_models import EOS, save, tiny_causal_lm, tiny_tokenizer
 
 from specrej_eval import http as _http
 from specrej_eval.config import RunConfig
@@ -597,3 +597,27 @@ def test_records_tell_models_of_servers_apart_and_not_their_addresses(folder: Pa
     assert not fingerprint.same(found[0], found[2])
     assert found[0]["served_model"] == "org/the-lm"
     assert not fingerprint.same(found[0], {**found[0], "served_model": "org/another"})
+
+
+# ---- in a harness ------------------------------------------------------------------------------------------------
+
+
+def test_lm_eval_runs_it_under_the_same_names(folder: Path, tmp_path: Path) -> None:
+    from lm_eval.api.instance import Instance
+
+    from specrej_eval.harness.lm_eval.model import SpecRejLM
+
+    model = save(tiny_causal_lm(), tiny_tokenizer(), tmp_path / "model")  # lm-eval reads its config.json
+    with running("vllm") as server:
+        given = {**arguments(server, model), "reward_model": "likelihood", "journal": str(tmp_path / "journal.jsonl")}
+        lm = SpecRejLM(**given)
+        asked: dict[str, Any] = {"until": [tiny_tokenizer().decode([servers.LETTERS[3]])], "max_gen_toks": 24}
+        requests = [
+            Instance(request_type="generate_until", doc={}, arguments=(prompt, asked), idx=0) for prompt in PROMPTS
+        ]
+        answers = lm.generate_until(requests)
+        assert len(server.requests) == len(PROMPTS) * SMALL["n"]
+        assert SpecRejLM(**given).generate_until(requests) == answers
+        assert len(server.requests) == len(PROMPTS) * SMALL["n"], "the journal has them"
+        assert not server.paused
+    assert not any(asked["until"][0] in answer for answer in answers)
