@@ -49,6 +49,8 @@ LONGEST_ASKED = 120.0
 """The most seconds waited because a server asks for it (``Retry-After``)."""
 TRY_AGAIN = {408, 425, 429}
 """Statuses below 500 that another try may cure."""
+SHORT = 2.0
+"""Seconds for an answer that is not waited for: on the way out, or where there is another way."""
 SHOWN_BYTES = 200
 """Of an answer, in messages."""
 MAX_BYTES = 64 * 2**20
@@ -191,21 +193,24 @@ class JsonServer:
         """Send JSON, and take any answer with status 200 for a yes.
 
         Args:
-            once: do not try again.
+            once: do not try again, nor wait for long.
 
         Raises:
             ServerError: as ``post``.
         """
-        self._ask("POST", path, body, lambda _: None, read=lambda _: None, retries=0 if once else None)
+        self._ask("POST", path, body, lambda _: None, read=lambda _: None, once=once)
 
-    def get(self, path: str) -> Any:
+    def get(self, path: str, *, once: bool = False) -> Any:
         """The JSON at a path; None where there is none (any 4xx, or an answer that is not JSON).
+
+        Args:
+            once: do not try again, nor wait for long.
 
         Raises:
             ServerError: the server is not there, or fails, after all tries.
         """
         try:
-            return self._ask("GET", path, None, lambda answer: answer)
+            return self._ask("GET", path, None, lambda answer: answer, once=once)
         except ServerError as error:
             if error.status is not None and error.status < 500:
                 return None
@@ -239,12 +244,13 @@ class JsonServer:
         parse: Callable[[Any], Answer],
         *,
         read: Callable[[bytes], Any] | None = None,
-        retries: int | None = None,
+        once: bool = False,
     ) -> Answer:
-        retries = self.retries if retries is None else retries
+        retries = 0 if once else self.retries
+        timeout = min(SHORT, self.timeout) if once else self.timeout
         for number in range(retries + 1):
             try:
-                return self._try(method, path, body, parse, read or read_json)
+                return self._try(method, path, body, parse, read or read_json, timeout)
             except ServerError as error:
                 # a page that is not JSON, where JSON was only looked for, is an answer
                 looked_for = method == "GET" and error.status == 200
@@ -255,22 +261,28 @@ class JsonServer:
         raise AssertionError("unreachable: the last try returns or raises")
 
     def _try(
-        self, method: str, path: str, body: Any, parse: Callable[[Any], Answer], read: Callable[[bytes], Any]
+        self,
+        method: str,
+        path: str,
+        body: Any,
+        parse: Callable[[Any], Answer],
+        read: Callable[[bytes], Any],
+        timeout: float,
     ) -> Answer:
         where = f"{method} {self.shown_url}{path}"
         begun = False
-        with _Deadline(self.timeout) as deadline:
+        with _Deadline(timeout) as deadline:
             try:
-                with self._sent(method, path, body, self.timeout) as reply:
+                with self._sent(method, path, body, timeout) as reply:
                     begun = True
                     content, whole = _read(reply, MAX_BYTES if reply.status_code == 200 else 10 * SHOWN_BYTES)
             except _FAILURES as error:
                 if deadline.passed or isinstance(error, requests.Timeout):
                     what = "no end of the answer" if begun else "no answer"
-                    raise ServerError(f"{where}: {what} within {self.timeout:g} s") from error
+                    raise ServerError(f"{where}: {what} within {timeout:g} s") from error
                 raise self._broken(where, error, begun=begun) from error
             if deadline.passed:  # a connection that is cut may look like the end of an answer
-                raise ServerError(f"{where}: no end of the answer within {self.timeout:g} s")
+                raise ServerError(f"{where}: no end of the answer within {timeout:g} s")
         if reply.status_code != 200:
             raise self._refused(where, reply, content)
         text = self._beginning(content)

@@ -245,6 +245,33 @@ def test_numbers_of_tokens_are_those_of_the_untempered_model(kind: str, looks: s
         assert view.token_stats["confidence"][0] == pytest.approx(-sum(top) / 20)
 
 
+@pytest.mark.parametrize(("kind", "looks"), LOOKS)
+def test_an_end_that_only_the_server_knows_is_an_end(kind: str, looks: str, folder: Path) -> None:
+    """As of a chat model whose turns end with a token that its tokenizer does not call EOS."""
+    end = servers.LETTERS[5]
+    with running(kind, ends_at=end) as server:
+        generator = make(server, folder, engine_looks=looks)
+        results = generator.generate(PROMPTS)
+    rows = [row for result in results for row in result.trajectories]
+    assert any(row.finish_reason == "eos" and row.token_ids[-1] == end for row in rows)
+    for row in rows:
+        assert end not in row.token_ids[:-1]
+        assert (row.token_ids[-1] in (end, EOS)) == (row.finish_reason == "eos")
+        if row.finish_reason == "eos":
+            assert row.text == tiny_tokenizer().decode(row.token_ids[:-1])
+
+
+@pytest.mark.parametrize(("kind", "looks"), LOOKS)
+def test_what_the_prefix_cache_spared_is_told(kind: str, looks: str, folder: Path) -> None:
+    with running(kind) as server:
+        [result] = answered(make(server, folder, engine_looks=looks), ["Tell me about rivers."])
+    prompt, rows = result.ledger.prompt_tokens, result.ledger.rows_started
+    least = sum(row.finish_reason != "rejected" for row in result.trajectories) * (prompt - 1)
+    assert result.ledger.cached_tokens >= least - prompt
+    if looks == "resubmit":
+        assert result.ledger.cached_tokens > rows * (prompt - 1), "rows that are asked for anew have been read already"
+
+
 # ---- the contract of all engines ---------------------------------------------------------------------------------
 
 

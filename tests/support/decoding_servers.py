@@ -95,6 +95,8 @@ class Job:
     wait: int
     """Steps before its first token."""
     fault: Fault | None
+    cached: int
+    """Tokens of its prompt that the server has read before."""
     probe: bool
     """One token, not as a stream: what the engine asks at its start."""
     ids: list[int] = field(default_factory=list)
@@ -135,12 +137,27 @@ class Server:
     told: list[str] = field(default_factory=list)
     """Everything else that was asked, in order: ``POST /pause?mode=keep``."""
     jobs: list[Job] = field(default_factory=list)
+    read: list[list[int]] = field(default_factory=list)
+    """Prompts, for the prefix cache."""
+    ends_at: int | None = None
+    """A token at which the server ends answers, and which the tokenizer does not know for that."""
     decoded: int = 0
     """Tokens of requests that stream."""
     paused: bool = False
     dead: bool = False
     lock: threading.Condition = field(default_factory=threading.Condition)
     connections: set[Any] = field(default_factory=set)
+
+    def cached_of(self, prompt: list[int]) -> int:
+        """Tokens of a prompt that stand at the beginning of what was read before, all but its last."""
+        known = 0
+        for seen in self.read:
+            same = 0
+            while same < min(len(seen), len(prompt) - 1) and seen[same] == prompt[same]:
+                same += 1
+            known = max(known, same)
+        self.read.append(prompt)
+        return known
 
     def revive(self) -> None:
         with self.lock:
@@ -201,7 +218,7 @@ class Server:
         job.logprobs.append(logits[chosen] - norm)
         job.tops.append(sorted((value - norm for value in logits.values()), reverse=True)[:20])
         self.decoded += not job.probe
-        if chosen in job.body.get("stop_token_ids", ()) or chosen == EOS:
+        if chosen in (*job.body.get("stop_token_ids", ()), EOS, self.ends_at):
             job.finish = "stop"
         elif len(job.ids) >= job.most:
             job.finish = "length"
@@ -278,10 +295,12 @@ class Handler(BaseHTTPRequestHandler):
                 seed=sampling.get("sampling_seed" if native else "seed", 0),
                 wait=number % (state.stagger + 1),
                 fault=None if probe else state.faults.pop(number, None),
+                cached=0,
                 probe=probe,
             )
             if len(job.prompt) + job.most > state.max_model_len:
                 job.most = state.max_model_len - len(job.prompt)
+            job.cached = state.cached_of(job.prompt)
             state.jobs.append(job)
         try:
             self._stream(job, native) if not probe else self._whole(job)
@@ -334,6 +353,9 @@ class Handler(BaseHTTPRequestHandler):
                 content = event if isinstance(event, bytes) else json.dumps(event).encode()
                 self._chunk(b"data: " + content + b"\n\n")
             if ends:
+                if state.token_ids and not native:
+                    details = {"prompt_tokens_details": {"cached_tokens": job.cached}}
+                    self._chunk(b"data: " + json.dumps({"choices": [], "usage": details}).encode() + b"\n\n")
                 self._chunk(b"data: [DONE]\n\n")
                 self._chunk(b"")
                 return
@@ -350,6 +372,7 @@ class Handler(BaseHTTPRequestHandler):
                 job.finish or "", {"type": job.finish}
             )
             about: dict[str, Any] = {"completion_tokens": place, "finish_reason": reason if last else None}
+            about["cached_tokens"] = job.cached
             if job.body.get("return_logprob"):
                 about["output_token_logprobs"] = [[value, 0, None] for value in job.logprobs[:place]]
             return {"text": "", "output_ids": job.ids[:place], "meta_info": about}

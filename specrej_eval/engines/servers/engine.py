@@ -364,7 +364,7 @@ class ServerEngine(Engine):
         if not waiting:
             return
         try:
-            paused = self._protocol.can_pause and self._protocol.paused()
+            paused = self._protocol.can_pause and self._protocol.paused(once=True)
         except ServerError:
             paused = False
         if paused and silent < self._server.timeout * (self._server.retries + 1):

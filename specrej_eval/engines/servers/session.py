@@ -86,6 +86,7 @@ class Session(AheadSession):
             BadAnswerError: tokens are missing, differ from what was sent before, or are more than were asked for.
             ModelError: the server ended the row before it was at its end.
         """
+        self.cached_tokens += delta.cached
         if not self.gives_ids:
             return self._take_in_text(row, delta)
         asking, ids = self.of(row), list(delta.token_ids)
@@ -106,15 +107,15 @@ class Session(AheadSession):
         if row.rejected:  # they were on their way when it was
             self.overshoot_tokens += len(new)
         self.receive(row, new, {name: delta.stats[name][again:] for name in self.recorded} if new else {})
-        if row.end is None and not row.rejected:
+        if row.end in (None, "length") and not row.rejected:
             self._hear(row, delta, asking)
         return bool(new)
 
     def _hear(self, row: Row, delta: Delta, asking: Asking) -> None:
-        """Why the server has ended a row whose end we do not see."""
+        """Why the server has ended a row whose end we do not see, or take for that of its length."""
         if delta.finish == "stop" and row.tokens:
             row.end = "eos"  # by a token that it knows to end answers, and we do not: it stands last
-        if delta.finish == "length" and asking.received < asking.asked_for:
+        if row.end is None and delta.finish == "length" and asking.received < asking.asked_for:
             raise ModelError(
                 f"the server ended a row after {asking.received} of the {asking.asked_for} tokens asked for.",
                 hint="does its context hold prompt and answer? max_length= says how many tokens it holds.",

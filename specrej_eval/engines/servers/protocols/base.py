@@ -51,6 +51,8 @@ class Delta:
     text: str = ""
     """New text, where there are no ids."""
     finish: Finish | None = None
+    cached: int = 0
+    """Tokens of the request's prompt that the server had read before; told once a request."""
 
 
 class EngineProtocol(ABC):
@@ -118,8 +120,13 @@ class EngineProtocol(ABC):
         """
         raise NotImplementedError
 
-    def paused(self) -> bool | None:
-        """Whether it is paused, by whomever; None = it does not say."""
+    def paused(self, *, once: bool = False) -> bool | None:
+        """Whether it is paused, by whomever; None = it does not say.
+
+        Args:
+            once: do not try again.
+        """
+        del once
         return None
 
     def abort(self, request_ids: Sequence[str]) -> None:
@@ -160,6 +167,11 @@ def whole_ids(value: Any) -> list[int]:
     if not isinstance(value, list) or not all(isinstance(token, int) and token >= 0 for token in value):
         raise BadAnswerError(f"token ids were expected, got {str(value)[:60]!r}")
     return value
+
+
+def count_of(value: Any) -> int:
+    """A number of tokens; 0 for anything else."""
+    return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else 0
 
 
 def error_of(event: Any) -> None:

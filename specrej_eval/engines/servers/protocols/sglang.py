@@ -15,7 +15,15 @@ from typing import Any, ClassVar
 from specrej_eval.checked import object_or_empty
 from specrej_eval.config import RunConfig
 from specrej_eval.core import TokenStat
-from specrej_eval.engines.servers.protocols.base import Asked, Delta, EngineProtocol, Finish, error_of, whole_ids
+from specrej_eval.engines.servers.protocols.base import (
+    Asked,
+    Delta,
+    EngineProtocol,
+    Finish,
+    count_of,
+    error_of,
+    whole_ids,
+)
 from specrej_eval.http import BadAnswerError
 
 GENERATE = "/generate"
@@ -97,7 +105,8 @@ class Protocol(EngineProtocol):
                 raise BadAnswerError(f"log-probs of {len(token_ids)} tokens were expected, got {len(logprobs)}")
             entries = logprobs[len(logprobs) - len(token_ids) :]
             stats["logprob"] = [_logprob(entry) for entry in entries]
-        return Delta(total=total, token_ids=token_ids, stats=stats, finish=finish)
+        cached = count_of(about.get("cached_tokens")) if finish else 0
+        return Delta(total=total, token_ids=token_ids, stats=stats, finish=finish, cached=cached)
 
     def pause(self) -> None:
         self.server.tell("/pause_generation", {"mode": "in_place"})

@@ -16,7 +16,14 @@ from typing import Any, ClassVar
 from specrej_eval.checked import object_or_empty
 from specrej_eval.config import RunConfig
 from specrej_eval.core import TokenStat
-from specrej_eval.engines.servers.protocols.base import CONFIDENCE_TOKENS, Asked, Delta, EngineProtocol, whole_ids
+from specrej_eval.engines.servers.protocols.base import (
+    CONFIDENCE_TOKENS,
+    Asked,
+    Delta,
+    EngineProtocol,
+    count_of,
+    whole_ids,
+)
 from specrej_eval.engines.servers.protocols.completions import COMPLETIONS, choice_of, finish_of
 from specrej_eval.http import BadAnswerError
 from specrej_eval.vllm_adapter import LEAST_TEMPERATURE, MOST_TEMPERATURE
@@ -87,8 +94,9 @@ class Protocol(EngineProtocol):
 
     def read(self, event: Any) -> Delta:
         choice = choice_of(event)
-        if not choice:
-            return Delta()
+        if not choice:  # the last event: what it cost (`vllm serve --enable-prompt-tokens-details`)
+            details = object_or_empty(object_or_empty(event).get("usage")).get("prompt_tokens_details")
+            return Delta(cached=count_of(object_or_empty(details).get("cached_tokens")))
         finish = finish_of(choice)
         if not self.gives_ids:
             text = choice.get("text")
@@ -108,8 +116,8 @@ class Protocol(EngineProtocol):
     def resume(self, *, once: bool = False) -> None:
         self.server.tell("/resume", once=once)
 
-    def paused(self) -> bool | None:
-        told = object_or_empty(self.server.get("/is_paused")).get("is_paused")
+    def paused(self, *, once: bool = False) -> bool | None:
+        told = object_or_empty(self.server.get("/is_paused", once=once)).get("is_paused")
         return told if isinstance(told, bool) else None
 
     def abort(self, request_ids: Sequence[str]) -> None:
