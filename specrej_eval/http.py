@@ -572,6 +572,8 @@ class Stream:
         try:
             with server._sent("POST", self._path, self._body, None) as reply:
                 begun = True
+                if self._cut.is_set():  # before there was a connection to cut
+                    return
                 if reply.status_code != 200:
                     content, _ = _read(reply, 10 * SHOWN_BYTES)
                     raise server._refused(self.where, reply, content)

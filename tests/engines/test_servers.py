@@ -272,6 +272,22 @@ def test_what_the_prefix_cache_spared_is_told(kind: str, looks: str, folder: Pat
         assert result.ledger.cached_tokens > rows * (prompt - 1), "rows that are asked for anew have been read already"
 
 
+@pytest.mark.parametrize("way", ["incremental", "trims_end"])
+@pytest.mark.parametrize("looks", ["pause", "resubmit"])
+def test_events_of_sglang_are_read_in_all_their_forms(looks: str, way: str, folder: Path) -> None:
+    asked = {"engine_looks": looks, "logprobs": way == "incremental", "engine_retries": 0, "engine_timeout": 30}
+    with running("sglang", stagger=3, **{way: True}) as server:
+        results = answered(make(server, folder, **asked))
+        drawn = rows_of(server)
+    ended = [row for result in results for row in result.trajectories if row.finish_reason == "eos"]
+    assert ended
+    for prompt, result in zip(PROMPTS, results, strict=True):
+        for row in result.trajectories:
+            whole = [*prompt_ids(prompt), *row.token_ids]
+            assert any(known[: len(whole)] == whole for known in drawn)
+            assert row.logprobs is None or len(row.logprobs) == row.num_tokens
+
+
 # ---- the contract of all engines ---------------------------------------------------------------------------------
 
 
@@ -306,6 +322,7 @@ FAULTS: dict[str, servers.Fault] = {
     "dies before the first token": servers.hang_up(0),
     "drops a token": servers.lose(3),
     "repeats an event": servers.repeat(4),
+    "repeats an old event": servers.repeat_late(2, 5),
     "sends what is no JSON": servers.send(b"{oops", 2),
     "sends an error": servers.send(b'{"error": {"message": "CUDA error"}}', 5),
     "sends a list": servers.send(b"[1, 2]", 2),

@@ -139,6 +139,10 @@ class Server:
     jobs: list[Job] = field(default_factory=list)
     read: list[list[int]] = field(default_factory=list)
     """Prompts, for the prefix cache."""
+    incremental: bool = False
+    """SGLang's events hold the new ids alone, not all so far."""
+    trims_end: bool = False
+    """SGLang's last event leaves out the token that ended the answer, and counts it."""
     ends_at: int | None = None
     """A token at which the server ends answers, and which the tokenizer does not know for that."""
     decoded: int = 0
@@ -375,7 +379,12 @@ class Handler(BaseHTTPRequestHandler):
             about["cached_tokens"] = job.cached
             if job.body.get("return_logprob"):
                 about["output_token_logprobs"] = [[value, 0, None] for value in job.logprobs[:place]]
-            return {"text": "", "output_ids": job.ids[:place], "meta_info": about}
+                if self.state.incremental:
+                    about["output_token_logprobs"] = about["output_token_logprobs"][-len(ids) :] if ids else []
+            shown = ids if self.state.incremental else job.ids[:place]
+            if self.state.trims_end and last and job.finish == "stop":
+                shown = shown[:-1]
+            return {"text": "", "output_ids": shown, "meta_info": about}
         choice: dict[str, Any] = {
             "index": 0,
             "text": self.state.tokenizer.decode([token for token in ids if token != EOS]),
@@ -514,6 +523,23 @@ def lose(place: int) -> Fault:
 def repeat(place: int) -> Fault:
     """The event of one token comes twice."""
     return lambda handler, job, events: [event for at, event in events for _ in range(1 + (at == place))]
+
+
+def repeat_late(place: int, after: int) -> Fault:
+    """The event of one token comes again after that of a later one."""
+    kept: list[Any] = []
+
+    def fault(handler: Handler, job: Job, events: list[tuple[int, Any]]) -> list[Any]:
+        found = []
+        for at, event in events:
+            found.append(event)
+            if at == place:
+                kept.append(event)
+            if at == after:
+                found += kept
+        return found
+
+    return fault
 
 
 def send(content: bytes, after: int) -> Fault:

@@ -44,7 +44,7 @@ LONGEST_NAP = 0.2
 SETTLED = 0.02
 """Seconds without news after which a paused server has sent all there is."""
 AFTER_ABORT = 1.0
-"""Seconds that aborted requests have to send what they decoded; then they are cut."""
+"""Seconds that requests have, at most, to send what they decoded before they were aborted or paused."""
 _NOT_THERE = (404, 405, 501)
 
 
@@ -181,7 +181,8 @@ class ServerEngine(Engine):
             self._take_news(0.0)
             _, rejected = session.follow(plan)
             session.look_in = plan.num_tokens
-            self._abort([stream for row in rejected if (stream := session.of(row).stream) is not None])
+            streams = [stream for row in rejected if (stream := session.of(row).stream) is not None]
+            self._abort(streams, wait=not self._pause.on)  # of a server that stands still, all is here
 
     def decode(self, sessions: Sequence[Session], num_tokens: int) -> None:
         """See ``base.Engine.decode``.
@@ -393,7 +394,9 @@ class ServerEngine(Engine):
             if error.status not in _NOT_THERE:
                 raise
             self._forgets(error)
-        while self._take_news(SETTLED):
+            return
+        until = time.monotonic() + AFTER_ABORT  # who else may let it go on meanwhile
+        while self._take_news(SETTLED) and time.monotonic() < until:
             pass  # what was decoded before the pause is still on its way
 
     def _go_on(self) -> None:

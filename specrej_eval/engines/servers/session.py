@@ -94,7 +94,7 @@ class Session(AheadSession):
         again = asking.received - start  # tokens that came before
         if start < 0 or again < 0:
             raise BadAnswerError(f"row {row.row}: tokens are missing before token {start + 1}")
-        known = row.tokens[asking.at_first + start :][:again]
+        known = row.tokens[asking.at_first + start :][: min(again, len(ids))]  # none is kept behind a row's end
         if ids[: len(known)] != known:
             raise BadAnswerError(f"row {row.row}: other tokens than were sent before")
         new = ids[again:]

@@ -98,6 +98,10 @@ class Protocol(EngineProtocol):
             if kind not in ("stop", "length", "abort"):
                 raise BadAnswerError(f"finish_reason {str(reason)[:60]!r}")
             finish = kind
+            matched = object_or_empty(reason).get("matched")
+            left_out = len(token_ids) + 1 == total and token_ids[-1:] != [matched]
+            if kind == "stop" and left_out and isinstance(matched, int):
+                token_ids = [*token_ids, matched]  # a release that leaves the last one out
         logprobs = about.get("output_token_logprobs")
         stats: dict[TokenStat, list[float]] = {}
         if isinstance(logprobs, list):
@@ -115,8 +119,7 @@ class Protocol(EngineProtocol):
         self.server.tell("/continue_generation", {}, once=once)
 
     def abort(self, request_ids: Sequence[str]) -> None:
-        for name in request_ids:
-            self.server.tell("/abort_request", {"rid": name}, once=True)
+        self.server.each(lambda name: self.server.tell("/abort_request", {"rid": name}, once=True), request_ids)
 
 
 def _logprob(entry: Any) -> float:
