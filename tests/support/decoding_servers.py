@@ -527,16 +527,16 @@ def repeat(place: int) -> Fault:
 
 def repeat_late(place: int, after: int) -> Fault:
     """The event of one token comes again after that of a later one."""
-    kept: list[Any] = []
+    kept: dict[Job, Any] = {}
 
     def fault(handler: Handler, job: Job, events: list[tuple[int, Any]]) -> list[Any]:
         found = []
         for at, event in events:
             found.append(event)
             if at == place:
-                kept.append(event)
+                kept[job] = event
             if at == after:
-                found += kept
+                found.append(kept[job])
         return found
 
     return fault
