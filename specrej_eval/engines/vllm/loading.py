@@ -11,7 +11,7 @@ import torch
 import transformers
 
 from specrej_eval import checkpoint, ranks
-from specrej_eval.config import AUTO, DEFAULT_N, MAX, RunConfig, as_int, reward_names
+from specrej_eval.config import AUTO, DEFAULT_N, MAX, N_MAX, RunConfig, as_int, reward_names
 from specrej_eval.config.engines import OF_VLLM
 from specrej_eval.engines import base
 from specrej_eval.engines.tokenizers import load_tokenizer, template_args_of
@@ -19,8 +19,14 @@ from specrej_eval.engines.vllm.engine import VLLMEngine, sampling_of
 from specrej_eval.errors import ConfigError
 from specrej_eval.vllm_adapter import Requests, check_installed, check_sampling, version
 
-LEAST_SEQUENCES, MOST_SEQUENCES = 256, 1024
-"""Requests that vLLM decodes at a time. Rows that find no place wait until others end, and these run far ahead."""
+LEAST_SEQUENCES, MOST_SEQUENCES = 256, 4096
+"""Requests that vLLM decodes at a time. Rows that find no place wait until others end, and these run far ahead; but each
+place costs a few bytes of host memory for every token of the context, whether it is taken or not."""
+STEP, STEP_ON_A_CPU = 8192, 2048
+"""Tokens of a step, of prompts and rows together: what vLLM's own offline class takes on most GPUs, and what vLLM takes
+by itself (a CPU reads a prompt in one step, however long it is)."""
+PROMPTS_OF_AUTO = 4
+"""Prompts that ``batch_size=auto`` has in flight at least, however many rows each has (``scheduler.FIXED_PROMPTS``)."""
 EXTERNAL = "external_launcher"
 """vLLM's word for a process that somebody else has started as one of several."""
 UNTOLD = {"self_certainty": "the log-probs of the whole vocabulary for every token"}
@@ -56,10 +62,16 @@ class EnginePlan(base.EnginePlan):
             "dtype": self.dtype,
             "trust_remote_code": config.trust_remote_code,
             "seed": 0,  # of nothing: each row has a seed of its own
-            "max_num_seqs": _sequences(config),
-            # On a CPU vLLM cannot read part of a prompt whose row has a seed: it takes its generator for a GPU's.
-            **({"enable_chunked_prefill": False} if self.device == "cpu" else {}),
+            **self._sizes(),
         }
+
+    def _sizes(self) -> dict[str, Any]:
+        """Rows and tokens of a step. vLLM wants room for a token of every row."""
+        rows = _sequences(self.config)
+        if self.device == "cpu":
+            # Here vLLM cannot read part of a prompt whose row has a seed: it takes its generator for a GPU's.
+            return {"enable_chunked_prefill": False, "max_num_seqs": min(rows, STEP_ON_A_CPU)}
+        return {"max_num_batched_tokens": STEP, "max_num_seqs": rows}
 
     def load(self, *, content_rule: str) -> VLLMEngine:
         """Load the tokenizer, then start vLLM. See ``base.EnginePlan.load``."""
@@ -165,8 +177,12 @@ def _context(config: RunConfig, host: Mapping[str, Any]) -> int | None:
 
 def _sequences(config: RunConfig) -> int:
     """Rows that may be decoded at a time."""
-    rows = config.n if isinstance(config.n, int) else MOST_SEQUENCES if config.n == MAX else DEFAULT_N
-    prompts = 1 if config.batch_size == AUTO else int(config.batch_size)
+    if config.n == MAX:  # one prompt at a time
+        rows, prompts = config.n_max or N_MAX, 1
+    else:
+        rows, prompts = (config.n if isinstance(config.n, int) else DEFAULT_N), PROMPTS_OF_AUTO
+    if config.batch_size != AUTO:
+        prompts = int(config.batch_size)
     return max(LEAST_SEQUENCES, min(rows * prompts, MOST_SEQUENCES))
 
 
