@@ -35,8 +35,8 @@ ENGINES = (TRANSFORMERS, VLLM, *SERVERS)
 """Who can decode; ``engines.choose`` knows where each one lies."""
 
 NOT_TAKEN = {
-    "data_parallel_size": "prompts are split over processes instead: start several (`accelerate launch`, or one "
-    "`specrej-eval run` for each part of the prompts), each with an engine of its own.",
+    "data_parallel_size": "prompts are split over processes instead, each with an engine of its own: start several "
+    "with `torchrun --nproc_per_node N -m lm_eval ...` or `accelerate launch`.",
 }
 """Arguments of engines that we do not pass on, and what to do instead."""
 

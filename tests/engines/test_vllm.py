@@ -16,7 +16,7 @@ from support.engine_runs import HashReward
 from support.tiny_models import save, tiny_causal_lm, tiny_tokenizer
 
 import specrej_eval
-from specrej_eval import api
+from specrej_eval import api, scheduler
 from specrej_eval import vllm_adapter as adapter
 from specrej_eval.budget import Budget
 from specrej_eval.config import RunConfig
@@ -133,12 +133,33 @@ def test_arguments_are_passed_on_under_their_names(folder: str, behaviour: Behav
     assert told["generation_config"] == "vllm", "no sampling argument of the checkpoint's"
 
 
+def test_each_of_several_ranks_has_an_engine_of_its_own(
+    folder: str, behaviour: Behaviour, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = RunConfig(engine="vllm", pretrained=folder, reward_model="likelihood")
+    assert "distributed_executor_backend" not in loading.resolve_engine(config, {}).arguments()
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    told = loading.resolve_engine(config.replace(device="cpu:1"), {}).arguments()
+    assert told["distributed_executor_backend"] == "external_launcher"
+    with pytest.raises(ConfigError, match="2 processes were started to divide the prompts"):
+        loading.resolve_engine(config.replace(tensor_parallel_size=2), {})
+
+
 @pytest.mark.parametrize(
-    ("n", "batch_size", "places"), [(8, "auto", 256), (100, 4, 400), (5000, 1, 1024), ("max", 1, 1024)]
+    ("n", "batch_size", "places"), [(8, "auto", 256), (100, "auto", 400), (100, 8, 800), (5000, 1, 4096), ("max", "auto", 1024)]
 )
-def test_all_rows_find_a_place(n: Any, batch_size: Any, places: int) -> None:
+def test_all_rows_find_a_place(n: Any, batch_size: Any, places: int, folder: str, behaviour: Behaviour) -> None:
     config = RunConfig(n=n, batch_size=batch_size)
     assert loading._sequences(config) == places
+    assert loading.PROMPTS_OF_AUTO == scheduler.FIXED_PROMPTS
+    asked = config.replace(engine="vllm", pretrained=folder, reward_model="likelihood")
+    on_a_cpu = loading.resolve_engine(asked, {})
+    on_a_gpu = dataclasses.replace(on_a_cpu, device="cuda")
+    sizes = [plan.arguments()["max_num_seqs"] for plan in (on_a_cpu, on_a_gpu)]
+    assert sizes == [min(places, loading.STEP_ON_A_CPU), places]
+    assert on_a_cpu.arguments()["enable_chunked_prefill"] is False and "max_num_batched_tokens" not in on_a_cpu.arguments()
+    assert on_a_gpu.arguments()["max_num_batched_tokens"] >= places
 
 
 def test_what_vllm_says_when_it_fails_is_told(folder: str, behaviour: Behaviour) -> None:
@@ -165,7 +186,7 @@ def test_it_says_what_it_is(folder: str, behaviour: Behaviour) -> None:
 def test_n_max_is_what_its_blocks_hold(folder: str, behaviour: Behaviour, caplog: pytest.LogCaptureFixture) -> None:
     generator = load(folder, n="max", n_max=40, first_look=None)
     [result] = generator.generate("abc")
-    assert generator.engine.capacity_tokens(1) == 4096 * vllm_stand_in.BLOCK
+    assert generator.engine.capacity_tokens(1) == int(4096 * vllm_stand_in.BLOCK * 0.8)
     assert result.resolved["n"] == 40 and "n=max comes to 40 rows" in caplog.text
     assert generator.engine.bytes_per_token() == 2 * 2 * 2 * 8 * 4
 
@@ -271,6 +292,18 @@ def test_overshoot_is_kept_counted_once_and_not_decoded_again(folder: str, behav
     assert session.discarded_tokens == 7, "and what is thrown away is counted when it is"
     engine.close(session)
     assert session.decode_tokens == 14 and made.decoded - 1 == session.decode_tokens + session.discarded_tokens
+
+
+def test_rows_that_find_no_place_are_told_once_and_change_no_result(
+    folder: str, behaviour: Behaviour, caplog: pytest.LogCaptureFixture
+) -> None:
+    long = {"max_gen_toks": 120, "first_look": 16, "alpha": 0.25}
+    in_step = run(folder, **long)
+    assert "no place for all rows" not in caplog.text
+    behaviour.most_running = 2
+    found = run(folder, **long)
+    assert [outcome(result) for result in found] == [outcome(result) for result in in_step]
+    assert caplog.text.count("vLLM had no place for all rows at a time") == 1
 
 
 def test_the_prompt_is_read_once_and_found_in_the_cache_by_the_other_rows(folder: str, behaviour: Behaviour) -> None:

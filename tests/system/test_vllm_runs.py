@@ -35,8 +35,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(save(model, tiny_tokenizer(), tmp_path_factory.mktemp("vllm") / "tiny"))
 
 
-def start(folder: str, path: Path, *words: str, model_args: str = SMALL) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "lm_eval", "--model", "specrej"]
+def start(
+    folder: str, path: Path, *words: str, model_args: str = SMALL, launcher: tuple[str, ...] = ()
+) -> subprocess.Popen[str]:
+    command = [sys.executable, *launcher, "-m", "lm_eval", "--model", "specrej"]
     command += ["--model_args", f"engine=vllm,pretrained={folder},{model_args}"]
     command += ["--tasks", "specrej_arithmetic", "--include_path", str(ROOT / "tasks"), "--limit", str(QUESTIONS)]
     command += ["--output_path", str(path / "out"), "--log_samples", *words]
@@ -72,6 +74,12 @@ def test_the_demo_task_runs_through_lm_eval(folder: str, tmp_path: Path) -> None
     totals = block["totals"]
     assert totals["requests"] == QUESTIONS and totals["rows_started"] == 6 * QUESTIONS
     assert totals["rows_finished"] + totals["rows_rejected"] == totals["rows_started"]
+
+
+def test_ranks_divide_the_prompts(folder: str, tmp_path: Path) -> None:
+    finished(start(folder, tmp_path, launcher=("-m", "torch.distributed.run", "--nproc_per_node", "2")))
+    block = specrej_block(tmp_path)
+    assert block["world_size"] == 2 and block["totals"]["requests"] == QUESTIONS
 
 
 def test_log_likelihood_tasks_are_refused(folder: str, tmp_path: Path) -> None:

@@ -33,6 +33,10 @@ logger = logging.getLogger(__name__)
 SMALLER = "lower gpu_memory_utilization= or n, or give more GPUs (tensor_parallel_size=)."
 IDLE_STEPS = 1000
 """Steps in a row that decode nothing, and read no prompt, before it counts as stuck."""
+FAR_AHEAD = 64
+"""Tokens that a row is ahead of a look beyond which it was not a moment's delay: others had no place."""
+ROWS_SHARE = 0.8
+"""Share of the blocks that rows can fill: each takes whole ones, and has the end of the prompt for itself."""
 MOST_ROWS_ON_A_CPU = 256
 """As in ``transformers.engine``."""
 
@@ -68,6 +72,7 @@ class VLLMEngine(Engine):
         self._owners: dict[str, tuple[AheadSession, Row]] = {}
         self._told_apart: set[str] = set()
         """Requests whose first output has come."""
+        self._warned = False
 
     def check(self, prompt: Prompt, config: RunConfig) -> None:
         """Whether a prompt can be decoded at all. See ``base.Engine.check``.
@@ -155,9 +160,23 @@ class VLLMEngine(Engine):
         steps = steps_to_take(sessions, num_tokens)
         for session in sessions:
             session.advance(steps)
+        self._notice_waiting(sessions)
         seconds = time.perf_counter() - started
         for session, live in zip(sessions, lives, strict=True):
             session.decode_seconds += seconds * live / max(1, sum(lives))
+
+    def _notice_waiting(self, sessions: Sequence[AheadSession]) -> None:
+        """Say once that rows had to wait until others had gone far, which costs time and changes no result."""
+        furthest = max((row.ahead for session in sessions for row in session.live), default=0)
+        if furthest > FAR_AHEAD and not self._warned:
+            self._warned = True
+            logger.warning(
+                "vLLM had no place for all rows at a time: while some waited, others went %d tokens beyond the look. "
+                "Results are the same, but these tokens may be thrown away (discarded_tokens). Its KV cache holds "
+                "%s tokens; a smaller batch_size or n, or more memory (gpu_memory_utilization), helps.",
+                furthest,
+                f"{self.requests.num_blocks * self.requests.block_size:,}",
+            )
 
     @staticmethod
     def _is_done(sessions: Sequence[AheadSession], num_tokens: int) -> bool:
@@ -202,9 +221,9 @@ class VLLMEngine(Engine):
     # memory and description
 
     def capacity_tokens(self, prompt_tokens: int) -> int:
-        """Tokens in the blocks of vLLM's KV cache. See ``base.Engine``."""
+        """Tokens that rows can put into the blocks of vLLM's KV cache (ROWS_SHARE of them). See ``base.Engine``."""
         del prompt_tokens
-        return self.requests.num_blocks * self.requests.block_size
+        return int(self.requests.num_blocks * self.requests.block_size * ROWS_SHARE)
 
     def bytes_per_token(self) -> int:
         """See ``base.Engine.bytes_per_token``."""

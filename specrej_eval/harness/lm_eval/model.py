@@ -165,6 +165,11 @@ class SpecRejLM(HFLM):
             self._model = NoModel(self.config, pretrained)
 
     @property
+    def model(self) -> Any:
+        """HFLM's, taken out of what accelerate has put around it; there is nothing to take out of no model."""
+        return super().model if self._engine_name == TRANSFORMERS else self._model
+
+    @property
     def max_length(self) -> int:
         """The context in tokens: HFLM's, or that of the engine that has the model."""
         return int(super().max_length) if self._engine_name == TRANSFORMERS else self.generator.engine.max_length
