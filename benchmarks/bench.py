@@ -48,6 +48,20 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
             "tie_word_embeddings": True,
         },
     ),
+    "tiny-heads-32": (  # the smallest heads that vLLM's CPU kernels take
+        "llama",
+        {
+            "vocab_size": 320,
+            "hidden_size": 64,
+            "intermediate_size": 128,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 1,
+            "head_dim": 32,
+            "max_position_embeddings": 4096,
+            "tie_word_embeddings": True,
+        },
+    ),
     "qwen3-0.6b": (
         "qwen3",
         {

@@ -227,6 +227,62 @@ class VLLM:
         return {"seconds": seconds, "tokens": sum(len(row.token_ids) for answer in answers for row in answer.outputs)}
 
 
+class Engine:
+    """The whole library with one of its engines (``arguments`` say which): prompts, strategy, a reward that is a
+    function, results. Where a job says so, EOS is ignored, so that every engine decodes the same work."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "3")
+        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", f"0-{options.threads - 1}")
+        os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+        import specrej_eval
+
+        self.generator = specrej_eval.load(
+            pretrained=options.model, dtype=options.dtype, device=options.device, reward_model=REWARD,
+            temperature=TEMPERATURE, top_k=TOP_K, **json.loads(options.arguments),
+        )  # fmt: skip
+        self.eos_ids = self.generator.engine.eos_ids
+
+    def run(self, job: Mapping[str, Any]) -> dict[str, Any]:
+        from specrej_eval.core import Ledger, Prompt
+        from specrej_eval.generator import Request
+
+        engine = self.generator.engine
+        engine.eos_ids = self.eos_ids if job.get("eos") else ()
+        getattr(engine, "_codes", {}).clear()  # what a token id means to our own engine
+        config = self.generator.config.replace(
+            n=job["rows"], max_gen_toks=job["tokens"], seed=job["seed"], strategy=job["strategy"], alpha=job["alpha"]
+        )
+        requests = []
+        for place, ids in enumerate(job["prompts"]):
+            prompt = Prompt(token_ids=tuple(ids), conversation=(), prompt_hash=str(place), task=job["task"])
+            requests.append(Request(prompt=prompt, config=config))
+        started = time.perf_counter()
+        results = dict(self.generator.run(requests, progress=False))
+        seconds = time.perf_counter() - started
+        cost = Ledger()
+        for result in results.values():
+            cost.add(result.ledger)
+        return {
+            "seconds": seconds,
+            "tokens": cost.decode_tokens,
+            "overshoot": cost.overshoot_tokens,
+            "discarded": cost.discarded_tokens,
+            "best": [results[place].best.reward for place in range(len(requests))],
+            "finished": [
+                [row.reward for row in results[place].trajectories if row.finish_reason != "rejected"]
+                for place in range(len(requests))
+            ],
+        }
+
+
+def distinct_words(conversation: Any, responses: Sequence[str]) -> list[float]:
+    """A reward that differs from row to row and costs nothing: distinct words, of partial answers too."""
+    del conversation
+    return [float(len({word.strip(".,").lower() for word in text.split()})) for text in responses]
+
+
+REWARD = "peers:distinct_words"
 SMALL_BLOCKS = "vllm_small_blocks"
 PEERS: dict[str, Any] = {
     "ours": Ours,
@@ -235,6 +291,8 @@ PEERS: dict[str, Any] = {
     "continuous": Continuous,
     "vllm": VLLM,
     SMALL_BLOCKS: VLLM,
+    "engine_transformers": Engine,
+    "engine_vllm": Engine,
 }
 """``before`` is ours of an older checkout; ``vllm_small_blocks`` is vLLM with blocks of 32 tokens, the smallest that
 its CPU kernels like, where ``vllm`` has its default of 128: less of a prompt is left for every row to read itself."""
@@ -256,7 +314,9 @@ def serve() -> None:
         channel.flush()
 
     try:
-        if PEERS[options.peer] is not VLLM:  # which pins its threads itself, in a process of its own
+        if (
+            PEERS[options.peer] is not VLLM and options.peer != "engine_vllm"
+        ):  # which pins its threads itself, in a process of its own
             import torch
 
             torch.set_num_threads(options.threads)
@@ -277,12 +337,16 @@ def _versions(peer: str) -> dict[str, str]:
     import importlib.metadata
 
     found = {}
-    for package in ("torch", "transformers", *(("vllm", "vllm-cpu") if PEERS[peer] is VLLM else ())):
+    for package in (
+        "torch",
+        "transformers",
+        *(("vllm", "vllm-cpu") if peer == "engine_vllm" or PEERS[peer] is VLLM else ()),
+    ):
         try:
             found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             pass
-    if peer in ("ours", "before"):
+    if PEERS[peer] in (Ours, Engine):
         from bench import commit
 
         import specrej_eval
@@ -327,7 +391,7 @@ class Worker:
         self._longest = options.longest_run
         env = dict(os.environ)
         env.update({"OMP_NUM_THREADS": str(options.threads), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"})
-        if PEERS[peer] is VLLM:
+        if PEERS[peer] is VLLM or peer == "engine_vllm":
             env.pop("OMP_NUM_THREADS")  # it advises against it: its threads are those it binds to cores
         if path is not None:
             env["PYTHONPATH"] = str(path)
@@ -420,6 +484,14 @@ def started(options: argparse.Namespace, folder: str) -> Iterator[dict[str, Work
                 python, path, arguments = options.vllm_python, None, options.vllm_arguments
                 if peer == SMALL_BLOCKS:
                     arguments = json.dumps({**json.loads(arguments), "block_size": 32})
+            elif PEERS[peer] is Engine:
+                arguments = json.dumps({"engine": peer.removeprefix("engine_"), **json.loads(options.ours_arguments)})
+                if peer == "engine_vllm" and options.vllm_python is None:
+                    print(f"{peer} is skipped: no --vllm_python")
+                    continue
+                if peer == "engine_vllm":
+                    python = options.vllm_python
+                    arguments = json.dumps({**json.loads(arguments), **json.loads(options.vllm_arguments)})
             elif peer == "before":
                 if options.baseline_path is None:
                     print("before is skipped: no --baseline_path")

@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING, Any, Self
 
 from specrej_eval import budget
 from specrej_eval.config import RunConfig
+from specrej_eval.config.engines import TRANSFORMERS, engine_of
 from specrej_eval.records import fingerprint, journal, jsonl, lock
 from specrej_eval.records.trace import rank_path
 from specrej_eval.special_tokens import ENCODE_AS_TEXT
 
 if TYPE_CHECKING:
-    from specrej_eval.engines.base import Engine
-    from specrej_eval.engines.transformers.loading import EnginePlan
+    from specrej_eval.engines.base import Engine, EnginePlan
     from specrej_eval.generator import Generator
     from specrej_eval.rewards.base import RewardModel, RewardPlan
 
@@ -68,7 +68,7 @@ class RunPlan:
         Raises:
             ConfigError, CheckpointError, MissingDependencyError, RewardError: as ``load``.
         """
-        from specrej_eval.engines.transformers.loading import resolve_engine
+        from specrej_eval.engines.choose import resolve_engine
         from specrej_eval.rewards.choose import resolve_reward
 
         engine = resolve_engine(config, host, check="pretrained" not in objects)
@@ -110,9 +110,9 @@ class RunPlan:
         return self._placed(fingerprint.of_models(self.config, self.host, loaded=self.objects))
 
     def _placed(self, found: dict[str, Any]) -> dict[str, Any]:
-        """With what ``auto`` came to on this machine, beside versions and device."""
-        placed = {**found["environment"], "attention_backend": self.engine.attention.name}
-        return {**found, "environment": placed}
+        """With what the engine knows: what it decodes, and of this machine what ``auto`` came to."""
+        placed = {**found["environment"], **self.engine.environment()}
+        return {**found, **self.engine.deciding(), "environment": placed}
 
     def load(self, *, content_rule: str = ENCODE_AS_TEXT) -> tuple[Engine, RewardModel]:
         """Load the engine, then the reward model beside it.
@@ -146,8 +146,9 @@ def resolve(config: RunConfig, host: Mapping[str, Any]) -> RunPlan:
     Raises:
         ConfigError, CheckpointError, MissingDependencyError, RewardError: as ``load``.
     """
-    from specrej_eval.engines.transformers.loading import check_host_arguments
-
     budget.check_arguments(config)
-    check_host_arguments(host)
+    if engine_of(config.engine) == TRANSFORMERS:
+        from specrej_eval.engines.transformers.loading import check_host_arguments
+
+        check_host_arguments(host)
     return RunPlan.of(config, host)

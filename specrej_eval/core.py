@@ -241,7 +241,12 @@ _COUNTS = (
     "rows_started",
     "rows_finished",
     "rows_rejected",
+    "overshoot_tokens",
+    "discarded_tokens",
+    "cached_tokens",
 )
+_OF_OTHER_ENGINES = ("overshoot_tokens", "discarded_tokens", "cached_tokens")
+"""Written where there is something to tell."""
 
 
 @dataclass(slots=True)
@@ -264,6 +269,15 @@ class Ledger:
     rows_started: int = 0
     rows_finished: int = 0
     rows_rejected: int = 0
+    overshoot_tokens: int = 0
+    """Tokens that rows had decoded beyond a look when it was taken, by an engine that cannot stop all of them at the
+    very token. A row that goes on takes them as its next; then they are in ``decode_tokens`` as well."""
+    discarded_tokens: int = 0
+    """Tokens decoded that came to nothing: those of rejected rows beyond their last look, and what came behind a row's
+    end. Not in ``decode_tokens``: the two together are what the engine decoded."""
+    cached_tokens: int = 0
+    """Tokens of the prompt (and of what forks have from their parents) that rows found in the engine's prefix cache;
+    0 where the prompt is read once by construction."""
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
     peak_bytes: int = 0
     """Peak memory: allocated by torch on a GPU, resident set of the process on a CPU."""
@@ -296,7 +310,8 @@ class Ledger:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        return {**asdict(self), "seconds": {phase: self.seconds.get(phase, 0.0) for phase in PHASES}}
+        told = {name: value for name, value in asdict(self).items() if value or name not in _OF_OTHER_ENGINES}
+        return {**told, "seconds": {phase: self.seconds.get(phase, 0.0) for phase in PHASES}}
 
 
 @dataclass(slots=True, repr=False)

@@ -481,6 +481,9 @@ class Generator:
         ledger = work.ledger
         ledger.prompt_tokens = session.prompt_tokens
         ledger.decode_tokens = session.decode_tokens
+        ledger.overshoot_tokens = session.overshoot_tokens
+        ledger.discarded_tokens = session.discarded_tokens
+        ledger.cached_tokens = session.cached_tokens
         ledger.rows_started = len(trajectories)
         ledger.rows_finished = len(finished)
         ledger.rows_rejected = len(trajectories) - len(finished)

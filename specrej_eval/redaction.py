@@ -17,7 +17,7 @@ from typing import Any, Self
 PUT = "***"
 """Stands where a secret was."""
 KEY_VARIABLES = (
-    *("SPECREJ_REWARD_API_KEY", "OPENAI_API_KEY", "ANTHROPIC_API_KEY"),
+    *("SPECREJ_REWARD_API_KEY", "SPECREJ_ENGINE_API_KEY", "OPENAI_API_KEY", "ANTHROPIC_API_KEY"),
     *("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY"),
 )
 """Environment variables that hold a secret of the user's."""

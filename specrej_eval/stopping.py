@@ -16,7 +16,8 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+import weakref
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from types import FrameType
 
@@ -64,6 +65,9 @@ class _State:
     held = 0
     pending: int | None = None
     told = False
+
+    def __init__(self) -> None:
+        self.callbacks: list[weakref.WeakMethod[Callable[[], None]]] = []
 
 
 _state = _State()
@@ -204,6 +208,12 @@ def _on_signal(signum: int, frame: FrameType | None) -> None:
         raise Stopped(signum)
 
 
+def on_the_way_out(callback: Callable[[], None]) -> None:
+    """Call a bound method when a signal ends this process although the main thread never got its turn; quick, and no
+    more than once. Its object may go before that."""
+    _state.callbacks.append(weakref.WeakMethod(callback))
+
+
 def _end_in_time(reader: socket.socket) -> None:
     """Of a thread of its own, woken by the C part of the signal handling even if Python's never gets its turn."""
     while True:
@@ -216,6 +226,9 @@ def _end_in_time(reader: socket.socket) -> None:
         if data[0] in NAMES:
             break
     time.sleep(PATIENCE)
+    for found in _state.callbacks:
+        if (callback := found()) is not None:
+            callback()
     leave("specrej-eval", Stopped(data[0]))
     os._exit(128 + data[0])
 

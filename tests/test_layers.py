@@ -23,8 +23,8 @@ LAYERS = (
     {"redaction"},
     {"errors", "checked", "wording"},
     {"yaml_files"},
-    {"paths", "registry", "core", "stopping", "chat_templates"},
-    {"checkpoint", "companions", "temporary", "config", "special_tokens", "ranks"},
+    {"paths", "registry", "core", "stopping", "chat_templates", "http"},
+    {"checkpoint", "companions", "temporary", "config", "special_tokens", "ranks", "vllm_adapter"},
     {"budget"},
     {"kv", "strategies", "records", "demo"},
     {"engines", "rewards"},  # never each other

@@ -26,7 +26,7 @@ from specrej_eval.config.argument import (
     declared,
 )
 from specrej_eval.config.decoding import DEFAULT_N, MAX, N_MAX, DecodingArguments, SamplingArguments
-from specrej_eval.config.engines import EngineArguments
+from specrej_eval.config.engines import NOT_TAKEN, EngineArguments
 from specrej_eval.config.models import HOST, ModelArguments
 from specrej_eval.config.records import RecordArguments
 from specrej_eval.config.rewards import RewardArguments
@@ -189,6 +189,8 @@ def check_known(given: Iterable[str], known: Iterable[str], *, also: Iterable[st
     """
     known = set(known)
     for name in given:
+        if name in NOT_TAKEN and name not in known:
+            raise ConfigError(f"{name} is not an argument of ours.", hint=NOT_TAKEN[name])
         if name not in known:
             raise ConfigError(f"unknown argument {name!r}.", hint=suggest_argument(name, {*known, *also}))
 

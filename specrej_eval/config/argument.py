@@ -68,6 +68,7 @@ class Argument:
         private: of this machine or its user: left out of what is published.
         not_in_python: of the host: what to use in its place in the Python API, which does not take it.
         not_in_lm_eval: of the host: what to use in its place inside lm-eval, which takes it and loses it.
+        engines: those it is for; the others refuse it. None named = all.
     """
 
     name: str = ""
@@ -84,6 +85,7 @@ class Argument:
     private: bool = False
     not_in_python: str = ""
     not_in_lm_eval: str = ""
+    engines: tuple[str, ...] = ()
 
     def read(self, value: Any) -> Any:
         """The value in its type.

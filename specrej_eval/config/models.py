@@ -17,6 +17,7 @@ from specrej_eval.config.argument import (
     checkpoint,
     choice,
 )
+from specrej_eval.config.engines import TRANSFORMERS
 
 DTYPE = choice(
     *("auto", "float32", "bfloat16", "float16"),
@@ -66,10 +67,20 @@ _LOGLIKELIHOOD = "only lm-eval's log-likelihood requests use it; use --model spe
 _PLACING = "parallelize=True with max_memory_per_gpu= and max_cpu_memory=."
 
 
+_OF_ALL_ENGINES = {
+    *("add_bos_token", "chat_template_args", "enable_thinking", "think_end_token", "prefix_token_id", "max_length"),
+    *("revision", "token", "tokenizer", "use_fast_tokenizer", "backend"),
+}
+"""How prompts are made and answers are cut does not belong to one engine. The rest is of transformers' loader."""
+
+
 def _host(name: str, default: Any, help: str, kind: Kind = as_is, *, places: bool = False, **others: Any) -> Argument:
     decides = Decides.PLACE if places else Decides.MODELS
     takes = frozenset([Takes.RUN])
-    return Argument(name=name, default=default, kind=kind, help=help, decides=decides, takes=takes, **others)
+    engines = () if name in _OF_ALL_ENGINES else (TRANSFORMERS,)
+    return Argument(
+        name=name, default=default, kind=kind, help=help, decides=decides, takes=takes, engines=engines, **others
+    )
 
 
 _HOST = (

@@ -18,6 +18,7 @@ from specrej_eval.config.argument import (
     text,
     whole,
 )
+from specrej_eval.config.engines import TRANSFORMERS, VLLM
 from specrej_eval.config.models import DTYPE
 
 _ALONE = (Takes.RUN, Takes.ALONE)
@@ -144,6 +145,21 @@ class RewardArguments:
         decides=Decides.PLACE,
         takes=_PART,
         private=True,
+    )
+    reward_engine: str = argument(
+        TRANSFORMERS,
+        choice(TRANSFORMERS, VLLM),
+        "Who runs a reward checkpoint: ``transformers``, or ``vllm`` (in this process; one linear head).",
+        decides=Decides.MODELS,
+        takes=_ALONE,
+    )
+    reward_gpu_memory_utilization: float | None = argument(
+        None,
+        number("above 0 and at most 1", lambda value: 0 < value <= 1),
+        "With reward_engine=vllm: share of the GPU's memory that the reward model and its KV cache may take.",
+        none="must be given on a GPU",
+        decides=Decides.PLACE,
+        takes=_ALONE,
     )
     deepconf_window: int = argument(
         64,

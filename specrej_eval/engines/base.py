@@ -47,6 +47,10 @@ class EngineSession(ABC):
     decode_seconds: float = 0.0
     degraded: bool = False
     """True once rows had to be given up for want of memory."""
+    overshoot_tokens: int = 0
+    discarded_tokens: int = 0
+    cached_tokens: int = 0
+    """See ``core.Ledger``: of engines whose rows run ahead of a look, or read a prompt once for each row."""
 
     @property
     @abstractmethod
@@ -65,6 +69,40 @@ class EngineSession(ABC):
         """Most tokens held since the last look."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class EnginePlan(ABC):
+    """A language model that was named and checked, and is not loaded yet: what an engine's ``resolve_engine`` gives."""
+
+    name: str
+    """Folder or hub name; that of the embedded model if none is given."""
+    dtype: str
+    """``auto`` = the checkpoint's."""
+    device: str
+    """Where rows are decoded, and a reward model lies unless ``reward_device`` says otherwise."""
+    config: RunConfig
+    host: Mapping[str, Any]
+    """Arguments of the loader (``config.HOST``)."""
+
+    @abstractmethod
+    def load(self, *, content_rule: str) -> Engine:
+        """Load weights and tokenizer.
+
+        Args:
+            content_rule: what ``special_tokens_in_content=None`` means.
+
+        Raises:
+            ConfigError, CheckpointError, MissingDependencyError, OutOfMemoryError: what only loading finds.
+        """
+
+    def deciding(self) -> dict[str, Any]:
+        """What decides answers and no argument says: in a fingerprint, beside what the arguments are."""
+        return {}
+
+    def environment(self) -> dict[str, Any]:
+        """What this machine makes of the arguments, and versions: in a fingerprint's ``environment``."""
+        return {}
+
+
 class Engine(ABC):
     """Decodes rows. Engines differ in how, never in which rows: (prompt, seed, sampling) decide the tokens.
 
@@ -77,6 +115,8 @@ class Engine(ABC):
         special_tokens_in_content: what becomes of special tokens that a message spells (see ``special_tokens``).
     """
 
+    device: Any = "cpu"
+    """Where rows are decoded; a reward model lies there unless ``reward_device`` says otherwise."""
     promises: Promise = "distribution"
     most_rows_unasked: int | None = None
     """Rows of one prompt beyond which ``n=max`` needs ``n_max``, since they would take very long; None = no such

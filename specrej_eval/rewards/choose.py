@@ -9,8 +9,10 @@ from functools import cache, partial
 
 from specrej_eval import checkpoint, registry
 from specrej_eval.config import RunConfig
+from specrej_eval.config.engines import VLLM
 from specrej_eval.errors import ConfigError, suggest
 from specrej_eval.rewards.base import RewardPlan
+from specrej_eval.rewards.checkpoints import pooled
 from specrej_eval.rewards.checkpoints.family import family_names
 from specrej_eval.rewards.kinds.base import AUTO, Asked, RewardKind
 from specrej_eval.rewards.servers.base import protocol_names
@@ -28,12 +30,15 @@ def resolve_reward(config: RunConfig, *, token: str | bool | None = None) -> Rew
         ConfigError: no reward named where one is needed, an unknown name or family, several labels, a callable that
             cannot be imported, a template file or a device that is not there, a server that cannot give raw scores.
         CheckpointError: a folder that is missing or broken.
+        MissingDependencyError: ``reward_engine=vllm``, and no vLLM.
         RewardError: a server that does not answer as it should.
     """
     name = _name(config)
     known = (AUTO, *family_names(), *protocol_names())
     if config.reward_family not in known:
         raise ConfigError(f"unknown reward_family {config.reward_family!r}.", hint=suggest(config.reward_family, known))
+    if config.reward_engine == VLLM:
+        pooled.check_asked(name, config)
     kind = next(kind for kind in kinds().values() if kind.claims(name))
     return kind.resolve(Asked(name, config, token, partial(resolve_reward, token=token)))
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[2]
-PAIRED = ["decode_throughput", "many_prompts", "specrej_vs_reference", "roofline", "growth"]
+PAIRED = ["decode_throughput", "many_prompts", "specrej_vs_reference", "roofline", "growth", "engines"]
 SMALL = ["--model", "tiny", "--pairs", "1"]
 
 
@@ -174,6 +174,30 @@ def test_the_ablation_ends_where_ours_begins(written: Callable[..., Any]) -> Non
         assert [one["reward"] for one in published] == pytest.approx([published[0]["reward"]] * 4, abs=1e-4)
         ours = [pair[name] for name in names[4:]]
         assert [one["reward"] for one in ours] == pytest.approx([ours[0]["reward"]] * 3, abs=1e-4)
+
+
+@pytest.mark.slow
+def test_engines_do_the_same_work_and_vllm_is_left_out_by_name_without_its_python(
+    written: Callable[..., Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--dtype", "float32", "--prompts", "2", "--rows", "4", "--tokens", "9"]
+    result, markdown = written("engines", *words)
+    assert "engine_vllm is skipped: no --vllm_python" in capsys.readouterr().out
+    assert set(result["speed"]) == {"speculative_rejection", "best_of_n"} and "**best_of_n**" in markdown
+    told = result["speed"]["best_of_n"]["engine_transformers"]
+    assert told["tokens"]["median"] == 2 * 4 * 9 and told["speed_ratio"]["median"] == 1
+    assert result["speed"]["speculative_rejection"]["engine_transformers"]["tokens"]["median"] < 2 * 4 * 9
+
+
+def test_the_interval_of_a_difference_is_in_standard_deviations_within_a_prompt(script: Callable[[str], Any]) -> None:
+    engines = script("engines")
+    assert engines.within_prompt_sd([[1.0, 3.0], [5.0], [10.0, 14.0]]) == pytest.approx(math.sqrt((2 + 8) / 2))
+    near = engines.interval([0.1, -0.1] * 50, 2.0)
+    assert near["difference"] == pytest.approx(0) and near["inside"]
+    low, high = near["interval_90"]
+    assert high == pytest.approx(1.6449 * 0.1 * math.sqrt(100 / 99) / 10 / 2) and low == -high
+    assert not engines.interval([0.9, 0.7] * 50, 2.0)["inside"]
+    assert not engines.interval([10.0, -10.0] * 5, 2.0)["inside"], "too few to say"
 
 
 def test_runs_alternate_so_that_nobody_is_always_first(script: Callable[[str], Any]) -> None:

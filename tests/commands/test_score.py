@@ -13,11 +13,11 @@ from support import reward_servers as servers
 from support.rewards import make_reward
 from support.tiny_models import NO_SYSTEM_TEMPLATE, save, tiny_reward_model, tiny_tokenizer
 
+from specrej_eval import http as _http
 from specrej_eval import stopping
 from specrej_eval.cli import main
 from specrej_eval.commands import score
 from specrej_eval.core import RowView
-from specrej_eval.rewards import http as _http
 from specrej_eval.rewards.base import Pair, in_groups
 from specrej_eval.rewards.kinds.ensemble import ranks
 

@@ -79,6 +79,15 @@ def test_the_defaults_are_the_documented_ones():
         "force_sampling_args": False,
         "logprobs": False,
         "trust_remote_code": False,
+        "reward_engine": "transformers",
+        "engine": "auto",
+        "tensor_parallel_size": 1,
+        "pipeline_parallel_size": 1,
+        "enforce_eager": False,
+        "engine_looks": "auto",
+        "engine_timeout": 60.0,
+        "engine_retries": 5,
+        "engine_key_over_http": False,
     }
     found = config().to_dict()
     assert expected.items() <= found.items()

@@ -26,6 +26,7 @@ from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelFo
 import specrej_eval
 from specrej_eval import checkpoint
 from specrej_eval.config import RunConfig
+from specrej_eval.engines import tokenizers
 from specrej_eval.engines.transformers import loading
 from specrej_eval.engines.transformers.loading import resolve_engine
 from specrej_eval.errors import CheckpointError, ConfigError, MissingDependencyError, OutOfMemoryError
@@ -145,7 +146,7 @@ def test_everything_transformers_understands_is_passed_on(folder: Path, monkeypa
         return from_pretrained
 
     monkeypatch.setattr(loading.AutoModelForCausalLM, "from_pretrained", remember("model"))
-    monkeypatch.setattr(loading.AutoTokenizer, "from_pretrained", remember("tokenizer"))
+    monkeypatch.setattr(tokenizers.AutoTokenizer, "from_pretrained", remember("tokenizer"))
     host = {
         "revision": "v2",
         "token": "t",

@@ -20,13 +20,14 @@ from support import reward_servers as servers
 from support.rewards import check_reward, make_reward
 from support.tiny_models import BOS, save, tiny_tokenizer
 
+from specrej_eval import http as _http
 from specrej_eval import load
 from specrej_eval.config import RunConfig
 from specrej_eval.core import RowView
 from specrej_eval.errors import ConfigError, RewardError, SpecRejError
 from specrej_eval.records.fingerprint import of_models
 from specrej_eval.records.run_names import model_name
-from specrej_eval.rewards import http as _http
+from specrej_eval.rewards.http import JsonServer
 from specrej_eval.rewards.kinds import judge as judges
 
 HELLO = [{"role": "user", "content": "Say hello."}]
@@ -475,7 +476,7 @@ def test_a_key_goes_to_https_and_this_machine_alone_unless_told_otherwise(
     for over_http in (False, True):
         config = RunConfig(reward_retries=0, reward_key_over_http=over_http)
         caplog.clear()
-        server = _http.JsonServer(host, key_variables=judges.KEY_VARIABLES, config=config)
+        server = JsonServer(host, key_variables=judges.KEY_VARIABLES, config=config)
         assert ("is not sent" in caplog.text) is not (sent or over_http)
         with pytest.raises(RewardError, match="nobody"):
             server.get("/x")

@@ -37,4 +37,8 @@ OTHER: dict[str, Any] = {
     "floor_repetition": 0.9,
     "trust_remote_code": True,
     "attention_backend": "flash_attn",
+    "engine": "vllm",
+    "quantization": "fp8",
+    "max_model_len": 77,
+    "reward_engine": "vllm",
 }

@@ -12,14 +12,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
 )
 
 from specrej_eval import checkpoint
-from specrej_eval.config import HOST, RunConfig, as_bool, as_dict
+from specrej_eval.config import HOST, RunConfig, as_dict
+from specrej_eval.engines import base
+from specrej_eval.engines.tokenizers import load_error, load_tokenizer, template_args_of
 from specrej_eval.engines.transformers.engine import TransformersEngine
 from specrej_eval.errors import CheckpointError, ConfigError, MissingDependencyError
 from specrej_eval.kv import choose
@@ -42,21 +44,14 @@ def check_host_arguments(host: Mapping[str, Any]) -> None:
             raise ConfigError(f"{name}={value!r} is not supported in the Python API.", hint=UNSUPPORTED[name])
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EnginePlan:
-    """A language model that was named and checked, and is not loaded yet."""
+@dataclass(frozen=True, kw_only=True)
+class EnginePlan(base.EnginePlan):
+    """A language model of transformers. ``host`` are ``from_pretrained``'s arguments, as in lm-eval's ``--model_args``,
+    all but ``UNSUPPORTED``; ``dtype`` is never ``auto`` of the embedded model."""
 
-    name: str
-    """Folder or hub name; that of the embedded model if none is given."""
-    dtype: str
-    """``auto`` = the checkpoint's; never of the embedded model."""
-    device: str
     attention: AttentionBackend
     template_args: Mapping[str, Any]
     """Of the chat template."""
-    config: RunConfig
-    host: Mapping[str, Any]
-    """``from_pretrained``'s arguments as in lm-eval's ``--model_args``, all but ``UNSUPPORTED``."""
 
     def load(self, *, content_rule: str) -> TransformersEngine:
         """Load weights and tokenizer, and try the model out.
@@ -80,6 +75,10 @@ class EnginePlan:
             special_tokens_in_content=self.config.special_tokens_in_content or content_rule,
         )
 
+    def environment(self) -> dict[str, Any]:
+        """What ``attention_backend=auto`` came to. See ``base.EnginePlan``."""
+        return {"attention_backend": self.attention.name}
+
     def load_model(self) -> tuple[Any, Any]:
         """The language model, in eval mode on its device, and its tokenizer.
 
@@ -97,13 +96,19 @@ class EnginePlan:
         shared = {**hub, "trust_remote_code": config.trust_remote_code}
         if host.get("gguf_file") is None and not is_folder(self.name):
             _check_kind(self.name, checkpoint.read_config("pretrained", self.name, **hub), config)
-        tokenizer = _load_tokenizer(self.name, shared, host)
+        tokenizer = load_tokenizer(self.name, shared, host)
         model = _load_model(self, shared)
         if host.get("peft"):
             model = _with_adapter(model, str(host["peft"]), tokenizer, token=shared["token"])
         if not host.get("device_map"):
             model = _placed(model, self.device, self.name)
         return model.eval(), tokenizer
+
+
+def engine_of_model(plan: base.EnginePlan, model: Any, tokenizer: Any, **text: Any) -> TransformersEngine:
+    """The engine over a model that somebody else has loaded by ``plan``; ``text`` as in ``TransformersEngine``."""
+    assert isinstance(plan, EnginePlan)
+    return TransformersEngine(model, tokenizer, attention=plan.attention, **text)
 
 
 def resolve_engine(config: RunConfig, host: Mapping[str, Any], *, check: bool = True) -> EnginePlan:
@@ -124,9 +129,7 @@ def resolve_engine(config: RunConfig, host: Mapping[str, Any], *, check: bool = 
     name = config.pretrained if config.pretrained is not None else str(checkpoint.DEMO_POLICY)
     if check:
         _check_checkpoint(name, config, host)
-    template_args = as_dict("chat_template_args", host.get("chat_template_args") or {})
-    if host.get("enable_thinking") is not None:
-        template_args["enable_thinking"] = host["enable_thinking"]
+    template_args = template_args_of(host)
     # a model that is there already lies where it lies
     device = checkpoint.device_of(config.device) if check else config.device or checkpoint.device_of(None)
     return EnginePlan(
@@ -159,25 +162,6 @@ def _check_checkpoint(name: str, config: RunConfig, host: Mapping[str, Any]) -> 
         checkpoint.check_tokenizer_files("pretrained", folder / subfolder)
 
 
-def _load_tokenizer(name: str, shared: Mapping[str, Any], host: Mapping[str, Any]) -> Any:
-    given = host.get("tokenizer")
-    if given is not None and not isinstance(given, str):
-        return given  # already one
-    arguments: dict[str, Any] = {"token": shared["token"], "trust_remote_code": shared["trust_remote_code"]}
-    if given is None:  # revision and subfolder are the model's; another repository has its own
-        arguments |= {"revision": shared["revision"], "subfolder": shared["subfolder"]}
-    if given is None and host.get("gguf_file"):
-        arguments["gguf_file"] = host["gguf_file"]
-    else:
-        arguments["use_fast"] = as_bool("use_fast_tokenizer", host.get("use_fast_tokenizer", True))
-    if host.get("add_bos_token") is not None:
-        arguments["add_bos_token"] = as_bool("add_bos_token", host["add_bos_token"])
-    try:
-        return AutoTokenizer.from_pretrained(given or name, **arguments)
-    except Exception as error:  # files, formats and remote code fail in many ways
-        raise _load_error("tokenizer" if given else "pretrained", given or name, error, what="tokenizer") from error
-
-
 def _load_model(plan: EnginePlan, shared: Mapping[str, Any]) -> Any:
     name, config, host = plan.name, plan.config, plan.host
     arguments: dict[str, Any] = {**shared, "dtype": plan.dtype}
@@ -196,7 +180,7 @@ def _load_model(plan: EnginePlan, shared: Mapping[str, Any]) -> Any:
         except Exception as error:  # files, formats and remote code fail in many ways
             if is_out_of_memory(error):
                 raise
-            raise _load_error("pretrained", name, error, what="model") from error
+            raise load_error("pretrained", name, error, what="model") from error
     model, info = loaded
     if missing := sorted(info["missing_keys"]):
         raise CheckpointError(
@@ -236,7 +220,7 @@ def _with_adapter(model: Any, adapter: str, tokenizer: Any, *, token: Any) -> An
     try:
         return PeftModel.from_pretrained(model, adapter, token=token)
     except Exception as error:  # peft fails in many ways
-        raise _load_error("peft", adapter, error, what="adapter") from error
+        raise load_error("peft", adapter, error, what="adapter") from error
 
 
 def _check_kind(name: str, raw: Mapping[str, Any], config: RunConfig) -> None:
@@ -301,16 +285,6 @@ def _check_adapter(name: str) -> None:
         raise CheckpointError(f"peft: {str(folder / 'adapter_config.json')!r} is missing.", hint="is this an adapter?")
     if folder is not None and not list(Path(folder).glob("adapter_model.*")):
         raise CheckpointError(f"peft: there is no adapter_model file in {str(folder)!r}.")
-
-
-def _load_error(argument: str, name: str, error: Exception, *, what: str) -> CheckpointError | MissingDependencyError:
-    text = f"{argument}={name!r}: the {what} cannot be loaded: {type(error).__name__}: {error}"
-    if isinstance(error, ImportError):
-        return MissingDependencyError(text, hint="install the package that the message names.")
-    hint = None
-    if not is_folder(name):
-        hint = f"it was looked for on the hub. If a folder was meant: {checkpoint.folder_hint(name)}"
-    return CheckpointError(text, hint=hint)
 
 
 def _memory_for(name: str) -> AbstractContextManager[None]:

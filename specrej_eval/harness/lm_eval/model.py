@@ -21,10 +21,13 @@ from transformers import PreTrainedModel
 from specrej_eval import budget, chat_templates, ranks, stopping
 from specrej_eval.api import RunPlan
 from specrej_eval.config import Decides, RunConfig, names
+from specrej_eval.config.engines import TRANSFORMERS, engine_of
 from specrej_eval.core import Prompt, finite_or_none, prompt_hash
+from specrej_eval.engines.base import Engine
 from specrej_eval.errors import ConfigError, PromptError
 from specrej_eval.generator import Generator, Request
 from specrej_eval.harness.lm_eval import run as lm_eval_run
+from specrej_eval.harness.lm_eval.no_model import NoModel, no_loglikelihoods
 from specrej_eval.harness.lm_eval.options import check_host_arguments, merge_options, name_of, seq2seq_refused
 from specrej_eval.harness.lm_eval.requests import (
     SAMPLED_TASKS,
@@ -97,6 +100,7 @@ class SpecRejLM(HFLM):
             logger.info("No pretrained= is given: the embedded demo pair answers, which knows nothing but small sums.")
         if config.attn_implementation is not None and loaded is None:
             host["attn_implementation"] = config.attn_implementation
+        self._engine_name = engine_of(config.engine)
         started = ranks.started() if loaded is None and not host.get("tp_plan") else 1
         if started > 1 and "LOCAL_RANK" in os.environ and plan.engine.device == "cpu":
             # torchrun alone: without this, accelerate takes every rank on a CPU for the only one
@@ -153,17 +157,37 @@ class SpecRejLM(HFLM):
         """As ``create_from_arg_obj``, from ``a=1,b=2``."""
         return cls.create_from_arg_obj(simple_parse_args_string(opened(arg_string)), additional_config)
 
-    def _generator(self) -> Generator:
-        from specrej_eval.engines.transformers.engine import TransformersEngine
+    def _create_model(self, pretrained: str, **arguments: Any) -> None:
+        """lm-eval loads the weights for our own engine alone; the others load theirs."""
+        if self._engine_name == TRANSFORMERS:
+            super()._create_model(pretrained, **arguments)
+        else:
+            self._model = NoModel(self.config, pretrained)
 
-        reward = self.plan.reward.load(str(self.device))
-        engine = TransformersEngine(
-            self.model,
-            self.tokenizer,
-            max_length=self.max_length,
-            attention=self.plan.engine.attention,
-            think_end_token=self.think_end_token,
-        )
+    @property
+    def model(self) -> Any:
+        """HFLM's, taken out of what accelerate has put around it; there is nothing to take out of no model."""
+        return super().model if self._engine_name == TRANSFORMERS else self._model
+
+    @property
+    def max_length(self) -> int:
+        """The context in tokens: HFLM's, or that of the engine that has the model."""
+        return int(super().max_length) if self._engine_name == TRANSFORMERS else self.generator.engine.max_length
+
+    def _generator(self) -> Generator:
+        if self._engine_name == TRANSFORMERS:
+            from specrej_eval.engines.transformers.loading import engine_of_model
+
+            reward = self.plan.reward.load(str(self.device))
+            engine: Engine = engine_of_model(
+                self.plan.engine,
+                self.model,
+                self.tokenizer,
+                max_length=self.max_length,
+                think_end_token=self.think_end_token,
+            )
+        else:
+            engine, reward = self.plan.load(content_rule=ALLOW)
         models = None if self.run_config.journal is None else self._from_first_rank(self.plan.of_models)
         return self.plan.generator(engine, reward, models=models)
 
@@ -351,6 +375,8 @@ class SpecRejLM(HFLM):
         return list(super().loglikelihood_rolling(requests, disable_tqdm=disable_tqdm))
 
     def _warn_of_loglikelihood(self) -> None:
+        if self._engine_name != TRANSFORMERS:
+            no_loglikelihoods(self._engine_name, str(self.pretrained))
         self._warn("Log-likelihood requests: scored by the language model alone; the reward model is not used.")
 
     # Chat templates

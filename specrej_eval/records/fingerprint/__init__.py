@@ -18,10 +18,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib import metadata
 from typing import Any
 
+from specrej_eval import vllm_adapter
 from specrej_eval.checkpoint import DEMO_POLICY
 from specrej_eval.config import DEFAULT_N, HOST, NEUTRAL, PLACEMENT, Decides, RunConfig, as_dict, names
 from specrej_eval.config.argument import checkpoint, template
-from specrej_eval.config.engines import AUTO_BACKEND, SDPA
+from specrej_eval.config.engines import AUTO_BACKEND, AUTO_ENGINE, SDPA, VLLM, engine_of
 from specrej_eval.records.fingerprint.comparing import (
     BETWEEN,
     SINCE,
@@ -166,6 +167,7 @@ def _about_models(config: RunConfig) -> dict[str, Any]:
     found = {name: getattr(config, name) for name in names(Decides.MODELS, without=("pretrained", "reward_model"))}
     if config.attention_backend in (AUTO_BACKEND, SDPA):  # what earlier records have; auto's choice is environment
         del found["attention_backend"]
+    found["engine"] = AUTO_ENGINE if engine_of(config.engine) == engine_of(AUTO_ENGINE) else config.engine
     return {name: text_or_digest(value) if value and name in of_file else value for name, value in found.items()}
 
 
@@ -189,6 +191,8 @@ def _environment(config: RunConfig, distributions: Iterable[str]) -> dict[str, A
     """Versions and hardware; torch is asked for the device only where it is loaded anyway."""
     found = {name: version_of(name) for name in sorted({*_VERSIONS, *distributions})}
     device = config.device or "cpu"
+    if VLLM in (config.engine, config.reward_engine):
+        found["vllm"] = vllm_adapter.version()
     torch = sys.modules.get("torch")
     if torch is not None and (config.device is None or config.device.startswith("cuda")) and torch.cuda.is_available():
         device = torch.cuda.get_device_name(0)

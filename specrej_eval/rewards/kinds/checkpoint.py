@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from specrej_eval import checkpoint
+from specrej_eval.config.engines import VLLM
 from specrej_eval.config.reward_names import SELF_SCORES
 from specrej_eval.errors import ConfigError, nearest
 from specrej_eval.paths import expanded, is_folder
 from specrej_eval.rewards.base import RewardModel, RewardPlan
+from specrej_eval.rewards.checkpoints import pooled
 from specrej_eval.rewards.checkpoints.family import RewardCheckpoint, RewardFamily, family_names, load_family
 from specrej_eval.rewards.checkpoints.renderer import read_template
 from specrej_eval.rewards.kinds.base import AUTO, Asked, RewardKind
@@ -43,6 +45,9 @@ class Kind(RewardKind):
         family.check(name, raw)
         demo = config.reward_dtype == "auto" and name == str(checkpoint.DEMO_REWARD)
         dtype = "float32" if demo else config.reward_dtype
+        if config.reward_engine == VLLM:
+            pooled.check_family(type(family).__module__.rpartition(".")[2], name, raw)
+            return RewardPlan(name, lambda device: pooled.load(name, config, dtype, token))
 
         def load(device: str) -> RewardModel:
             return family.load(RewardCheckpoint(name, raw, config, dtype, config.reward_device or device, token))

@@ -1,0 +1,63 @@
+"""Tokenizers as every engine loads them: by the host's arguments, with one clear error."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from transformers import AutoTokenizer
+
+from specrej_eval import checkpoint
+from specrej_eval.config import as_bool, as_dict
+from specrej_eval.errors import CheckpointError, MissingDependencyError
+from specrej_eval.paths import is_folder
+
+
+def template_args_of(host: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of the chat template.
+
+    Raises:
+        ConfigError: ``chat_template_args`` are no dict.
+    """
+    found = as_dict("chat_template_args", host.get("chat_template_args") or {})
+    if host.get("enable_thinking") is not None:
+        found["enable_thinking"] = host["enable_thinking"]
+    return found
+
+
+def load_tokenizer(name: str, shared: Mapping[str, Any], host: Mapping[str, Any]) -> Any:
+    """The tokenizer of a checkpoint, or the one that ``tokenizer=`` names or is.
+
+    Args:
+        shared: revision, subfolder, token and trust_remote_code of the model's checkpoint.
+
+    Raises:
+        CheckpointError, MissingDependencyError: it cannot be loaded (the original error is chained).
+    """
+    given = host.get("tokenizer")
+    if given is not None and not isinstance(given, str):
+        return given  # already one
+    arguments: dict[str, Any] = {"token": shared["token"], "trust_remote_code": shared["trust_remote_code"]}
+    if given is None:  # revision and subfolder are the model's; another repository has its own
+        arguments |= {"revision": shared["revision"], "subfolder": shared["subfolder"]}
+    if given is None and host.get("gguf_file"):
+        arguments["gguf_file"] = host["gguf_file"]
+    else:
+        arguments["use_fast"] = as_bool("use_fast_tokenizer", host.get("use_fast_tokenizer", True))
+    if host.get("add_bos_token") is not None:
+        arguments["add_bos_token"] = as_bool("add_bos_token", host["add_bos_token"])
+    try:
+        return AutoTokenizer.from_pretrained(given or name, **arguments)
+    except Exception as error:  # files, formats and remote code fail in many ways
+        raise load_error("tokenizer" if given else "pretrained", given or name, error, what="tokenizer") from error
+
+
+def load_error(argument: str, name: str, error: Exception, *, what: str) -> CheckpointError | MissingDependencyError:
+    """What a failure to load becomes."""
+    text = f"{argument}={name!r}: the {what} cannot be loaded: {type(error).__name__}: {error}"
+    if isinstance(error, ImportError):
+        return MissingDependencyError(text, hint="install the package that the message names.")
+    hint = None
+    if not is_folder(name):
+        hint = f"it was looked for on the hub. If a folder was meant: {checkpoint.folder_hint(name)}"
+    return CheckpointError(text, hint=hint)
