@@ -82,6 +82,12 @@ class RewardModel(ABC):
         """Whether it can score a text of a file, with nothing that an engine recorded."""
         return not self.needs_logprobs and not self.needs_token_stats
 
+    @property
+    def num_parameters(self) -> int:
+        """Parameters that each token it reads is multiplied with; 0 where that is not known (a server, a function)."""
+        counts = [member.num_parameters for member in self.members]
+        return sum(counts) if all(counts) else 0
+
     # counted since the model was made; the caller takes differences. One that counts has an attribute of this name.
 
     @property

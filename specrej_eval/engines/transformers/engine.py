@@ -29,6 +29,7 @@ from specrej_eval.kv.attention.base import AttentionBackend
 from specrej_eval.kv.cache import bytes_per_token
 from specrej_eval.kv.memory import clear_error, free_bytes, or_else, release_memory, twice
 from specrej_eval.kv.models import context_length, stop_ids
+from specrej_eval.kv.sizes import attention_size, parameters_per_token
 
 logger = logging.getLogger(__name__)
 
@@ -210,8 +211,12 @@ class TransformersEngine(Engine):
 
     def describe(self) -> dict[str, Any]:
         """See ``base.Engine.describe``."""
+        layers, attention_width = attention_size(self.runner.model)
         return {
             "engine": "transformers",
+            "parameters": parameters_per_token(self.runner.model),
+            "layers": layers,
+            "attention_width": attention_width,
             "attention": self.runner.path,
             "attention_backend": self.runner.attention.name if self.runner.path == "shared_prefix" else None,
             "promises": self.promises,
