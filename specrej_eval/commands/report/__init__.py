@@ -7,10 +7,13 @@ It reads lm-eval's results files (of other models too), folders of `specrej-eval
 from __future__ import annotations
 
 import argparse
+import math
 from pathlib import Path
 
-from specrej_eval.commands.report.comparison import conclusions, rows
+from specrej_eval.commands.report.comparison import chosen, conclusions, rows
 from specrej_eval.commands.report.notes import notes
+from specrej_eval.commands.report.page import FORMATS, write
+from specrej_eval.commands.report.page.viewer import MEGABYTES
 from specrej_eval.commands.report.runs import find_runs
 from specrej_eval.commands.report.table import as_csv, as_json, as_tables
 from specrej_eval.wording import inert, inert_markdown
@@ -18,6 +21,8 @@ from specrej_eval.wording import inert, inert_markdown
 SUMMARY = "print one table of the runs found under a folder, with paired differences between them"
 EXAMPLES = (
     "specrej-eval report results/demo",
+    "specrej-eval report results/demo --html report.html",
+    "specrej-eval report results/demo --plots plots --plot_format svg",
     'specrej-eval report results/spr results/bo16 --baseline "best-of-n, n=16"',
     "specrej-eval report results --format markdown",
     "specrej-eval report results --format csv > results.csv",
@@ -43,12 +48,40 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="name of the run to compare with, or a part that no other name has (default: the first)",
     )
 
+    page = parser.add_argument_group("a page to send around, from the rows that were recorded")
+    page.add_argument("--html", metavar="FILE", type=Path, help="write one self-contained page: charts, tables, rows")
+    page.add_argument("--plots", metavar="DIR", type=Path, help="write every plot of the page into a folder")
+    page.add_argument(
+        "--plot_format", choices=("both", *FORMATS), default="both", help="of --plots; png needs matplotlib"
+    )
+    page.add_argument(
+        "--megabytes",
+        type=_megabytes,
+        default=MEGABYTES,
+        help="most that the rows take in the page; where that is less than all, the page says so",
+    )
+
+
+def _megabytes(text: str) -> float:
+    """Raises:
+    argparse.ArgumentTypeError: not a number above 0.
+    """
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"must be a number above 0, got {text!r}")
+    return value
+
 
 def run(args: argparse.Namespace) -> int:
     """Raises:
     SpecRejError: no run is found; a record is damaged.
     ConfigError: no run is called as ``--baseline`` says, or several are.
     """
+    if args.html is not None or args.plots is not None:
+        return _write_page(args)
     runs = find_runs(*args.folder)
     table = rows(runs, args.baseline)
     if args.format in _FOR_PROGRAMS:
@@ -57,4 +90,24 @@ def run(args: argparse.Namespace) -> int:
     markdown = args.format == "markdown"
     told = ["\n".join(map(inert_markdown if markdown else inert, lines)) for lines in (conclusions(runs), notes(runs))]
     print("\n\n".join(filter(None, [as_tables(table, markdown=markdown), *told])))
+    return 0
+
+
+def _write_page(args: argparse.Namespace) -> int:
+    """In the order in which folders are given, so that a page does not depend on when a run ended."""
+    given = [folder for folder in args.folder]
+    places = {run.path: place for place, folder in enumerate(given) if folder.exists() for run in find_runs(folder)}
+    runs = sorted(find_runs(*given), key=lambda run: (places.get(run.path, len(given)), str(run.path)))
+    formats = FORMATS if args.plot_format == "both" else (args.plot_format,)
+    written = write(
+        runs,
+        chosen(runs, args.baseline),
+        html=args.html,
+        plots=args.plots,
+        formats=formats,
+        megabytes=args.megabytes,
+    )
+    print("\n".join(inert(line) for line in conclusions(runs)))
+    for path in written:
+        print(f"wrote {inert(str(path))}")
     return 0
