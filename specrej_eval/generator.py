@@ -514,7 +514,8 @@ class Generator:
         from specrej_eval import __version__
 
         reward = EMBEDDED if self.reward.name == str(DEMO_REWARD) else self.reward.name
-        return {"specrej_eval": __version__, "reward_model": reward, **self.engine.describe()}
+        told = {"reward_model": reward, "reward_parameters": self.reward.num_parameters}
+        return {"specrej_eval": __version__, **told, **self.engine.describe()}
 
     def _open_tracer(self) -> Tracer:
         if self._tracer is None:

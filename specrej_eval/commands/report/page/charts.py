@@ -8,8 +8,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 
-from specrej_eval.commands.report.page.scene import Box, Dot, Line, Mark, Scene, Shape, Text, text_width
+from specrej_eval.commands.report.page.scene import Anchor, Box, Dot, Line, Mark, Scene, Shape, Text, text_width
 
 WIDE, NARROW = 560, 344
 """Pixels: of a column of two on a screen 1,280 wide, and of a telephone's 400."""
@@ -59,10 +60,18 @@ def nice_step(rough: float) -> float:
 def in_short(value: float) -> str:
     """A number for an axis or a cell: ``1,234``, ``45k``, ``3.2M``, ``1.5G``, ``2.1T``."""
     size = abs(value)
-    for factor, unit in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e4, "k")):
+    for factor, unit in ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e4, "k")):
         if size >= factor:
             return f"{value / (1e3 if unit == 'k' else factor):.3g}{unit}"
-    return f"{value:,.0f}" if size >= 1000 and value == round(value) else f"{value + 0.0:.4g}"
+    return f"{value:,.0f}" if size >= 100 else f"{value + 0.0:.3g}"
+
+
+def scientific(value: float) -> str:
+    """A large number with three digits: ``2.40G``, ``45.1k``."""
+    for factor, unit in ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= factor:
+            return f"{value / factor:#.3g}".rstrip(".") + unit
+    return f"{value:.0f}"
 
 
 def _around(values: Sequence[float], *, zero: bool = False, margin: float = 0.08) -> tuple[float, float]:
@@ -115,10 +124,9 @@ def _frame(scene: Scene, x: Axis, y: Axis) -> None:
     """Grid, ticks and names of the axes; the name of the upright one stands above it, so that it reads."""
     for tick in y.ticks():
         at = y.at(tick)
-        scene.add(
-            Line([(x.start, at), (x.end, at)], "grid", 1.0), Text(x.start - 8, at + 4, y.told(tick), "soft", "end")
-        )
-    for tick in x.ticks(6 if scene.width > 400 else 4):
+        scene.add(Line([(x.start, at), (x.end, at)], "grid", 1.0))
+        scene.add(Text(x.start - 8, at + 4, y.told(tick), "soft", "end"))
+    for tick in x.ticks(6 if scene.width > 400 else 5):
         at = x.at(tick)
         scene.add(Line([(at, y.start), (at, y.start + 4)], "pale", 1.0))
         scene.add(Text(at, y.start + 18, x.told(tick), "soft", "middle"))
@@ -159,10 +167,9 @@ def pareto(title: str, points: Sequence[Point], *, x_label: str, y_label: str, s
         bottom, top = max(bottom, -0.02), min(top, 1.02)
     x, y = _axes(scene, Axis(x_label, low, high, log=log), Axis(y_label, bottom, top, share=share))
     _frame(scene, x, y)
-    for family in ("best_of_n", "rejecting", "other"):
-        ours = sorted((point.x, point.y) for point in points if point.family == family)
-        if len(ours) > 1 and family == "best_of_n":
-            scene.add(Line([(x.at(cost), y.at(value)) for cost, value in ours], family, 1.0, "2 3"))
+    ours = sorted((x.at(point.x), y.at(point.y)) for point in points if point.family == "best_of_n")
+    if len(ours) > 1:
+        scene.add(Line(ours, "best_of_n", 1.0, "2 3"))
     best = frontier(points)
     for point in points:
         if point.low is not None and point.high is not None:
@@ -170,24 +177,17 @@ def pareto(title: str, points: Sequence[Point], *, x_label: str, y_label: str, s
             scene.add(Line([(at, y.at(point.low)), (at, y.at(point.high))], point.family, 1.4))
     taken = [(x.at(p.x) - 7, y.at(p.y) - 7, x.at(p.x) + 7, y.at(p.y) + 7) for p in points]
     for place, point in enumerate(points):
-        scene.add(
-            Dot(
-                x.at(point.x),
-                y.at(point.y),
-                point.family,
-                5.5,
-                SHAPES[point.family],
-                hollow=place not in best,
-                title=point.title,
-            )  # fmt: skip
-        )
-    whiskers = [
-        (x.at(p.x) - 1, y.at(p.high), x.at(p.x) + 1, y.at(p.low))
-        for p in points
-        if p.low is not None and p.high is not None
-    ]
+        at, hollow = (x.at(point.x), y.at(point.y)), place not in best
+        scene.add(Dot(*at, point.family, 5.5, SHAPES[point.family], hollow=hollow, title=point.title))
+    ends = [(p, y.at(p.high), y.at(p.low)) for p in points if p.low is not None and p.high is not None]
+    lines = [(x.at(point.x) - 1, top, x.at(point.x) + 1, bottom) for point, top, bottom in ends]
+    for (x1, y1), (x2, y2) in pairwise(ours):  # in short pieces, whose boxes hold little else
+        steps = [(x1 + (x2 - x1) * i / 12, y1 + (y2 - y1) * i / 12) for i in range(13)]
+        lines += [(a, min(b, d), c, max(b, d)) for (a, b), (c, d) in pairwise(steps)]
     for point in sorted(points, key=lambda point: (-point.y, point.x)):
-        scene.add(_label(point.name, point.family, x.at(point.x), y.at(point.y), taken, whiskers, (x, y)))
+        at, height = x.at(point.x), y.at(point.y)
+        reach = (y.at(point.high), y.at(point.low)) if point.high is not None and point.low is not None else None
+        scene.add(_label(point.name, point.family, (at, height), reach or (height, height), taken, lines, (x, y)))
     return scene
 
 
@@ -195,23 +195,35 @@ _Rectangle = tuple[float, float, float, float]
 
 
 def _label(
-    name: str, role: str, at: float, height: float, taken: list[_Rectangle], lines: Sequence[_Rectangle],
+    name: str,
+    role: str,
+    mark: tuple[float, float],
+    reach: tuple[float, float],
+    taken: list[_Rectangle],
+    lines: Sequence[_Rectangle],
     axes: tuple[Axis, Axis],
-) -> Text:  # fmt: skip
-    """A name beside its mark, where it covers least."""
-    x, y = axes
+) -> Text:
+    """A name beside its mark, or at an end of its whisker, where it covers least."""
+    (x, y), (at, height) = axes, mark
     wide = text_width(name)
+    places: list[tuple[float, float, Anchor, float]] = [
+        (at, reach[0] - 9, "middle", 3.0),
+        (at, reach[1] + 9, "middle", 3.5),
+    ]
+    for lift in (0, -14, 14, -28, 28, -42, 42):
+        places += [
+            (at + 11, height + lift, "start", abs(lift) / 6),
+            (at - 11, height + lift, "end", abs(lift) / 6 + 0.5),
+        ]
     tries: list[tuple[float, _Rectangle, Text]] = []
-    for lift in (0, -16, 16, -30, 30, -44, 44, -58, 58):
-        for side in ("start", "end"):
-            edge = at + 11 if side == "start" else at - 11
-            left = edge if side == "start" else edge - wide
-            box = (left, height + lift - 8, left + wide, height + lift + 6)
-            outside = max(0.0, x.start - 4 - box[0]) + max(0.0, box[2] - x.end - 10)
-            outside += max(0.0, y.end - 8 - box[1]) + max(0.0, box[3] - y.start)
-            cost = abs(lift) / 8 + (side == "end") + 40 * outside
-            cost += sum(_overlap(box, other) for other in taken) + 0.6 * sum(_overlap(box, other) for other in lines)
-            tries.append((cost, box, Text(edge, height + lift + 4, name, role, "start" if side == "start" else "end")))
+    for edge, middle, anchor, cost in places:
+        left = edge - {"start": 0.0, "middle": wide / 2, "end": wide}[anchor]
+        box = (left, middle - 7, left + wide, middle + 6)
+        outside = max(0.0, x.start - 4 - box[0]) + max(0.0, box[2] - x.end - 12)
+        outside += max(0.0, y.end - 8 - box[1]) + max(0.0, box[3] - y.start)
+        cost += 40 * outside + sum(_overlap(box, other) for other in taken)
+        cost += 0.5 * sum(_overlap(box, other) for other in lines)
+        tries.append((cost, box, Text(edge, middle + 4, name, role, anchor)))
     _, box, text = min(tries, key=lambda one: one[0])
     taken.append(box)
     return text
@@ -285,6 +297,42 @@ def _cut(name: str, room: float) -> str:
     while len(name) > 1 and text_width(f"{name}…") > room:
         name = name[:-1]
     return f"{name.rstrip()}…"
+
+
+@dataclass(frozen=True, slots=True)
+class Agreements:
+    """One method in a chart of correlations: (tokens, lower quartile, median, upper quartile)."""
+
+    name: str
+    family: str
+    points: Sequence[tuple[float, float, float, float]]
+
+
+def correlations(title: str, lines: Sequence[Agreements], *, width: int) -> Scene:
+    """Correlation of partial and final score along an answer: medians over prompts, and their middle half."""
+    described = "; ".join(f"{line.name}: {line.points[-1][2]:.2f} at {line.points[-1][0]:g} tokens" for line in lines)
+    scene = Scene(width, 330 if width == WIDE else 320, title, described)
+    longest = max(point[0] for line in lines for point in line.points)
+    lowest = min(0.0, *(point[1] for line in lines for point in line.points))
+    right = min(max(text_width(line.name) for line in lines) + 18, width * 0.42)
+    x, y = _axes(
+        scene,
+        Axis("tokens at the look", 0, longest * 1.04),
+        Axis("Pearson's r with the final score", lowest - 0.02 if lowest < 0 else 0.0, 1.04),
+        right=right,
+    )
+    _frame(scene, x, y)
+    ends = []
+    for line in lines:
+        for tokens, low, _, high in line.points:
+            scene.add(Line([(x.at(tokens), y.at(low)), (x.at(tokens), y.at(high))], line.family, 1.2))
+        drawn = [(x.at(tokens), y.at(middle)) for tokens, _, middle, _ in line.points]
+        if len(drawn) > 1:
+            scene.add(Line(drawn, line.family, 1.0, "2 3"))
+        scene.add(*(Dot(*at, line.family, 4.5, SHAPES[line.family]) for at in drawn))
+        ends.append((drawn[-1][1], line.name, line.family))
+    scene.add(*_end_labels(ends, x.end + 6, (y.end, y.start), width - x.end - 8))
+    return scene
 
 
 def scatter(title: str, cloud: Cloud, *, x_label: str, y_label: str, role: str, width: int) -> Scene:

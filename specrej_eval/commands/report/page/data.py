@@ -1,7 +1,7 @@
 """What a page shows, read from records: methods, the prompts they answered, and every row behind each answer.
 
-Rows come from journals: the ``specrej_trajectories.jsonl`` of a `specrej-eval run`, or the file that ``journal=`` named.
-A journal may hold several runs; only the entries that were made with a run's own arguments are its rows.
+Rows come from journals: the ``specrej_trajectories.jsonl`` of a `specrej-eval run`, or what ``journal=`` named. One may
+hold several runs; only the entries that were made with a run's own arguments are its rows.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from specrej_eval.commands.report.page import charts
-from specrej_eval.commands.report.page.charts import Bars, Cloud, Curve, Point, Scene, in_short
+from specrej_eval.commands.report.page.charts import Agreements, Bars, Cloud, Curve, Point, Scene, in_short
 from specrej_eval.commands.report.page.data import REWARD, Method, Metric, PageData
 from specrej_eval.commands.report.page.measures import (
     PartialScores,
@@ -25,6 +25,10 @@ MOST_TASKS = 3
 """Tasks that are drawn; tables have all."""
 MOST_METRICS = 3
 """Metrics of one task that are drawn."""
+MOST_SCATTERS = 4
+"""Methods whose partial scores are drawn."""
+FEWEST = 20
+"""Prompts with a correlation below which one is not drawn where another has more."""
 COSTS: dict[str, tuple[str, Callable[[Spend], float | None]]] = {
     "tokens": ("tokens decoded per prompt", lambda found: found.decode_tokens),
     "flops": ("FLOPs per prompt", lambda found: found.flops),
@@ -61,9 +65,8 @@ def chapters(data: PageData) -> list[Chapter]:
         for kind, costs in (("quality", ("tokens", "flops")), ("seconds", ("seconds",))):
             told = [pareto(data, metric, cost) for cost in costs for metric in metrics]
             found.append(Chapter(kind, task, [figure for figure in told if figure is not None]))
-        found.append(Chapter("survival", task, _survival(data, task)))
+        found.append(Chapter("survival", task, [*_survival(data, task), *_tokens(data, task)]))
         found.append(Chapter("partial", task, _partial(data, task)))
-        found.append(Chapter("tokens", task, _tokens(data, task)))
         found.append(Chapter("phases", task, _phases(data, task)))
     return found
 
@@ -95,7 +98,7 @@ def pareto(data: PageData, metric: Metric, cost: str) -> Figure | None:
     what = f"mean {metric.label}" if metric.name == REWARD else metric.label
     return Figure(
         name=_name(metric.task, data, metric.label, "against", cost),
-        title=f"{what[0].upper()}{what[1:]} against {label}",
+        title=f"{what.removeprefix('mean ')} against {label}",
         caption=f"{len(points)} {'methods' if len(points) > 1 else 'method'}; bars are 95 % intervals over prompts. "
         "Filled: no other is both cheaper and better.",
         draw=lambda width: charts.pareto(
@@ -120,9 +123,25 @@ def _survival(data: PageData, task: str) -> list[Figure]:
 
 
 def _partial(data: PageData, task: str) -> list[Figure]:
-    return [
-        _scatter(data, task, method, looks[0]) for method in data.methods[:8] if (looks := partial_scores(method, task))
-    ]
+    """Methods of which enough prompts have a correlation; else those that have rows at all."""
+    found = [(method, looks[0]) for method in data.methods if (looks := partial_scores(method, task))]
+    telling = [(method, look) for method, look in found if look.prompts >= FEWEST]
+    drawn = [_scatter(data, task, method, look) for method, look in (telling or found)[:MOST_SCATTERS]]
+    lines = []
+    for method, _ in telling[:MOST_SCATTERS]:
+        along = [look for look in partial_scores(method, task) if look.prompts >= FEWEST]
+        lines.append(Agreements(method.short, method.family, [(look.tokens, *look.pearson) for look in along]))
+    if lines:
+        drawn.append(
+            Figure(
+                name=_name(task, data, "correlation"),
+                title="partial with final score, look by look",
+                caption="Medians over prompts, and their middle half, where at least "
+                f"{FEWEST} prompts have a correlation.",
+                draw=lambda width: charts.correlations("correlation by look", lines, width=width),
+            )
+        )
+    return drawn
 
 
 def _scatter(data: PageData, task: str, method: Method, look: PartialScores) -> Figure:

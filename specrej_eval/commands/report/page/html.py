@@ -15,13 +15,14 @@ from importlib import resources
 from specrej_eval.commands.report.comparison import conclusions
 from specrej_eval.commands.report.notes import notes
 from specrej_eval.commands.report.page import measures, viewer
-from specrej_eval.commands.report.page.charts import NARROW, WIDE, in_short
+from specrej_eval.commands.report.page.charts import NARROW, WIDE, scientific
 from specrej_eval.commands.report.page.data import REWARD, Method, Metric, PageData
 from specrej_eval.commands.report.page.figures import MOST_TASKS, Chapter, Figure
 from specrej_eval.commands.report.page.measures import is_share, mean_of, spend
 from specrej_eval.commands.report.page.scene import DARK, LIGHT, as_svg, style
 from specrej_eval.commands.report.page.tables import Cell, Table, as_html, number
 from specrej_eval.commands.report.runs import describe
+from specrej_eval.commands.report.table import letters
 from specrej_eval.evidence.bootstrap import Estimate
 from specrej_eval.wording import counted, inert_page
 
@@ -54,16 +55,15 @@ def page(data: PageData, chapters: Sequence[Chapter], *, baseline: Method, megab
             _summary(data, baseline),
             _section(
                 data, chapters, "quality", "Quality for its cost",
-                "Up is better, left is cheaper. FLOPs count both models: what is decoded, read as a prompt, and scored.",
+                "Up is better, left is cheaper. FLOPs are of both models: decoding, reading the prompt, scoring.",
             ),
             _survival(data, chapters),
             _partial(data, chapters),
-            _section(data, chapters, "tokens", "Where tokens go", ""),
             _viewer(rows),
             _measured(data, chapters),
             "</main>",
-            '<footer><p>Made from records by <code>specrej-eval report --html</code>. Intervals are 95 %: Wilson’s for '
-            "shares of zeros and ones, else by bootstrap over prompts.</p></footer>",
+            "<footer><p>Made from records by <code>specrej-eval report --html</code>. Intervals: 95 %, Wilson&#8217;s "
+            "for shares of zeros and ones, else by bootstrap over prompts.</p></footer>",
             f'<script type="application/json" id="rows">{rows.json}</script>',
             f"<script>{script}</script>",
             "</body>",
@@ -159,7 +159,7 @@ def _summary(data: PageData, baseline: Method) -> str:
         table = Table("differences", ("run", "of", "difference [95 % interval]", "prompts"), lines, words=2)
         parts.append(
             f"<h3>Against {_text(baseline.run.name)}</h3>"
-            "<p>Differences prompt by prompt (shares in points of a hundred). An interval that holds 0 may be chance.</p>"
+            "<p>Prompt by prompt (shares in points of a hundred). Where the interval holds 0, it may be chance.</p>"
             + as_html(table)
         )
     return "\n".join([*parts, "</section>"])
@@ -177,7 +177,7 @@ def _table(data: PageData, task: str, metrics: Sequence[Metric], name: str) -> T
     lines = []
     for method in data.methods:
         found = spend(method, task)
-        cells = [Cell(method.run.name)]
+        cells = [Cell(method.short)]
         for metric, share in zip(metrics, shares, strict=True):
             values = list(method.each(metric).values())
             cells.append(_estimate(mean_of(values), share=share) if values else Cell("-"))
@@ -187,7 +187,7 @@ def _table(data: PageData, task: str, metrics: Sequence[Metric], name: str) -> T
             cells += [
                 number(found.decode_tokens, ",.0f"),
                 number(found.reward_tokens, ",.0f"),
-                Cell("-") if found.flops is None else Cell(in_short(found.flops), found.flops),
+                Cell("-") if found.flops is None else Cell(scientific(found.flops), found.flops),
                 number(found.rows, ",.4g"),
                 number(100 * found.rejected_share, ".1f", " %"),
                 number(sum(1 for _ in method.of_task(task)), ",d"),
@@ -227,14 +227,14 @@ def _survival(data: PageData, chapters: Sequence[Chapter]) -> str:
     drawn = _charts(data, chapters, "survival")
     if not drawn:
         return ""
-    parts = [f'<section id="survival"><h2>What looks reject</h2>{drawn}']
+    parts = [f'<section id="survival"><h2>What looks reject, and what it saves</h2>{drawn}']
     lines = []
     for task in data.tasks:
         for method in data.methods:
             for look in measures.looks(method, task):
                 lines.append(
                     [
-                        Cell(method.run.name),
+                        Cell(method.short),
                         *([Cell(task)] if len(data.tasks) > 1 else []),
                         number(look.number, "d"),
                         number(look.prompts, ",d"),
@@ -279,10 +279,10 @@ def _partial(data: PageData, chapters: Sequence[Chapter]) -> str:
     for task in data.tasks:
         for method in data.methods:
             for look in measures.partial_scores(method, task):
-                quartiles = [*(look.pearson or [None] * 3), *(look.kendall or [None] * 3)]
+                quartiles = [*(look.pearson or (None,) * 3), *(look.kendall or (None,) * 3)]
                 lines.append(
                     [
-                        Cell(method.run.name),
+                        Cell(method.short),
                         *([Cell(task)] if len(data.tasks) > 1 else []),
                         number(look.look, "d"),
                         number(look.tokens, "g"),
@@ -324,6 +324,7 @@ def _viewer(rows: viewer.Rows) -> str:
 def _measured(data: PageData, chapters: Sequence[Chapter]) -> str:
     machines, _ = _notes(data)
     listed = "".join(f"<li>{_text(line)}</li>" for line in machines)
+    named = letters([method.run.hardware for method in data.methods])
     lines = []
     for task in data.tasks:
         for method in data.methods:
@@ -332,9 +333,9 @@ def _measured(data: PageData, chapters: Sequence[Chapter]) -> str:
             peak = max(answer.ledger.peak_bytes for _, answer in method.of_task(task))
             lines.append(
                 [
-                    Cell(method.run.name),
+                    Cell(method.short),
                     *([Cell(task)] if len(data.tasks) > 1 else []),
-                    Cell(describe(method.run.hardware) if method.run.hardware else "-"),
+                    Cell(named.get(describe(method.run.hardware), "-") if method.run.hardware else "-"),
                     number(found.seconds, ",.3f"),
                     number(100 * found.scoring_seconds / found.seconds if found.seconds else None, ".0f", " %"),
                     number(found.decode_tokens / found.seconds if found.seconds else None, ",.0f"),
@@ -345,8 +346,8 @@ def _measured(data: PageData, chapters: Sequence[Chapter]) -> str:
     heads = ["run", *several, "machine", "seconds per prompt", "scoring", "tokens a second", "peak GiB"]
     table = as_html(Table("times", heads, lines, words=2 + len(several))) if lines else ""
     return (
-        '<section id="measured"><h2>Measured on the machine</h2><p>Seconds are a prompt’s share of the steps it ran in; '
-        "they hold for this machine, and what else ran on it. All else on this page is the same wherever a run is made "
-        f'again.</p><ul class="notes">{listed}</ul>{_charts(data, chapters, "seconds")}'
+        '<section id="measured"><h2>Measured on the machine</h2><p>Seconds are a prompt&#8217;s share of the steps it '
+        "ran in: of this machine, and of what else ran on it. All else on this page stays as it is where a run is "
+        f'stopped and resumed, or made again.</p><ul class="notes">{listed}</ul>{_charts(data, chapters, "seconds")}'
         f"{_charts(data, chapters, 'phases')}{table}</section>"
     )

@@ -76,7 +76,6 @@ class Difference:
     """Two methods on the prompts that both answered."""
 
     method: str
-    baseline: str
     metric: Metric
     estimate: Estimate
     prompts: int
@@ -94,7 +93,7 @@ def differences(data: PageData, baseline: Method) -> list[Difference]:
                 continue
             gaps = [ours[key] - theirs[key] for key in both]
             estimate = Bootstrap(len(gaps), resamples=RESAMPLES).interval(gaps)
-            found.append(Difference(method.run.name, baseline.run.name, metric, estimate, len(both)))
+            found.append(Difference(method.short, metric, estimate, len(both)))
     return found
 
 
@@ -177,8 +176,8 @@ class PartialScores:
     rows: int
     prompts: int
     """Those with an agreement: at least three rows whose scores are not all alike."""
-    pearson: Sequence[float]
-    kendall: Sequence[float]
+    pearson: tuple[float, float, float] | tuple[()]
+    kendall: tuple[float, float, float] | tuple[()]
     """Quartiles over prompts; empty where no prompt has one."""
     points: Sequence[tuple[float, float]]
     """(partial, final), each less the mean over its prompt's rows."""
@@ -231,11 +230,14 @@ def _partial_scores(look: int, of_prompts: dict[Key, list[tuple[int, float, floa
     )
 
 
-def _quartiles(values: Sequence[float | None]) -> list[float]:
+def _quartiles(values: Sequence[float | None]) -> tuple[float, float, float] | tuple[()]:
     import numpy as np
 
     known = [value for value in values if value is not None]
-    return [float(value) for value in np.quantile(known, [0.25, 0.5, 0.75])] if known else []
+    if not known:
+        return ()
+    low, middle, high = np.quantile(known, [0.25, 0.5, 0.75])
+    return float(low), float(middle), float(high)
 
 
 def every(points: Sequence[tuple[float, float]], most: int = MOST_DOTS) -> list[tuple[float, float]]:

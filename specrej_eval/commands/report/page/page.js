@@ -209,7 +209,7 @@
     const at = (number) => String(Math.round(number * 100) / 100);
     const svg = draw("svg", { class: "chart looks", role: "img", viewBox: `0 0 ${wide} ${height}`, height },
       draw("title", {}, `scores of the rows of ${method.name}`));
-    for (const tick of ticks(range.low, range.high, 4)) {
+    for (const tick of ticks(range.low, range.high, 5)) {
       svg.append(draw("line", { class: "s-grid", x1: left, x2: right, y1: at(y(tick)), y2: at(y(tick)) }),
         draw("text", { class: "f-soft", x: left - 7, y: at(y(tick) + 4), "text-anchor": "end" }, String(+tick.toPrecision(6)).replace("-", "−")));
     }
