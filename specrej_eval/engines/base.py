@@ -78,6 +78,8 @@ class Engine(ABC):
     """
 
     promises: Promise = "distribution"
+    decodes: bool = True
+    """False: rows come from records, and seconds and memory are nobody's."""
     most_rows_unasked: int | None = None
     """Rows of one prompt beyond which ``n=max`` needs ``n_max``, since they would take very long; None = no such
     number."""
