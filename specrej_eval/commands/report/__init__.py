@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import argparse
 import math
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from specrej_eval.commands.report.comparison import chosen, conclusions, rows
 from specrej_eval.commands.report.notes import notes
 from specrej_eval.commands.report.page import FORMATS, write
 from specrej_eval.commands.report.page.viewer import MEGABYTES
-from specrej_eval.commands.report.runs import find_runs
-from specrej_eval.commands.report.table import as_csv, as_json, as_tables
-from specrej_eval.wording import inert, inert_markdown
+from specrej_eval.commands.report.runs import Run, find_runs
+from specrej_eval.commands.report.table import SHOWN, Style, as_csv, as_json, as_tables, print_rich
+from specrej_eval.wording import inert
 
 SUMMARY = "print one table of the runs found under a folder, with paired differences between them"
 EXAMPLES = (
@@ -40,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     shown = parser.add_argument_group("how to show it")
     shown.add_argument(
-        "--format", choices=("text", "markdown", *_FOR_PROGRAMS), default="text", help="format of the table"
+        "--format", choices=("text", "markdown", "latex", *_FOR_PROGRAMS), default="text", help="format of the table"
     )
     shown.add_argument(
         "--baseline",
@@ -87,10 +89,22 @@ def run(args: argparse.Namespace) -> int:
     if args.format in _FOR_PROGRAMS:
         print(_FOR_PROGRAMS[args.format](table))
         return 0
-    markdown = args.format == "markdown"
-    told = ["\n".join(map(inert_markdown if markdown else inert, lines)) for lines in (conclusions(runs), notes(runs))]
-    print("\n\n".join(filter(None, [as_tables(table, markdown=markdown), *told])))
+    style: Style = args.format
+    drawn = style == "text" and sys.stdout.isatty() and print_rich(table)
+    mark = "% " if style == "latex" else ""
+    # the line that says what to conclude comes last
+    told = ["\n".join(mark + SHOWN[style](line) for line in lines) for lines in (notes(runs), _last(runs))]
+    print("\n\n".join(filter(None, ["" if drawn else as_tables(table, style=style), *told])))
     return 0
+
+
+def _last(runs: Sequence[Run]) -> list[str]:
+    """What to conclude."""
+    if found := conclusions(runs):
+        return found
+    if len(runs) == 1:
+        return ["one run: there is nothing to hold it against yet; make a second one on the same prompts."]
+    return ["no Speculative Rejection and Best-of-N on the same prompts: there is nothing to conclude about the two."]
 
 
 def _write_page(args: argparse.Namespace) -> int:
