@@ -109,7 +109,7 @@ def _last(runs: Sequence[Run]) -> list[str]:
 
 def _write_page(args: argparse.Namespace) -> int:
     """In the order in which folders are given, so that a page does not depend on when a run ended."""
-    given = [folder for folder in args.folder]
+    given = args.folder
     places = {run.path: place for place, folder in enumerate(given) if folder.exists() for run in find_runs(folder)}
     runs = sorted(find_runs(*given), key=lambda run: (places.get(run.path, len(given)), str(run.path)))
     formats = FORMATS if args.plot_format == "both" else (args.plot_format,)
@@ -121,7 +121,6 @@ def _write_page(args: argparse.Namespace) -> int:
         formats=formats,
         megabytes=args.megabytes,
     )
-    print("\n".join(inert(line) for line in conclusions(runs)))
-    for path in written:
-        print(f"wrote {inert(str(path))}")
+    for line in [*(f"wrote {path}" for path in written), "", *_last(runs)]:
+        print(inert(line))
     return 0

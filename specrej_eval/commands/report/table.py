@@ -104,11 +104,12 @@ def print_rich(rows: Sequence[Mapping[str, Any]]) -> bool:
         table = Table(box=SIMPLE_HEAD, pad_edge=False, header_style="bold")
         for column, head in zip(sheet.columns, heads, strict=True):
             broken = inert(head) if column.words else inert(head).replace(" ± ", " ±\n").replace(" ", "\n")
-            broken = broken.replace("\n±", " ±")
-            table.add_column(Text(broken), justify="left" if column.words else "right", no_wrap=True, vertical="bottom")
+            broken = broken.replace("\n±", " ±").replace("95\n%", "95 %")
+            side = "left" if column.words else "right"
+            table.add_column(Text(broken), justify=side, no_wrap=not column.words, vertical="bottom")
         for line in lines:
             table.add_row(*(Text(inert(text)) for text in line))
-        if console.measure(table, options=console.options.update(max_width=10_000)).maximum > console.width:
+        if console.measure(table, options=console.options.update(max_width=10_000)).minimum + 10 > console.width:
             return False
         drawn.append((Text(inert(sheet.title)), table))
     for title, table in drawn:

@@ -124,7 +124,7 @@ def _survival(data: PageData, task: str) -> list[Figure]:
 
 def _partial(data: PageData, task: str) -> list[Figure]:
     """Methods of which enough prompts have a correlation; else those that have rows at all."""
-    found = [(method, looks[0]) for method in data.methods if (looks := partial_scores(method, task))]
+    found = [(m, looks[0]) for m in data.methods if (looks := partial_scores(m, task)) and looks[0].answers]
     telling = [(method, look) for method, look in found if look.prompts >= FEWEST]
     drawn = [_scatter(data, task, method, look) for method, look in (telling or found)[:MOST_SCATTERS]]
     lines = []
