@@ -3,6 +3,7 @@
 # make test        set up .venv (once), then lint, types and tests: what CI runs
 # make test-slow   the same with the long tests, and ten times as many random cases
 # make lint        style and types only
+# make docs-pictures  the pictures in docs/pictures, from runs of the demo pair
 # make gpu-check   what only a GPU can tell: attention backends, tests, benchmarks, into gpu-check.json and gpu-check.log
 # make clean       remove .venv, results and caches
 #
@@ -19,13 +20,14 @@ DEMO_PROCESSES ?= 2
 
 VENV := .venv
 READY := $(VENV)/.ready
+BROWSER := $(VENV)/.browser
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 # The demo and the tests need nothing that has to be downloaded, and must not wait for a network that is not there.
 export HF_HUB_OFFLINE := 1
 export HF_DATASETS_OFFLINE := 1
 
-.PHONY: demo demo-sampling demo-best-of-16 demo-alpha-0.5 demo-n-32 test test-slow lint gpu-check clean
+.PHONY: demo demo-sampling demo-best-of-16 demo-alpha-0.5 demo-n-32 test test-slow docs-pictures lint gpu-check clean
 .DELETE_ON_ERROR:
 
 # A folder for each LIMIT: a report holds runs on the same problems against each other.
@@ -55,8 +57,12 @@ demo-n-32:
 test: lint
 	pytest -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder -m "not full"
 
-test-slow: lint
+test-slow: lint $(BROWSER)
 	SPECREJ_TEST_FULL=1 pytest -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
+
+# The pictures of docs/: runs of the demo pair, their page and its plots, seen by a headless Chromium.
+docs-pictures: $(READY) $(BROWSER)
+	python .ci/pictures.py
 
 lint: $(READY)
 	ruff check .
@@ -69,6 +75,14 @@ gpu-check: $(READY)
 clean:
 	rm -rf .venv results build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find specrej_eval tests benchmarks autoload -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# For tests that open a page: a Chromium of the system's (`apt-get install chromium`), or else playwright's own. Where
+# neither is to be had, those tests are skipped and say so.
+$(BROWSER): $(READY)
+	$(PIP) install --quiet -c constraints.txt -e ".[browser]"
+	@command -v chromium chromium-browser google-chrome >/dev/null || playwright install chromium || \
+		echo "No Chromium: the tests that open a page in one are skipped."
+	@touch $@
 
 # torch goes first and alone, so that TORCH_INDEX decides about torch and about nothing else.
 $(READY): pyproject.toml constraints.txt hatch_build.py $(wildcard autoload/*)

@@ -39,6 +39,7 @@ def unmeasured(folder: Path) -> str:
     return before + rest.partition("</section>")[2]
 
 
+@pytest.mark.timeout(1800)
 def test_a_killed_and_resumed_comparison_has_the_same_page(tmp_path: Path, counted: Callable[[str, int], None]) -> None:
     prompts = tmp_path / "prompts.csv"
     prompts.write_text("instruction\n" + "".join(f'"{text}"\n' for text in PROMPTS))
@@ -47,7 +48,7 @@ def test_a_killed_and_resumed_comparison_has_the_same_page(tmp_path: Path, count
     wanted = unmeasured(tmp_path / "whole")
     chance = random.Random(11)
     kills = 0
-    for number in range(10 if FULL else 2):
+    for number in range(4 if FULL else 2):
         for name, words in RUNS.items():
             folder = tmp_path / f"killed{number}" / name
             for _ in range(2):

@@ -14,8 +14,6 @@ from pathlib import Path
 
 from specrej_eval.commands.report.comparison import chosen, conclusions, rows
 from specrej_eval.commands.report.notes import notes
-from specrej_eval.commands.report.page import FORMATS, write
-from specrej_eval.commands.report.page.viewer import MEGABYTES
 from specrej_eval.commands.report.runs import Run, find_runs
 from specrej_eval.commands.report.table import SHOWN, Style, as_csv, as_json, as_tables, print_rich
 from specrej_eval.wording import inert
@@ -29,6 +27,9 @@ EXAMPLES = (
     "specrej-eval report results --format markdown",
     "specrej-eval report results --format csv > results.csv",
 )
+PLOT_FORMATS = ("svg", "png")
+MEGABYTES = 12.0
+"""Most that the rows take in a page, unless it is told otherwise."""
 _FOR_PROGRAMS = {"json": as_json, "csv": as_csv}
 
 
@@ -54,7 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     page.add_argument("--html", metavar="FILE", type=Path, help="write one self-contained page: charts, tables, rows")
     page.add_argument("--plots", metavar="DIR", type=Path, help="write every plot of the page into a folder")
     page.add_argument(
-        "--plot_format", choices=("both", *FORMATS), default="both", help="of --plots; png needs matplotlib"
+        "--plot_format", choices=("both", *PLOT_FORMATS), default="both", help="of --plots; png needs matplotlib"
     )
     page.add_argument(
         "--megabytes",
@@ -109,10 +110,12 @@ def _last(runs: Sequence[Run]) -> list[str]:
 
 def _write_page(args: argparse.Namespace) -> int:
     """In the order in which folders are given, so that a page does not depend on when a run ended."""
+    from specrej_eval.commands.report.page import write  # with NumPy, which a table in the terminal needs not
+
     given = args.folder
     places = {run.path: place for place, folder in enumerate(given) if folder.exists() for run in find_runs(folder)}
     runs = sorted(find_runs(*given), key=lambda run: (places.get(run.path, len(given)), str(run.path)))
-    formats = FORMATS if args.plot_format == "both" else (args.plot_format,)
+    formats = PLOT_FORMATS if args.plot_format == "both" else (args.plot_format,)
     written = write(
         runs,
         chosen(runs, args.baseline),

@@ -13,8 +13,6 @@ from specrej_eval.commands.report.page.scene import as_png, as_svg, check_png
 from specrej_eval.commands.report.runs import Run
 from specrej_eval.records.jsonl import check_writable, replace_bytes, write_atomically
 
-FORMATS = ("svg", "png")
-
 
 def write(
     runs: Sequence[Run],
@@ -31,7 +29,7 @@ def write(
         baseline: the run that others are held against; one of ``runs``.
         html: the page's file; None = no page.
         plots: the folder of the plots; None = no plots.
-        formats: of the plots, of ``FORMATS``.
+        formats: of the plots: ``svg``, ``png``.
         megabytes: most of the rows' data in the page.
 
     Returns:

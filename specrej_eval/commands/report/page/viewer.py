@@ -10,8 +10,6 @@ from specrej_eval.commands.report.page.data import Answered, Key, PageData
 from specrej_eval.commands.report.page.measures import look_scores
 from specrej_eval.wording import counted, inert_page
 
-MEGABYTES = 12.0
-"""Most of the rows' data in a page, texts included, unless it is told otherwise."""
 _FATES = {"rejected": "rejected", "length": "length", "eos": "finished", "stop": "finished"}
 
 
@@ -23,7 +21,7 @@ class Rows:
     notes: list[str]
 
 
-def rows(data: PageData, megabytes: float = MEGABYTES) -> Rows:
+def rows(data: PageData, megabytes: float) -> Rows:
     """Prompts in order, with texts as long as three quarters of the room last, then without texts, then none."""
     room = megabytes * 1e6
     written: list[str] = []
