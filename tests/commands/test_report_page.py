@@ -174,6 +174,19 @@ def test_wilsons_interval_is_scipys(hits: int, number: int) -> None:
     assert measures.wilson(hits, number) == pytest.approx((wanted.low, wanted.high), abs=1e-12)
 
 
+def test_rewards_of_two_reward_models_are_held_against_each_other_nowhere(tmp_path: Path) -> None:
+    runs = [
+        a_recorded_run(tmp_path / "bo", QUESTIONS, rejects=False),
+        a_recorded_run(tmp_path / "spr", QUESTIONS),
+        a_recorded_run(tmp_path / "other", QUESTIONS, n=8, reward_files="another checkpoint of that name"),
+    ]
+    page = page_of(tmp_path, *runs)
+    assert len(cells(page, "differences")) == 1, "the run that another checkpoint scored is not among them"
+    assert "Left out, scored by another reward model: SpecRej \N{GREEK SMALL LETTER ALPHA}=0.5 n=8" in page
+    drawn = re.search(r'<figure id="reward-against-tokens">.*?</figure>', page, re.DOTALL)
+    assert drawn is not None and "n=8" not in drawn[0].partition("<figcaption>")[0]
+
+
 def test_survival_is_the_share_of_rows_that_rounds_have_left(tmp_path: Path) -> None:
     folder = a_recorded_run(tmp_path / "spr", QUESTIONS, n=8)
     (method,) = read(find_runs(folder)).methods

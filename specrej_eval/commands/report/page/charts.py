@@ -271,7 +271,7 @@ def _end_labels(
     ends: Sequence[tuple[float, str, str]], at: float, bounds: tuple[float, float], room: float
 ) -> list[Mark]:
     """Names at the ends of lines, moved apart where they would cover each other."""
-    ordered = sorted(ends)
+    ordered = sorted(ends, key=lambda end: end[0])
     heights = [height for height, _, _ in ordered]
     for _ in range(200):
         moved = False

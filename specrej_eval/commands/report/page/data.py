@@ -100,6 +100,12 @@ class Method:
     sizes: Sizes | None
     """Of its models; None where the records do not say."""
 
+    @property
+    def reward_scale(self) -> str:
+        """Rewards compare where it is equal: one reward model gave them."""
+        told = next((score.scale for score in self.run.scores if score.metric == REWARD and score.scale), "")
+        return told or str(self.run.models.get("reward_model"))
+
     @cached_property
     def metrics(self) -> list[Metric]:
         """What each of its answers has, the reward of a task first."""

@@ -11,6 +11,7 @@ from specrej_eval.commands.report.page.data import REWARD, Method, Metric, PageD
 from specrej_eval.commands.report.page.measures import (
     PartialScores,
     Spend,
+    comparable,
     every,
     is_share,
     mean_of,
@@ -81,7 +82,11 @@ def pareto(data: PageData, metric: Metric, cost: str) -> Figure | None:
     label, take = COSTS[cost]
     points = []
     values: list[float] = []
-    for method in data.methods:
+    drawn = [method for method in data.methods if method.each(metric)]
+    others = [method for method in drawn if not comparable(metric, method, drawn[0])]
+    for method in drawn:
+        if method in others:
+            continue
         each = list(method.each(metric).values())
         found = spend(method, metric.task)
         price = None if found is None else take(found)
@@ -99,8 +104,8 @@ def pareto(data: PageData, metric: Metric, cost: str) -> Figure | None:
     return Figure(
         name=_name(metric.task, data, metric.label, "against", cost),
         title=f"{what.removeprefix('mean ')} against {label}",
-        caption=f"{len(points)} {'methods' if len(points) > 1 else 'method'}; bars are 95 % intervals over prompts. "
-        "Filled: no other is both cheaper and better.",
+        caption="Bars are 95 % intervals over prompts. Filled: no other is both cheaper and better."
+        + ("" if not others else f" Left out, scored by another reward model: {'; '.join(m.short for m in others)}."),
         draw=lambda width: charts.pareto(
             f"{what} against {label}", points, x_label=label, y_label=what, share=share, width=width
         ),

@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from specrej_eval.commands.report.page.data import Key, Method, Metric, PageData
+from specrej_eval.commands.report.page.data import REWARD, Key, Method, Metric, PageData
 from specrej_eval.core import Trajectory
 from specrej_eval.evidence.bootstrap import Bootstrap, Estimate
 from specrej_eval.evidence.partial_scores import Agreement, agreement
@@ -89,7 +89,7 @@ def differences(data: PageData, baseline: Method) -> list[Difference]:
         for method in data.methods:
             ours = method.each(metric)
             both = [key for key in theirs if key in ours]
-            if method is baseline or not both or not _comparable(metric, method, baseline):
+            if method is baseline or not both or not comparable(metric, method, baseline):
                 continue
             gaps = [ours[key] - theirs[key] for key in both]
             estimate = Bootstrap(len(gaps), resamples=RESAMPLES).interval(gaps)
@@ -97,10 +97,9 @@ def differences(data: PageData, baseline: Method) -> list[Difference]:
     return found
 
 
-def _comparable(metric: Metric, one: Method, other: Method) -> bool:
+def comparable(metric: Metric, one: Method, other: Method) -> bool:
     """Rewards compare where one reward model gave them."""
-    named = [method.run.models.get("reward_model") for method in (one, other)]
-    return metric.name != "reward" or named[0] == named[1]
+    return metric.name != REWARD or one.reward_scale == other.reward_scale
 
 
 def survival(method: Method, task: str) -> list[tuple[float, float]]:

@@ -203,7 +203,7 @@
   function chart(method, rows, range, width) {
     const height = 230;
     const wide = Math.max(260, width);
-    const left = 44, right = wide - 48, top = 10, bottom = height - 40;
+    const left = 44, right = wide - 60, top = 10, bottom = height - 40;
     const x = (tokens) => left + (tokens / range.tokens) * (right - left);
     const y = (score) => bottom - ((score - range.low) / (range.high - range.low)) * (bottom - top);
     const at = (number) => String(Math.round(number * 100) / 100);
