@@ -479,7 +479,7 @@ def test_a_large_run_is_cut_at_the_stated_size_and_the_page_says_so(tmp_path: Pa
     page = page_of(tmp_path, folder, "--megabytes", "0.3")
     data = PageReader(page).rows()
     script = next(text for text in PageReader(page).texts["script"] if text.startswith('{"methods"'))
-    assert len(script) <= 0.32e6
+    assert len(script) <= 0.3e6 + 200
     with_texts = sum("text" in prompt for prompt in data["prompts"])
     assert 0 < with_texts < len(data["prompts"]) < 400
     bare = len(data["prompts"]) - with_texts

@@ -177,8 +177,8 @@ def pareto(title: str, points: Sequence[Point], *, x_label: str, y_label: str, s
             scene.add(Line([(at, y.at(point.low)), (at, y.at(point.high))], point.family, 1.4))
     taken = [(x.at(p.x) - 7, y.at(p.y) - 7, x.at(p.x) + 7, y.at(p.y) + 7) for p in points]
     for place, point in enumerate(points):
-        at, hollow = (x.at(point.x), y.at(point.y)), place not in best
-        scene.add(Dot(*at, point.family, 5.5, SHAPES[point.family], hollow=hollow, title=point.title))
+        shape, hollow = SHAPES[point.family], place not in best
+        scene.add(Dot(x.at(point.x), y.at(point.y), point.family, 5.5, shape, hollow=hollow, title=point.title))
     ends = [(p, y.at(p.high), y.at(p.low)) for p in points if p.low is not None and p.high is not None]
     lines = [(x.at(point.x) - 1, top, x.at(point.x) + 1, bottom) for point, top, bottom in ends]
     for (x1, y1), (x2, y2) in pairwise(ours):  # in short pieces, whose boxes hold little else

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 from specrej_eval.commands.report.page.data import Answered, Key, PageData
@@ -22,31 +23,41 @@ class Rows:
 
 
 def rows(data: PageData, megabytes: float) -> Rows:
-    """Prompts in order, with texts as long as three quarters of the room last, then without texts, then none."""
+    """All prompts with texts, where there is room; else texts as long as three quarters of it last, then scores alone,
+    then no more prompts.
+
+    Args:
+        megabytes: the room, in 10^6 bytes.
+    """
     room = megabytes * 1e6
-    written: list[str] = []
-    used = 0
-    whole = bare = 0
-    for key, text in data.prompts.items():
-        for texts in (True, False):
-            entry = as_script(_prompt(data, key, text, texts=texts))
-            if used + len(entry) <= room * (0.75 if texts else 1.0) and (not texts or not bare):
-                break
-        else:
-            break
-        written.append(entry)
-        used += len(entry)
-        whole, bare = whole + texts, bare + (not texts)
+    written = _filled(data, 0, room, texts=True)
+    whole, bare = len(written), 0
+    if whole < len(data.prompts):
+        written = _filled(data, 0, 0.75 * room, texts=True)
+        whole = len(written)
+        written += _filled(data, whole, room - sum(map(len, written)), texts=False)
+        bare = len(written) - whole
     notes = []
     more = f"a page holds {megabytes:g} MB of rows; --megabytes gives it more"
     if bare:
-        notes.append(
-            f"Texts of rows are here for the first {counted(whole, 'prompt')}, scores alone for {bare:,} ({more})."
-        )
+        first = counted(whole, "prompt")
+        notes.append(f"Texts are here for the first {first}, scores alone for {bare:,} more ({more}).")
     if left := len(data.prompts) - whole - bare:
         notes.append(f"{left:,} of {counted(len(data.prompts), 'prompt')} are left out of the viewer ({more}).")
     methods = [{"name": inert_page(m.run.name), "short": inert_page(m.short), "family": m.family} for m in data.methods]
     return Rows(f'{{"methods":{as_script(methods)},"prompts":[{",".join(written)}]}}', notes)
+
+
+def _filled(data: PageData, start: int, room: float, *, texts: bool) -> list[str]:
+    """The prompts from a place on, as many as the room holds."""
+    written: list[str] = []
+    for key, text in islice(data.prompts.items(), start, None):
+        entry = as_script(_prompt(data, key, text, texts=texts))
+        room -= len(entry) + 1
+        if room < 0:
+            break
+        written.append(entry)
+    return written
 
 
 def as_script(value: Any) -> str:
