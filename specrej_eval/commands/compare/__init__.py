@@ -21,8 +21,6 @@ from specrej_eval.checked import object_in
 from specrej_eval.commands.compare import judged
 from specrej_eval.commands.compare.cells import Decoder, Place, pool_of, read_cell
 from specrej_eval.commands.compare.sources import PromptFile, Source, Tasks
-from specrej_eval.commands.compare.tables import as_markdown, print_tables
-from specrej_eval.commands.replay import add_grid
 from specrej_eval.commands.run import OURS, split
 from specrej_eval.config import HOST, PromptArguments, as_bool, as_int, declared
 from specrej_eval.core import Question
@@ -31,7 +29,8 @@ from specrej_eval.evidence.bootstrap import RESAMPLES
 from specrej_eval.evidence.comparison import Cell, compare
 from specrej_eval.evidence.flops import Sizes
 from specrej_eval.evidence.methods import Method, grid, listed
-from specrej_eval.options import add_options
+from specrej_eval.evidence.tables import as_markdown, print_tables
+from specrej_eval.options import add_grid, add_options
 from specrej_eval.paths import below, file_name
 from specrej_eval.records.jsonl import as_text, write_atomically
 from specrej_eval.records.prompt_files import read_prompts
@@ -50,7 +49,7 @@ HINTS = {
     "strategies": "did you mean --strategy?",
     "alphas": "did you mean --alpha?",
     "journal": "each cell keeps a journal of its own, in the folder of --output.",
-    "gen_kwargs": "its names are options here: --temperature, --max_gen_toks, ...",
+    "gen_kwargs": "its names are options here (--temperature, ...), and mean what they mean in --model_args.",
     "model_args": "its names are options here: --pretrained, --reward_model, ...",
 }
 TIMED = 20
@@ -199,7 +198,6 @@ def _resolved(options: dict[str, Any], of_source: Mapping[str, Any], limit: int 
     asked = PromptArguments.of(own)
     if own:
         raise ConfigError(f"unexpected --{next(iter(own))}.")
-    source: Source
     if prompts is not None:
         if lost := [name for name in _OF_SOURCE[1:5] if name in of_source]:
             raise ConfigError(f"--{lost[0]} is about tasks, and there is none.", hint="leave it out.")

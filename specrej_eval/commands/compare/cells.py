@@ -1,16 +1,15 @@
 """The cells of a comparison: each a folder as `specrej-eval run` writes it, decoded once, gone on from where it ended.
 
 The cell of Best-of-N with most rows is decoded whole. Of every other cell the first prompts are (they alone say what it
-takes in seconds and memory); the rest takes its rows from that first cell, since a row's tokens are a function of (seed,
-prompt, row). The loop, the strategy and the reward model are the real ones all the same. That the rows are the same is
-checked on the prompts that were decoded for real; where one differs, or an engine does not promise the same bits, the
-whole cell is decoded.
+takes in seconds and memory); the rest takes its rows from that first cell, since a row's tokens are a function of
+(seed, prompt, row). The loop, the strategy and the reward model are the real ones all the same. That the rows are the
+same is checked on the prompts that were decoded for real; where one differs, or an engine does not promise the same
+bits, the whole cell is decoded.
 """
 
 from __future__ import annotations
 
 import copy
-import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -19,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from specrej_eval.answering import answer
 from specrej_eval.api import RunPlan
-from specrej_eval.checked import BadRecordError, a_list, an_object, as_number
+from specrej_eval.checked import a_list, an_object, as_number
 from specrej_eval.commands.compare.sources import Source
 from specrej_eval.core import GenerationResult, Question, Spent
 from specrej_eval.errors import ConfigError, SpecRejError
@@ -263,11 +262,13 @@ def read_cell(place: Place, source: Source, *, is_pool: bool) -> Cell:
     if is_pool and all(len(result.trajectories) == place.method.n for result in results):
         wanted += [[result.trajectories[row] for result in results] for row in range(place.method.n)]
     path = place.store.path / METRICS
-    known = _known_metrics(path, texts := digest({"texts": [[row.text for row in rows] for rows in wanted]}))
+    texts = digest({"texts": [[row.text for row in rows] for rows in wanted]})
+    known, better = _known_metrics(path, texts)
+    source.higher_is_better.update(better)
     if known is None:
         known = [source.metrics(rows) for rows in wanted]
-        told = {"schema_version": METRICS_VERSION, "of": texts, "best": known[0], "rows": known[1:]}
-        write_atomically(path, as_text(told) + "\n")
+        told = {"schema_version": METRICS_VERSION, "of": texts, "higher_is_better": dict(source.higher_is_better)}
+        write_atomically(path, as_text({**told, "best": known[0], "rows": known[1:]}) + "\n")
     of_rows: dict[str, list[list[float]]] = {}
     if len(known) > 1:
         for name in known[1]:
@@ -282,18 +283,20 @@ def read_cell(place: Place, source: Source, *, is_pool: bool) -> Cell:
     )
 
 
-def _known_metrics(path: Path, texts: str) -> list[dict[str, list[float]]] | None:
-    """Those on file, if they are of these very texts."""
+def _known_metrics(path: Path, texts: str) -> tuple[list[dict[str, list[float]]] | None, Mapping[str, bool]]:
+    """Those on file, if they are of these very texts, and whether more is better."""
     try:
         told = an_object(parsed(path.read_bytes()), "metrics")
         if told.get("of") != texts or told.get("schema_version") != METRICS_VERSION:
-            return None
-        return [
+            return None, {}
+        better = {name: bool(more) for name, more in an_object(told["higher_is_better"], "higher_is_better").items()}
+        known = [
             {name: [as_number(value, name) for value in values] for name, values in an_object(each, "metrics").items()}
             for each in (told["best"], *a_list(told, "rows"))
         ]
-    except (OSError, ValueError, KeyError, BadRecordError, json.JSONDecodeError):
-        return None
+        return known, better
+    except (OSError, ValueError, KeyError):
+        return None, {}
 
 
 def pool_of(methods: Sequence[Method]) -> Method | None:

@@ -53,9 +53,9 @@ def _add_perplexity(report: dict[str, Any], cells: Sequence[Cell]) -> None:
     """exp(sum of -log p over all tokens of all answers / number of tokens), for all methods by the same rule.
 
     The log-probs are those of the very ids that were decoded, given the prompt they were decoded from, under the
-    untempered model; the paper's code re-tokenised text, wrapped prompt and answer into a user's turn for one method and
-    not for the other, and took the lowest of all rows (research notes B23, B24). Every answer is a row of Best-of-N with
-    most rows, whose log-probs are on record.
+    untempered model; the paper's code re-tokenised text, wrapped prompt and answer into a user's turn for one method
+    and not for the other, and took the lowest of all rows (research notes B23, B24). Every answer is a row of Best-of-N
+    with most rows, whose log-probs are on record.
     """
     of_best = [cell for cell in cells if cell.method.strategy == BEST_OF_N]
     if not of_best:

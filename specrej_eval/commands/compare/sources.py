@@ -21,9 +21,18 @@ if TYPE_CHECKING:
 
 
 class Source(Protocol):
-    name: str
-    deciding: Mapping[str, Any]
-    """What else decides answers: part of each cell's fingerprint."""
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def deciding(self) -> Mapping[str, Any]:
+        """What else decides answers: part of each cell's fingerprint."""
+        ...
+
+    @property
+    def higher_is_better(self) -> dict[str, bool]:
+        """Of metrics, by name; filled in by ``metrics``."""
+        ...
 
     def questions(self) -> list[Question]:
         """In order; no model is needed."""
@@ -53,6 +62,7 @@ class PromptFile:
     name: str
     asked: PromptArguments
     listed: Sequence[Question]
+    higher_is_better: dict[str, bool] = field(default_factory=dict)
 
     @property
     def deciding(self) -> Mapping[str, Any]:
@@ -88,6 +98,10 @@ class Tasks:
         return self.prompts.name
 
     @property
+    def higher_is_better(self) -> dict[str, bool]:
+        return self.prompts.higher_is_better
+
+    @property
     def deciding(self) -> Mapping[str, Any]:
         tasks = self.prompts.tasks
         return {
@@ -113,4 +127,4 @@ class Tasks:
         return self.prompts.metrics(rows)
 
     def described(self) -> dict[str, Any]:
-        return {"kind": "tasks", "name": self.name, "higher_is_better": dict(self.prompts.higher_is_better)}
+        return {"kind": "tasks", "name": self.name, "higher_is_better": dict(sorted(self.higher_is_better.items()))}

@@ -37,6 +37,8 @@ class TaskPrompts:
     fewshot_as_multiturn: bool = False
     higher_is_better: dict[str, bool] = field(default_factory=dict)
     """Of metrics, by the names that ``metrics`` gives them; known once they were asked for."""
+    _made_by: Any = field(default=None, repr=False)
+    """What rendered the instances that the tasks hold."""
 
     @classmethod
     def load(
@@ -90,7 +92,9 @@ class TaskPrompts:
         Args:
             lm: renders chat messages; None = they stay messages.
         """
-        render = _Messages() if lm is None else lm
+        render = _MESSAGES if lm is None else lm
+        if self._made_by is render:
+            return [instance for task in self.tasks.values() for instance in task.instances]
         found = []
         logging.getLogger("lm_eval").setLevel(logging.WARNING)
         for task in self.tasks.values():
@@ -105,6 +109,7 @@ class TaskPrompts:
                 tokenizer_name=render.tokenizer_name if self.apply_chat_template else "",
             )
             found += task.instances
+        self._made_by = render
         return found
 
     def questions(self) -> list[Question]:
@@ -173,6 +178,9 @@ class _Messages:
         chat_history: Sequence[Mapping[str, str]], add_generation_prompt: bool = True
     ) -> ChatPrompt:
         return ChatPrompt("", [dict(message) for message in chat_history], add_generation_prompt)
+
+
+_MESSAGES = _Messages()
 
 
 def _check(name: str, task: Any) -> None:
