@@ -16,8 +16,16 @@ from specrej_eval.evidence.bootstrap import Bootstrap
 from specrej_eval.evidence.comparison import Cell, begins_as
 from specrej_eval.evidence.methods import BEST_OF_N
 
+CACHE = "annotations.json"
+"""Beside the comparison: what a judge has said already."""
+
 
 def add_arguments(group: Any) -> None:
+    group.add_argument(
+        "--annotators",
+        metavar="NAME",
+        help="a judge of alpaca_eval for win rates against the baseline, or its folder; specrej_reward_judge is ours",
+    )
     group.add_argument(
         "--perplexity",
         metavar="BOOL",
@@ -28,6 +36,8 @@ def add_arguments(group: Any) -> None:
 @dataclass(frozen=True, slots=True)
 class Judge:
     perplexity: bool = False
+    annotators: Any = None
+    """A ``harness.alpaca_eval.preferences.Judge``."""
 
     @classmethod
     def of(cls, options: dict[str, Any]) -> Self:
@@ -36,7 +46,13 @@ class Judge:
         Raises:
             ConfigError: a bad value.
         """
-        return cls(perplexity=as_bool("perplexity", options.pop("perplexity", False)))
+        name = options.pop("annotators", None)
+        annotators = None
+        if name is not None:
+            from specrej_eval.harness.alpaca_eval.preferences import Judge as Annotators
+
+            annotators = Annotators(str(name))
+        return cls(perplexity=as_bool("perplexity", options.pop("perplexity", False)), annotators=annotators)
 
     @property
     def for_pool(self) -> dict[str, Any]:
@@ -47,6 +63,41 @@ class Judge:
         """To each method of the report, what was asked for."""
         if self.perplexity:
             _add_perplexity(report, cells)
+        if self.annotators is not None:
+            self._add_win_rate(report, cells, questions, root)
+
+    def _add_win_rate(
+        self, report: dict[str, Any], cells: Sequence[Cell], questions: Sequence[Question], root: Path
+    ) -> None:
+        """Mean chance that a method's answer is preferred to the baseline's on the same prompt and seed.
+
+        Each pair in both orders; 0.5 for equal answers. Not length-controlled: alpaca_eval's own control looks prompts
+        up by their row in its 805 (research notes B30); mean lengths stand beside the win rates instead.
+        """
+        instructions = [question.instruction for question in questions]
+        baseline = {cell.seed: cell for cell in cells if cell.method.name == report["baseline"]}
+        known = {method["name"]: method for method in report["methods"]}
+        preferred: dict[str, dict[int, list[float | None]]] = {}
+        for cell in cells:
+            if cell.method.name == report["baseline"]:
+                continue
+            theirs, ours = ([r.text for r in each.results] for each in (baseline[cell.seed], cell))
+            told = self.annotators.preferences(instructions, theirs, ours, caching_path=root / CACHE)
+            preferred.setdefault(cell.method.name, {})[cell.seed] = told
+        for name, by_seed in preferred.items():
+            values = np.array([by_seed[seed] for seed in report["seeds"]], dtype=float).T  # None becomes NaN
+            judged = ~np.isnan(values).any(axis=1)
+            if not judged.any():
+                continue
+            bootstrap = Bootstrap(int(judged.sum()), values.shape[1], resamples=report["bootstrap"]["resamples"])
+            known[name]["win_rate"] = {
+                **bootstrap.interval(values[judged]).to_dict(),
+                "against": report["baseline"],
+                "annotators": self.annotators.name,
+                "prompts": int(judged.sum()),
+            }
+            for cell in known[name]["cells"]:
+                cell["preferred"] = by_seed[cell["seed"]]
 
 
 def _add_perplexity(report: dict[str, Any], cells: Sequence[Cell]) -> None:
