@@ -566,7 +566,7 @@ class Generator:
         from specrej_eval import __version__
 
         reward = EMBEDDED if self.reward.name == str(DEMO_REWARD) else self.reward.name
-        told = {"reward_model": reward, "reward_parameters": self.reward.num_parameters}
+        told = {"reward_model": reward, "reward_parameters": self.reward.parameters_per_token()}
         return {"specrej_eval": __version__, **told, **self.engine.describe()}
 
     def _open_tracer(self) -> Tracer:

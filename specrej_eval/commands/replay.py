@@ -17,15 +17,16 @@ from pathlib import Path
 from typing import Any
 
 from specrej_eval.checked import object_or_empty
-from specrej_eval.commands.compare.tables import as_markdown, print_tables
 from specrej_eval.commands.journal import journals_of
 from specrej_eval.config import RunConfig, as_int
 from specrej_eval.core import GenerationResult
 from specrej_eval.errors import ConfigError
 from specrej_eval.evidence.comparison import Cell, compare
-from specrej_eval.evidence.methods import BEST_OF_N, SPECULATIVE_REJECTION, Method, grid, listed
+from specrej_eval.evidence.methods import BEST_OF_N, Method, grid, listed
 from specrej_eval.evidence.replay import Replayed, replay
 from specrej_eval.evidence.selectors import KNOWN, make_selector
+from specrej_eval.evidence.tables import as_markdown, print_tables
+from specrej_eval.options import add_grid
 from specrej_eval.records import journal
 from specrej_eval.records.fingerprint.comparing import BETWEEN, differences
 from specrej_eval.records.jsonl import as_text, write_atomically
@@ -60,14 +61,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     shown.add_argument("--format", choices=("text", "markdown", "json"), default="text", help="format of the table")
     shown.add_argument("--output", metavar="FILE.json", help="write everything there, the prompts' numbers included")
     shown.add_argument("--baseline", metavar="NAME", help="method to hold the others against, such as bo16")
-
-
-def add_grid(group: Any, *, alpha: str, n: str) -> None:
-    """Options of a grid of methods."""
-    strategies = f"{BEST_OF_N},{SPECULATIVE_REJECTION}"
-    group.add_argument("--strategy", default=strategies, metavar="LIST", help="strategies")
-    group.add_argument("--alpha", default=alpha, metavar="LIST", help="shares rejected at each look; 0 is Best-of-N")
-    group.add_argument("--n", default=argparse.SUPPRESS, metavar="LIST", help=f"rows started (default: {n})")
 
 
 @dataclass(frozen=True, slots=True)

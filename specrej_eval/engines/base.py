@@ -226,6 +226,17 @@ class Engine(ABC):
         """Memory that a token of KV takes; 0 = unknown."""
         return 0
 
+    def parameters_per_token(self) -> int:
+        """Parameters that take part in reading or decoding a token; 0 = unknown."""
+        return 0
+
+    def attention_size(self) -> tuple[int, int]:
+        """Layers, and attention heads times the size of one; 0 = unknown."""
+        return 0, 0
+
+    def reset_peak(self) -> None:  # noqa: B027 - where it cannot be done, peaks are those of the whole process
+        """``peak_bytes`` begins anew."""
+
     @abstractmethod
     def peak_bytes(self) -> int:
         """Peak memory so far: allocated by torch on a GPU, resident set of the process on a CPU."""

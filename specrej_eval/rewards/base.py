@@ -82,12 +82,6 @@ class RewardModel(ABC):
         """Whether it can score a text of a file, with nothing that an engine recorded."""
         return not self.needs_logprobs and not self.needs_token_stats
 
-    @property
-    def num_parameters(self) -> int:
-        """Parameters that each token it reads is multiplied with; 0 where that is not known (a server, a function)."""
-        counts = [member.num_parameters for member in self.members]
-        return sum(counts) if all(counts) else 0
-
     # counted since the model was made; the caller takes differences. One that counts has an attribute of this name.
 
     @property
@@ -109,6 +103,10 @@ class RewardModel(ABC):
     def grades_unreadable(self) -> int:
         """Scores that became NaN because a judge wrote no grade."""
         return 0
+
+    def parameters_per_token(self) -> int:
+        """Parameters that take part in reading a token; 0 = none, or unknown (a server, a function)."""
+        return sum(member.parameters_per_token() for member in self.members)
 
     @property
     def nan_reasons(self) -> Mapping[int, str]:

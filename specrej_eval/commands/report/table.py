@@ -105,7 +105,7 @@ def print_rich(rows: Sequence[Mapping[str, Any]]) -> bool:
         for column, head in zip(sheet.columns, heads, strict=True):
             broken = inert(head) if column.words else inert(head).replace(" ± ", " ±\n").replace(" ", "\n")
             broken = broken.replace("\n±", " ±").replace("95\n%", "95 %")
-            side = "left" if column.words else "right"
+            side: Literal["left", "right"] = "left" if column.words else "right"
             table.add_column(Text(broken), justify=side, no_wrap=not column.words, vertical="bottom")
         for line in lines:
             table.add_row(*(Text(inert(text)) for text in line))

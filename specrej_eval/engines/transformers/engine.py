@@ -28,8 +28,7 @@ from specrej_eval.engines.transformers.session import EOS, MAY_STOP, Session
 from specrej_eval.kv.attention.base import AttentionBackend
 from specrej_eval.kv.cache import bytes_per_token
 from specrej_eval.kv.memory import clear_error, free_bytes, or_else, release_memory, twice
-from specrej_eval.kv.models import context_length, stop_ids
-from specrej_eval.kv.sizes import attention_size, parameters_per_token
+from specrej_eval.kv.models import attention_size, context_length, parameters_per_token, stop_ids
 
 logger = logging.getLogger(__name__)
 
@@ -205,16 +204,28 @@ class TransformersEngine(Engine):
             prefix = self.runner.prefill([0] * prompt_tokens, path)
             return bytes_per_token(prefix) if prefix.keys else 0
 
+    def parameters_per_token(self) -> int:
+        """See ``base.Engine.parameters_per_token``."""
+        return parameters_per_token(self.model)
+
+    def attention_size(self) -> tuple[int, int]:
+        """See ``base.Engine.attention_size``."""
+        return attention_size(self.model)
+
+    def reset_peak(self) -> None:
+        """See ``base.Engine.reset_peak``."""
+        hardware.reset_peak(self.device)
+
     def peak_bytes(self) -> int:
         """See ``base.Engine.peak_bytes``."""
         return hardware.peak_bytes(self.device)
 
     def describe(self) -> dict[str, Any]:
         """See ``base.Engine.describe``."""
-        layers, attention_width = attention_size(self.runner.model)
+        layers, attention_width = self.attention_size()
         return {
             "engine": "transformers",
-            "parameters": parameters_per_token(self.runner.model),
+            "parameters": self.parameters_per_token(),
             "layers": layers,
             "attention_width": attention_width,
             "attention": self.runner.path,

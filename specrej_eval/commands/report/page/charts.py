@@ -14,6 +14,8 @@ from specrej_eval.commands.report.page.scene import Anchor, Box, Dot, Line, Mark
 
 WIDE, NARROW = 560, 344
 """Pixels: of a column of two on a screen 1,280 wide, and of a telephone's 400."""
+MOST_NAMES = 10
+"""Points that are all named; of more, those that none beats."""
 SHAPES: dict[str, Shape] = {"best_of_n": "circle", "rejecting": "diamond", "other": "square"}
 _DASHES = ("", "6 3", "2 3", "9 3 2 3")
 
@@ -184,7 +186,8 @@ def pareto(title: str, points: Sequence[Point], *, x_label: str, y_label: str, s
     for (x1, y1), (x2, y2) in pairwise(ours):  # in short pieces, whose boxes hold little else
         steps = [(x1 + (x2 - x1) * i / 12, y1 + (y2 - y1) * i / 12) for i in range(13)]
         lines += [(a, min(b, d), c, max(b, d)) for (a, b), (c, d) in pairwise(steps)]
-    for point in sorted(points, key=lambda point: (-point.y, point.x)):
+    named = [p for place, p in enumerate(points) if place in best or len(points) <= MOST_NAMES]
+    for point in sorted(named, key=lambda point: (-point.y, point.x)):
         at, height = x.at(point.x), y.at(point.y)
         reach = (y.at(point.high), y.at(point.low)) if point.high is not None and point.low is not None else None
         scene.add(_label(point.name, point.family, (at, height), reach or (height, height), taken, lines, (x, y)))

@@ -13,16 +13,19 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from specrej_eval.checked import object_or_empty
+from specrej_eval.checked import object_in, object_or_empty
 from specrej_eval.commands.report.runs import Run
 from specrej_eval.config import MAX
-from specrej_eval.core import GenerationResult, Ledger, Round, Trajectory
+from specrej_eval.core import ROWS_FROM, GenerationResult, Ledger, Round, Trajectory
 from specrej_eval.errors import ConfigError
 from specrej_eval.evidence.flops import Sizes, flops
 from specrej_eval.records import journal, lm_eval_files
+from specrej_eval.records.jsonl import digest
 from specrej_eval.records.outputs import RUN_FILES, Answer, OutputsFolder
 from specrej_eval.wording import counted
 
+CELL_METRICS = "specrej_metrics.json"
+"""What `specrej-eval compare` writes beside the rows of a cell."""
 _OF_ONE_PROMPT = ("kv_budget_tokens", "first_look")
 """Resolved arguments that may differ between two prompts of one run."""
 
@@ -67,6 +70,8 @@ class Answered:
     ledger: Ledger
     scores: Mapping[Metric, float] = field(default_factory=dict)
     """What the benchmark says of the answer."""
+    measured: bool = True
+    """Whether its seconds and memory were: not so where its rows are another run's (`specrej-eval compare`)."""
 
     @classmethod
     def of_result(cls, result: GenerationResult, scores: Mapping[Metric, float]) -> Answered:
@@ -79,11 +84,15 @@ class Answered:
             rounds=result.rounds,
             ledger=result.ledger,
             scores=scores,
+            measured=ROWS_FROM not in result.resolved,
         )
 
     @classmethod
     def of_answer(cls, answer: Answer) -> Answered:
-        return cls(answer.output, answer.reward, answer.num_tokens, (), None, answer.rounds, answer.ledger)
+        measured = ROWS_FROM not in answer.resolved
+        return cls(
+            answer.output, answer.reward, answer.num_tokens, (), None, answer.rounds, answer.ledger, {}, measured
+        )
 
 
 @dataclass(frozen=True)
@@ -128,9 +137,9 @@ class Method:
     def of_task(self, task: str) -> Iterator[tuple[Key, Answered]]:
         return ((key, answer) for key, answer in self.answers.items() if key.task == task)
 
-    def costs(self, task: str) -> list[Cost]:
-        """Of each of its answers to one task."""
-        return [self.cost(answer) for _, answer in self.of_task(task)]
+    def measured(self, task: str) -> list[Ledger]:
+        """Ledgers of the answers whose seconds and memory were measured."""
+        return [answer.ledger for _, answer in self.of_task(task) if answer.measured]
 
     def cost(self, answer: Answered) -> Cost:
         ledger = answer.ledger
@@ -142,7 +151,7 @@ class Method:
                 rows=[row.num_tokens for row in answer.rows],
                 reward_tokens=ledger.reward_tokens,
             )
-        return Cost(ledger.prompt_tokens, ledger.decode_tokens, ledger.reward_tokens, operations, ledger.total_seconds)
+        return Cost(ledger.prompt_tokens, ledger.decode_tokens, ledger.reward_tokens, operations)
 
 
 class Cost(NamedTuple):
@@ -152,7 +161,6 @@ class Cost(NamedTuple):
     decode_tokens: int
     reward_tokens: int
     flops: float | None
-    seconds: float
 
 
 @dataclass(frozen=True)
@@ -262,13 +270,38 @@ def _of_folder(run: Run) -> Found:
     task = run.scores[0].task if run.scores else ""
     texts, answers = {}, {}
     recorded = 0
-    for answer in store.answers():
+    known = store.answers()
+    scores = _cell_scores(run.path / CELL_METRICS, task, [entries[a.key].result for a in known if a.key in entries])
+    for answer in known:
         key = Key(task, answer.prompt_hash, answer.repeat)
         texts[key] = answer.instruction
         entry = entries.get(answer.key)
-        recorded += entry is not None
-        answers[key] = Answered.of_answer(answer) if entry is None else Answered.of_result(entry.result, {})
+        if entry is None:
+            answers[key] = Answered.of_answer(answer)
+        else:
+            answers[key] = Answered.of_result(entry.result, scores[recorded] if scores else {})
+            recorded += 1
     return texts, answers, _lacking(recorded, len(answers))
+
+
+def _cell_scores(path: Path, task: str, results: Sequence[GenerationResult]) -> list[dict[Metric, float]]:
+    """What a task says of the answers of a cell of `specrej-eval compare`, in their order; empty where that is not on
+    file, or is of other texts."""
+    told = object_in(path)
+    rows = told.get("rows") if isinstance(told.get("rows"), list) else []
+    wanted = [[result.best.text for result in results]]
+    if rows and all(len(result.trajectories) == len(rows) for result in results):
+        wanted += [[result.trajectories[row].text for result in results] for row in range(len(rows))]
+    best = object_or_empty(told.get("best"))
+    if told.get("schema_version") != 1 or told.get("of") != digest({"texts": wanted}):
+        return []
+    found: list[dict[Metric, float]] = [{} for _ in results]
+    for name, values in best.items():
+        if isinstance(values, list) and len(values) == len(results):
+            for scores, value in zip(found, values, strict=True):
+                if lm_eval_files.is_number(value):
+                    scores[Metric(task, str(name), "")] = float(value)
+    return found
 
 
 def _lacking(recorded: int, answers: int) -> list[str]:

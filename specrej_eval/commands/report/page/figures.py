@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from specrej_eval.commands.report.page import charts
-from specrej_eval.commands.report.page.charts import Agreements, Bars, Cloud, Curve, Point, Scene, in_short
+from specrej_eval.commands.report.page.charts import Agreements, Bars, Cloud, Curve, Point, in_short
 from specrej_eval.commands.report.page.data import REWARD, Method, Metric, PageData
 from specrej_eval.commands.report.page.measures import (
     PartialScores,
@@ -19,6 +19,7 @@ from specrej_eval.commands.report.page.measures import (
     spend,
     survival,
 )
+from specrej_eval.commands.report.page.scene import Scene
 from specrej_eval.core import PHASES
 from specrej_eval.paths import file_name
 
@@ -26,6 +27,8 @@ MOST_TASKS = 3
 """Tasks that are drawn; tables have all."""
 MOST_METRICS = 3
 """Metrics of one task that are drawn."""
+MOST_CURVES, MOST_BARS = 12, 24
+"""Methods in a chart of lines or bars; the tables have all."""
 MOST_SCATTERS = 4
 """Methods whose partial scores are drawn."""
 FEWEST = 20
@@ -105,6 +108,7 @@ def pareto(data: PageData, metric: Metric, cost: str) -> Figure | None:
         name=_name(metric.task, data, metric.label, "against", cost),
         title=f"{what.removeprefix('mean ')} against {label}",
         caption="Bars are 95 % intervals over prompts. Filled: no other is both cheaper and better."
+        + (f" Of {len(points)} methods, those that none beats are named." if len(points) > charts.MOST_NAMES else "")
         + ("" if not others else f" Left out, scored by another reward model: {'; '.join(m.short for m in others)}."),
         draw=lambda width: charts.pareto(
             f"{what} against {label}", points, x_label=label, y_label=what, share=share, width=width
@@ -112,8 +116,13 @@ def pareto(data: PageData, metric: Metric, cost: str) -> Figure | None:
     )
 
 
+def _first_of(data: PageData, most: int) -> str:
+    """What a caption says where not all methods are drawn."""
+    return f" The first {most} of {len(data.methods)} methods." if len(data.methods) > most else ""
+
+
 def _survival(data: PageData, task: str) -> list[Figure]:
-    told = [(method, survival(method, task)) for method in data.methods]
+    told = [(method, survival(method, task)) for method in data.methods[:MOST_CURVES]]
     curves = [Curve(method.short, method.family, points) for method, points in told if points]
     if not curves:
         return []
@@ -121,7 +130,8 @@ def _survival(data: PageData, task: str) -> list[Figure]:
         Figure(
             name=_name(task, data, "survival"),
             title="Rows that no look has rejected yet",
-            caption="Share of all rows started, each prompt weighted alike. A step is a look that rejects rows.",
+            caption="Share of all rows started, each prompt weighted alike. A step is a look that rejects rows."
+            + _first_of(data, MOST_CURVES),
             draw=lambda width: charts.survival("rows not rejected", curves, width=width),
         )
     ]
@@ -183,7 +193,7 @@ def _scatter(data: PageData, task: str, method: Method, look: PartialScores) -> 
 
 
 def _tokens(data: PageData, task: str) -> list[Figure]:
-    found = [(method, spent) for method in data.methods if (spent := spend(method, task)) is not None]
+    found = [(m, spent) for m in data.methods[:MOST_BARS] if (spent := spend(m, task)) is not None]
     rows = [Bars(m.short, (s.decode_tokens, s.reward_tokens, s.prompt_tokens)) for m, s in found]
     names = ("decoded", "read by the reward model", "prompt")
     return [] if not rows else [_bars(data, task, "tokens", "Where tokens go", rows, names, "tokens per prompt")]
@@ -192,8 +202,8 @@ def _tokens(data: PageData, task: str) -> list[Figure]:
 def _phases(data: PageData, task: str) -> list[Figure]:
     """What was measured on the machine: seconds by phase, and memory."""
     seconds, memory = [], []
-    for method in data.methods:
-        ledgers = [answer.ledger for _, answer in method.of_task(task)]
+    for method in data.methods[:MOST_BARS]:
+        ledgers = method.measured(task)
         if ledgers:
             split = [sum(ledger.seconds.get(phase, 0.0) for ledger in ledgers) / len(ledgers) for phase in PHASES]
             by_phase = dict(zip(PHASES, split, strict=True))
@@ -214,6 +224,7 @@ def _bars(
     return Figure(
         name=_name(task, data, name),
         title=title,
-        caption="Means over prompts." if len(names) > 1 else "Of the process (CPU) or allocated by torch (GPU).",
+        caption=("Means over prompts." if len(names) > 1 else "Of the process (CPU) or allocated by torch (GPU).")
+        + _first_of(data, MOST_BARS),
         draw=lambda width: charts.bars(title, rows, names, x_label=label, width=width),
     )

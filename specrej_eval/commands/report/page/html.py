@@ -330,20 +330,33 @@ def _measured(data: PageData, chapters: Sequence[Chapter]) -> str:
         for method in data.methods:
             if (found := spend(method, task)) is None:
                 continue
-            peak = max(answer.ledger.peak_bytes for _, answer in method.of_task(task))
+            peak = max((ledger.peak_bytes for ledger in method.measured(task)), default=0)
+            seconds, scoring = found.seconds, found.scoring_seconds
+            decoded = sum(ledger.decode_tokens for ledger in method.measured(task))
+            spent = sum(ledger.total_seconds for ledger in method.measured(task))
             lines.append(
                 [
                     Cell(method.short),
                     *([Cell(task)] if len(data.tasks) > 1 else []),
                     Cell(named.get(describe(method.run.hardware), "-") if method.run.hardware else "-"),
-                    number(found.seconds, ",.3f"),
-                    number(100 * found.scoring_seconds / found.seconds if found.seconds else None, ".0f", " %"),
-                    number(found.decode_tokens / found.seconds if found.seconds else None, ",.0f"),
+                    number(seconds, ",.3f"),
+                    number(100 * scoring / seconds if seconds and scoring is not None else None, ".0f", " %"),
+                    number(decoded / spent if spent else None, ",.0f"),
                     number(peak / 2**30 if peak else None, ",.2f"),
+                    number(len(method.measured(task)), ",d"),
                 ]
             )
     several = ["task"] if len(data.tasks) > 1 else []
-    heads = ["run", *several, "machine", "seconds per prompt", "scoring", "tokens a second", "peak GiB"]
+    heads = [
+        "run",
+        *several,
+        "machine",
+        "seconds per prompt",
+        "scoring",
+        "tokens a second",
+        "peak GiB",
+        "prompts timed",
+    ]
     table = as_html(Table("times", heads, lines, words=2 + len(several))) if lines else ""
     return (
         '<section id="measured"><h2>Measured on the machine</h2><p>Seconds are a prompt&#8217;s share of the steps it '

@@ -45,8 +45,9 @@ class Spend:
     reward_tokens: float
     prompt_tokens: float
     flops: float | None
-    seconds: float
-    scoring_seconds: float
+    seconds: float | None
+    """Of the answers that were measured; None if none was."""
+    scoring_seconds: float | None
     rows: float
     rejected_share: float
 
@@ -57,6 +58,7 @@ def spend(method: Method, task: str) -> Spend | None:
     if not answers:
         return None
     costs = [method.cost(answer) for answer in answers]
+    timed = method.measured(task)
     operations = [cost.flops for cost in costs if cost.flops is not None]
     started = sum(answer.ledger.rows_started for answer in answers)
     return Spend(
@@ -64,8 +66,8 @@ def spend(method: Method, task: str) -> Spend | None:
         reward_tokens=statistics.fmean(cost.reward_tokens for cost in costs),
         prompt_tokens=statistics.fmean(cost.prompt_tokens for cost in costs),
         flops=statistics.fmean(operations) if len(operations) == len(costs) else None,
-        seconds=statistics.fmean(cost.seconds for cost in costs),
-        scoring_seconds=statistics.fmean(answer.ledger.seconds.get("reward", 0.0) for answer in answers),
+        seconds=statistics.fmean(ledger.total_seconds for ledger in timed) if timed else None,
+        scoring_seconds=statistics.fmean(ledger.seconds.get("reward", 0.0) for ledger in timed) if timed else None,
         rows=started / len(answers),
         rejected_share=sum(answer.ledger.rows_rejected for answer in answers) / started if started else 0.0,
     )

@@ -347,8 +347,8 @@ def _shares(report: Mapping[str, Any]) -> set[str]:
 
 def _score_of(report: Mapping[str, Any]) -> str:
     """What methods are judged by: the task's first metric, else the reward."""
-    names = _metrics(report)
-    return names[0] if names else "reward"
+    better = (report.get("task") or {}).get("higher_is_better", {})
+    return next((name for name in _metrics(report) if better.get(name, True)), "reward")
 
 
 def _score(method: Mapping[str, Any], name: str) -> Mapping[str, Any]:
