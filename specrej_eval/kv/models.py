@@ -138,7 +138,7 @@ def parameters_per_token(model: Any) -> int:
     looked_up = set() if table is None or tied else {id(weight) for weight in table.parameters()}
     return round(
         sum(
-            weight.numel() * (share if ".experts." in name else 1.0)
+            int(weight.numel()) * (share if ".experts." in name else 1.0)
             for name, weight in weights
             if id(weight) not in looked_up
         )
@@ -156,4 +156,4 @@ def attention_size(model: Any) -> tuple[int, int]:
 
 def _text_config(model: Any) -> Any:
     config = getattr(model, "config", None)
-    return config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
+    return config if config is None or not hasattr(config, "get_text_config") else config.get_text_config(decoder=True)

@@ -165,7 +165,7 @@ def _scatter(data: PageData, task: str, method: Method, look: PartialScores) -> 
     caption = (
         f"Look {look.look} ({look.tokens:g} tokens, the median) against the end; each score less its prompt's mean."
     )
-    if look.pearson:
+    if look.pearson and look.kendall:
         low, middle, high = look.pearson
         caption += (
             f" Pearson's r, prompt by prompt: median {middle:.2f}, middle half {low:.2f} to {high:.2f}; "
