@@ -34,6 +34,7 @@ from specrej_eval.commands.report.page.scene import DARK, LIGHT, Dot, Text, as_p
 from specrej_eval.commands.report.page.tables import Cell, Table, as_latex, as_markdown
 from specrej_eval.commands.report.runs import find_runs
 from specrej_eval.core import GenerationResult
+from specrej_eval.records.jsonl import checked_line, digest
 from specrej_eval.wording import inert_page
 
 QUESTIONS = [f"question {number}" for number in range(30)]
@@ -157,8 +158,6 @@ def test_a_score_whose_draw_nobody_can_tell_is_given_to_no_answer(tmp_path: Path
     """Two draws of one prompt, one document: whose accuracy is it?"""
     folder = an_lm_eval_run(tmp_path / "spr", QUESTIONS)
     lines = (folder / "rows.jsonl").read_text().splitlines(keepends=True)
-    from specrej_eval.records.jsonl import checked_line
-
     again = {key: value for key, value in json.loads(lines[1]).items() if key != "checksum"}
     again["key"], again["result"]["repeat"] = "f" * 64, 1
     (folder / "rows.jsonl").write_text("".join(lines) + checked_line(again))
@@ -185,6 +184,54 @@ def test_rewards_of_two_reward_models_are_held_against_each_other_nowhere(tmp_pa
     assert "Left out, scored by another reward model: SpecRej \N{GREEK SMALL LETTER ALPHA}=0.5 n=8" in page
     drawn = re.search(r'<figure id="reward-against-tokens">.*?</figure>', page, re.DOTALL)
     assert drawn is not None and "n=8" not in drawn[0].partition("<figcaption>")[0]
+
+
+def test_each_seed_is_held_against_the_baseline_of_its_own_seed(tmp_path: Path) -> None:
+    runs = [
+        a_recorded_run(tmp_path / f"{rejects}{seed}", QUESTIONS, rejects=rejects, seed=seed)
+        for rejects in (False, True)
+        for seed in (0, 1)
+    ]
+    for told, ours, theirs in zip(cells(page_of(tmp_path, *runs), "differences"), runs[2:], runs[:2], strict=True):
+        gaps = [
+            a["trajectories"][a["best"]]["reward"] - b["trajectories"][b["best"]]["reward"]
+            for a, b in zip(raw(ours), raw(theirs), strict=True)
+        ]
+        assert told[1].startswith("Best-of-6, seed=") and told[0][-1] == told[1][-1]
+        assert told[3].startswith(f"{statistics.fmean(gaps):+.3f} [")
+
+
+def test_answers_made_of_another_runs_rows_have_no_seconds(tmp_path: Path) -> None:
+    folder = a_recorded_run(tmp_path / "spr", QUESTIONS)
+    journal = folder / "specrej_trajectories.jsonl"
+    lines = []
+    for number, line in enumerate(journal.read_text().splitlines()):
+        record = {key: value for key, value in json.loads(line).items() if key != "checksum"}
+        if number > 10:  # the first line is the header
+            record["result"]["resolved"]["rows_from"] = "records"
+            record["result"]["ledger"]["seconds"] = {}
+        lines.append(checked_line(record, ensure_ascii=False))
+    journal.write_text("".join(lines))
+    (method,) = read(find_runs(folder)).methods
+    found = measures.spend(method, "p.csv")
+    timed = [sum(result["ledger"]["seconds"].values()) for result in raw(folder)[:10]]
+    assert found is not None and found.seconds == pytest.approx(statistics.fmean(timed))
+    assert cells(page_of(tmp_path, folder), "times")[0][-1] == "10"
+
+
+def test_a_cell_of_a_comparison_brings_its_tasks_scores_along_as_long_as_they_are_of_its_texts(tmp_path: Path) -> None:
+    folder = a_recorded_run(tmp_path / "bo", QUESTIONS, rejects=False)
+    results = results_of(folder)
+    texts = [[r.best.text for r in results], *([r.trajectories[row].text for r in results] for row in range(6))]
+    scores = [float(number % 3 == 0) for number in range(30)]
+    told = {"schema_version": 1, "of": digest({"texts": texts}), "best": {"exact_match": scores}, "rows": [{}] * 6}
+    (folder / "specrej_metrics.json").write_text(json.dumps(told))
+    (method,) = read(find_runs(folder)).methods
+    each = method.each(Metric("p.csv", "exact_match", ""))
+    assert [each[Key("p.csv", r.prompt_hash, 0)] for r in results] == scores
+    (folder / "specrej_metrics.json").write_text(json.dumps(told | {"of": "of other texts"}))
+    (method,) = read(find_runs(folder)).methods
+    assert [metric.name for metric in method.metrics] == ["reward"]
 
 
 def test_survival_is_the_share_of_rows_that_rounds_have_left(tmp_path: Path) -> None:
@@ -237,8 +284,6 @@ def test_only_the_section_of_measurements_knows_seconds_and_memory(tmp_path: Pat
     for folder in other:
         for path in folder.glob("*.jsonl"):
             changed = []
-            from specrej_eval.records.jsonl import checked_line
-
             for line in path.read_text().splitlines():
                 record = {key: value for key, value in json.loads(line).items() if key != "checksum"}
                 of_result = record.get("result", record)

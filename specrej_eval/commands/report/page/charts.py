@@ -173,7 +173,8 @@ def pareto(title: str, points: Sequence[Point], *, x_label: str, y_label: str, s
     if len(ours) > 1:
         scene.add(Line(ours, "best_of_n", 1.0, "2 3"))
     best = frontier(points)
-    for point in points:
+    named = [p for place, p in enumerate(points) if place in best or len(points) <= MOST_NAMES]
+    for point in named:
         if point.low is not None and point.high is not None:
             at = x.at(point.x)
             scene.add(Line([(at, y.at(point.low)), (at, y.at(point.high))], point.family, 1.4))
@@ -181,12 +182,11 @@ def pareto(title: str, points: Sequence[Point], *, x_label: str, y_label: str, s
     for place, point in enumerate(points):
         shape, hollow = SHAPES[point.family], place not in best
         scene.add(Dot(x.at(point.x), y.at(point.y), point.family, 5.5, shape, hollow=hollow, title=point.title))
-    ends = [(p, y.at(p.high), y.at(p.low)) for p in points if p.low is not None and p.high is not None]
+    ends = [(p, y.at(p.high), y.at(p.low)) for p in named if p.low is not None and p.high is not None]
     lines = [(x.at(point.x) - 1, top, x.at(point.x) + 1, bottom) for point, top, bottom in ends]
     for (x1, y1), (x2, y2) in pairwise(ours):  # in short pieces, whose boxes hold little else
         steps = [(x1 + (x2 - x1) * i / 12, y1 + (y2 - y1) * i / 12) for i in range(13)]
         lines += [(a, min(b, d), c, max(b, d)) for (a, b), (c, d) in pairwise(steps)]
-    named = [p for place, p in enumerate(points) if place in best or len(points) <= MOST_NAMES]
     for point in sorted(named, key=lambda point: (-point.y, point.x)):
         at, height = x.at(point.x), y.at(point.y)
         reach = (y.at(point.high), y.at(point.low)) if point.high is not None and point.low is not None else None

@@ -110,6 +110,10 @@ class Method:
     """Of its models; None where the records do not say."""
 
     @property
+    def seed(self) -> str:
+        return str(self.run.arguments.get("seed"))
+
+    @property
     def reward_scale(self) -> str:
         """Rewards compare where it is equal: one reward model gave them."""
         told = next((score.scale for score in self.run.scores if score.metric == REWARD and score.scale), "")

@@ -108,7 +108,11 @@ def pareto(data: PageData, metric: Metric, cost: str) -> Figure | None:
         name=_name(metric.task, data, metric.label, "against", cost),
         title=f"{what.removeprefix('mean ')} against {label}",
         caption="Bars are 95 % intervals over prompts. Filled: no other is both cheaper and better."
-        + (f" Of {len(points)} methods, those that none beats are named." if len(points) > charts.MOST_NAMES else "")
+        + (
+            f" Of {len(points)} methods, those that none beats are named and have bars."
+            if len(points) > charts.MOST_NAMES
+            else ""
+        )
         + ("" if not others else f" Left out, scored by another reward model: {'; '.join(m.short for m in others)}."),
         draw=lambda width: charts.pareto(
             f"{what} against {label}", points, x_label=label, y_label=what, share=share, width=width

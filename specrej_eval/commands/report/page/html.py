@@ -147,18 +147,23 @@ def _summary(data: PageData, baseline: Method) -> str:
         parts.append(heading + as_html(_table(data, task, metrics, f"summary-{place}")))
     if found := measures.differences(data, baseline):
         shares = {metric: _is_share(data, metric) for metric in data.metrics}
+        rivals = list(dict.fromkeys(each.baseline for each in found))
         lines = [
             [
                 Cell(each.method),
+                *([Cell(each.baseline)] if len(rivals) > 1 else []),
                 Cell(f"{each.metric.task}: {each.metric.label}" if len(data.tasks) > 1 else each.metric.label),
                 _estimate(each.estimate, share=shares[each.metric], signed=True),
                 number(each.prompts, ",d"),
             ]
             for each in found
         ]
-        table = Table("differences", ("run", "of", "difference [95 % interval]", "prompts"), lines, words=2)
+        against = ["against"] if len(rivals) > 1 else []
+        heads = ["run", *against, "of", "difference [95 % interval]", "prompts"]
+        table = Table("differences", heads, lines, words=2 + len(against))
+        name = baseline.run.name if len(rivals) == 1 else f"{baseline.run.label}, of the same seed"
         parts.append(
-            f"<h3>Against {_text(baseline.run.name)}</h3>"
+            f"<h3>Against {_text(name)}</h3>"
             "<p>Prompt by prompt (shares in points of a hundred). Where the interval holds 0, it may be chance.</p>"
             + as_html(table)
         )

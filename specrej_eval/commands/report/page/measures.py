@@ -78,24 +78,29 @@ class Difference:
     """Two methods on the prompts that both answered."""
 
     method: str
+    baseline: str
     metric: Metric
     estimate: Estimate
     prompts: int
 
 
 def differences(data: PageData, baseline: Method) -> list[Difference]:
-    """Of each method to the baseline, prompt by prompt, with intervals by bootstrap over prompts."""
+    """Of each method to the baseline on its own seed, where there is one; prompt by prompt, with intervals by bootstrap
+    over prompts."""
     found = []
+    of_seed = {m.seed: m for m in reversed(data.methods) if m.run.label == baseline.run.label} | {
+        baseline.seed: baseline
+    }
     for metric in data.metrics:
-        theirs = baseline.each(metric)
         for method in data.methods:
-            ours = method.each(metric)
+            rival = of_seed.get(method.seed, baseline)
+            ours, theirs = method.each(metric), rival.each(metric)
             both = [key for key in theirs if key in ours]
-            if method is baseline or not both or not comparable(metric, method, baseline):
+            if method is rival or not both or not comparable(metric, method, rival):
                 continue
             gaps = [ours[key] - theirs[key] for key in both]
             estimate = Bootstrap(len(gaps), resamples=RESAMPLES).interval(gaps)
-            found.append(Difference(method.short, metric, estimate, len(both)))
+            found.append(Difference(method.short, rival.short, metric, estimate, len(both)))
     return found
 
 
