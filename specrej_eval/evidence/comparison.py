@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 
 from specrej_eval.core import ROWS_FROM, GenerationResult, Trajectory
 from specrej_eval.errors import ConfigError
-from specrej_eval.evidence import best_of_k, kl, paper, partial_scores, regret
-from specrej_eval.evidence.bootstrap import RESAMPLES, Bootstrap, Estimate
+from specrej_eval.evidence import RESAMPLES, best_of_k, kl, paper, partial_scores, regret
+from specrej_eval.evidence.bootstrap import Bootstrap, Estimate
 from specrej_eval.evidence.equivalent_n import at, equivalent_n
 from specrej_eval.evidence.flops import Sizes, flops
 from specrej_eval.evidence.methods import BEST_OF_N, Method
