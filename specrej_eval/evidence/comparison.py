@@ -416,8 +416,8 @@ def _efficiency(each: _Measured, pool: _Pool, bootstrap: Bootstrap) -> dict[str,
     both = ~np.isnan(each.seconds).any(axis=1) & ~np.isnan(pool.measured.seconds).any(axis=1)
     rows = float(at(each.rewards.mean(), pool.curves.mean(axis=(0, 1))))
     if both.any() and math.isfinite(rows) and each.seconds[both].sum() > 0 and not each.cells[0].simulated:
-        a_row = float(pool.measured.seconds[both].mean()) / pool.method.n
-        told["seconds"] = {"value": rows * a_row / float(each.seconds[both].mean()), "prompts": int(both.sum())}
+        of_a_row = float(pool.measured.seconds[both].mean()) / pool.method.n
+        told["seconds"] = {"value": rows * of_a_row / float(each.seconds[both].mean()), "prompts": int(both.sum())}
     return told
 
 

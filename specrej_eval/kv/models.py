@@ -133,13 +133,12 @@ def parameters_per_token(model: Any) -> int:
     output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     tied = output is not None and table is not None and output.weight is table.weight
     looked_up = set() if table is None or tied else {id(parameter) for parameter in table.parameters()}
-    return round(
-        sum(
-            parameter.numel() * (share if ".experts." in name else 1.0)
-            for name, parameter in model.named_parameters()
-            if id(parameter) not in looked_up
-        )
+    counted = (
+        parameter.numel() * (share if ".experts." in name else 1.0)
+        for name, parameter in model.named_parameters()
+        if id(parameter) not in looked_up
     )
+    return int(sum(counted))
 
 
 def attention_size(model: Any) -> tuple[int, int]:

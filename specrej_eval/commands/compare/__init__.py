@@ -308,7 +308,7 @@ def _report(
     record = decoder.record_of(place)
     models = {name: record.fingerprint.get(name) for name in ("pretrained", "reward_model")}
     # plain data only: what a fingerprint or an engine says of itself may hold anything
-    return json.loads(
+    told: dict[str, Any] = json.loads(
         json.dumps(
             {
                 **report,
@@ -322,6 +322,7 @@ def _report(
             default=str,
         )
     )
+    return told
 
 
 def _notes(report: Mapping[str, Any]) -> list[str]:

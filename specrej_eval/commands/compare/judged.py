@@ -130,7 +130,7 @@ def _add_perplexity(report: dict[str, Any], cells: Sequence[Cell]) -> None:
         if any(value is None for of_cell in sums for value in of_cell):
             continue
         values = np.array(sums, dtype=float).transpose(1, 0, 2)  # (prompts, seeds, 2)
-        bootstrap = Bootstrap(*values.shape[:2], resamples=report["bootstrap"]["resamples"])
+        bootstrap = Bootstrap(values.shape[0], values.shape[1], resamples=report["bootstrap"]["resamples"])
         found = bootstrap.interval(values, lambda means: np.exp(means[..., 0] / means[..., 1]))
         method["perplexity"] = found.to_dict()
 
