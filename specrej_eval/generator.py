@@ -245,9 +245,9 @@ class Generator:
                 num_tokens = scheduler.until_next_look(running)
                 if num_tokens:
                     self.engine.decode([work.session for work in running], num_tokens)
-                for work in running:
-                    if work.until_look and not work.remaining_tokens:
-                        self._score_aside(work)
+                for each in running:
+                    if each.until_look and not each.remaining_tokens:
+                        self._score_aside(each)
                 at_look = [work for work in running if not work.until_look]
                 pools = self._pools(at_look)
                 for due, pool in zip(at_look, pools, strict=True):

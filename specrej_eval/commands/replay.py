@@ -14,14 +14,13 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from specrej_eval.checked import object_or_empty
 from specrej_eval.commands.journal import journals_of
-from specrej_eval.config import RunConfig, as_int
+from specrej_eval.config import SAMPLING, RunConfig, as_int
 from specrej_eval.core import GenerationResult
 from specrej_eval.errors import ConfigError
-from specrej_eval.evidence.comparison import Cell, compare
 from specrej_eval.evidence.methods import BEST_OF_N, Method, grid, listed
 from specrej_eval.evidence.replay import Replayed, replay
 from specrej_eval.evidence.selectors import KNOWN, make_selector
@@ -33,9 +32,11 @@ from specrej_eval.records.jsonl import as_text, write_atomically
 from specrej_eval.records.outputs import OutputsFolder
 from specrej_eval.wording import counted
 
+if TYPE_CHECKING:
+    from specrej_eval.evidence.comparison import Cell
+
 SUMMARY = "simulate other strategies, alphas, n or selectors on the stored rows of a Best-of-N run, without a model"
 EXAMPLES = (
-    "specrej-eval run --prompts prompts.csv --output results/bo32 --strategy best_of_n --n 32 --score_every 8",
     "specrej-eval replay results/bo32 --alpha 0.25,0.5,0.75 --n 8,16,32",
     "specrej-eval replay results/seed0 results/seed1 --alpha 0.5 --n 32 --output replay.json",
     "specrej-eval replay results/bo32 --strategy best_of_n --n 4,8 --selector majority --answer 'Answer: ?(-?[0-9]+)'",
@@ -157,7 +158,7 @@ def check_runs(runs: Sequence[Recorded]) -> None:
 def simulated_config(run: Recorded, method: Method, options: Mapping[str, Any]) -> RunConfig:
     """The arguments of a run with a method's in place of its own."""
     resolved = run.results[0].resolved
-    own = {name: resolved[name] for name in ("temperature", "top_p", "top_k", "min_p", "max_gen_toks", "seed")}
+    own = {name: resolved[name] for name in (*SAMPLING, "max_gen_toks", "seed")}
     given = {name: value for name in ("first_look", "kv_budget_tokens") if (value := options.get(name)) is not None}
     if method.strategy == BEST_OF_N:  # rows that are never cut have no use for a look
         given.pop("first_look", None)
@@ -170,6 +171,8 @@ def run(args: argparse.Namespace) -> int:
     """Raises:
     SpecRejError: a run cannot be read, or not be replayed. Nothing is written then.
     """
+    from specrej_eval.evidence.comparison import Cell, compare
+
     options = vars(args)
     strategies = listed("strategy", args.strategy)
     alphas = listed("alpha", args.alpha)

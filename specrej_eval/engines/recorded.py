@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from specrej_eval.budget import Budget
-from specrej_eval.config import RunConfig
+from specrej_eval.config import SAMPLING, RunConfig
 from specrej_eval.core import GenerationResult, Plan, Prompt, RowView, TokenStat, Trajectory
 from specrej_eval.engines.base import Engine, EngineSession, Promise
 from specrej_eval.engines.text import Detokenizer
@@ -177,7 +177,7 @@ class RecordedEngine(Engine):
         return {"engine": "recorded", "promises": self.promises}
 
 
-FIXED = ("temperature", "top_p", "top_k", "min_p", "max_gen_toks", "seed")
+FIXED = (*SAMPLING, "max_gen_toks", "seed")
 """What decides a row's tokens, its models, prompt and number apart."""
 
 

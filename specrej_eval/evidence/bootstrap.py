@@ -17,9 +17,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from specrej_eval.evidence import RESAMPLES
+
 Array = NDArray[np.float64]
 
-RESAMPLES = 10_000
 LEVEL = 0.95
 FEWEST = 5
 """Prompts below which an interval would say nothing."""

@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 
 from specrej_eval.core import ROWS_FROM, GenerationResult, Trajectory
 from specrej_eval.errors import ConfigError
-from specrej_eval.evidence import best_of_k, kl, paper, partial_scores, regret
-from specrej_eval.evidence.bootstrap import RESAMPLES, Bootstrap, Estimate
+from specrej_eval.evidence import RESAMPLES, best_of_k, kl, paper, partial_scores, regret
+from specrej_eval.evidence.bootstrap import Bootstrap, Estimate
 from specrej_eval.evidence.equivalent_n import at, equivalent_n
 from specrej_eval.evidence.flops import Sizes, flops
 from specrej_eval.evidence.methods import BEST_OF_N, Method
@@ -416,8 +416,8 @@ def _efficiency(each: _Measured, pool: _Pool, bootstrap: Bootstrap) -> dict[str,
     both = ~np.isnan(each.seconds).any(axis=1) & ~np.isnan(pool.measured.seconds).any(axis=1)
     rows = float(at(each.rewards.mean(), pool.curves.mean(axis=(0, 1))))
     if both.any() and math.isfinite(rows) and each.seconds[both].sum() > 0 and not each.cells[0].simulated:
-        a_row = float(pool.measured.seconds[both].mean()) / pool.method.n
-        told["seconds"] = {"value": rows * a_row / float(each.seconds[both].mean()), "prompts": int(both.sum())}
+        of_a_row = float(pool.measured.seconds[both].mean()) / pool.method.n
+        told["seconds"] = {"value": rows * of_a_row / float(each.seconds[both].mean()), "prompts": int(both.sum())}
     return told
 
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Sequence
-
-import numpy as np
 
 from specrej_eval.core import Trajectory
 from specrej_eval.errors import ConfigError, suggest
@@ -43,7 +42,7 @@ def make_selector(name: str, *, answer: str | None = None) -> Selector:
 
 
 def _reward(row: Trajectory) -> float:
-    return -np.inf if row.reward is None else row.reward
+    return -math.inf if row.reward is None else row.reward
 
 
 def _best(rows: Sequence[Trajectory], _: str) -> Trajectory:
@@ -77,7 +76,7 @@ def _vote(read: Callable[[str], str | None], *, weighted: bool) -> Selector:
         for row in rows:
             answer = read(row.text)
             if answer is not None:
-                votes[answer] = votes.get(answer, 0.0) + (np.exp(_reward(row) - highest) if weighted else 1.0)
+                votes[answer] = votes.get(answer, 0.0) + (math.exp(_reward(row) - highest) if weighted else 1.0)
                 of.setdefault(answer, []).append(row)
         if not votes:
             return _best(rows, "")
@@ -89,6 +88,8 @@ def _vote(read: Callable[[str], str | None], *, weighted: bool) -> Selector:
 
 def _soft(temperature: float) -> Selector:
     def select(rows: Sequence[Trajectory], prompt_hash: str) -> Trajectory:
+        import numpy as np
+
         rewards = np.array([_reward(row) for row in rows])
         chances = np.exp((rewards - rewards.max()) / temperature)
         # of the prompt alone, so that a replay is the same every time

@@ -136,13 +136,12 @@ def parameters_per_token(model: Any) -> int:
     output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     tied = output is not None and table is not None and getattr(output, "weight", None) is getattr(table, "weight", 0)
     looked_up = set() if table is None or tied else {id(weight) for weight in table.parameters()}
-    return round(
-        sum(
-            int(weight.numel()) * (share if ".experts." in name else 1.0)
-            for name, weight in weights
-            if id(weight) not in looked_up
-        )
+    counted = (
+        weight.numel() * (share if ".experts." in name else 1.0)
+        for name, weight in weights
+        if id(weight) not in looked_up
     )
+    return int(sum(counted))
 
 
 def attention_size(model: Any) -> tuple[int, int]:

@@ -14,20 +14,17 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from specrej_eval import api, budget
 from specrej_eval.checked import object_in
 from specrej_eval.commands.compare import judged
-from specrej_eval.commands.compare.cells import Decoder, Place, pool_of, read_cell
 from specrej_eval.commands.compare.sources import PromptFile, Source, Tasks
 from specrej_eval.commands.run import OURS, split
 from specrej_eval.config import HOST, PromptArguments, as_bool, as_int, declared
 from specrej_eval.core import Question
 from specrej_eval.errors import ConfigError
-from specrej_eval.evidence.bootstrap import RESAMPLES
-from specrej_eval.evidence.comparison import Cell, compare
-from specrej_eval.evidence.flops import Sizes
+from specrej_eval.evidence import RESAMPLES
 from specrej_eval.evidence.methods import Method, grid, listed
 from specrej_eval.evidence.tables import as_markdown, print_tables
 from specrej_eval.options import add_grid, add_options
@@ -35,6 +32,10 @@ from specrej_eval.paths import below, file_name
 from specrej_eval.records.jsonl import as_text, write_atomically
 from specrej_eval.records.prompt_files import read_prompts
 from specrej_eval.wording import counted, inert
+
+if TYPE_CHECKING:
+    from specrej_eval.commands.compare.cells import Decoder, Place
+    from specrej_eval.evidence.comparison import Cell
 
 SUMMARY = "run a grid of methods on the same prompts, and say which is how much better, at what cost, how surely"
 EXAMPLES = (
@@ -57,7 +58,7 @@ TIMED = 20
 ABOUT = "specrej_compare.json"
 ABOUT_VERSION = 1
 RESULT, MARKDOWN = "comparison.json", "comparison.md"
-_GRID = ("strategy", "alpha", "n", "seed")
+_GRID = {*Method("", 1, 0.0).arguments, "seed"}
 _PROMPTS = declared(PromptArguments)
 
 
@@ -101,6 +102,8 @@ def run(args: argparse.Namespace) -> int:
     ConfigError, CheckpointError: before a model is loaded; nothing is written then.
     PromptError, RewardError, OutOfMemoryError: the answers finished before are in their cells.
     """
+    from specrej_eval.commands.compare.cells import Decoder, Place, pool_of, read_cell
+
     options = {name: value for name, value in vars(args).items() if name != "hints"}
     methods, seeds = _grid(options)
     form = options.pop("format", "text")
@@ -150,7 +153,7 @@ def run(args: argparse.Namespace) -> int:
     complete = [decoder.check(place) for place in places]
     _decode(decoder, places, complete, root)
     cells = [read_cell(place, source, is_pool=place.method == pool) for place in places]
-    report = _report(root, cells, decoder, questions, baseline=baseline, resamples=resamples)
+    report = _report(root, cells, decoder, questions, baseline=baseline, resamples=resamples, place=places[0])
     judge.add(report, cells, questions, root)
     text = as_text(report, indent=1) + "\n"
     notes = _notes(report)
@@ -250,6 +253,8 @@ def _put_about(root: Path, decoder: Decoder) -> None:
     """What only the loaded models can tell, for a comparison that is read again without them."""
     if decoder.models is None or ((root / ABOUT).is_file() and not decoder.anew):
         return
+    from specrej_eval.evidence.flops import Sizes
+
     engine, reward = decoder.models
     layers, width = engine.attention_size()
     sizes = Sizes(
@@ -275,7 +280,11 @@ def _report(
     *,
     baseline: str | None,
     resamples: int,
+    place: Place,
 ) -> dict[str, Any]:
+    from specrej_eval.evidence.comparison import compare
+    from specrej_eval.evidence.flops import Sizes
+
     about = object_in(root / ABOUT)
     sizes = about.get("sizes")
     prompts = [
@@ -296,10 +305,10 @@ def _report(
         baseline=baseline,
         resamples=resamples,
     )
-    record = decoder.record_of(Place(cells[0].method, cells[0].seed, root))
+    record = decoder.record_of(place)
     models = {name: record.fingerprint.get(name) for name in ("pretrained", "reward_model")}
     # plain data only: what a fingerprint or an engine says of itself may hold anything
-    return json.loads(
+    told: dict[str, Any] = json.loads(
         json.dumps(
             {
                 **report,
@@ -313,6 +322,7 @@ def _report(
             default=str,
         )
     )
+    return told
 
 
 def _notes(report: Mapping[str, Any]) -> list[str]:

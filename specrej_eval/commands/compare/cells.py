@@ -171,11 +171,15 @@ class Decoder:
         engine.reset_peak()
         first = slice(0, min(self.timed, len(requests)))
         rest = slice(first.stop, len(requests))
-        shown = {"store": store, "spent": spent, "progress": place.method == self.pool, "summary": False}
-        answer(generator, self.questions[first], requests[first], **shown)
+
+        def answered(by: Generator, part: slice) -> None:
+            shown = place.method == self.pool
+            answer(by, self.questions[part], requests[part], store=store, spent=spent, progress=shown, summary=False)
+
+        answered(generator, first)
         pool = self._usable_pool(place, generator, requests[first])
         if pool is None:
-            answer(generator, self.questions[rest], requests[rest], **shown)
+            answered(generator, rest)
             return 0
         from specrej_eval.engines.recorded import RecordedEngine
 
@@ -183,7 +187,7 @@ class Decoder:
         again.engine = RecordedEngine(
             pool, text=engine.detokenizer, promises=engine.promises, max_length=engine.max_length
         )
-        answer(again, self.questions[rest], requests[rest], **shown)
+        answered(again, rest)
         return len(requests[rest])
 
     def _usable_pool(

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
-
-import numpy as np
+from typing import TYPE_CHECKING, Any, Self
 
 from specrej_eval.config import as_bool
 from specrej_eval.core import Question
 from specrej_eval.errors import ConfigError
-from specrej_eval.evidence.bootstrap import Bootstrap
-from specrej_eval.evidence.comparison import Cell, begins_as
 from specrej_eval.evidence.methods import BEST_OF_N
+
+if TYPE_CHECKING:
+    from specrej_eval.evidence.comparison import Cell
 
 CACHE = "annotations.json"
 """Beside the comparison: what a judge has said already."""
@@ -74,6 +74,10 @@ class Judge:
         Each pair in both orders; 0.5 for equal answers. Not length-controlled: alpaca_eval's own control looks prompts
         up by their row in its 805 (research notes B30); mean lengths stand beside the win rates instead.
         """
+        import numpy as np
+
+        from specrej_eval.evidence.bootstrap import Bootstrap
+
         instructions = [question.instruction for question in questions]
         baseline = {cell.seed: cell for cell in cells if cell.method.name == report["baseline"]}
         known = {method["name"]: method for method in report["methods"]}
@@ -108,6 +112,10 @@ def _add_perplexity(report: dict[str, Any], cells: Sequence[Cell]) -> None:
     and not for the other, and took the lowest of all rows (research notes B23, B24). Every answer is a row of Best-of-N
     with most rows, whose log-probs are on record.
     """
+    import numpy as np
+
+    from specrej_eval.evidence.bootstrap import Bootstrap
+
     of_best = [cell for cell in cells if cell.method.strategy == BEST_OF_N]
     if not of_best:
         raise ConfigError("--perplexity needs best_of_n in the grid: log-probs are those of its rows.")
@@ -122,13 +130,15 @@ def _add_perplexity(report: dict[str, Any], cells: Sequence[Cell]) -> None:
         if any(value is None for of_cell in sums for value in of_cell):
             continue
         values = np.array(sums, dtype=float).transpose(1, 0, 2)  # (prompts, seeds, 2)
-        bootstrap = Bootstrap(*values.shape[:2], resamples=report["bootstrap"]["resamples"])
+        bootstrap = Bootstrap(values.shape[0], values.shape[1], resamples=report["bootstrap"]["resamples"])
         found = bootstrap.interval(values, lambda means: np.exp(means[..., 0] / means[..., 1]))
         method["perplexity"] = found.to_dict()
 
 
 def _negative_log_likelihood(cell: Cell, pool: Cell, place: int) -> tuple[float, int] | None:
     """Of one answer, and its tokens; None where the pool has no such row."""
+    from specrej_eval.evidence.comparison import begins_as
+
     best = cell.results[place].best
     rows = pool.results[place].trajectories
     if best.row >= len(rows) or not begins_as(best, rows[best.row]):
@@ -136,4 +146,4 @@ def _negative_log_likelihood(cell: Cell, pool: Cell, place: int) -> tuple[float,
     logprobs = rows[best.row].logprobs
     if logprobs is None or any(value is None for value in logprobs) or not logprobs:
         return None
-    return -float(np.sum(logprobs)), len(logprobs)
+    return -math.fsum(logprobs), len(logprobs)

@@ -61,6 +61,6 @@ class Judge:
             told: Sequence[Mapping[str, Any]] = self._made(caching_path)(asked)
             for each in told:
                 value = each.get("preference")
-                known = isinstance(value, int | float) and 1 <= value <= 2
-                found[(each["instruction"], each["output_1"], each["output_2"])] = value - 1 if known else None
+                place = (each["instruction"], each["output_1"], each["output_2"])
+                found[place] = float(value) - 1 if isinstance(value, int | float) and 1 <= value <= 2 else None
         return [0.5 if pair[1] == pair[2] else found.get(pair) for pair in pairs]
