@@ -641,6 +641,9 @@ def test_a_run_stopped_anywhere_and_resumed_has_the_page_of_one_that_was_not(
     whole = tmp_path / "whole" / "spr"
     assert cli.main([*words, "--output", str(whole)]) == 0
     page = page_of(tmp_path, whole)
+    described = json.loads((whole / "specrej_run.json").read_text())["described"]
+    assert described["parameters"] > 1e6 and described["reward_parameters"] > 2e6 and described["layers"] == 4
+    assert cells(page, "summary-0")[0][4].endswith("M"), "so that there are FLOPs"
     chance = random.Random(5)
     for number in range(times := 12 if FULL else 2):
         folder = tmp_path / str(number) / "spr"
