@@ -219,6 +219,21 @@ def test_answers_made_of_another_runs_rows_have_no_seconds(tmp_path: Path) -> No
     assert cells(page_of(tmp_path, folder), "times")[0][-1] == "10"
 
 
+def test_each_task_of_a_run_has_charts_and_a_table_of_its_own(tmp_path: Path) -> None:
+    tasks = ("sums", "words")
+    folders = [an_lm_eval_run(tmp_path / n, QUESTIONS, rejects=n == "spr", tasks=tasks) for n in ("bo", "spr")]
+    page = page_of(tmp_path, *folders)
+    data = read(find_runs(*folders))
+    assert data.tasks == list(tasks) and len(data.prompts) == 60
+    for place, task in enumerate(tasks):
+        assert f"<h3>{task}</h3>" in page and f'<figure id="{task}-reward-against-tokens">' in page
+        for told, method in zip(cells(page, f"summary-{place}"), data.methods, strict=True):
+            share = statistics.fmean(method.each(Metric(task, "exact_match", "none")).values())
+            assert told[2].startswith(f"{100 * share:.1f} % [") and told[-1] == "30"
+    texts = {prompt["task"] for prompt in PageReader(page).rows()["prompts"]}
+    assert texts == set(tasks)
+
+
 def test_a_cell_of_a_comparison_brings_its_tasks_scores_along_as_long_as_they_are_of_its_texts(tmp_path: Path) -> None:
     folder = a_recorded_run(tmp_path / "bo", QUESTIONS, rejects=False)
     results = results_of(folder)
@@ -587,6 +602,22 @@ def test_a_size_that_is_none_is_refused(size: str, capsys: pytest.CaptureFixture
     with pytest.raises(SystemExit):
         cli.main(["report", str(tmp_path), "--html", "x.html", "--megabytes", size])
     assert "must be a number above 0" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--plot_format", "svg"], "--plot_format is about --plots"),
+        (["--megabytes", "3"], "--megabytes is about --html"),
+        (["--html", "x.html", "--format", "csv"], "--format csv is about the table"),
+    ],
+)
+def test_an_option_that_would_change_nothing_is_refused(
+    words: list[str], told: str, capsys: pytest.CaptureFixture[str], own_folder: Path
+) -> None:
+    folder = a_recorded_run(own_folder / "spr", QUESTIONS[:2])
+    assert cli.main(["report", str(folder), *words]) == 1
+    assert told in capsys.readouterr().err and not (own_folder / "x.html").exists()
 
 
 def test_a_page_that_cannot_be_written_leaves_the_old_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

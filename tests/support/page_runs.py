@@ -141,7 +141,13 @@ def a_recorded_run(
 
 
 def an_lm_eval_run(
-    folder: Path, instructions: Sequence[str], *, rejects: bool = True, seed: int = 0, journal: Path | None = None
+    folder: Path,
+    instructions: Sequence[str],
+    *,
+    rejects: bool = True,
+    seed: int = 0,
+    journal: Path | None = None,
+    tasks: Sequence[str] = ("sums",),
 ) -> Path:
     """Results, samples and journal as lm-eval leaves them with our model; each answer's accuracy is known:
     ``accuracy_of``."""
@@ -149,43 +155,49 @@ def an_lm_eval_run(
     place = folder / "rows.jsonl" if journal is None else journal
     folder.mkdir(parents=True, exist_ok=True)
     written = Journal(str(place), {"pretrained": "org/policy"})
-    totals, results, lines = Ledger(), [], []
-    for number, instruction in enumerate(instructions):
-        result = a_result(instruction, rejects=rejects, seed=seed)
-        result.task = "sums"
-        results.append(result)
-        written.put(key_of(instruction, strategy, seed), result)
-        totals.add(result.ledger)
-        lines.append(
-            {
-                "doc_id": number,
-                "arguments": {"gen_args_0": {"arg_0": instruction}},
-                "prompt_hash": result.prompt_hash,
-                "target_hash": "t",
-                "filter": "none",
-                "metrics": ["exact_match"],
-                "exact_match": accuracy_of(result),
-            }
-        )
+    totals, results = Ledger(), []
+    stamp = f"2026-11-28T20-00-{int(rejects)}{seed}.000"
+    scores: dict[str, Any] = {}
+    for task in tasks:
+        lines = []
+        for number, instruction in enumerate(instructions):
+            asked_of = instruction if task == "sums" else f"{instruction} of {task}"
+            result = a_result(asked_of, rejects=rejects, seed=seed)
+            result.task = task
+            results.append(result)
+            written.put(key_of(asked_of, strategy, seed), result)
+            totals.add(result.ledger)
+            lines.append(
+                {
+                    "doc_id": number,
+                    "arguments": {"gen_args_0": {"arg_0": asked_of}},
+                    "prompt_hash": result.prompt_hash,
+                    "target_hash": "t",
+                    "filter": "none",
+                    "metrics": ["exact_match"],
+                    "exact_match": accuracy_of(result),
+                }
+            )
+        mean = sum(line["exact_match"] for line in lines) / len(lines)
+        scores[task] = {"exact_match,none": mean, "exact_match_stderr,none": 0.1}
+        (folder / f"samples_{task}_{stamp}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     written.close()
     asked = {"strategy": strategy, "alpha": 0.5, "n": 6, "seed": seed}
     block = {
         "arguments": {**asked, "journal": str(place)},
         "totals": totals.to_dict(),
-        "per_task": {"sums": {"resolved": results[0].resolved}},
+        "per_task": {task: {"resolved": results[0].resolved} for task in tasks},
         "hardware": {"device": "cpu", **SIZES},
         "mean_reward": sum(result.best.reward or 0.0 for result in results) / len(results),
     }
-    mean = sum(map(accuracy_of, results)) / len(results)
+    count = {"original": len(instructions), "effective": len(instructions)}
     content = {
-        "results": {"sums": {"exact_match,none": mean, "exact_match_stderr,none": 0.1}},
+        "results": scores,
         "config": {"model": "specrej", "model_args": {}, "specrej": block},
-        "n-samples": {"sums": {"original": len(lines), "effective": len(lines)}},
+        "n-samples": dict.fromkeys(tasks, count),
         "date": float(rejects),
     }
-    stamp = f"2026-11-28T20-00-{int(rejects)}{seed}.000"
     (folder / f"results_{stamp}.json").write_text(json.dumps(content))
-    (folder / f"samples_sums_{stamp}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return folder
 
 

@@ -16,6 +16,7 @@ from specrej_eval.commands.report.comparison import chosen, conclusions, rows
 from specrej_eval.commands.report.notes import notes
 from specrej_eval.commands.report.runs import Run, find_runs
 from specrej_eval.commands.report.table import SHOWN, Style, as_csv, as_json, as_tables, print_rich
+from specrej_eval.errors import ConfigError
 from specrej_eval.wording import inert
 
 SUMMARY = "print one table of the runs found under a folder, with paired differences between them"
@@ -55,13 +56,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     page.add_argument("--html", metavar="FILE", type=Path, help="write one self-contained page: charts, tables, rows")
     page.add_argument("--plots", metavar="DIR", type=Path, help="write every plot of the page into a folder")
     page.add_argument(
-        "--plot_format", choices=("both", *PLOT_FORMATS), default="both", help="of --plots; png needs matplotlib"
+        "--plot_format", choices=("both", *PLOT_FORMATS), help="of --plots; png needs matplotlib (default: both)"
     )
     page.add_argument(
         "--megabytes",
         type=_megabytes,
-        default=MEGABYTES,
-        help="most that the rows take in the page; where that is less than all, the page says so",
+        help="most that the rows take in the page; where that is less than all, the page says so "
+        f"(default: {MEGABYTES:g})",
     )
 
 
@@ -81,9 +82,17 @@ def _megabytes(text: str) -> float:
 def run(args: argparse.Namespace) -> int:
     """Raises:
     SpecRejError: no run is found; a record is damaged.
-    ConfigError: no run is called as ``--baseline`` says, or several are.
+    ConfigError: no run is called as ``--baseline`` says, or several are; an option is about one that is not given.
     """
+    for name, of in (("plot_format", "plots"), ("megabytes", "html")):
+        if getattr(args, name) is not None and getattr(args, of) is None:
+            raise ConfigError(f"--{name} is about --{of}, which is not given.", hint=f"add --{of}, or leave it out.")
     if args.html is not None or args.plots is not None:
+        if args.format != "text":
+            raise ConfigError(
+                f"--format {args.format} is about the table in the terminal, which --html and --plots leave out.",
+                hint="a page has its tables as Markdown and LaTeX too; or run `specrej-eval report` once more.",
+            )
         return _write_page(args)
     runs = find_runs(*args.folder)
     table = rows(runs, args.baseline)
@@ -112,17 +121,21 @@ def _write_page(args: argparse.Namespace) -> int:
     """In the order in which folders are given, so that a page does not depend on when a run ended."""
     from specrej_eval.commands.report.page import write  # with NumPy, which a table in the terminal needs not
 
-    given = args.folder
-    places = {run.path: place for place, folder in enumerate(given) if folder.exists() for run in find_runs(folder)}
-    runs = sorted(find_runs(*given), key=lambda run: (places.get(run.path, len(given)), str(run.path)))
-    formats = PLOT_FORMATS if args.plot_format == "both" else (args.plot_format,)
+    def place(run: Run) -> tuple[int, str]:
+        above = (run.path, *run.path.parents)
+        given = [folder.parent if folder.is_file() and folder != run.path else folder for folder in args.folder]
+        first = next((number for number, folder in enumerate(given) if folder in above), len(given))
+        return first, str(run.path)
+
+    runs = sorted(find_runs(*args.folder), key=place)
+    formats = PLOT_FORMATS if args.plot_format in (None, "both") else (args.plot_format,)
     written = write(
         runs,
         chosen(runs, args.baseline),
         html=args.html,
         plots=args.plots,
         formats=formats,
-        megabytes=args.megabytes,
+        megabytes=MEGABYTES if args.megabytes is None else args.megabytes,
     )
     for line in [*(f"wrote {path}" for path in written), "", *_last(runs)]:
         print(inert(line))
