@@ -6,6 +6,7 @@
 # make test-newest the tests with the newest versions that pyproject.toml allows, in .venv-newest (never called by CI)
 # make test-vllm   engine=vllm against vLLM's CPU build, in .venv-vllm (Linux on x86-64; `make test-slow` runs it too)
 # make lint        style and types only
+# make docs-pictures  the pictures in docs/pictures, from runs of the demo pair
 # make gpu-check   what only a GPU can tell: attention backends, tests, benchmarks, into gpu-check.json and gpu-check.log
 # make clean       remove all environments, results and caches
 #
@@ -29,6 +30,7 @@ VLLM_READY := $(VLLM_VENV)/.ready
 VLLM_TESTS := tests/engines/test_vllm_serve.py tests/engines/test_choose.py tests/engines/test_contract.py tests/engines/test_vllm.py tests/rewards/test_pooled.py \
 	tests/system/test_vllm_runs.py
 READY := $(VENV)/.ready
+BROWSER := $(VENV)/.browser
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 # The demo and the tests need nothing that has to be downloaded, and must not wait for a network that is not there.
@@ -36,7 +38,7 @@ export HF_HUB_OFFLINE := 1
 export HF_DATASETS_OFFLINE := 1
 
 .PHONY: demo demo-sampling demo-best-of-16 demo-alpha-0.5 demo-n-32
-.PHONY: test test-slow test-vllm test-oldest test-newest tests-then-versions lint gpu-check clean
+.PHONY: test test-slow test-vllm test-oldest test-newest tests-then-versions docs-pictures lint gpu-check clean
 .DELETE_ON_ERROR:
 
 # A folder for each LIMIT: a report holds runs on the same problems against each other.
@@ -66,7 +68,7 @@ demo-n-32:
 test: lint
 	pytest -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder -m "not full"
 
-test-slow: lint
+test-slow: lint $(BROWSER)
 	SPECREJ_TEST_FULL=1 pytest -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
 ifeq ($(shell uname -sm),Linux x86_64)
 	$(MAKE) test-vllm
@@ -93,6 +95,10 @@ tests-then-versions: $(READY)
 	@pytest -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder -m "not full"; status=$$?; \
 		echo; echo "With $$(python --version) and"; $(PIP) freeze --exclude-editable; exit $$status
 
+# The pictures of docs/: runs of the demo pair, their page and its plots, seen by a headless Chromium.
+docs-pictures: $(READY) $(BROWSER)
+	python .ci/pictures.py
+
 lint: $(READY)
 	ruff check .
 	ruff format --check .
@@ -104,6 +110,14 @@ gpu-check: $(READY)
 clean:
 	rm -rf .venv .venv-oldest .venv-newest .venv-vllm results build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find specrej_eval tests benchmarks autoload -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# For tests that open a page: a Chromium of the system's (`apt-get install chromium`), or else playwright's own. Where
+# neither is to be had, those tests are skipped and say so.
+$(BROWSER): $(READY)
+	$(PIP) install --quiet -c constraints.txt -e ".[browser]"
+	@command -v chromium chromium-browser google-chrome >/dev/null || playwright install chromium || \
+		echo "No Chromium: the tests that open a page in one are skipped."
+	@touch $@
 
 # torch goes first and alone, so that TORCH_INDEX decides about torch and about nothing else.
 $(READY): pyproject.toml $(CONSTRAINTS) hatch_build.py $(wildcard autoload/*)

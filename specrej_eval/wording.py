@@ -57,6 +57,43 @@ def inert_markdown(text: str) -> str:
     return _MARKDOWN.sub(r"\\\1", html.escape(inert(text), quote=False))
 
 
+_LATEX = {
+    "\\": r"\textbackslash{}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "<": r"\textless{}",
+    ">": r"\textgreater{}",
+    "|": r"\textbar{}",
+    **{mark: f"\\{mark}" for mark in "&%$#_{}"},
+    "\N{GREEK SMALL LETTER ALPHA}": r"$\alpha$",
+    "\N{PLUS-MINUS SIGN}": r"$\pm$",
+}
+
+
+def inert_latex(text: str) -> str:
+    r"""A text for a LaTeX table: no command, no further cell.
+
+    >>> inert_latex(r"\input{a} & 5 %")
+    '\\textbackslash{}input\\{a\\} \\& 5 \\%'
+    """
+    return "".join(_LATEX.get(mark, mark) for mark in inert(text))
+
+
+_UNSEEN = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff\ufeff\ufff9-\ufffb]"
+)
+
+
+def inert_page(text: str) -> str:
+    r"""A text for a web page, which escapes it besides: control characters, marks that turn the direction of writing
+    and lone surrogates are shown as escapes. Line breaks and tabs stay, and so does every letter of every script.
+
+    >>> inert_page("a\x1b[2J\n\u202e")
+    'a\\x1b[2J\n\\u202e'
+    """
+    return _UNSEEN.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+
+
 def inert_cell(value: Any) -> Any:
     """A value for a CSV file: a text that a spreadsheet program would take for a formula begins with an apostrophe.
 

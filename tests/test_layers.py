@@ -30,7 +30,7 @@ LAYERS = (
     {"engines", "rewards"},  # never each other
     {"scheduler", "progress"},
     {"generator"},
-    {"api", "answering", "options"},
+    {"api", "answering", "options", "evidence"},
     {"harness"},
     {"commands"},
     {"cli"},

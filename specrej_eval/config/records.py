@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from specrej_eval.config.argument import Decides, Takes, argument, as_bool, text
+from specrej_eval.config.argument import Decides, Takes, argument, as_bool, text, whole
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -15,6 +15,16 @@ class RecordArguments:
         "True: every trajectory carries the log-prob of each of its tokens. The answers are the same.",
         decides=Decides.KEPT,
         takes=(Takes.RUN, Takes.REQUEST),
+    )
+    score_every: int | None = argument(
+        None,
+        whole(),
+        "Also score each live row after every so many tokens, and keep the scores in its ``look_scores``: what "
+        "`specrej-eval replay` reads. Answers and costs on record are the same: what it costs is counted nowhere.",
+        none="at looks alone",
+        decides=Decides.KEPT,
+        takes=(Takes.RUN, Takes.REQUEST),
+        later=True,
     )
     trace_path: str | None = argument(
         None,

@@ -121,3 +121,38 @@ def stop_ids(model: Any, tokenizer: Any) -> tuple[int, ...]:
         if ids is not None:
             found.update([ids] if isinstance(ids, int) else ids)
     return tuple(sorted(found))
+
+
+def parameters_per_token(model: Any) -> int:
+    """Parameters that multiply something for each token: all but the input embeddings (a table to look up), and of
+    experts the share that a token is sent to; 0 where the weights do not say (quantised ones)."""
+    weights = list(model.named_parameters())
+    if getattr(model, "is_quantized", False) or not all(weight.is_floating_point() for _, weight in weights):
+        return 0
+    text_config = _text_config(model)
+    experts = next((n for name in ("num_local_experts", "num_experts") if (n := getattr(text_config, name, None))), 0)
+    share = getattr(text_config, "num_experts_per_tok", experts) / experts if experts else 1.0
+    table = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+    output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    tied = output is not None and table is not None and getattr(output, "weight", None) is getattr(table, "weight", 0)
+    looked_up = set() if table is None or tied else {id(weight) for weight in table.parameters()}
+    counted = (
+        weight.numel() * (share if ".experts." in name else 1.0)
+        for name, weight in weights
+        if id(weight) not in looked_up
+    )
+    return int(sum(counted))
+
+
+def attention_size(model: Any) -> tuple[int, int]:
+    """Layers, and heads times the size of one; zeros where the config does not say."""
+    config = _text_config(model)
+    layers, heads = (getattr(config, name, 0) or 0 for name in ("num_hidden_layers", "num_attention_heads"))
+    size = getattr(config, "head_dim", None) or (getattr(config, "hidden_size", 0) // heads if heads else 0)
+    known = all(isinstance(number, int) and number for number in (layers, heads, size))
+    return (layers, heads * size) if known else (0, 0)
+
+
+def _text_config(model: Any) -> Any:
+    config = getattr(model, "config", None)
+    return config if config is None or not hasattr(config, "get_text_config") else config.get_text_config(decoder=True)

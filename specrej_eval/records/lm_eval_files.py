@@ -26,6 +26,17 @@ _DATE = re.compile(r"_(\d{4}-\d{2}-\d{2}T[\d.-]+)$")
 _DECIDES_NOTHING = names(Decides.KEPT, Decides.PLACE, Decides.NOTHING)
 
 
+@dataclass(frozen=True, slots=True)
+class Document:
+    """One document of a task, as its samples file has it."""
+
+    prompt_hash: str
+    prompt: str | None
+    """What the language model read."""
+    scores: Mapping[tuple[str, str], float]
+    """(metric, filter) -> its score."""
+
+
 @dataclass(frozen=True)
 class Results:
     """One results file of a run of ours."""
@@ -106,6 +117,22 @@ class Results:
                     prompts_in_all=self.samples_of(task, "original"),
                     each=each.get((metric, filter_name), {}),
                 )
+
+    def documents(self, task: str) -> Iterator[Document]:
+        """The documents in order, each with its scores by every filter; none where no samples were logged, or they
+        cannot be read."""
+        found: dict[Any, tuple[str, str | None, dict[tuple[str, str], float]]] = {}
+        try:
+            samples = [sample for _, sample in _lines(self.samples_file(task))]
+        except (SpecRejError, OSError, ValueError):
+            return
+        for place, sample in enumerate(samples):
+            document = sample.get("doc_id", place)
+            _, _, scores = found.setdefault(document, (str(sample.get("prompt_hash")), _prompt(sample), {}))
+            for metric in sample.get("metrics") or ():
+                if is_number(sample.get(metric)):
+                    scores[(str(metric), str(sample.get("filter")))] = float(sample[metric])
+        yield from (Document(*told) for told in found.values())
 
     def _each(self, task: str) -> dict[tuple[str, str], dict[str, float]]:
         """(metric, filter) -> prompt -> score; empty where no samples were logged, or they cannot be read."""

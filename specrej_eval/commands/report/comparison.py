@@ -32,7 +32,7 @@ def rows(runs: Sequence[Run], baseline: str | None = None) -> list[dict[str, Any
     Raises:
         ConfigError: no run is called so, or several are.
     """
-    first = _chosen(runs, baseline)
+    first = chosen(runs, baseline)
     table = []
     for run in runs:
         strategy = run.arguments.get("strategy")
@@ -64,7 +64,7 @@ def rows(runs: Sequence[Run], baseline: str | None = None) -> list[dict[str, Any
     return table
 
 
-def _chosen(runs: Sequence[Run], baseline: str | None) -> Run:
+def chosen(runs: Sequence[Run], baseline: str | None) -> Run:
     if baseline is None:
         return runs[0]
     wanted = baseline.casefold()

@@ -28,7 +28,7 @@ from specrej_eval.engines.transformers.session import EOS, MAY_STOP, Session
 from specrej_eval.kv.attention.base import AttentionBackend
 from specrej_eval.kv.cache import bytes_per_token
 from specrej_eval.kv.memory import clear_error, free_bytes, or_else, release_memory, twice
-from specrej_eval.kv.models import context_length, stop_ids
+from specrej_eval.kv.models import attention_size, context_length, parameters_per_token, stop_ids
 
 logger = logging.getLogger(__name__)
 
@@ -204,14 +204,30 @@ class TransformersEngine(Engine):
             prefix = self.runner.prefill([0] * prompt_tokens, path)
             return bytes_per_token(prefix) if prefix.keys else 0
 
+    def parameters_per_token(self) -> int:
+        """See ``base.Engine.parameters_per_token``."""
+        return parameters_per_token(self.model)
+
+    def attention_size(self) -> tuple[int, int]:
+        """See ``base.Engine.attention_size``."""
+        return attention_size(self.model)
+
+    def reset_peak(self) -> None:
+        """See ``base.Engine.reset_peak``."""
+        hardware.reset_peak(self.device)
+
     def peak_bytes(self) -> int:
         """See ``base.Engine.peak_bytes``."""
         return hardware.peak_bytes(self.device)
 
     def describe(self) -> dict[str, Any]:
         """See ``base.Engine.describe``."""
+        layers, attention_width = self.attention_size()
         return {
             "engine": "transformers",
+            "parameters": self.parameters_per_token(),
+            "layers": layers,
+            "attention_width": attention_width,
             "attention": self.runner.path,
             "attention_backend": self.runner.attention.name if self.runner.path == "shared_prefix" else None,
             "promises": self.promises,
