@@ -18,8 +18,8 @@ from specrej_eval.core import Message, Prompt, Question, Spent
 from specrej_eval.engines.base import Engine
 from specrej_eval.errors import ConfigError, PromptError
 from specrej_eval.generator import Generator, Request
-from specrej_eval.progress import summary_line
-from specrej_eval.records.outputs import Answer, OutputsFolder, total_cost
+from specrej_eval.progress import audit_line, summary_line
+from specrej_eval.records.outputs import Answer, OutputsFolder, audit_sample, total_cost
 from specrej_eval.special_tokens import ContentText
 from specrej_eval.wording import counted, inert
 
@@ -195,5 +195,7 @@ def summary(answers: Sequence[Answer], spent: Spent, *, name: str) -> Iterator[s
     line = summary_line(len(answers), spent, best, ended, total=total_cost(answers), source="the records")
     name = inert(name)
     yield f"{name}: {line}"
+    if told := audit_line(audit_sample(answers), total_cost(answers)):
+        yield f"{name}: {told}"
     if empty := [item for item in answers if not item.output.strip()]:
         yield f"{name}: {counted(len(empty), 'answer is', 'answers are')} empty, such as that to {empty[0].called}"

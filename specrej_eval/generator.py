@@ -15,12 +15,13 @@ from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from typing import Any
 
+from specrej_eval import auditing, stopping
 from specrej_eval import budget as budgets
-from specrej_eval import stopping
 from specrej_eval.budget import Budget
 from specrej_eval.checkpoint import DEMO_REWARD
 from specrej_eval.config import AUTO, DECIDING, MAX, N_MAX, RunConfig, checked_until
 from specrej_eval.core import (
+    Audit,
     GenerationResult,
     Ledger,
     Message,
@@ -248,6 +249,12 @@ class Generator:
     def _checked(self, requests: Sequence[Request], journal: Journal | None) -> list[tuple[int, Request, Budget]]:
         for request in requests:
             self.engine.check(request.prompt, request.config)
+            if request.config.audit and not self.engine.finishes_rejected:
+                raise ConfigError(
+                    f"audit={request.config.audit:g} needs an engine that can go on with rejected rows, and "
+                    f"{type(self.engine).__name__} cannot.",
+                    hint="leave audit out, or use the transformers engine.",
+                )
         of_memory = [r for r in requests if r.config.n == MAX and r.config.kv_budget_tokens is None]
         if of_memory:
             if self.capacity_tokens is None:
@@ -469,9 +476,9 @@ class Generator:
 
     def _result(self, work: _Running) -> GenerationResult:
         session, trajectories = work.session, self._trajectories(work)
-        self._close([work])
         finished = [trajectory for trajectory in trajectories if trajectory.finish_reason != "rejected"]
         if not finished:
+            self._close([work])
             raise OutOfMemoryError(
                 "out of memory: none of this prompt's rows could be decoded to its end.",
                 hint="use a smaller model or dtype, a shorter prompt, or fewer rows (n).",
@@ -487,7 +494,9 @@ class Generator:
         ledger.seconds["prefill"] = session.prefill_seconds
         ledger.seconds["decode"] = session.decode_seconds
         ledger.peak_bytes = self.engine.peak_bytes()
-        config, budget = work.request.config, work.budget
+        config, budget, degraded = work.request.config, work.budget, session.degraded
+        audit = self._audited(work, trajectories, best)  # the rows are done, and their cost is known
+        self._close([work])
         return GenerationResult(
             best=best,
             trajectories=trajectories,
@@ -503,8 +512,79 @@ class Generator:
                 "kv_budget_tokens": budget.kv_budget_tokens,
                 "until": list(work.request.until),
             },
-            degraded=session.degraded,
+            degraded=degraded,
             nan_rewards=work.nan_rewards,
+            audit=audit,
+        )
+
+    def _audited(self, work: _Running, trajectories: Sequence[Trajectory], best: Trajectory) -> Audit | None:
+        """What a prompt's rejected rows would have come to, if it is drawn for that; see ``auditing``.
+
+        Its rows are done, so what these hold is within the prompt's budget. Whatever fails here costs no answer.
+        """
+        prompt, config = work.request.prompt, work.request.config
+        if not auditing.is_drawn(
+            config.audit, seed=config.seed, task=prompt.task, prompt_hash=prompt.prompt_hash, repeat=prompt.repeat
+        ):
+            return None
+        rejected = {row.row: row for row in trajectories if row.finish_reason == "rejected"}
+        if not rejected:
+            return Audit(rows=[], num_rows=0, regret=0.0)
+        ledger, session = work.ledger, work.session
+        started, tokens, before = time.perf_counter(), session.decode_tokens, self._reward_counts()
+        try:
+            audit = self._finish_rejected(work, rejected, [t for t in trajectories if t.row not in rejected], best)
+        except (OutOfMemoryError, RewardError) as error:
+            logger.warning("The audit of a prompt failed, which its answer does not depend on: %s", error)
+            audit = Audit(rows=[], num_rows=0, regret=None, error=str(error.args[0]))
+        ledger.audit_rows = audit.num_rows
+        ledger.audit_tokens = session.decode_tokens - tokens
+        ledger.audit_reward_tokens = self._reward_counts()["reward_tokens"] - before["reward_tokens"]
+        ledger.audit_seconds = time.perf_counter() - started
+        return audit
+
+    def _finish_rejected(
+        self, work: _Running, rejected: Mapping[int, Trajectory], finished: Sequence[Trajectory], best: Trajectory
+    ) -> Audit:
+        session, budget = work.session, work.budget
+        ids = list(rejected)
+        for start in range(0, len(ids), budget.rows_to_the_end):
+            wave = ids[start : start + budget.rows_to_the_end]
+            self.engine.again(session, {row: rejected[row].token_ids for row in wave})
+            while session.num_live:
+                self.engine.decode([session], budget.max_gen_toks)
+        views = {row.row: row for row in self.engine.rows(session)}
+        if any(views[row].finish_reason == "rejected" for row in ids):
+            raise OutOfMemoryError("out of memory while decoding rejected rows to their end.")
+        rewards = {row.row: row.reward for row in finished}
+        scored = [*(row.row for row in finished), *ids] if self.reward.by_rank else ids
+        scoring = self.reward.open(work.request.prompt.conversation, work.request.prompt.response_prefix)
+        try:
+            found = map(finite_or_none, scoring.score([views[row] for row in scored]))
+            rewards.update(zip(scored, found, strict=True))
+            parts = {row: scoring.parts(row) for row in ids}
+        finally:
+            scoring.close()
+        worth = {row: -math.inf if reward is None else reward for row, reward in rewards.items()}
+        better = [row for row in ids if worth[row] > worth[best.row]]
+        top = max((worth[row] for row in better), default=worth[best.row])
+        return Audit(
+            rows=[
+                replace(
+                    rejected[row],
+                    text=views[row].text,
+                    token_ids=list(views[row].token_ids),
+                    reward=rewards[row],
+                    finish_reason=views[row].finish_reason or "rejected",
+                    logprobs=list(views[row].token_stats["logprob"]) if work.request.config.logprobs else None,
+                    reward_parts=parts[row],
+                )
+                for row in ids
+            ],
+            num_rows=len(ids),
+            # an answer without a finite reward: what it lost has no size
+            regret=finite_or_none(top - worth[best.row]) if better else 0.0,
+            better=len(better),
         )
 
     # records

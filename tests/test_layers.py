@@ -24,7 +24,7 @@ LAYERS = (
     {"errors", "checked", "wording"},
     {"paths", "registry", "core", "stopping", "chat_templates"},
     {"checkpoint", "companions", "temporary", "config", "special_tokens", "ranks"},
-    {"budget"},
+    {"budget", "auditing"},
     {"kv", "strategies", "records", "demo"},
     {"engines", "rewards"},  # never each other
     {"scheduler", "progress"},

@@ -46,6 +46,7 @@ EVERYTHING = {**ARGUMENTS, **HOST, **declared(DecoderArguments)}
 VALUES: dict[str, Any] = {
     **OTHER,
     "logprobs": True,
+    "audit": 0.5,
     "on_greedy": "error",
     "force_sampling_args": True,
     "reward_batch_size": 3,

@@ -13,12 +13,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from specrej_eval.auditing import AuditEstimate, of_totals
 from specrej_eval.checked import object_or_empty
 from specrej_eval.config import DECIDING, NEUTRAL, RecordArguments, declared
 from specrej_eval.errors import SpecRejError
 from specrej_eval.records import alpaca_eval_files, lm_eval_files
 from specrej_eval.records.fingerprint import EMBEDDED
-from specrej_eval.records.outputs import RUN_FILES, Answer, OutputsFolder, total_cost
+from specrej_eval.records.outputs import RUN_FILES, Answer, OutputsFolder, audit_sample, total_cost
 from specrej_eval.records.run_names import model_name
 from specrej_eval.records.scores import Score, mean_score
 from specrej_eval.redaction import redacted_values
@@ -53,6 +54,8 @@ class Run:
     totals: Mapping[str, Any] = field(default_factory=dict)
     """A ``Ledger``'s counts."""
     mean_reward: float | None = None
+    audit: AuditEstimate | None = None
+    """What rejection cost, where the run says so."""
 
     @property
     def tasks(self) -> set[str]:
@@ -135,6 +138,7 @@ def _of_lm_eval(results: lm_eval_files.Results) -> Run:
         warnings=[*map(str, block.get("warnings") or ()), *lm_eval_files.remarks(results)],
         totals=object_or_empty(block.get("totals")),
         mean_reward=block.get("mean_reward"),
+        audit=of_totals(block.get("audit")),
     )
 
 
@@ -165,6 +169,7 @@ def _recorded(path: Path, prefix: str) -> Run:
         warnings=_remarks(answers, complete=record.complete),
         totals=record.totals or total_cost(answers).to_dict(),
         mean_reward=statistics.fmean(rewards) if rewards else None,
+        audit=audit_sample(answers).estimate(),
     )
 
 

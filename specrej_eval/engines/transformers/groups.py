@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -93,6 +93,8 @@ class Group:
         """``num_sampled`` at the last look."""
         self.target = 0
         """``num_sampled`` at which decoding stops."""
+        self.given: Mapping[int, Sequence[int]] = {}
+        """Row id -> the first tokens of a row that has been decoded before: it takes them again (``as_given``)."""
         self._key = torch.tensor(0) if key is None else key
         self._device = device
         self.rows = RowTensors(
@@ -230,3 +232,20 @@ class Group:
         """Bring the KV back to the device."""
         if self.pool is not None:
             self.pool.to(self._device)
+
+
+def as_given(groups: Sequence[Group], tokens: Tensor) -> Tensor:
+    """The tokens drawn, (rows,) of all groups in order; for rows that were decoded before, those they had.
+
+    On a CPU they are the same bits; where other company may change the last of them, a row must still be the one that
+    was rejected.
+    """
+    if not any(group.given for group in groups):
+        return tokens
+    had = [
+        row[group.num_sampled] if group.num_sampled < len(row) else -1
+        for group in groups
+        for row in (group.given.get(row_id, ()) for row_id in group.row_ids)
+    ]
+    known = torch.tensor(had, dtype=tokens.dtype, device=tokens.device)
+    return torch.where(known < 0, tokens, known)

@@ -131,6 +131,25 @@ class Session(EngineSession):
         for group in self.groups:
             group.sampled_at_look = group.num_sampled
 
+    def again(self, rows: Mapping[int, Sequence[int]]) -> None:
+        """Start rows that were rejected again, from their first token; they take the tokens they had."""
+        assert not self.groups, "rows that are live go first"
+        assert self._prefix is not None
+        group = twice(
+            partial(
+                Group,
+                self._prefix,
+                list(rows),
+                capacity=self._max_gen_toks,
+                device=self.device,
+                key=self._key,
+                recorded=len(self.recorded),
+            )
+        )
+        group.given = rows
+        self.groups = [group]
+        self.in_pool = sorted(rows)
+
     def pool(self) -> list[RowView]:
         """Rows of the look, copied to the host."""
 

@@ -453,11 +453,13 @@ class SpecRejLM(HFLM):
         tally = Tally.merged(self._ranks or [self.tally])
         described = self.generator.describe()
         reward_model = described.pop("reward_model")
+        audit = tally.audits.estimate()
         block = {
             "arguments": {**self.run_config.to_dict(), **tally.resolved_first()},
             "seed_from": self.seed_from,
             "totals": {**tally.totals.to_dict(), "requests": tally.num_requests},
             "spent": tally.spent.to_dict(),
+            **({} if audit is None else {"audit": audit.to_dict()}),
             "prompts_in_flight": self.generator.prompts_in_flight,
             "mean_reward": tally.mean_reward,
             "per_task": {name: task.to_dict() for name, task in sorted(tally.tasks.items())},
