@@ -66,6 +66,18 @@ _STOP = Plan(keep=(), fresh=0, num_tokens=1)
 
 
 @dataclass(slots=True)
+class _Auditing:
+    """The rejected rows of a prompt that is done, decoded to their end beside the other prompts in flight."""
+
+    rejected: Mapping[int, Trajectory]
+    waiting: list[int]
+    """Those that have not been started again yet."""
+    tokens: int
+    seconds: float
+    """What the session had decoded before."""
+
+
+@dataclass(slots=True)
 class _Running:
     """A prompt in flight: its two sessions, its strategy's state, and what has been learned of its rows."""
 
@@ -83,6 +95,9 @@ class _Running:
     rounds: list[Round] = field(default_factory=list)
     ledger: Ledger = field(default_factory=Ledger)
     nan_rewards: int = 0
+    result: GenerationResult | None = None
+    """Once the prompt is done."""
+    audit: _Auditing | None = None
 
     @property
     def remaining_tokens(self) -> int:
@@ -230,11 +245,16 @@ class Generator:
                 if num_tokens:
                     self.engine.decode([work.session for work in running], num_tokens)
                 at_look = [work for work in running if not work.remaining_tokens]
-                pools = self._pools(at_look)
-                for due, pool in zip(at_look, pools, strict=True):
-                    if not self._look(due, pool, tracer):
+                looking = [work for work in at_look if work.result is None]
+                pools = dict(zip((work.index for work in looking), self._pools(looking), strict=True))
+                for due in at_look:
+                    if due.result is None:
+                        if not self._look(due, pools[due.index], tracer):
+                            continue
+                        due.result = self._result(due)
+                    if self._audits(due):
                         continue
-                    result = self._result(due)
+                    result = due.result
                     running.remove(due)
                     self.totals.add(result.ledger)
                     tracer.request(result)
@@ -478,7 +498,6 @@ class Generator:
         session, trajectories = work.session, self._trajectories(work)
         finished = [trajectory for trajectory in trajectories if trajectory.finish_reason != "rejected"]
         if not finished:
-            self._close([work])
             raise OutOfMemoryError(
                 "out of memory: none of this prompt's rows could be decoded to its end.",
                 hint="use a smaller model or dtype, a shorter prompt, or fewer rows (n).",
@@ -494,9 +513,7 @@ class Generator:
         ledger.seconds["prefill"] = session.prefill_seconds
         ledger.seconds["decode"] = session.decode_seconds
         ledger.peak_bytes = self.engine.peak_bytes()
-        config, budget, degraded = work.request.config, work.budget, session.degraded
-        audit = self._audited(work, trajectories, best)  # the rows are done, and their cost is known
-        self._close([work])
+        config, budget = work.request.config, work.budget
         return GenerationResult(
             best=best,
             trajectories=trajectories,
@@ -512,80 +529,80 @@ class Generator:
                 "kv_budget_tokens": budget.kv_budget_tokens,
                 "until": list(work.request.until),
             },
-            degraded=degraded,
+            degraded=session.degraded,
             nan_rewards=work.nan_rewards,
-            audit=audit,
         )
 
-    def _audited(self, work: _Running, trajectories: Sequence[Trajectory], best: Trajectory) -> Audit | None:
-        """What a prompt's rejected rows would have come to, if it is drawn for that; see ``auditing``.
-
-        Its rows are done, so what these hold is within the prompt's budget. Whatever fails here costs no answer.
-        """
+    def _audits(self, work: _Running) -> bool:
+        """Whether a prompt that is done stays in flight: it is drawn for the audit (see ``auditing``), and its rejected
+        rows decode to their end, as many at a time as its budget holds. Whatever fails here costs no answer."""
+        result, session, budget = work.result, work.session, work.budget
+        assert result is not None
         prompt, config = work.request.prompt, work.request.config
-        if not auditing.is_drawn(
-            config.audit, seed=config.seed, task=prompt.task, prompt_hash=prompt.prompt_hash, repeat=prompt.repeat
-        ):
-            return None
-        rejected = {row.row: row for row in trajectories if row.finish_reason == "rejected"}
-        if not rejected:
-            return Audit(rows=[], num_rows=0, regret=0.0)
-        ledger, session = work.ledger, work.session
-        started, tokens, before = time.perf_counter(), session.decode_tokens, self._reward_counts()
+        if work.audit is None:
+            of_prompt = {"task": prompt.task, "prompt_hash": prompt.prompt_hash, "repeat": prompt.repeat}
+            if not auditing.is_drawn(config.audit, seed=config.seed, **of_prompt):
+                self._close([work])
+                return False
+            rejected = {row.row: row for row in result.trajectories if row.finish_reason == "rejected"}
+            work.audit = _Auditing(rejected, list(rejected), session.decode_tokens, session.decode_seconds)
+        audit = work.audit
+        started = time.perf_counter()
         try:
-            audit = self._finish_rejected(work, rejected, [t for t in trajectories if t.row not in rejected], best)
+            if wave := audit.waiting[: budget.rows_to_the_end]:
+                del audit.waiting[: len(wave)]
+                self.engine.again(session, {row: audit.rejected[row].token_ids for row in wave})
+                work.look_in = budget.max_gen_toks
+                return True
+            result.audit = self._audited(work, audit.rejected)
         except (OutOfMemoryError, RewardError) as error:
             logger.warning("The audit of a prompt failed, which its answer does not depend on: %s", error)
-            audit = Audit(rows=[], num_rows=0, regret=None, error=str(error.args[0]))
-        ledger.audit_rows = audit.num_rows
-        ledger.audit_tokens = session.decode_tokens - tokens
-        ledger.audit_reward_tokens = self._reward_counts()["reward_tokens"] - before["reward_tokens"]
-        ledger.audit_seconds = time.perf_counter() - started
-        return audit
+            result.audit = Audit(rows=[], num_rows=0, regret=None, error=str(error.args[0]))
+        work.ledger.audit_rows = result.audit.num_rows
+        work.ledger.audit_tokens = session.decode_tokens - audit.tokens
+        work.ledger.audit_seconds = session.decode_seconds - audit.seconds + time.perf_counter() - started
+        self._close([work])
+        return False
 
-    def _finish_rejected(
-        self, work: _Running, rejected: Mapping[int, Trajectory], finished: Sequence[Trajectory], best: Trajectory
-    ) -> Audit:
-        session, budget = work.session, work.budget
-        ids = list(rejected)
-        for start in range(0, len(ids), budget.rows_to_the_end):
-            wave = ids[start : start + budget.rows_to_the_end]
-            self.engine.again(session, {row: rejected[row].token_ids for row in wave})
-            while session.num_live:
-                self.engine.decode([session], budget.max_gen_toks)
-        views = {row.row: row for row in self.engine.rows(session)}
-        if any(views[row].finish_reason == "rejected" for row in ids):
+    def _audited(self, work: _Running, rejected: Mapping[int, Trajectory]) -> Audit:
+        """What the rejected rows, now at their end, come to beside the answer."""
+        assert work.result is not None
+        best = work.result.best
+        if not rejected:
+            return Audit(rows=[], num_rows=0, regret=0.0)
+        views = {row.row: row for row in self.engine.rows(work.session)}
+        if any(views[row].finish_reason == "rejected" for row in rejected):
             raise OutOfMemoryError("out of memory while decoding rejected rows to their end.")
+        finished = [row for row in work.result.trajectories if row.row not in rejected]
         rewards = {row.row: row.reward for row in finished}
-        scored = [*(row.row for row in finished), *ids] if self.reward.by_rank else ids
+        scored = [*(rewards if self.reward.by_rank else ()), *rejected]  # ranks hold among the rows of one call
+        before = self._reward_counts()["reward_tokens"]
         scoring = self.reward.open(work.request.prompt.conversation, work.request.prompt.response_prefix)
         try:
             found = map(finite_or_none, scoring.score([views[row] for row in scored]))
             rewards.update(zip(scored, found, strict=True))
-            parts = {row: scoring.parts(row) for row in ids}
+            parts = {row: scoring.parts(row) for row in rejected}
         finally:
             scoring.close()
+        work.ledger.audit_reward_tokens = self._reward_counts()["reward_tokens"] - before
         worth = {row: -math.inf if reward is None else reward for row, reward in rewards.items()}
-        better = [row for row in ids if worth[row] > worth[best.row]]
+        better = [row for row in rejected if worth[row] > worth[best.row]]
         top = max((worth[row] for row in better), default=worth[best.row])
-        return Audit(
-            rows=[
-                replace(
-                    rejected[row],
-                    text=views[row].text,
-                    token_ids=list(views[row].token_ids),
-                    reward=rewards[row],
-                    finish_reason=views[row].finish_reason or "rejected",
-                    logprobs=list(views[row].token_stats["logprob"]) if work.request.config.logprobs else None,
-                    reward_parts=parts[row],
-                )
-                for row in ids
-            ],
-            num_rows=len(ids),
-            # an answer without a finite reward: what it lost has no size
-            regret=finite_or_none(top - worth[best.row]) if better else 0.0,
-            better=len(better),
-        )
+        rows = [
+            replace(
+                row,
+                text=views[row.row].text,
+                token_ids=list(views[row.row].token_ids),
+                reward=rewards[row.row],
+                finish_reason=views[row.row].finish_reason or "rejected",
+                logprobs=None if row.logprobs is None else list(views[row.row].token_stats["logprob"]),
+                reward_parts=parts[row.row],
+            )
+            for row in rejected.values()
+        ]
+        # an answer without a finite reward: what it lost has no size
+        regret = finite_or_none(top - worth[best.row]) if better else 0.0
+        return Audit(rows=rows, num_rows=len(rows), regret=regret, better=len(better))
 
     # records
 

@@ -176,7 +176,7 @@ def test_an_audit_that_fails_costs_no_answer(
         again(session, rows)
 
     monkeypatch.setattr(engine, "again", in_vain)
-    failing = generate(engine, audit=1.0, reward=reward)
+    failing = generate(engine, audit=1.0, batch_size=1, reward=reward)
     assert list(map(books, failing)) == list(map(books, plain))
     assert all(result.audit.regret is None and result.audit.error for result in failing)
     assert "which its answer does not depend on" in caplog.text

@@ -77,6 +77,7 @@ def test_the_defaults_are_the_documented_ones():
         "reward_dtype": "auto",
         "force_sampling_args": False,
         "logprobs": False,
+        "audit": 0.0,
         "trust_remote_code": False,
     }
     found = config().to_dict()
