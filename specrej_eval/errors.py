@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from typing import Any
 
 from specrej_eval.redaction import redacted
 from specrej_eval.wording import inert_lines
@@ -14,6 +15,9 @@ class SpecRejError(Exception):
 
     What a message quotes may be anybody's text: as it is shown, nothing in it moves a terminal's cursor.
     """
+
+    exit_code = 1
+    """Of a command that ends with it."""
 
     def __init__(self, message: str, *, hint: str | None = None) -> None:
         super().__init__(redacted(message))
@@ -54,6 +58,19 @@ class KVBudgetExceededError(SpecRejError, RuntimeError):
 
 class OutOfMemoryError(SpecRejError, MemoryError):
     """Not even one row could be decoded in the memory there is."""
+
+
+class LimitReached(SpecRejError):
+    """``max_seconds`` or ``max_decode_tokens`` ended a run between two requests: what is there is part of it."""
+
+    exit_code = 75  # EX_TEMPFAIL of sysexits.h: try again
+
+    def __init__(self, message: str, *, hint: str | None = None, limit: str = "") -> None:
+        super().__init__(message, hint=hint)
+        self.limit = limit
+        """As it was given: ``max_seconds=600``."""
+        self.results: Any = None
+        """Index -> result, of ``Generator.generate``."""
 
 
 def nearest(name: str, choices: Iterable[str]) -> str | None:

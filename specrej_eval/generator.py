@@ -34,10 +34,12 @@ from specrej_eval.core import (
     finite_or_none,
 )
 from specrej_eval.engines.base import Engine, EngineSession, Opening
-from specrej_eval.errors import ConfigError, OutOfMemoryError, PromptError, RewardError
+from specrej_eval.errors import ConfigError, LimitReached, OutOfMemoryError, PromptError, RewardError
+from specrej_eval.forecast import Forecast
 from specrej_eval.progress import Progress
 from specrej_eval.records.fingerprint import EMBEDDED, of_models, warn_of_uncovered
 from specrej_eval.records.journal import Journal, request_key
+from specrej_eval.records.state import StateFile, state_file
 from specrej_eval.records.trace import Tracer
 from specrej_eval.rewards.base import RewardModel, RewardSession
 from specrej_eval.scheduler import FIXED_PROMPTS, Scheduler, auto_prompts
@@ -136,6 +138,12 @@ class Generator:
         self.capacity_tokens: int | None = None
         """Tokens of KV that memory holds for one prompt (``n=max``): measured by the first run that needs them, unless
         set before."""
+        self.started = time.perf_counter()
+        """What ``max_seconds`` counts from."""
+        self.spent_before = 0
+        """Tokens that count for ``max_decode_tokens`` beside its own: of other generators of the same run."""
+        self.state_path: str | None = None
+        """Where a run's live state is kept (``records.state``); None = beside the journal, if there is one."""
         self.prompts_in_flight: int | None = None
         """What ``batch_size`` came to, in the last run."""
 
@@ -172,6 +180,7 @@ class Generator:
             ConfigError: a bad stop string, or a budget that does not fit a prompt; before anything is decoded.
             PromptError: an empty or over-long prompt; before anything is decoded.
             RewardError: the reward model failed; prompts finished before that are in the journal, if there is one.
+            LimitReached: ``max_seconds`` or ``max_decode_tokens``; its ``results`` holds what was answered, by index.
         """
         changes = {"max_gen_toks": max_gen_toks, "seed": seed}
         config = self.config.replace(**{name: value for name, value in changes.items() if value is not None})
@@ -193,7 +202,18 @@ class Generator:
             if repeat:
                 prompt = replace(prompt, repeat=repeat)
             requests.append(Request(prompt=prompt, config=config, until=stops))
-        results = dict(self.run(requests, progress=len(requests) > 1))
+        if self.config.plan is not None:
+            raise ConfigError(
+                "plan=only is of commands; it would leave generate() without results.",
+                hint="leave it out, and call forecast(requests) of a generator.",
+            )
+        results: dict[int, GenerationResult] = {}
+        try:
+            for index, result in self.run(requests, progress=len(requests) > 1):
+                results[index] = result
+        except LimitReached as error:
+            error.results = results
+            raise
         return [results[index] for index in range(len(requests))]
 
     # the loop
@@ -229,6 +249,7 @@ class Generator:
             contextlib.closing(
                 Progress(len(requests), name=name, in_flight=in_flight, shown=progress, summary=summary)
             ) as bar,
+            self._state(len(requests)) as state,
             contextlib.ExitStack() as to_close,
         ):
             running: list[_Running] = []
@@ -236,9 +257,12 @@ class Generator:
             for index, done in taken.items():
                 bar.finished(done)
                 kept.add()
+                state.finished(done)
                 yield index, done
             while True:
-                running.extend(self._open(scheduler.admit(len(running))))
+                limit = self._limit([work.session for work in running])
+                if limit is None:
+                    running.extend(self._open(scheduler.admit(len(running))))
                 if not running:
                     break
                 num_tokens = scheduler.until_next_look(running)
@@ -263,12 +287,50 @@ class Generator:
                             journal.put(due.request.key, result)
                         kept.add()
                     bar.finished(result)
+                    state.finished(result)
                     yield due.index, result
                 bar.step([work.session for work in running])
+                state.step([work.session for work in running])
+            if limit is not None and scheduler.num_waiting:
+                raise self._limit_reached(limit, scheduler.num_waiting, len(requests), kept)
+
+    def _limit(self, sessions: Sequence[EngineSession]) -> str | None:
+        """The limit that is reached; None = none is."""
+        config = self.config
+        if config.max_seconds is not None and time.perf_counter() - self.started >= config.max_seconds:
+            return f"max_seconds={config.max_seconds:g}"
+        decoded = self.spent_before + self.totals.decode_tokens + sum(session.decode_tokens for session in sessions)
+        if config.max_decode_tokens is not None and decoded >= config.max_decode_tokens:
+            return f"max_decode_tokens={config.max_decode_tokens}"
+        return None
+
+    def _limit_reached(self, limit: str, waiting: int, total: int, kept: stopping.Kept) -> LimitReached:
+        where = "" if kept.where is None else f" They are kept in {kept.where}."
+        again = "run the same command again to continue (a limit holds for each start)"
+        return LimitReached(
+            f"{limit} is reached: {total - waiting:,} of {counted(total, 'prompt')} are answered, and this is not the "
+            f"result of the whole run.{where}",
+            hint=f"{again}, or leave the limit out."
+            if where
+            else "journal=FILE keeps what is answered for the next run.",
+            limit=limit,
+        )
+
+    def _state(self, total: int) -> StateFile:
+        path = self.state_path
+        if path is None and self.config.journal is not None:
+            path = str(state_file(self.config.journal))
+        return StateFile(path, total=total)
 
     def _checked(self, requests: Sequence[Request], journal: Journal | None) -> list[tuple[int, Request, Budget]]:
         for request in requests:
             self.engine.check(request.prompt, request.config)
+            if request.config.variance_reduce and not self.engine.stratifies:
+                raise ConfigError(
+                    f"variance_reduce=True needs an engine that draws tokens from our own random numbers, and "
+                    f"{type(self.engine).__name__} does not.",
+                    hint="leave it out, or use the transformers engine.",
+                )
             if request.config.audit and not self.engine.finishes_rejected:
                 raise ConfigError(
                     f"audit={request.config.audit:g} needs an engine that can go on with rejected rows, and "
@@ -612,6 +674,39 @@ class Generator:
 
         reward = EMBEDDED if self.reward.name == str(DEMO_REWARD) else self.reward.name
         return {"specrej_eval": __version__, "reward_model": reward, **self.engine.describe()}
+
+    def forecast(self, requests: Sequence[Request]) -> Forecast:
+        """What answering requests will take, from a probe of three of them; nothing is recorded.
+
+        Raises:
+            ConfigError, PromptError: as ``run``, for all of them.
+        """
+        work = self._checked(requests, None)
+        by_length = sorted(work, key=lambda item: item[1].prompt.num_tokens)
+        places = dict.fromkeys(len(work) * sixth // 6 for sixth in (1, 3, 5))
+        chosen = [by_length[place][1] for place in places]
+        in_flight = self._in_flight(work)
+        config = self.config.replace(
+            journal=None, trace_path=None, max_seconds=None, max_decode_tokens=None, batch_size=min(in_flight, 3)
+        )
+        probe = Generator(engine=self.engine, reward=self.reward, config=config)
+        probe.capacity_tokens = self.capacity_tokens
+        self._seconds_per_token(chosen[0], self._budget(chosen[0]))  # the first steps of all take longer
+        started = time.perf_counter()
+        results = [result for _, result in probe.run(chosen, progress=False)]
+        return Forecast(
+            prompts=len(requests),
+            in_flight=min(in_flight, len(requests)),
+            results=results,
+            seconds=time.perf_counter() - started,
+            budgets=[budget for *_, budget in work],
+            most_decoded=sum(
+                budget.most_decoded(request.config.alpha_fraction if request.config.rejects else Fraction(0))
+                for _, request, budget in work
+            ),
+            bytes_per_token=self.engine.bytes_per_token(),
+            peak_bytes=self.engine.peak_bytes(),
+        )
 
     def _open_tracer(self) -> Tracer:
         if self._tracer is None:

@@ -27,7 +27,7 @@ LAYERS = (
     {"budget", "auditing"},
     {"kv", "strategies", "records", "demo"},
     {"engines", "rewards"},  # never each other
-    {"scheduler", "progress"},
+    {"scheduler", "progress", "forecast"},
     {"generator"},
     {"api", "answering", "options"},
     {"harness"},

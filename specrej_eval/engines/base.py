@@ -80,6 +80,8 @@ class Engine(ABC):
     promises: Promise = "distribution"
     finishes_rejected: bool = False
     """Whether ``again`` is there."""
+    stratifies: bool = False
+    """Whether ``variance_reduce`` is."""
     most_rows_unasked: int | None = None
     """Rows of one prompt beyond which ``n=max`` needs ``n_max``, since they would take very long; None = no such
     number."""

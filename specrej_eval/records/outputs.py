@@ -53,6 +53,7 @@ from specrej_eval.records.jsonl import (
     write_atomically,
 )
 from specrej_eval.records.lookup import look_up
+from specrej_eval.records.state import state_file
 from specrej_eval.records.trace import rank_path
 from specrej_eval.redaction import redacted_values
 from specrej_eval.wording import counted
@@ -218,6 +219,8 @@ class RunRecord:
     spent: dict[str, Any] = field(default_factory=dict)
     """What the last process that decoded any of them spent itself, and how many it took from records (``Spent``)."""
     complete: bool = False
+    stopped: str = ""
+    """The limit that ended it before it was complete, such as ``max_seconds=600``."""
     num_prompts: int | None = None
     schema_version: int = SCHEMA_VERSION
 
@@ -248,6 +251,7 @@ class RunRecord:
             if data.get(name) is not None:
                 whole(data, name)
         whole(data, "schema_version", 1)
+        text(data, "stopped", "")
         known = {entry.name for entry in fields(cls)} - {"name"}
         told = {"schema_version": 1, **{name: value for name, value in data.items() if name in known}}
         return cls(name=text(data, "generator"), **told)
@@ -278,6 +282,7 @@ class OutputsFolder:
         self.kept_file = self.path / f"{prefix}_outputs_kept.jsonl"
         """Answers to other prompts than those of the last run."""
         self._own_part = Path(rank_path(str(self.outputs_file), rank, world_size))
+        self.state_file = state_file(self._own_part)
         self._answers: dict[str, Answer] | None = None
         self._kept: dict[str, Answer] = {}
         self._damaged: list[tuple[Path, list[Damage]]] = []
@@ -333,6 +338,11 @@ class OutputsFolder:
         """The answers to other prompts, in the order they were set apart."""
         self._read()
         return list(self._kept.values())
+
+    def count(self) -> tuple[int, int]:
+        """Answers and damaged lines by now, while somebody may be writing."""
+        answers = self._read()
+        return len(answers), sum(len(damaged) for _, damaged in self._damaged)
 
     def problems(self) -> list[tuple[Path, Damage]]:
         """All lines that cannot be used; nothing is written."""
@@ -539,6 +549,7 @@ class OutputsFolder:
         if spent is not None and spent.decoded:
             record.spent = spent.to_dict()
         record.complete = True
+        record.stopped = ""
         record.num_prompts = len(answers)
         self.write_record(record)
 

@@ -37,4 +37,5 @@ OTHER: dict[str, Any] = {
     "floor_repetition": 0.9,
     "trust_remote_code": True,
     "attention_backend": "flash_attn",
+    "variance_reduce": True,
 }

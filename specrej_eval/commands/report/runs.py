@@ -19,7 +19,7 @@ from specrej_eval.config import DECIDING, NEUTRAL, RecordArguments, declared
 from specrej_eval.errors import SpecRejError
 from specrej_eval.records import alpaca_eval_files, lm_eval_files
 from specrej_eval.records.fingerprint import EMBEDDED
-from specrej_eval.records.outputs import RUN_FILES, Answer, OutputsFolder, audit_sample, total_cost
+from specrej_eval.records.outputs import RUN_FILES, Answer, OutputsFolder, RunRecord, audit_sample, total_cost
 from specrej_eval.records.run_names import model_name
 from specrej_eval.records.scores import Score, mean_score
 from specrej_eval.redaction import redacted_values
@@ -166,7 +166,7 @@ def _recorded(path: Path, prefix: str) -> Run:
         models={name: record.fingerprint.get(name) for name in MODELS},
         limit=record.arguments.get("limit"),
         hardware=_one_machine(record.machines),
-        warnings=_remarks(answers, complete=record.complete),
+        warnings=_remarks(answers, record),
         totals=record.totals or total_cost(answers).to_dict(),
         mean_reward=statistics.fmean(rewards) if rewards else None,
         audit=audit_sample(answers).estimate(),
@@ -186,13 +186,14 @@ def _reward_score(task: str, answers: Sequence[Answer], fingerprint: Mapping[str
     return mean_score(found, task=task, metric="reward", scale=scale, answered=len(answers))
 
 
-def _remarks(answers: Sequence[Answer], *, complete: bool) -> list[str]:
+def _remarks(answers: Sequence[Answer], record: RunRecord) -> list[str]:
     counts = [
         (sum(answer.degraded for answer in answers), "gave up rows for want of memory (degraded)", "answer", ""),
         (sum(answer.nan_rewards for answer in answers), "not finite", "reward was", "rewards were"),
         (sum(not answer.output.strip() for answer in answers), "empty", "answer is", "answers are"),
     ]
-    found = [] if complete else [f"not finished: {counted(len(answers), 'answer')} so far"]
+    by = f", stopped by {record.stopped}" if record.stopped else ""
+    found = [] if record.complete else [f"not finished: {counted(len(answers), 'answer')} so far{by}"]
     return found + [f"{counted(count, one, more)} {what}" for count, what, one, more in counts if count]
 
 

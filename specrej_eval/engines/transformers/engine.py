@@ -54,6 +54,7 @@ class TransformersEngine(Engine):
     """
 
     finishes_rejected = True
+    stratifies = True
 
     def __init__(
         self,

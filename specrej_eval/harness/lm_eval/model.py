@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import logging
 import os
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -91,6 +92,13 @@ class SpecRejLM(HFLM):
         if host_run is not None:
             lm_eval_run.checked_against(host_run, translate, config)
         check_host_arguments(host)
+        limits = [name for name in ("max_seconds", "max_decode_tokens") if getattr(config, name) is not None]
+        if limits and config.journal is None:
+            raise ConfigError(
+                f"{limits[0]} needs journal=FILE inside lm-eval, which makes no results of a part of a task: what is "
+                "answered by then would be lost.",
+                hint="add journal=FILE to --model_args; the same command then goes on from there.",
+            )
         plan = RunPlan.of(config, host, objects=("pretrained",) if loaded is not None else ())
 
         if config.pretrained is None:
@@ -186,6 +194,8 @@ class SpecRejLM(HFLM):
         work = self._translated(draws)
         texts: list[str] = [""] * len(draws)
         first = {draw.instance.task_name or "": index for index, draw in reversed([*enumerate(draws)])}
+        if self.run_config.plan is not None:
+            self._plan_only(work)
         progress = not disable_tqdm and self.rank == 0
         with self._needs_all_ranks(), self._keeping(len(draws)) as kept:
             for index, result in self.generator.run(work, progress=progress):
@@ -197,6 +207,15 @@ class SpecRejLM(HFLM):
                     self.cache_hook.add_partial("generate_until", (context, gen_kwargs), texts[index])
                     kept.add()
         return [texts[index] for index in source]
+
+    def _plan_only(self, work: Sequence[Request]) -> None:
+        """Say what answering would take, and end before lm-eval can make scores of nothing."""
+        with self._needs_all_ranks():
+            if self.rank == 0:
+                sys.stderr.flush()
+                print(self.generator.forecast(work), flush=True)
+            super().barrier()
+        raise SystemExit(0)
 
     @contextlib.contextmanager
     def _keeping(self, total: int) -> Iterator[stopping.Kept]:
