@@ -1,5 +1,5 @@
-"""What ``variance_reduce=True`` gains: the spread of a prompt's mean reward and of its best-of-n over many seeds, with it
-and without, on the demo pair.
+"""What ``variance_reduce=True`` gains on the demo pair: the spread over many seeds of a prompt's mean reward and of its
+best-of-n, with it and without.
 
     python benchmarks/variance_reduce.py --prompts 12 --seeds 60 --n 4 8 16
 
@@ -98,8 +98,9 @@ def main() -> None:
         table[str(n)] = found = compare(plain, reduced)
         for name, each in found.items():
             print(
-                f"n={n:3d} {name}: {each['plain']:.3f} -> {each['reduced']:.3f}, variance {each['plain_variance']:.4f} -> "
-                f"{each['reduced_variance']:.4f}, ratio {each['ratio']:.3f} ({each['low']:.3f} to {each['high']:.3f})",
+                f"n={n:3d} {name}: {each['plain']:.3f} -> {each['reduced']:.3f}, "
+                f"variance {each['plain_variance']:.4f} -> {each['reduced_variance']:.4f}, "
+                f"ratio {each['ratio']:.3f} ({each['low']:.3f} to {each['high']:.3f})",
                 flush=True,
             )
     record = {
