@@ -3,6 +3,7 @@
 # make test        set up .venv (once), then lint, types and tests: what CI runs
 # make test-slow   the same with the long tests, and ten times as many random cases
 # make lint        style and types only
+# make docs-check  run the commands of docs/walkthrough.md and compare what they print (WRITE=1: rewrite it)
 # make gpu-check   what only a GPU can tell: attention backends, tests, benchmarks, into gpu-check.json and gpu-check.log
 # make clean       remove .venv, results and caches
 #
@@ -25,7 +26,7 @@ export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 export HF_HUB_OFFLINE := 1
 export HF_DATASETS_OFFLINE := 1
 
-.PHONY: demo demo-sampling demo-best-of-16 demo-alpha-0.5 demo-n-32 test test-slow lint gpu-check clean
+.PHONY: demo demo-sampling demo-best-of-16 demo-alpha-0.5 demo-n-32 test test-slow lint docs-check gpu-check clean
 .DELETE_ON_ERROR:
 
 # A folder for each LIMIT: a report holds runs on the same problems against each other.
@@ -62,6 +63,9 @@ lint: $(READY)
 	ruff check .
 	ruff format --check .
 	mypy
+
+docs-check: $(READY)
+	python .ci/walkthrough.py $(if $(WRITE),--write)
 
 gpu-check: $(READY)
 	python benchmarks/gpu_check.py

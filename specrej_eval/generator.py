@@ -681,17 +681,16 @@ class Generator:
         Raises:
             ConfigError, PromptError: as ``run``, for all of them.
         """
-        work = self._checked(requests, None)
+        config = self.config.replace(journal=None, trace_path=None, max_seconds=None, max_decode_tokens=None)
+        probe = Generator(engine=self.engine, reward=self.reward, config=config)
+        probe.capacity_tokens = self.capacity_tokens
+        work = probe._checked(requests, None)
         by_length = sorted(work, key=lambda item: item[1].prompt.num_tokens)
         places = dict.fromkeys(len(work) * sixth // 6 for sixth in (1, 3, 5))
         chosen = [by_length[place][1] for place in places]
-        in_flight = self._in_flight(work)
-        config = self.config.replace(
-            journal=None, trace_path=None, max_seconds=None, max_decode_tokens=None, batch_size=min(in_flight, 3)
-        )
-        probe = Generator(engine=self.engine, reward=self.reward, config=config)
-        probe.capacity_tokens = self.capacity_tokens
-        self._seconds_per_token(chosen[0], self._budget(chosen[0]))  # the first steps of all take longer
+        in_flight = probe._in_flight(work)
+        probe.config = config.replace(batch_size=min(in_flight, len(chosen)))
+        probe._seconds_per_token(chosen[0], probe._budget(chosen[0]))  # the first steps of all take longer
         started = time.perf_counter()
         results = [result for _, result in probe.run(chosen, progress=False)]
         return Forecast(

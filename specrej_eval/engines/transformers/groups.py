@@ -263,17 +263,11 @@ def as_given(groups: Sequence[Group], tokens: Tensor) -> Tensor:
     return torch.where(known < 0, tokens, known)
 
 
-STRATIFIED_STEPS = 10**9
-
-
 def in_strata(groups: Sequence[Group], uniforms: Tensor) -> Tensor:
     """The uniforms of a step, (rows,) of all groups in order; stratified over the rows of a prompt where it asks so."""
     if not any(group.strata for group in groups):
         return uniforms
     parts = uniforms.split([group.num_rows for group in groups])
     return torch.cat(
-        [
-            group.stratified(mine) if group.strata and group.num_sampled < STRATIFIED_STEPS else mine
-            for group, mine in zip(groups, parts, strict=True)
-        ]
+        [group.stratified(mine) if group.strata else mine for group, mine in zip(groups, parts, strict=True)]
     )
