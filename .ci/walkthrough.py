@@ -3,7 +3,7 @@
     python .ci/walkthrough.py            compare; exit code 1 where something differs
     python .ci/walkthrough.py --write    rewrite the outputs
 
-Each ```console fence is run, in order, in one new folder; the ```text fence right below it is what the commands print to
+Each ```console fence is run, in order, in one new folder; the ```text fence right below it is what they print on
 stdout. What varies from run to run (seconds, speeds, memory, the machine's name, process ids) is masked on both sides
 before they are compared, and column widths do not count.
 """
