@@ -299,7 +299,8 @@ class Generator:
         config = self.config
         if config.max_seconds is not None and time.perf_counter() - self.started >= config.max_seconds:
             return f"max_seconds={config.max_seconds:g}"
-        decoded = self.spent_before + self.totals.decode_tokens + sum(session.decode_tokens for session in sessions)
+        decoded = self.totals.decode_tokens + self.totals.audit_tokens + self.spent_before
+        decoded += sum(session.decode_tokens for session in sessions)
         if config.max_decode_tokens is not None and decoded >= config.max_decode_tokens:
             return f"max_decode_tokens={config.max_decode_tokens}"
         return None

@@ -298,7 +298,8 @@ def _run(
             )
         except LimitReached as error:
             reached = error
-        limits["tokens"] = generator.spent_before + generator.totals.decode_tokens
+        totals = generator.totals
+        limits["tokens"] = generator.spent_before + totals.decode_tokens + totals.audit_tokens
     store.close()
     stopped = [each for each in ranks.gathered(None if reached is None else reached.limit) if each is not None]
     if stopped:
