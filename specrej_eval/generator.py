@@ -202,11 +202,6 @@ class Generator:
             if repeat:
                 prompt = replace(prompt, repeat=repeat)
             requests.append(Request(prompt=prompt, config=config, until=stops))
-        if self.config.plan is not None:
-            raise ConfigError(
-                "plan=only is of commands; it would leave generate() without results.",
-                hint="leave it out, and call forecast(requests) of a generator.",
-            )
         results: dict[int, GenerationResult] = {}
         try:
             for index, result in self.run(requests, progress=len(requests) > 1):
@@ -233,6 +228,11 @@ class Generator:
             ConfigError, PromptError: before anything is decoded.
             RewardError, OutOfMemoryError: what finished before has been yielded, traced and journalled.
         """
+        if self.config.plan is not None:
+            raise ConfigError(
+                "plan=only answers nothing: it is for `specrej-eval run` and lm-eval.",
+                hint="leave it out here; in Python, forecast(requests) of a generator makes a plan.",
+            )
         journal = self._open_journal()
         work = self._checked(requests, journal)
         tracer = self._open_tracer()
@@ -682,7 +682,7 @@ class Generator:
         Raises:
             ConfigError, PromptError: as ``run``, for all of them.
         """
-        config = self.config.replace(journal=None, trace_path=None, max_seconds=None, max_decode_tokens=None)
+        config = self.config.replace(journal=None, trace_path=None, max_seconds=None, max_decode_tokens=None, plan=None)
         probe = Generator(engine=self.engine, reward=self.reward, config=config)
         probe.capacity_tokens = self.capacity_tokens
         work = probe._checked(requests, None)

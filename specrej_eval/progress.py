@@ -109,16 +109,18 @@ def summary_line(
 
 
 def audit_line(audits: AuditSample, cost: Ledger) -> str:
-    """What rejection cost, estimated, and what that took; empty without an audit.
+    """What rejection cost, estimated, and what that took; empty without an audit, or where no row was rejected.
 
     Args:
         cost: of the answers, with what their audits took beside it.
     """
+    if not audits.rejecting:
+        return ""
     estimate = audits.estimate()
     if estimate is None:
         if audits.lost:
             return f"the audit of {counted(audits.lost, 'prompt')} failed, so nothing is known of what rejection cost"
         missed = "no prompt was drawn for the audit: a larger audit= or more prompts would tell what rejection cost"
-        return missed if audits.rejecting else ""
+        return missed
     took = f" (took {counted(cost.audit_tokens, 'token')} and {cost.audit_seconds:.1f} s beside the run's own)"
     return f"{estimate}{took if cost.audit_rows else ''}"

@@ -342,7 +342,7 @@ def _forecast(plan: api.RunPlan, asked: PromptArguments, own: Mapping[str, Any],
     """
     _, questions = _questions(own)
     if ranks.main:
-        plan = plan.replace(journal=None, trace_path=None)
+        plan = plan.replace(journal=None, trace_path=None)  # nothing is to be written
         generator = plan.generator(*plan.load())
         requests = requests_for(generator.engine, questions, plan.config, asked, task=TASK)
         forecast = dataclasses.replace(generator.forecast(requests), processes=ranks.world_size)
