@@ -603,8 +603,13 @@ class Generator:
         assert result is not None
         prompt, config = work.request.prompt, work.request.config
         if work.audit is None:
-            of_prompt = {"task": prompt.task, "prompt_hash": prompt.prompt_hash, "repeat": prompt.repeat}
-            if not auditing.is_drawn(config.audit, seed=config.seed, **of_prompt):
+            if not auditing.is_drawn(
+                config.audit,
+                seed=config.seed,
+                task=prompt.task,
+                prompt_hash=prompt.prompt_hash,
+                repeat=prompt.repeat,
+            ):
                 self._close([work])
                 return False
             rejected = {row.row: row for row in result.trajectories if row.finish_reason == "rejected"}
