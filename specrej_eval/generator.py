@@ -142,6 +142,8 @@ class Generator:
         """What ``max_seconds`` counts from."""
         self.spent_before = 0
         """Tokens that count for ``max_decode_tokens`` beside its own: of other generators of the same run."""
+        self.processes = 1
+        """That answer a run together: each has its share of ``max_decode_tokens``."""
         self.state_path: str | None = None
         """Where a run's live state is kept (``records.state``); None = beside the journal, if there is one."""
         self.prompts_in_flight: int | None = None
@@ -303,7 +305,7 @@ class Generator:
             return f"max_seconds={config.max_seconds:g}"
         decoded = self.totals.decode_tokens + self.totals.audit_tokens + self.spent_before
         decoded += sum(session.decode_tokens for session in sessions)
-        if config.max_decode_tokens is not None and decoded >= config.max_decode_tokens:
+        if config.max_decode_tokens is not None and decoded * self.processes >= config.max_decode_tokens:
             return f"max_decode_tokens={config.max_decode_tokens}"
         return None
 

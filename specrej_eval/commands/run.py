@@ -282,6 +282,7 @@ def _run(
         if not ranks.main:
             store.begin(record)  # rank 0 has moved answers since
         share = slice(ranks.rank, None, ranks.world_size)
+        generator.processes = ranks.world_size
         generator.started = limits.setdefault("started", generator.started)
         generator.spent_before = limits.get("tokens", 0)
         reached: LimitReached | None = None
