@@ -181,6 +181,9 @@ def _best(answers: Sequence[Answer]) -> Answer:
         seconds=sum(answer.seconds for answer in answers),
         degraded=any(answer.degraded for answer in answers),
         nan_rewards=sum(answer.nan_rewards for answer in answers),
+        # what an audit said of one seed's answer is not true of the best of several
+        audit=None,
+        resolved={name: value for name, value in best.resolved.items() if name != "audit"},
         key=_digest(sorted(answer.key for answer in answers)),
     )
 
