@@ -7,6 +7,7 @@
 # make test-vllm   engine=vllm against vLLM's CPU build, in .venv-vllm (Linux on x86-64; `make test-slow` runs it too)
 # make lint        style and types only
 # make docs-pictures  the pictures in docs/pictures, from runs of the demo pair
+# make docs-check  run the commands of docs/walkthrough.md and compare what they print (WRITE=1: rewrite it)
 # make gpu-check   what only a GPU can tell: attention backends, tests, benchmarks, into gpu-check.json and gpu-check.log
 # make clean       remove all environments, results and caches
 #
@@ -38,7 +39,7 @@ export HF_HUB_OFFLINE := 1
 export HF_DATASETS_OFFLINE := 1
 
 .PHONY: demo demo-sampling demo-best-of-16 demo-alpha-0.5 demo-n-32
-.PHONY: test test-slow test-vllm test-oldest test-newest tests-then-versions docs-pictures lint gpu-check clean
+.PHONY: test test-slow test-vllm test-oldest test-newest tests-then-versions docs-pictures docs-check lint gpu-check clean
 .DELETE_ON_ERROR:
 
 # A folder for each LIMIT: a report holds runs on the same problems against each other.
@@ -103,6 +104,9 @@ lint: $(READY)
 	ruff check .
 	ruff format --check .
 	mypy
+
+docs-check: $(READY)
+	python .ci/walkthrough.py $(if $(WRITE),--write)
 
 gpu-check: $(READY)
 	python benchmarks/gpu_check.py

@@ -39,12 +39,15 @@ def prompt_hash(text: str) -> str:
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
-def stream_key(seed: int, task: str, hash_of_prompt: str, repeat: int) -> int:
+def stream_key(seed: int, task: str, hash_of_prompt: str, repeat: int, *, purpose: str = "") -> int:
     """The 63-bit key of a prompt's random streams; row and step are mixed in by the sampler.
 
     Depends on nothing but its arguments, so neither order, batch, rank nor a resumed run changes a row's tokens.
+
+    Args:
+        purpose: names a stream apart from that of the rows.
     """
-    text = f"{seed}\x1f{task}\x1f{hash_of_prompt}\x1f{repeat}"
+    text = f"{seed}\x1f{task}\x1f{hash_of_prompt}\x1f{repeat}" + (f"\x1f{purpose}" if purpose else "")
     return int.from_bytes(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()[:8], "big") >> 1
 
 
@@ -269,6 +272,9 @@ _COUNTS = (
     "overshoot_tokens",
     "discarded_tokens",
     "cached_tokens",
+    "audit_rows",
+    "audit_tokens",
+    "audit_reward_tokens",
 )
 _OF_OTHER_ENGINES = ("overshoot_tokens", "discarded_tokens", "cached_tokens")
 """Written where there is something to tell."""
@@ -306,6 +312,12 @@ class Ledger:
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
     peak_bytes: int = 0
     """Peak memory: allocated by torch on a GPU, resident set of the process on a CPU."""
+    audit_rows: int = 0
+    """Rejected rows that ``audit`` decoded to their end. What the audit took stands in these four alone."""
+    audit_tokens: int = 0
+    """Tokens decoded for that, those included that the rows had before they were rejected."""
+    audit_reward_tokens: int = 0
+    audit_seconds: float = 0.0
 
     @property
     def total_seconds(self) -> float:
@@ -317,6 +329,7 @@ class Ledger:
             setattr(self, name, getattr(self, name) + getattr(other, name))
         for phase, value in other.seconds.items():
             self.seconds[phase] = self.seconds.get(phase, 0.0) + value
+        self.audit_seconds += other.audit_seconds
         self.peak_bytes = max(self.peak_bytes, other.peak_bytes)
         return self
 
@@ -332,11 +345,52 @@ class Ledger:
         return cls(
             **{name: whole(data, name, 0) for name in (*_COUNTS, "peak_bytes")},
             seconds=dict.fromkeys(PHASES, 0.0) | {str(k): as_number(v, f"seconds of {k}") for k, v in seconds.items()},
+            audit_seconds=as_number(data.get("audit_seconds", 0.0), "audit_seconds"),
         )
 
     def to_dict(self) -> dict[str, Any]:
         told = {name: value for name, value in asdict(self).items() if value or name not in _OF_OTHER_ENGINES}
         return {**told, "seconds": {phase: self.seconds.get(phase, 0.0) for phase in PHASES}}
+
+
+@dataclass(slots=True)
+class Audit:
+    """What the rejected rows of one prompt would have come to (``audit``); see ``specrej_eval.auditing``."""
+
+    rows: list[Trajectory]
+    """The rejected rows, decoded to their end, with their final rewards. Records of answers alone leave them out."""
+    num_rows: int
+    regret: float | None
+    """How much better the best of them is than the answer, at least 0; None where that could not be found out."""
+    better: int = 0
+    """Rejected rows whose reward is above the answer's."""
+    error: str = ""
+    """Why it could not be found out."""
+
+    @classmethod
+    def from_dict(cls, record: Any) -> Self:
+        """The inverse of ``to_dict``.
+
+        Raises:
+            BadRecordError: a field is missing or holds what no audit can.
+        """
+        data = an_object(record, "audit")
+        return cls(
+            rows=[Trajectory.from_dict(item) for item in a_list(data, "rows")],
+            num_rows=whole(data, "num_rows"),
+            regret=number_or_none(data, "regret"),
+            better=whole(data, "better"),
+            error=text(data, "error", ""),
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "rows": [row.to_dict() for row in self.rows],
+            "num_rows": self.num_rows,
+            "regret": finite_or_none(self.regret),
+            "better": self.better,
+            "error": self.error,
+        }
 
 
 @dataclass(slots=True, repr=False)
@@ -357,6 +411,8 @@ class GenerationResult:
     """True if rows were given up because memory did not suffice even one row at a time."""
     nan_rewards: int = 0
     """Non-finite scores ranked last under ``on_nan=drop``."""
+    audit: Audit | None = None
+    """What its rejected rows would have come to, if this prompt was drawn for the audit."""
     taken: bool = field(default=False, compare=False)
     """True if it comes from a journal: its ledger says what it cost then, and this process spent nothing on it."""
 
@@ -404,6 +460,7 @@ class GenerationResult:
             resolved=resolved,
             degraded=truth(data, "degraded"),
             nan_rewards=whole(data, "nan_rewards"),
+            audit=None if data.get("audit") is None else Audit.from_dict(data["audit"]),
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -420,6 +477,7 @@ class GenerationResult:
             "resolved": dict(self.resolved),
             "degraded": self.degraded,
             "nan_rewards": self.nan_rewards,
+            **({} if self.audit is None else {"audit": self.audit.to_dict()}),
         }
 
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from typing import Any, Self
 
 from specrej_eval.redaction import redacted
-from specrej_eval.wording import inert_lines
+from specrej_eval.wording import counted, inert_lines
 
 MOST = 2000
 """Characters of a message, and of its hint: what they quote may be of any size."""
@@ -18,6 +19,9 @@ class SpecRejError(Exception):
     What a message quotes may be anybody's text: as it is shown, nothing in it moves a terminal's cursor, and it does
     not go on for pages.
     """
+
+    exit_code = 1
+    """Of a command that ends with it."""
 
     def __init__(self, message: str, *, hint: str | None = None) -> None:
         super().__init__(_bounded(redacted(message)))
@@ -63,6 +67,35 @@ class KVBudgetExceededError(SpecRejError, RuntimeError):
 
 class OutOfMemoryError(SpecRejError, MemoryError):
     """Not even one row could be decoded in the memory there is."""
+
+
+class LimitReached(SpecRejError):
+    """``max_seconds`` or ``max_decode_tokens`` ended a run between two requests: what is there is part of it."""
+
+    exit_code = 75  # EX_TEMPFAIL of sysexits.h: try again
+
+    def __init__(self, message: str, *, hint: str | None = None, limit: str = "") -> None:
+        super().__init__(message, hint=hint)
+        self.limit = limit
+        """As it was given: ``max_seconds=600``."""
+        self.results: Any = None
+        """Index -> result, of ``Generator.generate``."""
+
+    @classmethod
+    def after(cls, answered: int, total: int, *, limit: str, where: str | None) -> Self:
+        """What is said of a run that a limit ended.
+
+        Args:
+            where: the file or folder that holds the answers; None = nowhere.
+        """
+        kept = "" if where is None else f" The answers are kept in {where}."
+        again = "run the same command again to continue (a limit holds for each start), or leave the limit out."
+        return cls(
+            f"{limit} is reached: {answered:,} of {counted(total, 'prompt')} are answered, and this is not the result of "
+            f"the whole run.{kept}",
+            hint=again if kept else "journal=FILE keeps answers for the next run.",
+            limit=limit,
+        )
 
 
 def nearest(name: str, choices: Iterable[str]) -> str | None:

@@ -15,13 +15,14 @@ from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from typing import Any
 
+from specrej_eval import auditing, stopping
 from specrej_eval import budget as budgets
-from specrej_eval import stopping
 from specrej_eval.budget import Budget
 from specrej_eval.checkpoint import DEMO_REWARD
 from specrej_eval.config import AUTO, DECIDING, MAX, N_MAX, RunConfig, checked_until
 from specrej_eval.core import (
     ROWS_FROM,
+    Audit,
     GenerationResult,
     Ledger,
     Message,
@@ -34,10 +35,12 @@ from specrej_eval.core import (
     finite_or_none,
 )
 from specrej_eval.engines.base import Engine, EngineSession, Opening
-from specrej_eval.errors import ConfigError, OutOfMemoryError, PromptError, RewardError
+from specrej_eval.errors import ConfigError, LimitReached, OutOfMemoryError, PromptError, RewardError
+from specrej_eval.forecast import Forecast
 from specrej_eval.progress import Progress
 from specrej_eval.records.fingerprint import EMBEDDED, of_models, warn_of_uncovered
 from specrej_eval.records.journal import Journal, request_key
+from specrej_eval.records.state import StateFile, state_file
 from specrej_eval.records.trace import Tracer
 from specrej_eval.rewards.base import RewardModel, RewardSession
 from specrej_eval.scheduler import FIXED_PROMPTS, Scheduler, auto_prompts
@@ -66,6 +69,18 @@ _STOP = Plan(keep=(), fresh=0, num_tokens=1)
 
 
 @dataclass(slots=True)
+class _Auditing:
+    """The rejected rows of a prompt that is done, decoded to their end beside the other prompts in flight."""
+
+    rejected: Mapping[int, Trajectory]
+    waiting: list[int]
+    """Those that have not been started again yet."""
+    tokens: int
+    seconds: float
+    """What the session had decoded before."""
+
+
+@dataclass(slots=True)
 class _Running:
     """A prompt in flight: its two sessions, its strategy's state, and what has been learned of its rows."""
 
@@ -90,6 +105,9 @@ class _Running:
     rounds: list[Round] = field(default_factory=list)
     ledger: Ledger = field(default_factory=Ledger)
     nan_rewards: int = 0
+    result: GenerationResult | None = None
+    """Once the prompt is done."""
+    audit: _Auditing | None = None
 
     @property
     def until_look(self) -> int:
@@ -99,7 +117,7 @@ class _Running:
     def remaining_tokens(self) -> int:
         """Until rows are to be scored: at a look, or aside."""
         every = self.request.config.score_every
-        if every is None or not self.until_look:
+        if every is None or self.result is not None or not self.until_look:
             return self.until_look
         tokens = self.tokens_at_look + self.session.tokens_since_look
         return min(self.until_look, 0 if tokens % every == 0 and tokens > self.aside_at else every - tokens % every)
@@ -137,6 +155,14 @@ class Generator:
         self.capacity_tokens: int | None = None
         """Tokens of KV that memory holds for one prompt (``n=max``): measured by the first run that needs them, unless
         set before."""
+        self.started = time.perf_counter()
+        """What ``max_seconds`` counts from."""
+        self.spent_before = 0
+        """Tokens that count for ``max_decode_tokens`` beside its own: of other generators of the same run."""
+        self.processes = 1
+        """That answer a run together: each has its share of ``max_decode_tokens``."""
+        self.state_path: str | None = None
+        """Where a run's live state is kept (``records.state``); None = beside the journal, if there is one."""
         self.prompts_in_flight: int | None = None
         """What ``batch_size`` came to, in the last run."""
 
@@ -173,6 +199,7 @@ class Generator:
             ConfigError: a bad stop string, or a budget that does not fit a prompt; before anything is decoded.
             PromptError: an empty or over-long prompt; before anything is decoded.
             RewardError: the reward model failed; prompts finished before that are in the journal, if there is one.
+            LimitReached: ``max_seconds`` or ``max_decode_tokens``; its ``results`` holds what was answered, by index.
         """
         changes = {"max_gen_toks": max_gen_toks, "seed": seed}
         config = self.config.replace(**{name: value for name, value in changes.items() if value is not None})
@@ -194,7 +221,13 @@ class Generator:
             if repeat:
                 prompt = replace(prompt, repeat=repeat)
             requests.append(Request(prompt=prompt, config=config, until=stops))
-        results = dict(self.run(requests, progress=len(requests) > 1))
+        results: dict[int, GenerationResult] = {}
+        try:
+            for index, result in self.run(requests, progress=len(requests) > 1):
+                results[index] = result
+        except LimitReached as error:
+            error.results = results
+            raise
         return [results[index] for index in range(len(requests))]
 
     # the loop
@@ -213,7 +246,13 @@ class Generator:
         Raises:
             ConfigError, PromptError: before anything is decoded.
             RewardError, OutOfMemoryError: what finished before has been yielded, traced and journalled.
+            LimitReached: likewise, of ``max_seconds`` or ``max_decode_tokens``.
         """
+        if self.config.plan is not None:
+            raise ConfigError(
+                "plan=only answers nothing: it is for `specrej-eval run` and lm-eval.",
+                hint="leave it out here; in Python, forecast(requests) of a generator makes a plan.",
+            )
         journal = self._open_journal()
         work = self._checked(requests, journal)
         tracer = self._open_tracer()
@@ -230,6 +269,7 @@ class Generator:
             contextlib.closing(
                 Progress(len(requests), name=name, in_flight=in_flight, shown=progress, summary=summary)
             ) as bar,
+            self._state(len(requests)) as state,
             contextlib.ExitStack() as to_close,
         ):
             running: list[_Running] = []
@@ -237,23 +277,31 @@ class Generator:
             for index, done in taken.items():
                 bar.finished(done)
                 kept.add()
+                state.finished(done)
                 yield index, done
             while True:
-                running.extend(self._open(scheduler.admit(len(running))))
+                limit = self._limit([work.session for work in running])
+                if limit is None:
+                    running.extend(self._open(scheduler.admit(len(running))))
                 if not running:
                     break
                 num_tokens = scheduler.until_next_look(running)
                 if num_tokens:
                     self.engine.decode([work.session for work in running], num_tokens)
                 for each in running:
-                    if each.until_look and not each.remaining_tokens:
+                    if each.result is None and each.until_look and not each.remaining_tokens:
                         self._score_aside(each)
                 at_look = [work for work in running if not work.until_look]
-                pools = self._pools(at_look)
-                for due, pool in zip(at_look, pools, strict=True):
-                    if not self._look(due, pool, tracer):
+                looking = [work for work in at_look if work.result is None]
+                pools = dict(zip((work.index for work in looking), self._pools(looking), strict=True))
+                for due in at_look:
+                    if due.result is None:
+                        if not self._look(due, pools[due.index], tracer):
+                            continue
+                        due.result = self._result(due)
+                    if self._audits(due):
                         continue
-                    result = self._result(due)
+                    result = due.result
                     running.remove(due)
                     self.totals.add(result.ledger)
                     tracer.request(result)
@@ -262,8 +310,30 @@ class Generator:
                             journal.put(due.request.key, result)
                         kept.add()
                     bar.finished(result)
+                    state.finished(result)
                     yield due.index, result
                 bar.step([work.session for work in running])
+                state.step([work.session for work in running])
+            if limit is not None and scheduler.num_waiting:
+                answered = len(requests) - scheduler.num_waiting
+                raise LimitReached.after(answered, len(requests), limit=limit, where=kept.where)
+
+    def _limit(self, sessions: Sequence[EngineSession]) -> str | None:
+        """The limit that is reached; None = none is."""
+        config = self.config
+        if config.max_seconds is not None and time.perf_counter() - self.started >= config.max_seconds:
+            return f"max_seconds={config.max_seconds:g}"
+        decoded = self.totals.decode_tokens + self.totals.audit_tokens + self.spent_before
+        decoded += sum(session.decode_tokens for session in sessions)
+        if config.max_decode_tokens is not None and decoded * self.processes >= config.max_decode_tokens:
+            return f"max_decode_tokens={config.max_decode_tokens}"
+        return None
+
+    def _state(self, total: int) -> StateFile:
+        path = self.state_path
+        if path is None and self.config.journal is not None:
+            path = str(state_file(self.config.journal))
+        return StateFile(path, total=total)
 
     def _checked(self, requests: Sequence[Request], journal: Journal | None) -> list[tuple[int, Request, Budget]]:
         for request in requests:
@@ -273,6 +343,18 @@ class Generator:
                     f"score_every={request.config.score_every}: the scores of {self.reward.name} are ranks among the "
                     "rows of one look, and say nothing between looks.",
                     hint="reward_ensemble=mean gives scores that compare; or leave score_every out.",
+                )
+            if request.config.variance_reduce and not self.engine.stratifies:
+                raise ConfigError(
+                    f"variance_reduce=True needs an engine that draws tokens from our own random numbers, and "
+                    f"{type(self.engine).__name__} does not.",
+                    hint="leave it out, or use the transformers engine.",
+                )
+            if request.config.audit and not self.engine.finishes_rejected:
+                raise ConfigError(
+                    f"audit={request.config.audit:g} needs an engine that can go on with rejected rows, and "
+                    f"{type(self.engine).__name__} cannot.",
+                    hint="leave audit out, or use the transformers engine.",
                 )
         of_memory = [r for r in requests if r.config.n == MAX and r.config.kv_budget_tokens is None]
         if of_memory:
@@ -518,7 +600,6 @@ class Generator:
 
     def _result(self, work: _Running) -> GenerationResult:
         session, trajectories = work.session, self._trajectories(work)
-        self._close([work])
         finished = [trajectory for trajectory in trajectories if trajectory.finish_reason != "rejected"]
         if not finished:
             raise OutOfMemoryError(
@@ -562,6 +643,82 @@ class Generator:
             nan_rewards=work.nan_rewards,
         )
 
+    def _audits(self, work: _Running) -> bool:
+        """Whether a prompt that is done stays in flight: it is drawn for the audit (see ``auditing``), and its rejected
+        rows decode to their end, as many at a time as its budget holds. Whatever fails here costs no answer."""
+        result, session, budget = work.result, work.session, work.budget
+        assert result is not None
+        prompt, config = work.request.prompt, work.request.config
+        if work.audit is None:
+            if not auditing.is_drawn(
+                config.audit,
+                seed=config.seed,
+                task=prompt.task,
+                prompt_hash=prompt.prompt_hash,
+                repeat=prompt.repeat,
+            ):
+                self._close([work])
+                return False
+            rejected = {row.row: row for row in result.trajectories if row.finish_reason == "rejected"}
+            work.audit = _Auditing(rejected, list(rejected), session.decode_tokens, session.decode_seconds)
+        audit = work.audit
+        started = time.perf_counter()
+        try:
+            if wave := audit.waiting[: budget.rows_to_the_end]:
+                del audit.waiting[: len(wave)]
+                self.engine.again(session, {row: audit.rejected[row].token_ids for row in wave})
+                work.look_in = budget.max_gen_toks
+                return True
+            result.audit = self._audited(work, audit.rejected)
+        except (OutOfMemoryError, RewardError) as error:
+            logger.warning("The audit of a prompt failed, which its answer does not depend on: %s", error)
+            result.audit = Audit(rows=[], num_rows=0, regret=None, error=str(error.args[0]))
+        work.ledger.audit_rows = result.audit.num_rows
+        work.ledger.audit_tokens = session.decode_tokens - audit.tokens
+        work.ledger.audit_seconds = session.decode_seconds - audit.seconds + time.perf_counter() - started
+        self._close([work])
+        return False
+
+    def _audited(self, work: _Running, rejected: Mapping[int, Trajectory]) -> Audit:
+        """What the rejected rows, now at their end, come to beside the answer."""
+        assert work.result is not None
+        best = work.result.best
+        if not rejected:
+            return Audit(rows=[], num_rows=0, regret=0.0)
+        views = {row.row: row for row in self.engine.rows(work.session)}
+        if any(views[row].finish_reason == "rejected" for row in rejected):
+            raise OutOfMemoryError("out of memory while decoding rejected rows to their end.")
+        finished = [row for row in work.result.trajectories if row.row not in rejected]
+        rewards = {row.row: row.reward for row in finished}
+        scored = [*(rewards if self.reward.by_rank else ()), *rejected]  # ranks hold among the rows of one call
+        before = self._reward_counts()["reward_tokens"]
+        scoring = self.reward.open(work.request.prompt.conversation, work.request.prompt.response_prefix)
+        try:
+            found = map(finite_or_none, scoring.score([views[row] for row in scored]))
+            rewards.update(zip(scored, found, strict=True))
+            parts = {row: scoring.parts(row) for row in rejected}
+        finally:
+            scoring.close()
+        work.ledger.audit_reward_tokens = self._reward_counts()["reward_tokens"] - before
+        worth = {row: -math.inf if reward is None else reward for row, reward in rewards.items()}
+        better = [row for row in rejected if worth[row] > worth[best.row]]
+        top = max((worth[row] for row in better), default=worth[best.row])
+        rows = [
+            replace(
+                row,
+                text=views[row.row].text,
+                token_ids=list(views[row.row].token_ids),
+                reward=rewards[row.row],
+                finish_reason=views[row.row].finish_reason or "rejected",
+                logprobs=None if row.logprobs is None else list(views[row.row].token_stats["logprob"]),
+                reward_parts=parts[row.row],
+            )
+            for row in rejected.values()
+        ]
+        # an answer without a finite reward: what it lost has no size
+        regret = finite_or_none(top - worth[best.row]) if better else 0.0
+        return Audit(rows=rows, num_rows=len(rows), regret=regret, better=len(better))
+
     # records
 
     def describe(self) -> dict[str, Any]:
@@ -571,6 +728,38 @@ class Generator:
         reward = EMBEDDED if self.reward.name == str(DEMO_REWARD) else self.reward.name
         told = {"reward_model": reward, "reward_parameters": self.reward.parameters_per_token()}
         return {"specrej_eval": __version__, **told, **self.engine.describe()}
+
+    def forecast(self, requests: Sequence[Request]) -> Forecast:
+        """What answering requests will take, from a probe of three of them; nothing is recorded.
+
+        Raises:
+            ConfigError, PromptError: as ``run``, for all of them.
+        """
+        config = self.config.replace(journal=None, trace_path=None, max_seconds=None, max_decode_tokens=None, plan=None)
+        probe = Generator(engine=self.engine, reward=self.reward, config=config)
+        probe.capacity_tokens = self.capacity_tokens
+        work = probe._checked(requests, None)
+        by_length = sorted(work, key=lambda item: item[1].prompt.num_tokens)
+        places = dict.fromkeys(len(work) * sixth // 6 for sixth in (1, 3, 5))
+        chosen = [by_length[place][1] for place in places]
+        in_flight = probe._in_flight(work)
+        probe.config = config.replace(batch_size=min(in_flight, len(chosen)))
+        probe._seconds_per_token(chosen[0], probe._budget(chosen[0]))  # the first steps of all take longer
+        started = time.perf_counter()
+        results = [result for _, result in probe.run(chosen, progress=False)]
+        return Forecast(
+            prompts=len(requests),
+            in_flight=min(in_flight, len(requests)),
+            results=results,
+            seconds=time.perf_counter() - started,
+            budgets=[budget for *_, budget in work],
+            most_decoded=sum(
+                budget.most_decoded(request.config.alpha_fraction if request.config.rejects else Fraction(0))
+                for _, request, budget in work
+            ),
+            bytes_per_token=self.engine.bytes_per_token(),
+            peak_bytes=self.engine.peak_bytes(),
+        )
 
     def _open_tracer(self) -> Tracer:
         if self._tracer is None:

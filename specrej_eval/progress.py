@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from tqdm import tqdm
 
+from specrej_eval.auditing import AuditSample
 from specrej_eval.core import GenerationResult, Ledger, Spent
 from specrej_eval.engines.base import EngineSession
 from specrej_eval.wording import counted
@@ -30,6 +31,7 @@ class Progress:
         self._spent = Spent()
         self._best: list[float] = []
         self._finished: list[float] = []
+        self._audits = AuditSample()
 
     def finished(self, result: GenerationResult) -> None:
         self._spent.count(result)
@@ -37,6 +39,8 @@ class Progress:
             self._best.append(result.best.reward)
         rows = [row.reward for row in result.trajectories if row.finish_reason != "rejected"]
         self._finished += [reward for reward in rows if reward is not None]
+        if result.resolved.get("audit"):
+            self._audits.count(result.ledger.rows_rejected, result.audit)
         self._bar.update(1)
 
     def step(self, sessions: Sequence[EngineSession]) -> None:
@@ -55,6 +59,8 @@ class Progress:
         if self._summary and answers:
             line = summary_line(answers, self._spent, self._best, self._finished)
             tqdm.write(f"{self._name}: {line}", file=sys.stderr)
+            if told := audit_line(self._audits, self._spent.ledger):
+                tqdm.write(f"{self._name}: {told}", file=sys.stderr)
 
 
 def summary_line(
@@ -100,3 +106,21 @@ def summary_line(
             f"mean reward {sum(best) / len(best):.3f} (of all finished rows: {sum(finished) / len(finished):.3f})"
         )
     return "; ".join(parts)
+
+
+def audit_line(audits: AuditSample, cost: Ledger) -> str:
+    """What rejection cost, estimated, and what that took; empty without an audit, or where no row was rejected.
+
+    Args:
+        cost: of the answers, with what their audits took beside it.
+    """
+    if not audits.rejecting:
+        return ""
+    estimate = audits.estimate()
+    if estimate is None:
+        if audits.lost:
+            return f"the audit of {counted(audits.lost, 'prompt')} failed, so nothing is known of what rejection cost"
+        missed = "no prompt was drawn for the audit: a larger audit= or more prompts would tell what rejection cost"
+        return missed
+    took = f" (took {counted(cost.audit_tokens, 'token')} and {cost.audit_seconds:.1f} s beside the run's own)"
+    return f"{estimate}{took if cost.audit_rows else ''}"

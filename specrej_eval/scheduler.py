@@ -61,6 +61,10 @@ class Scheduler(Generic[T]):
         self._batch_size = batch_size
         self._tokens = tokens or (lambda _: 0)
 
+    @property
+    def num_waiting(self) -> int:
+        return len(self._waiting)
+
     def admit(self, running: int) -> list[T]:
         """The next prompts to open beside ``running`` open ones.
 

@@ -189,7 +189,7 @@ def leave(name: str, error: SpecRejError | KeyboardInterrupt) -> int:
     """Say on stderr, in one message, how a command ended; its exit code."""
     if isinstance(error, SpecRejError):
         print(f"{name}: {error}", file=sys.stderr)
-        return 1
+        return error.exit_code
     signum = error.signum if isinstance(error, Stopped) else signal.SIGINT
     if not _state.told:
         _state.told = isinstance(error, Stopped)

@@ -25,10 +25,10 @@ LAYERS = (
     {"yaml_files"},
     {"paths", "registry", "core", "stopping", "chat_templates", "http"},
     {"checkpoint", "companions", "temporary", "config", "special_tokens", "ranks", "vllm_adapter"},
-    {"budget"},
+    {"budget", "auditing"},
     {"kv", "strategies", "records", "demo"},
     {"engines", "rewards"},  # never each other
-    {"scheduler", "progress"},
+    {"scheduler", "progress", "forecast"},
     {"generator"},
     {"api", "answering", "options", "evidence"},
     {"harness"},

@@ -37,7 +37,8 @@ from specrej_eval.config import (
     names,
 )
 from specrej_eval.core import Question, Spent
-from specrej_eval.errors import ConfigError, SpecRejError
+from specrej_eval.errors import ConfigError, LimitReached, SpecRejError
+from specrej_eval.forecast import duration
 from specrej_eval.generator import Request
 from specrej_eval.options import add_options
 from specrej_eval.paths import below
@@ -80,7 +81,6 @@ HINTS = {
     **{name: f"{name} is about tasks of lm-eval, and `specrej-eval run` has none." for name in names(Decides.TASKS)},
     "journal": "`specrej-eval run` keeps its own journal; it lies in the folder of --output.",
     "speculative_rejection": "it is --strategy speculative_rejection, the default.",
-    "variance_reduce": "it has no code behind it in the reference code either.",
 }
 """What to say of options that this command does not have, those of the reference code among them."""
 
@@ -159,6 +159,7 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError("--prompts is missing.", hint="name the file with the prompts: --prompts prompts.csv")
     seeds = _seeds(options.pop("seeds", None), options.get("seed"))
     loaded: list[tuple[Engine, RewardModel]] = []
+    limits: dict[str, Any] = {}
     ranks = _ranks(options.get("device"))
     with ranks.guard():
         own, config, host = split(options)
@@ -169,8 +170,11 @@ def run(args: argparse.Namespace) -> int:
             # one GPU for each process of a machine; the CPU where there is none
             config = config.replace(device=f"cuda:{ranks.local_rank}" if torch.cuda.is_available() else None)
         plan = api.resolve(config, host)
+        if config.plan is not None:
+            _forecast(plan, asked, own, ranks, runs=len(seeds))
+            return 0
         for seed in seeds:
-            folder = _run(plan if seed is None else plan.replace(seed=seed), asked, own, ranks, seed, loaded)
+            folder = _run(plan if seed is None else plan.replace(seed=seed), asked, own, ranks, seed, loaded, limits)
     if seeds != [None] and ranks.main:
         print(f"next: specrej-eval report {folder.parent}")
         print(f"or keep the best answer to each prompt: specrej-eval gather {folder.parent}/seed* --output DIR")
@@ -206,6 +210,7 @@ def _run(
     ranks: Ranks,
     seed: int | None,
     loaded: list[tuple[Engine, RewardModel]],
+    limits: dict[str, Any],
 ) -> Path:
     """One run; its folder.
 
@@ -213,9 +218,12 @@ def _run(
         own: options that are of this command alone.
         seed: of several; the folder is then one below that of ``--output``.
         loaded: the models, loaded by the first run that needs them.
+        limits: what of ``max_seconds`` and ``max_decode_tokens`` earlier runs have used.
+
+    Raises:
+        LimitReached: one of them is; what is answered is recorded.
     """
-    limit = None if own.get("limit") is None else as_int("limit", own["limit"])
-    questions = read_prompts(own["prompts"], prompt_column=own.get("prompt_column"), limit=limit)
+    limit, questions = _questions(own)
 
     fingerprint = from_first_rank(
         lambda: plan.fingerprint(**asked.deciding()),
@@ -274,10 +282,34 @@ def _run(
         if not ranks.main:
             store.begin(record)  # rank 0 has moved answers since
         share = slice(ranks.rank, None, ranks.world_size)
-        answer(
-            generator, questions[share], requests[share], store=store, progress=ranks.main, summary=False, spent=spent
-        )
+        generator.processes = ranks.world_size
+        generator.started = limits.setdefault("started", generator.started)
+        generator.spent_before = limits.get("tokens", 0)
+        reached: LimitReached | None = None
+        try:
+            answer(
+                generator,
+                questions[share],
+                requests[share],
+                store=store,
+                progress=ranks.main,
+                summary=False,
+                spent=spent,
+            )
+        except LimitReached as error:
+            reached = error
+        totals = generator.totals
+        limits["tokens"] = generator.spent_before + totals.decode_tokens + totals.audit_tokens
     store.close()
+    stopped = [each for each in ranks.gathered(None if reached is None else reached.limit) if each is not None]
+    if stopped:
+        if ranks.main:
+            record.stopped = stopped[0]
+            store.write_record(record)
+        ranks.wait()
+        answers = OutputsFolder(folder)
+        answered = sum(answers.get(request.key) is not None for request in requests)
+        raise LimitReached.after(answered, len(requests), limit=stopped[0], where=str(folder))
     spent = functools.reduce(Spent.add, ranks.gathered(spent), Spent())
     ranks.wait()
     if ranks.main:
@@ -286,6 +318,29 @@ def _run(
             print(f"next: specrej-eval export alpaca {folder} --output {folder.name}.json")
     ranks.wait()
     return folder
+
+
+def _questions(own: Mapping[str, Any]) -> tuple[int | None, list[Question]]:
+    limit = None if own.get("limit") is None else as_int("limit", own["limit"])
+    return limit, read_prompts(own["prompts"], prompt_column=own.get("prompt_column"), limit=limit)
+
+
+def _forecast(plan: api.RunPlan, asked: PromptArguments, own: Mapping[str, Any], ranks: Ranks, *, runs: int) -> None:
+    """``--plan only``: say what the run will take. Writes nothing.
+
+    Args:
+        runs: of several seeds.
+    """
+    _, questions = _questions(own)
+    if ranks.main:
+        plan = plan.replace(journal=None, trace_path=None)  # nothing is to be written
+        generator = plan.generator(*plan.load())
+        requests = requests_for(generator.engine, questions, plan.config, asked, task=TASK)
+        forecast = dataclasses.replace(generator.forecast(requests), processes=ranks.world_size)
+        print(forecast)
+        if runs > 1:
+            print(f"  and that {runs} times, once for each of --seeds: {duration(runs * forecast.hours * 3600)}")
+    ranks.wait()
 
 
 def split(options: dict[str, Any]) -> tuple[dict[str, Any], RunConfig, dict[str, Any]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from specrej_eval import registry
-from specrej_eval.config.argument import Decides, Takes, argument, choice, number, whole
+from specrej_eval.config.argument import Decides, Takes, argument, as_bool, choice, number, whole
 
 DEFAULT_N = 16
 MAX = "max"
@@ -127,4 +127,14 @@ class DecodingArguments(SamplingArguments):
         "lm-eval, its own ``--seed`` if none is given here.",
         decides=Decides.ANSWERS,
         takes=_TAKES,
+    )
+    variance_reduce: bool = argument(
+        False,
+        as_bool,
+        "True: a prompt's n rows draw their tokens from n different strata of the random numbers, so that they are "
+        "less alike. Each row alone is drawn as before.",
+        decides=Decides.ANSWERS,
+        takes=_TAKES,
+        idle_when_greedy=True,
+        later=True,
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from specrej_eval.config.argument import Decides, Takes, argument, as_bool, text, whole
+from specrej_eval.config.argument import Decides, Takes, argument, as_bool, number, text, whole
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,6 +24,14 @@ class RecordArguments:
         none="at looks alone",
         decides=Decides.KEPT,
         takes=(Takes.RUN, Takes.REQUEST),
+        later=True,
+    )
+    audit: float = argument(
+        0.0,
+        number("in [0, 1]", lambda value: 0 <= value <= 1, "audit=0.02 audits two prompts of a hundred."),
+        "Share of prompts, drawn at random, whose rejected rows are decoded to their end once the answer is known: "
+        "results say how much reward rejection cost, with intervals. The answers and their cost are the same.",
+        decides=Decides.KEPT,
         later=True,
     )
     trace_path: str | None = argument(

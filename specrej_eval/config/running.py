@@ -30,6 +30,29 @@ class RunningArguments:
         "(float32 on a CPU), else 256 rows, and at least 4 prompts. Changes results in their last bits at most.",
         decides=Decides.NOTHING,
     )
+    max_seconds: float | None = argument(
+        None,
+        number("above 0", lambda value: value > 0),
+        "Begin no other prompt after so many seconds, loading not counted. What is in flight is finished and recorded, "
+        "the run ends with exit code 75, and the same command goes on from there.",
+        none="no limit",
+        decides=Decides.NOTHING,
+    )
+    max_decode_tokens: int | None = argument(
+        None,
+        whole(),
+        "The same after so many decoded tokens of all processes, those of prompts in flight included.",
+        none="no limit",
+        decides=Decides.NOTHING,
+    )
+    plan: str | None = argument(
+        None,
+        choice("only"),
+        "``only``: run three prompts, say what the whole run will take (rounds, rows, tokens, memory, hours), and end. "
+        "Nothing is recorded.",
+        none="run",
+        decides=Decides.NOTHING,
+    )
     on_greedy: str = argument(
         "sample",
         choice("sample", "greedy", "error"),

@@ -120,6 +120,10 @@ class Engine(ABC):
     promises: Promise = "distribution"
     decodes: bool = True
     """False: rows come from records, and seconds and memory are nobody's."""
+    finishes_rejected: bool = False
+    """Whether ``again`` is there."""
+    stratifies: bool = False
+    """Whether ``variance_reduce`` is."""
     most_rows_unasked: int | None = None
     """Rows of one prompt beyond which ``n=max`` needs ``n_max``, since they would take very long; None = no such
     number."""
@@ -248,6 +252,19 @@ class Engine(ABC):
     @abstractmethod
     def rows(self, session: Any) -> list[RowView]:
         """All rows ever started, in row order, as they were when they ended or at the last ``pool``."""
+
+    def again(self, session: Any, rows: Mapping[int, Sequence[int]]) -> None:
+        """Start rejected rows of a session that has no live row again, as they were: ``decode`` gives them the tokens
+        they had, and then those they would have taken, each from its own stream.
+
+        Args:
+            rows: row id -> the tokens it had when it was rejected.
+
+        Raises:
+            OutOfMemoryError: there is no room for them.
+            NotImplementedError: ``finishes_rejected`` is False.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not go on with rejected rows")
 
     @abstractmethod
     def close(self, session: Any) -> None:

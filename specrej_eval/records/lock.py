@@ -102,6 +102,18 @@ def check(path: str | Path, *, argument: str) -> None:
             raise _refusal(path, lock_file(other), argument)
 
 
+def holder(path: str | Path) -> dict[str, Any] | None:
+    """Who holds it: pid, host, since, as far as that is written down; None if nobody does.
+
+    Raises:
+        OSError: this system cannot tell.
+    """
+    if fcntl is None:
+        raise OSError(errno.ENOSYS, "this system has no flock")
+    file = lock_file(Path(os.path.realpath(path)))
+    return _holder(file) if _is_held(file) else None
+
+
 def lock_file(path: Path) -> Path:
     name = f".{path.name}.lock"
     if len(os.fsencode(name)) > 255:

@@ -14,12 +14,13 @@ import contextlib
 import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import reduce
 from itertools import count
 from pathlib import Path
 from typing import Any, Self
 
+from specrej_eval.auditing import AuditSample
 from specrej_eval.checked import (
     BadRecordError,
     a_list,
@@ -31,7 +32,7 @@ from specrej_eval.checked import (
     truth,
     whole,
 )
-from specrej_eval.core import GenerationResult, Ledger, Prompt, Round, Spent, called
+from specrej_eval.core import Audit, GenerationResult, Ledger, Prompt, Round, Spent, called
 from specrej_eval.errors import ConfigError, SpecRejError
 from specrej_eval.records import lock
 from specrej_eval.records.fingerprint import check_same, is_demo
@@ -52,6 +53,7 @@ from specrej_eval.records.jsonl import (
     write_atomically,
 )
 from specrej_eval.records.lookup import look_up
+from specrej_eval.records.state import state_file
 from specrej_eval.records.trace import rank_path
 from specrej_eval.redaction import redacted_values
 from specrej_eval.wording import counted
@@ -98,6 +100,8 @@ class Answer:
     """The arguments as resolved for this prompt."""
     degraded: bool = False
     nan_rewards: int = 0
+    audit: Audit | None = None
+    """What its rejected rows would have come to, without those rows."""
     prompt_hash: str = ""
     repeat: int = 0
     key: str = ""
@@ -143,6 +147,7 @@ class Answer:
             resolved=dict(result.resolved),
             degraded=result.degraded,
             nan_rewards=result.nan_rewards,
+            audit=None if result.audit is None else replace(result.audit, rows=[]),
             prompt_hash=result.prompt_hash,
             repeat=result.repeat,
             key=key,
@@ -173,6 +178,7 @@ class Answer:
             resolved=dict(an_object(record.get("resolved", {}), "resolved")),
             degraded=truth(record, "degraded", False),
             nan_rewards=whole(record, "nan_rewards", 0),
+            audit=None if record.get("audit") is None else Audit.from_dict(record["audit"]),
             prompt_hash=text(record, "prompt_hash", ""),
             repeat=whole(record, "repeat", 0),
             key=text(record, "key", ""),
@@ -180,7 +186,10 @@ class Answer:
 
     def to_dict(self) -> dict[str, Any]:
         rounds = [round_.to_dict() for round_ in self.rounds]
-        return {**asdict(self), "rounds": rounds, "ledger": self.ledger.to_dict()}
+        told = {**asdict(self), "rounds": rounds, "ledger": self.ledger.to_dict()}
+        if self.audit is None:
+            del told["audit"]
+        return told
 
 
 def _a_seed(value: Any) -> int:
@@ -205,9 +214,13 @@ class RunRecord:
     """What memory held when the run began (``n=max``): a run that goes on from here starts as many rows."""
     totals: dict[str, Any] = field(default_factory=dict)
     """Cost of all answers, once the run is complete: those included that an earlier process decoded."""
+    audit: dict[str, Any] = field(default_factory=dict)
+    """What rejection cost, estimated (``auditing.AuditEstimate``); empty without an audit."""
     spent: dict[str, Any] = field(default_factory=dict)
     """What the last process that decoded any of them spent itself, and how many it took from records (``Spent``)."""
     complete: bool = False
+    stopped: str = ""
+    """The limit that ended it before it was complete, such as ``max_seconds=600``."""
     num_prompts: int | None = None
     schema_version: int = SCHEMA_VERSION
 
@@ -232,12 +245,13 @@ class RunRecord:
         """
         data = an_object(record, "the record of a run")
         truth(data, "complete", False)
-        for name in ("fingerprint", "arguments", "described", "totals", "spent"):
+        for name in ("fingerprint", "arguments", "described", "totals", "audit", "spent"):
             an_object(data.get(name, None if name == "fingerprint" else {}), name)
         for name in ("capacity_tokens", "num_prompts"):
             if data.get(name) is not None:
                 whole(data, name)
         whole(data, "schema_version", 1)
+        text(data, "stopped", "")
         known = {entry.name for entry in fields(cls)} - {"name"}
         told = {"schema_version": 1, **{name: value for name, value in data.items() if name in known}}
         return cls(name=text(data, "generator"), **told)
@@ -268,6 +282,7 @@ class OutputsFolder:
         self.kept_file = self.path / f"{prefix}_outputs_kept.jsonl"
         """Answers to other prompts than those of the last run."""
         self._own_part = Path(rank_path(str(self.outputs_file), rank, world_size))
+        self.state_file = state_file(self._own_part)
         self._answers: dict[str, Answer] | None = None
         self._kept: dict[str, Answer] = {}
         self._damaged: list[tuple[Path, list[Damage]]] = []
@@ -323,6 +338,11 @@ class OutputsFolder:
         """The answers to other prompts, in the order they were set apart."""
         self._read()
         return list(self._kept.values())
+
+    def count(self) -> tuple[int, int]:
+        """Answers and damaged lines by now, while somebody may be writing."""
+        answers = self._read()
+        return len(answers), sum(len(damaged) for _, damaged in self._damaged)
 
     def problems(self) -> list[tuple[Path, Damage]]:
         """All lines that cannot be used; nothing is written."""
@@ -525,9 +545,11 @@ class OutputsFolder:
             spent: what this process (all its ranks) spent itself, if it decoded anything.
         """
         record.totals = total_cost(answers).to_dict()
+        record.audit = audited(answers)
         if spent is not None and spent.decoded:
             record.spent = spent.to_dict()
         record.complete = True
+        record.stopped = ""
         record.num_prompts = len(answers)
         self.write_record(record)
 
@@ -584,6 +606,21 @@ def _previous(path: Path) -> Path:
     """A free name beside a file that is set aside."""
     names = (f"{path.name}.previous{'' if number == 1 else f'.{number}'}" for number in count(1))
     return next(found for found in map(path.with_name, names) if not found.exists())
+
+
+def audit_sample(answers: Iterable[Answer]) -> AuditSample:
+    """What the audits of some answers found; those of runs without ``audit`` tell nothing."""
+    found = AuditSample()
+    for answer in answers:
+        if answer.resolved.get("audit"):
+            found.count(answer.ledger.rows_rejected, answer.audit)
+    return found
+
+
+def audited(answers: Iterable[Answer]) -> dict[str, Any]:
+    """What rejection cost, estimated (``AuditEstimate.to_dict``); empty without an audit."""
+    estimate = audit_sample(answers).estimate()
+    return {} if estimate is None else estimate.to_dict()
 
 
 def total_cost(answers: Iterable[Answer]) -> Ledger:

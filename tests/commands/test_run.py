@@ -193,7 +193,6 @@ def test_max_tokens_is_of_prompt_and_answer_together(prompts: str, tmp_path: Pat
         (["--data_filename", "x"], "did you mean --prompts"),
         (["--max_gen_tokens", "5"], "did you mean --max_gen_toks"),
         (["--speculative_rejection"], "it is --strategy speculative_rejection"),
-        (["--variance_reduce"], "no code behind it"),
         (["--journal", "x"], "keeps its own journal"),
         (["0.5"], "unexpected '0.5'"),
         (["--alpha", "2"], "alpha must be in"),

@@ -78,6 +78,8 @@ def test_the_defaults_are_the_documented_ones():
         "reward_dtype": "auto",
         "force_sampling_args": False,
         "logprobs": False,
+        "audit": 0.0,
+        "variance_reduce": False,
         "trust_remote_code": False,
         "reward_engine": "transformers",
         "engine": "auto",

@@ -47,6 +47,7 @@ VALUES: dict[str, Any] = {
     **OTHER,
     "logprobs": True,
     "score_every": 8,
+    "audit": 0.5,
     "on_greedy": "error",
     "force_sampling_args": True,
     "reward_batch_size": 3,
@@ -73,6 +74,9 @@ VALUES: dict[str, Any] = {
     "batch_size": 3,
     "trace_path": "x.jsonl",
     "journal": "x.jsonl",
+    "max_seconds": 5.0,
+    "max_decode_tokens": 100,
+    "plan": "only",
 }
 
 

@@ -41,4 +41,5 @@ OTHER: dict[str, Any] = {
     "quantization": "fp8",
     "max_model_len": 77,
     "reward_engine": "vllm",
+    "variance_reduce": True,
 }

@@ -309,6 +309,19 @@ class SimulatedEngine(Engine):
             for row in session.rows
         ]
 
+    finishes_rejected = True
+
+    def again(self, session: Session, rows: Mapping[int, Sequence[int]]) -> None:
+        if session.live:
+            raise ProtocolError("rejected rows are started again while others are live")
+        for row in rows:
+            given = session.rows[row]
+            if given.finish_reason is not None or len(rows[row]) != given.tokens:
+                raise ProtocolError(f"row {row} was not rejected after {len(rows[row])} tokens")
+            given.tokens = given.at_look = 0
+            session.live.append(given)
+        session.in_pool = list(session.live)
+
     def close(self, session: Session) -> None:
         session.closed = True
 

@@ -114,8 +114,8 @@ def test_every_argument_is_noticed(name: str, store: str, tmp_path: Path, counte
         deciding = store == "use_cache"
     elif name in NEUTRAL:
         pytest.skip("decides nothing")
-    elif name == "logprobs":  # keeps more of the same answers; only a journal has room for it
-        other, deciding = True, store == "journal"
+    elif name in names(Decides.KEPT):  # more of the same answers is kept; only a journal has room for it
+        other, deciding = {"logprobs": True, "audit": 0.5}[name], store == "journal"
     else:
         assert name in OTHER, f"say in OTHER what {name} could be, or where it is declared that it is neutral"
         other, deciding = OTHER[name], True

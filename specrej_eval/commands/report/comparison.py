@@ -56,6 +56,7 @@ def rows(runs: Sequence[Run], baseline: str | None = None) -> list[dict[str, Any
                     "hardware": run.hardware,
                     "warnings": list(run.warnings),
                     **costs(run),
+                    "audit": None if run.audit is None else run.audit.to_dict(),
                     "paired": _paired(score, run, [first, *runs]),
                     "kind": run.kind,
                     "path": str(run.path),

@@ -23,6 +23,7 @@ def notes(runs: Sequence[Run]) -> list[str]:
     found += [f"machine {letter}: {machine}" for machine, letter in machines.items()]
     if len(machines) > 1:
         found.append("not all runs used the same hardware: their seconds do not compare")
+    found += [f"audit of {run.name}: {run.audit}" for run in runs if run.audit and run.audit.prompts_rejecting]
     limits = [f"{run.limit:g}" for run in runs if run.limit is not None]
     if limits:
         told = f"--limit was {', '.join(dict.fromkeys(limits))} in {len(limits)} of {counted(len(runs), 'run')}"

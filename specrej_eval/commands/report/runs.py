@@ -13,13 +13,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from specrej_eval.auditing import AuditEstimate, of_totals
 from specrej_eval.checked import number_or, object_or_empty
 from specrej_eval.config import DECIDING, NEUTRAL, RecordArguments, declared
 from specrej_eval.core import ROWS_FROM
 from specrej_eval.errors import SpecRejError
 from specrej_eval.records import alpaca_eval_files, lm_eval_files
 from specrej_eval.records.fingerprint import EMBEDDED
-from specrej_eval.records.outputs import RUN_FILES, Answer, OutputsFolder, total_cost
+from specrej_eval.records.outputs import RUN_FILES, Answer, OutputsFolder, RunRecord, audit_sample, total_cost
 from specrej_eval.records.run_names import model_name
 from specrej_eval.records.scores import Score, mean_score
 from specrej_eval.redaction import redacted_values
@@ -54,6 +55,8 @@ class Run:
     totals: Mapping[str, Any] = field(default_factory=dict)
     """A ``Ledger``'s counts."""
     mean_reward: float | None = None
+    audit: AuditEstimate | None = None
+    """What rejection cost, where the run says so."""
 
     @property
     def tasks(self) -> set[str]:
@@ -136,6 +139,7 @@ def _of_lm_eval(results: lm_eval_files.Results) -> Run:
         warnings=[*results.warnings, *lm_eval_files.remarks(results)],
         totals=_numbers(block.get("totals")),
         mean_reward=number_or(block.get("mean_reward"), None),
+        audit=of_totals(block.get("audit")),
     )
 
 
@@ -163,9 +167,10 @@ def _recorded(path: Path, prefix: str) -> Run:
         models={name: record.fingerprint.get(name) for name in MODELS},
         limit=number_or(record.arguments.get("limit"), None),
         hardware=_one_machine(record.machines),
-        warnings=_remarks(answers, complete=record.complete),
+        warnings=_remarks(answers, record),
         totals=_numbers(record.totals) or total_cost(answers).to_dict(),
         mean_reward=statistics.fmean(rewards) if rewards else None,
+        audit=audit_sample(answers).estimate(),
     )
 
 
@@ -191,7 +196,7 @@ def _reward_score(task: str, answers: Sequence[Answer], fingerprint: Mapping[str
     return mean_score(found, task=task, metric="reward", scale=scale, answered=len(answers))
 
 
-def _remarks(answers: Sequence[Answer], *, complete: bool) -> list[str]:
+def _remarks(answers: Sequence[Answer], record: RunRecord) -> list[str]:
     borrowed = sum(ROWS_FROM in answer.resolved for answer in answers)
     counts = [
         (sum(answer.degraded for answer in answers), "gave up rows for want of memory (degraded)", "answer", ""),
@@ -199,7 +204,8 @@ def _remarks(answers: Sequence[Answer], *, complete: bool) -> list[str]:
         (sum(answer.nan_rewards for answer in answers), "not finite", "reward was", "rewards were"),
         (sum(not answer.output.strip() for answer in answers), "empty", "answer is", "answers are"),
     ]
-    found = [] if complete else [f"not finished: {counted(len(answers), 'answer')} so far"]
+    by = f", stopped by {record.stopped}" if record.stopped else ""
+    found = [] if record.complete else [f"not finished: {counted(len(answers), 'answer')} so far{by}"]
     return found + [f"{counted(count, one, more)} {what}" for count, what, one, more in counts if count]
 
 

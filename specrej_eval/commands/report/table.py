@@ -27,11 +27,12 @@ def as_json(rows: Sequence[Mapping[str, Any]]) -> str:
 def as_csv(rows: Sequence[Mapping[str, Any]]) -> str:
     """One line a row; what is nested in JSON has columns of its own."""
     lines = [
-        {name: value for name, value in row.items() if name not in ("models", "paired")}
+        {name: value for name, value in row.items() if name not in ("models", "paired", "audit")}
         | {"hardware": "" if row["hardware"] is None else describe(row["hardware"])}
         | {"warnings": "; ".join(row["warnings"])}
         | {name: row["models"].get(name) for name in MODELS}
         | {f"paired_{name}": (row["paired"] or {}).get(name) for name in PAIRED}
+        | {f"audit_{name}": (row["audit"] or {}).get(name) for name in ("regret", "best_rejected", "prompts_audited")}
         for row in rows
     ]
     written = io.StringIO()

@@ -15,7 +15,7 @@ from itertools import islice
 import torch
 from torch import Tensor
 
-from specrej_eval.engines.transformers.groups import Group
+from specrej_eval.engines.transformers.groups import Group, as_given, in_strata
 from specrej_eval.engines.transformers.model import ModelRunner
 from specrej_eval.engines.transformers.sampling import sample, uniform
 from specrej_eval.engines.transformers.session import Session
@@ -125,7 +125,8 @@ class Decoder:
             groups = [group for _, group in members]
             streams = torch.cat([group.rows.streams for group in groups])
             steps = torch.cat([group.steps() for group in groups])
-            tokens = sample(logits, uniform(streams, steps), session.sampling)
+            uniforms = in_strata(groups, uniform(streams, steps))
+            tokens = as_given(groups, sample(logits, uniforms, session.sampling))
             stats = stats_of(logits, tokens, session.recorded)
             sizes = [group.num_rows for group in groups]
             for group, mine, told in zip(groups, tokens.split(sizes), stats.split(sizes), strict=True):

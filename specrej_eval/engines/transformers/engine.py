@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import time
 import weakref
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
@@ -52,6 +52,9 @@ class TransformersEngine(Engine):
         attention: who computes attention behind a shared prefix; None = ``sdpa``.
         text: the arguments of ``Engine`` that say how prompts are made and answers cut.
     """
+
+    finishes_rejected = True
+    stratifies = True
 
     def __init__(
         self,
@@ -180,6 +183,11 @@ class TransformersEngine(Engine):
     def rows(self, session: Session) -> list[RowView]:
         """All rows. See ``base.Engine.rows``."""
         return session.records
+
+    def again(self, session: Session, rows: Mapping[int, Sequence[int]]) -> None:
+        """Start rejected rows again. See ``base.Engine.again``."""
+        with torch.inference_mode(), clear_error("decoding rejected rows again", SMALLER):
+            session.again(rows)
 
     def close(self, session: Session) -> None:
         """Free KV. See ``base.Engine.close``."""

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from specrej_eval.engines.transformers.sampling import row_stream
+from specrej_eval.engines.transformers.sampling import row_stream, strata_of, stratified
 from specrej_eval.kv.cache import Prefix, SuffixPool
 from specrej_eval.kv.memory import or_else
 
@@ -93,6 +93,12 @@ class Group:
         """``num_sampled`` at the last look."""
         self.target = 0
         """``num_sampled`` at which decoding stops."""
+        self.strata = 0
+        """Rows over which uniforms are stratified (``variance_reduce``): those that the prompt starts. 0 = not."""
+        self._places: tuple[list[int], Tensor] | None = None
+        """Row ids and the same on the device."""
+        self.given: Mapping[int, Sequence[int]] = {}
+        """Row id -> the first tokens of a row that has been decoded before: it takes them again (``as_given``)."""
         self._key = torch.tensor(0) if key is None else key
         self._device = device
         self.rows = RowTensors(
@@ -125,6 +131,14 @@ class Group:
 
     def _streams(self, row_ids: Sequence[int]) -> Tensor:
         return row_stream(self._key, torch.tensor(list(row_ids), dtype=torch.int64, device=self._device))
+
+    def stratified(self, uniforms: Tensor) -> Tensor:
+        """The rows' uniforms at this step, (rows,), each moved into the row's stratum."""
+        if self._places is None or self._places[0] is not self.row_ids:
+            self._places = self.row_ids, torch.tensor(self.row_ids, dtype=torch.int64, device=self._device)
+        blocks = range(max(self.row_ids) // self.strata + 1)
+        found = [strata_of(self._key, self.strata, block, self.num_sampled, self._device) for block in blocks]
+        return stratified(uniforms, torch.cat(found)[self._places[1]], self.strata)
 
     def write(self, tokens: Tensor, stats: Tensor) -> None:
         """Put down what was drawn, (rows,) ids and (rows, numbers); raising ``num_sampled`` makes it count."""
@@ -230,3 +244,30 @@ class Group:
         """Bring the KV back to the device."""
         if self.pool is not None:
             self.pool.to(self._device)
+
+
+def as_given(groups: Sequence[Group], tokens: Tensor) -> Tensor:
+    """The tokens drawn, (rows,) of all groups in order; for rows that were decoded before, those they had.
+
+    On a CPU they are the same bits; where other company may change the last of them, a row must still be the one that
+    was rejected.
+    """
+    if not any(group.given for group in groups):
+        return tokens
+    had = [
+        row[group.num_sampled] if group.num_sampled < len(row) else -1
+        for group in groups
+        for row in (group.given.get(row_id, ()) for row_id in group.row_ids)
+    ]
+    known = torch.tensor(had, dtype=tokens.dtype, device=tokens.device)
+    return torch.where(known < 0, tokens, known)
+
+
+def in_strata(groups: Sequence[Group], uniforms: Tensor) -> Tensor:
+    """The uniforms of a step, (rows,) of all groups in order; stratified over the rows of a prompt where it asks so."""
+    if not any(group.strata for group in groups):
+        return uniforms
+    parts = uniforms.split([group.num_rows for group in groups])
+    return torch.cat(
+        [group.stratified(mine) if group.strata else mine for group, mine in zip(groups, parts, strict=True)]
+    )

@@ -29,6 +29,9 @@ _GAMMA = -7046029254386353131
 _MIX_1 = -4658895280553007687
 _MIX_2 = -7723592293110705685
 
+_STRATA = 0x5F3759DF2545F491
+"""Sets the streams that order strata apart from those of rows."""
+
 ROW_CHUNK = 256
 """Rows looked at together on a GPU, which bounds the float64 temporaries."""
 CHUNK_BYTES = 2 * 2**20
@@ -80,6 +83,25 @@ def uniform(streams: Tensor, steps: Tensor) -> Tensor:
     """
     x = _mix(streams + (steps + 1) * _GAMMA)
     return (_shift_right(x, 12).double() + 0.5) * 2.0**-52  # 52 bits: with 53, adding a half could round up to 1
+
+
+def strata_of(key: Tensor, n: int, block: int, step: int, device: torch.device) -> Tensor:
+    """A random permutation of ``n`` strata: which each of ``n`` rows draws from at a step; (n,) int64.
+
+    A function of (key, n, block, step), by streams apart from those of the rows, and independent from step to step.
+
+    Args:
+        key: the prompt's stream key, 0-d int64.
+        block: rows ``block * n`` and on; those beyond the first are forks.
+    """
+    streams = row_stream(_mix(key ^ _STRATA).to(device), torch.arange(block * n, (block + 1) * n, device=device))
+    order = uniform(streams, torch.tensor(step, device=device)).argsort(stable=True)
+    return order.argsort(stable=True)
+
+
+def stratified(uniforms: Tensor, strata: Tensor, n: int) -> Tensor:
+    """Uniforms moved into their strata: ((0, 1) + k) / n, (rows,) float64. 1 itself, by rounding, is kept out."""
+    return ((uniforms + strata) / n).clamp_max(1 - 2.0**-53)
 
 
 def in_chunks(function: Callable[..., Tensor], logits: Tensor, *rowwise: Tensor) -> Tensor:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -59,6 +58,7 @@ class Session(EngineSession):
         self._until = until
         self._max_gen_toks = budget.max_gen_toks
         self._detokenizer = detokenizer
+        self._strata = budget.n if config.variance_reduce else 0
         self._key = torch.tensor(stream_key(config.seed, prompt.task, prompt.prompt_hash, prompt.repeat))
         self._held_at: Counter[int] = Counter()
         """Suffix tokens held, by tokens decoded since the last look. As if all rows decoded together: a batch that is
@@ -112,9 +112,7 @@ class Session(EngineSession):
                 if rows:
                     places, row_ids = zip(*rows, strict=True)
                     selections[group] = group.selection(places, list(row_ids), group.num_sampled + plan.num_tokens)
-            assert self._prefix is not None
-            of_session = partial(Group, self._prefix, device=self.device, key=self._key, recorded=len(self.recorded))
-            return rejected, selections, [of_session(fresh, capacity=plan.num_tokens)] if fresh else []
+            return rejected, selections, [self._group(fresh, plan.num_tokens)] if fresh else []
 
         rejected, selections, started = twice(prepared)
         for group, selection in selections.items():
@@ -130,6 +128,28 @@ class Session(EngineSession):
         self._held_at = Counter({0: self.account.held - self.prompt_tokens})
         for group in self.groups:
             group.sampled_at_look = group.num_sampled
+
+    def _group(self, row_ids: list[int], capacity: int) -> Group:
+        """Rows that start right behind the prompt."""
+        assert self._prefix is not None
+        group = Group(
+            self._prefix,
+            row_ids,
+            capacity=capacity,
+            device=self.device,
+            key=self._key,
+            recorded=len(self.recorded),
+        )
+        group.strata = self._strata
+        return group
+
+    def again(self, rows: Mapping[int, Sequence[int]]) -> None:
+        """Start rows that were rejected again, from their first token; they take the tokens they had."""
+        assert not self.groups, "rows that are live go first"
+        group = twice(lambda: self._group(list(rows), self._max_gen_toks))
+        group.given = rows
+        self.groups = [group]
+        self.in_pool = sorted(rows)
 
     def pool(self) -> list[RowView]:
         """Rows of the look, copied to the host."""

@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import logging
 import os
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -94,6 +95,13 @@ class SpecRejLM(HFLM):
         if host_run is not None:
             lm_eval_run.checked_against(host_run, translate, config)
         check_host_arguments(host)
+        limits = [name for name in ("max_seconds", "max_decode_tokens") if getattr(config, name) is not None]
+        if limits and config.journal is None:
+            raise ConfigError(
+                f"{limits[0]} needs journal=FILE inside lm-eval, which makes no results of a part of a task: what is "
+                "answered by then would be lost.",
+                hint="add journal=FILE to --model_args; the same command then goes on from there.",
+            )
         plan = RunPlan.of(config, host, objects=("pretrained",) if loaded is not None else ())
 
         if config.pretrained is None:
@@ -126,6 +134,7 @@ class SpecRejLM(HFLM):
         self._uses_chat_template = False
         self._ranks: list[Tally] = []
         self.generator = self._generator()
+        self.generator.processes = self.world_size
         for note in notes:
             self._warn(note)
         if host_run is not None and self.rank == 0:
@@ -210,6 +219,8 @@ class SpecRejLM(HFLM):
         work = self._translated(draws)
         texts: list[str] = [""] * len(draws)
         first = {draw.instance.task_name or "": index for index, draw in reversed([*enumerate(draws)])}
+        if self.run_config.plan is not None:
+            self._plan_only(work)
         progress = not disable_tqdm and self.rank == 0
         with self._needs_all_ranks(), self._keeping(len(draws)) as kept:
             for index, result in self.generator.run(work, progress=progress):
@@ -235,6 +246,15 @@ class SpecRejLM(HFLM):
             return self._translated(draws)
         finally:
             self.run_config = own
+
+    def _plan_only(self, work: Sequence[Request]) -> None:
+        """Say what answering would take, and end before lm-eval can make scores of nothing."""
+        with self._needs_all_ranks():
+            if self.rank == 0:
+                sys.stderr.flush()
+                print(self.generator.forecast(work), flush=True)
+            super().barrier()
+        raise SystemExit(0)
 
     @contextlib.contextmanager
     def _keeping(self, total: int) -> Iterator[stopping.Kept]:
@@ -493,11 +513,13 @@ class SpecRejLM(HFLM):
         tally = Tally.merged(self._ranks or [self.tally])
         described = self.generator.describe()
         reward_model = described.pop("reward_model")
+        audit = tally.audits.estimate()
         block = {
             "arguments": {**self.run_config.to_dict(), **tally.resolved_first()},
             "seed_from": self.seed_from,
             "totals": {**tally.totals.to_dict(), "requests": tally.num_requests},
             "spent": tally.spent.to_dict(),
+            **({} if audit is None else {"audit": audit.to_dict()}),
             "prompts_in_flight": self.generator.prompts_in_flight,
             "mean_reward": tally.mean_reward,
             "per_task": {name: task.to_dict() for name, task in sorted(tally.tasks.items())},

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from specrej_eval.auditing import AuditSample
 from specrej_eval.core import GenerationResult, Ledger, Spent
 
 
@@ -59,6 +60,7 @@ class Tally:
     """What the answers cost in all, those a journal had ready included."""
     spent: Spent = field(default_factory=Spent)
     """What this run spent itself, and how many answers it took from its journal."""
+    audits: AuditSample = field(default_factory=AuditSample)
     warnings: dict[object, str] = field(default_factory=dict)
     """Cause -> message; a cause speaks once."""
 
@@ -69,6 +71,8 @@ class Tally:
         """Count one answer; of a task's first prompt, keep the arguments as they were resolved."""
         self.totals.add(result.ledger)
         self.spent.count(result)
+        if result.resolved.get("audit"):
+            self.audits.count(result.ledger.rows_rejected, result.audit)
         task = self.task(result.task)
         task.requests += 1
         task.degraded += result.degraded
@@ -109,6 +113,7 @@ class Tally:
         for rank in ranks:
             merged.totals.add(rank.totals)
             merged.spent.add(rank.spent)
+            merged.audits.add(rank.audits)
             merged.warnings = {**rank.warnings, **merged.warnings}
             for name, task in rank.tasks.items():
                 merged.task(name).add(task)

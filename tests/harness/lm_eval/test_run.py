@@ -160,6 +160,7 @@ WIN: dict[str, tuple[str, Any]] = {
     "max_new_tokens": ("11", 11),
     "max_tokens": ("11", 11),
     "max_completion_tokens": ("11", 11),
+    "variance_reduce": ("True", True),
     "until": ("=", ["="]),
     "do_sample": ("True", None),
 }
