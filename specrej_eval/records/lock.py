@@ -95,11 +95,16 @@ def check(path: str | Path, *, argument: str) -> None:
     """
     check_path(path, argument=argument)
     place = os.path.realpath(path)
-    if fcntl is None or place in _held:
+    if fcntl is None or place in _held or _is_no_file(path):
         return
     for other in (Path(place), *_others(Path(place))):
         if _is_held(lock_file(other)):
             raise _refusal(path, lock_file(other), argument)
+
+
+def _is_no_file(path: str | Path) -> bool:
+    """Whether it is a pipe, a terminal or a device: nothing is kept there that two runs could mix up."""
+    return os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path)
 
 
 def lock_file(path: Path) -> Path:
@@ -113,6 +118,8 @@ def _take(path: str | Path, argument: str) -> bool:
     check_path(path, argument=argument)
     if fcntl is None:
         _say_once("this system has no flock")
+        return False
+    if _is_no_file(path):
         return False
     place = os.path.realpath(path)
     with _guard:
