@@ -95,7 +95,7 @@ def check(path: str | Path, *, argument: str) -> None:
     """
     check_path(path, argument=argument)
     place = os.path.realpath(path)
-    if fcntl is None or place in _held:
+    if fcntl is None or place in _held or _is_no_file(path):
         return
     for other in (Path(place), *_others(Path(place))):
         if _is_held(lock_file(other)):
@@ -114,6 +114,11 @@ def holder(path: str | Path) -> dict[str, Any] | None:
     return _holder(file) if _is_held(file) else None
 
 
+def _is_no_file(path: str | Path) -> bool:
+    """Whether it is a pipe, a terminal or a device: nothing is kept there that two runs could mix up."""
+    return os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path)
+
+
 def lock_file(path: Path) -> Path:
     name = f".{path.name}.lock"
     if len(os.fsencode(name)) > 255:
@@ -125,6 +130,8 @@ def _take(path: str | Path, argument: str) -> bool:
     check_path(path, argument=argument)
     if fcntl is None:
         _say_once("this system has no flock")
+        return False
+    if _is_no_file(path):
         return False
     place = os.path.realpath(path)
     with _guard:

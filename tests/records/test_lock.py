@@ -286,3 +286,20 @@ def test_where_files_cannot_be_locked_that_is_said_once(
     for name in ("a.jsonl", "b.jsonl", "a.jsonl"):
         hold(tmp_path / name)
     assert len([record for record in caplog.records if "cannot be locked here" in record.getMessage()]) == 1
+
+
+def test_what_is_no_file_is_locked_by_nobody_and_no_lock_lies_beside_it(tmp_path: Path) -> None:
+    from specrej_eval.records.trace import Tracer
+
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    for path in (str(pipe), "/dev/null"):
+        lock.check(path, argument="trace_path")
+        tracer = Tracer(path)
+        tracer.run({"n": 1})
+        tracer.close()
+    assert json.loads(os.read(reader, 4096))["event"] == "run"
+    os.close(reader)
+    assert [path.name for path in tmp_path.iterdir()] == ["pipe"]
+    assert not Path("/dev/.null.lock").exists()
