@@ -147,7 +147,8 @@ def test_each_of_several_ranks_has_an_engine_of_its_own(
 
 
 @pytest.mark.parametrize(
-    ("n", "batch_size", "places"), [(8, "auto", 256), (100, "auto", 400), (100, 8, 800), (5000, 1, 4096), ("max", "auto", 1024)]
+    ("n", "batch_size", "places"),
+    [(8, "auto", 256), (100, "auto", 400), (100, 8, 800), (5000, 1, 4096), ("max", "auto", 1024)],
 )
 def test_all_rows_find_a_place(n: Any, batch_size: Any, places: int, folder: str, behaviour: Behaviour) -> None:
     config = RunConfig(n=n, batch_size=batch_size)
@@ -158,7 +159,9 @@ def test_all_rows_find_a_place(n: Any, batch_size: Any, places: int, folder: str
     on_a_gpu = dataclasses.replace(on_a_cpu, device="cuda")
     sizes = [plan.arguments()["max_num_seqs"] for plan in (on_a_cpu, on_a_gpu)]
     assert sizes == [min(places, loading.STEP_ON_A_CPU), places]
-    assert on_a_cpu.arguments()["enable_chunked_prefill"] is False and "max_num_batched_tokens" not in on_a_cpu.arguments()
+    assert (
+        on_a_cpu.arguments()["enable_chunked_prefill"] is False and "max_num_batched_tokens" not in on_a_cpu.arguments()
+    )
     assert on_a_gpu.arguments()["max_num_batched_tokens"] >= places
 
 
@@ -298,10 +301,10 @@ def test_rows_that_find_no_place_are_told_once_and_change_no_result(
     folder: str, behaviour: Behaviour, caplog: pytest.LogCaptureFixture
 ) -> None:
     long = {"max_gen_toks": 120, "first_look": 16, "alpha": 0.25}
-    in_step = run(folder, **long)
+    in_step = load(folder, **long).generate(PROMPTS)
     assert "no place for all rows" not in caplog.text
     behaviour.most_running = 2
-    found = run(folder, **long)
+    found = load(folder, **long).generate(PROMPTS)
     assert [outcome(result) for result in found] == [outcome(result) for result in in_step]
     assert caplog.text.count("vLLM had no place for all rows at a time") == 1
 

@@ -20,7 +20,7 @@ from specrej_eval.errors import ConfigError
 from specrej_eval.vllm_adapter import Requests, check_installed, check_sampling, version
 
 LEAST_SEQUENCES, MOST_SEQUENCES = 256, 4096
-"""Requests that vLLM decodes at a time. Rows that find no place wait until others end, and these run far ahead; but each
+"""Requests that vLLM decodes at a time. Rows that find no place wait until others end, which run far ahead; but each
 place costs a few bytes of host memory for every token of the context, whether it is taken or not."""
 STEP, STEP_ON_A_CPU = 8192, 2048
 """Tokens of a step, of prompts and rows together: what vLLM's own offline class takes on most GPUs, and what vLLM takes
