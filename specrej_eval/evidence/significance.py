@@ -32,7 +32,7 @@ def sign_flip(differences: Any, *, flips: int = FLIPS, seed: int = 0) -> float:
         permutation_type="samples",
         vectorized=True,
         n_resamples=flips,
-        rng=np.random.default_rng(seed),
+        random_state=np.random.default_rng(seed),
     )
     return float(found.pvalue)
 

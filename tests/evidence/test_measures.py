@@ -29,7 +29,7 @@ RNG = np.random.default_rng(20)
 def test_an_interval_of_one_seed_is_that_of_scipy() -> None:
     values = RNG.gamma(2.0, size=60)
     ours = Bootstrap(60, resamples=20_000).interval(values)
-    theirs = stats.bootstrap((values,), np.mean, n_resamples=20_000, method="percentile", rng=np.random.default_rng(1))
+    theirs = stats.bootstrap((values,), np.mean, n_resamples=20_000, method="percentile", random_state=1)
     error = 4 * values.std() / math.sqrt(60) * 0.02  # of a 2.5 % quantile from so many resamples, generously
     assert ours.value == pytest.approx(values.mean())
     assert ours.low == pytest.approx(theirs.confidence_interval.low, abs=error)
