@@ -200,6 +200,9 @@ def test_flops_are_those_counted_token_by_token() -> None:
         for step in range(1, tokens + 1):
             total += 2 * 1000 + 4 * 2 * 8 * (prompt + step)
     assert flops(sizes, prompt_tokens=prompt, rows=rows, reward_tokens=read) == total + 2 * 50 * read
+    assert Sizes.from_dict(sizes.to_dict()) == sizes
+    for record in (None, {}, {**sizes.to_dict(), "parameters": 0}, {**sizes.to_dict(), "layers": "two"}):
+        assert Sizes.from_dict(record) is None
 
 
 def test_the_improvement_score_is_the_papers_and_has_no_value_where_all_rows_score_alike() -> None:

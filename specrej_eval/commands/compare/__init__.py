@@ -299,7 +299,6 @@ def _report(
     from specrej_eval.evidence.flops import Sizes
 
     about = object_in(root / ABOUT)
-    sizes = about.get("sizes")
     prompts = [
         {
             "index": question.index,
@@ -313,7 +312,7 @@ def _report(
     report = compare(
         cells,
         prompts=prompts,
-        sizes=Sizes(**sizes) if isinstance(sizes, Mapping) and sizes.get("parameters") else None,
+        sizes=Sizes.from_dict(about.get("sizes")),
         bytes_per_token=int(about.get("bytes_per_token") or 0),
         baseline=baseline,
         resamples=resamples,
