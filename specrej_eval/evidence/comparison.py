@@ -303,7 +303,7 @@ def _interval(bootstrap: Bootstrap, values: Array) -> dict[str, Any]:
     return bootstrap.interval(values).to_dict()
 
 
-def _of_prompts(bootstrap: Bootstrap, chosen: NDArray[np.bool_]) -> Bootstrap:
+def _of_prompts(bootstrap: Bootstrap, chosen: NDArray[Any]) -> Bootstrap:
     """Resamples of some of the prompts."""
     if chosen.all():
         return bootstrap
@@ -336,7 +336,7 @@ def _of_paper(
     rows = _rewards_of_rows(smallest)
     if rows is not None:
         scores = paper.improvement_score(each.rewards, rows)
-        whole = ~np.isnan(scores).any(axis=1)  # prompts whose rows all score alike have no such score
+        whole = np.asarray(~np.isnan(scores).any(axis=1))  # prompts whose rows all score alike have no such score
         if whole.any():
             found = _of_prompts(bootstrap, whole).interval(scores[whole])
             told["improvement_score"] = {**found.to_dict(), "prompts": int(whole.sum())}
@@ -366,7 +366,7 @@ def _against_pool(each: _Measured, pool: _Pool, bootstrap: Bootstrap) -> dict[st
         told["equivalent_n"] = equivalent_n(each.rewards, pool.curves, bootstrap).to_dict()
         told["efficiency"] = _efficiency(each, pool, bootstrap)
         z = regret.z_score(each.rewards, pool.finals)
-        whole = ~np.isnan(z).any(axis=1)
+        whole = np.asarray(~np.isnan(z).any(axis=1))
         if whole.any():
             told["z_score"] = _of_prompts(bootstrap, whole).interval(z[whole]).to_dict()
     if n <= pool.method.n and each.method.strategy != BEST_OF_N and _same_rows(each, pool):

@@ -30,8 +30,9 @@ class Sizes:
         """The inverse of ``to_dict``; None for anything else, and where the language model's size is not known."""
         if not isinstance(record, Mapping) or not record.get("parameters"):
             return None
-        found = {name: record.get(name) for name in cls.__slots__}
-        return cls(**found) if all(isinstance(value, int) and value >= 0 for value in found.values()) else None
+        known = {name: record.get(name) for name in cls.__slots__}
+        found = {name: value for name, value in known.items() if isinstance(value, int) and value >= 0}
+        return cls(**found) if len(found) == len(known) else None
 
     def to_dict(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in self.__slots__}
