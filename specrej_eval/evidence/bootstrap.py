@@ -22,6 +22,8 @@ from specrej_eval.evidence import RESAMPLES
 Array = NDArray[np.float64]
 
 LEVEL = 0.95
+BLOCK = 500
+"""Resamples that are added up at a time."""
 FEWEST = 5
 """Prompts below which an interval would say nothing."""
 
@@ -54,19 +56,19 @@ class Bootstrap:
     seeds: int = 1
     resamples: int = RESAMPLES
     seed: int = 0
-    _weights: Array | None = field(default=None, repr=False)
+    _counts: NDArray[np.int16] | None = field(default=None, repr=False)
 
     @property
-    def weights(self) -> Array:
-        """(resamples, prompts * seeds): how much each value counts in each resample; a row adds up to 1."""
-        if self._weights is None:
+    def counts(self) -> NDArray[np.int16]:
+        """(resamples, prompts * seeds): how often each value counts in each resample; a row adds up to their number."""
+        if self._counts is None:
             rng = np.random.default_rng(self.seed)
             drawn = rng.multinomial(self.prompts, np.full(self.prompts, 1 / self.prompts), self.resamples)
             if self.seeds > 1:  # each time a prompt is drawn, as many seeds as there are are drawn for it
                 of_seeds = rng.multinomial(drawn * self.seeds, np.full(self.seeds, 1 / self.seeds))
                 drawn = of_seeds.reshape(self.resamples, -1)
-            self._weights = drawn / (self.prompts * self.seeds)
-        return self._weights
+            self._counts = drawn.astype(np.int16)
+        return self._counts
 
     def means(self, values: Any) -> Array:
         """Means over prompts and seeds, in each resample.
@@ -78,9 +80,11 @@ class Bootstrap:
             (resamples, ...).
         """
         data = self._shaped(values)
-        flat = data.reshape(self.prompts * self.seeds, -1)
-        found: Array = (self.weights @ flat).reshape(self.resamples, *data.shape[2:])
-        return found
+        size = self.prompts * self.seeds
+        flat = data.reshape(size, -1)
+        blocks = range(0, self.resamples, BLOCK)  # in float64, and not all of them at a time
+        found: Array = np.concatenate([self.counts[start : start + BLOCK] @ flat for start in blocks]) / size
+        return found.reshape(self.resamples, *data.shape[2:])
 
     def interval(
         self, values: Any, statistic: Callable[[Array], Any] = lambda means: means, *, level: float = LEVEL

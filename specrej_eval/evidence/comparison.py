@@ -303,6 +303,13 @@ def _interval(bootstrap: Bootstrap, values: Array) -> dict[str, Any]:
     return bootstrap.interval(values).to_dict()
 
 
+def _of_prompts(bootstrap: Bootstrap, chosen: NDArray[Any]) -> Bootstrap:
+    """Resamples of some of the prompts."""
+    if chosen.all():
+        return bootstrap
+    return Bootstrap(int(chosen.sum()), bootstrap.seeds, resamples=bootstrap.resamples, seed=bootstrap.seed)
+
+
 def _time(each: _Measured) -> dict[str, Any] | None:
     """Of prompts that were decoded for this method; None where there are none."""
     timed = each.seconds[~np.isnan(each.seconds).any(axis=1)]
@@ -329,10 +336,10 @@ def _of_paper(
     rows = _rewards_of_rows(smallest)
     if rows is not None:
         scores = paper.improvement_score(each.rewards, rows)
-        whole = ~np.isnan(scores).any(axis=1)  # prompts whose rows all score alike have no such score
+        whole = np.asarray(~np.isnan(scores).any(axis=1))  # prompts whose rows all score alike have no such score
         if whole.any():
-            own = Bootstrap(int(whole.sum()), scores.shape[1], resamples=bootstrap.resamples, seed=bootstrap.seed)
-            told["improvement_score"] = {**own.interval(scores[whole]).to_dict(), "prompts": int(whole.sum())}
+            found = _of_prompts(bootstrap, whole).interval(scores[whole])
+            told["improvement_score"] = {**found.to_dict(), "prompts": int(whole.sum())}
     for name, other in (("relative_compute", smallest), ("speedup", largest)):
         both = ~np.isnan(each.seconds).any(axis=1) & ~np.isnan(other.seconds).any(axis=1)
         if both.any() and each.seconds[both].sum() > 0 and other.seconds[both].sum() > 0:
@@ -359,10 +366,9 @@ def _against_pool(each: _Measured, pool: _Pool, bootstrap: Bootstrap) -> dict[st
         told["equivalent_n"] = equivalent_n(each.rewards, pool.curves, bootstrap).to_dict()
         told["efficiency"] = _efficiency(each, pool, bootstrap)
         z = regret.z_score(each.rewards, pool.finals)
-        whole = ~np.isnan(z).any(axis=1)
+        whole = np.asarray(~np.isnan(z).any(axis=1))
         if whole.any():
-            own = Bootstrap(int(whole.sum()), z.shape[1], resamples=bootstrap.resamples, seed=bootstrap.seed)
-            told["z_score"] = own.interval(z[whole]).to_dict()
+            told["z_score"] = _of_prompts(bootstrap, whole).interval(z[whole]).to_dict()
     if n <= pool.method.n and each.method.strategy != BEST_OF_N and _same_rows(each, pool):
         finals = pool.finals[..., :n]
         ended = np.array(

@@ -10,9 +10,9 @@ The reward model's own attention is left out: records do not say how long each o
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,6 +24,15 @@ class Sizes:
     attention_width: int = 0
     """Heads times the size of one."""
     reward_parameters: int = 0
+
+    @classmethod
+    def from_dict(cls, record: Any) -> Self | None:
+        """The inverse of ``to_dict``; None for anything else, and where the language model's size is not known."""
+        if not isinstance(record, Mapping) or not record.get("parameters"):
+            return None
+        known = {name: record.get(name) for name in cls.__slots__}
+        found = {name: value for name, value in known.items() if isinstance(value, int) and value >= 0}
+        return cls(**found) if len(found) == len(known) else None
 
     def to_dict(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in self.__slots__}

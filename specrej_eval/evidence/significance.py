@@ -24,7 +24,7 @@ def sign_flip(differences: Any, *, flips: int = FLIPS, seed: int = 0) -> float:
 
     data = np.asarray(differences, dtype=float)
     data = data.mean(axis=1) if data.ndim > 1 else data
-    if not np.any(data):
+    if len(data) < 2 or not np.any(data):
         return 1.0
     found = stats.permutation_test(
         (data,),
@@ -32,7 +32,7 @@ def sign_flip(differences: Any, *, flips: int = FLIPS, seed: int = 0) -> float:
         permutation_type="samples",
         vectorized=True,
         n_resamples=flips,
-        rng=np.random.default_rng(seed),
+        random_state=np.random.default_rng(seed),
     )
     return float(found.pvalue)
 

@@ -58,6 +58,10 @@ def rows_of(result: dict[str, Any]) -> list[Any]:
     return [[row[name] for name in kept] for row in result["trajectories"]]
 
 
+def best_row(result: dict[str, Any]) -> dict[str, Any]:
+    return next(row for row in result["trajectories"] if row["row"] == result["best"])
+
+
 METHODS = ("bo2", "bo4", "spr_n2_a0.5", "spr_n4_a0.5")
 PROBLEMS = 5
 
@@ -86,7 +90,7 @@ def test_every_number_agrees_with_a_recomputation_from_the_raw_records(folder: P
     for name in METHODS:
         method, own = told[name], {seed: raw(folder, name, seed) for seed in (0, 1)}
         both = [(result, whole) for seed in (0, 1) for result, whole in zip(own[seed], pool[seed], strict=True)]
-        best = [next(row for row in result["trajectories"] if row["row"] == result["best"]) for result, _ in both]
+        best = [best_row(result) for result, _ in both]
         assert method["reward"]["value"] == pytest.approx(np.mean([row["reward"] for row in best]))
         right = [is_right(row["text"], answer) for row, answer in zip(best, truth * 2, strict=True)]
         assert method["metrics"]["exact_match"]["value"] == pytest.approx(np.mean(right))
@@ -125,8 +129,8 @@ def test_every_number_agrees_with_a_recomputation_from_the_raw_records(folder: P
         for seed in (0, 1):
             for result, small in zip(own[seed], smallest[seed], strict=True):
                 z = [row["reward"] for row in small["trajectories"]]
-                r = next(row["reward"] for row in result["trajectories"] if row["row"] == result["best"])
-                scores.append((1 - (max(z) - r) / (max(z) - min(z))) * 100 if max(z) > min(z) else math.nan)
+                part = (max(z) - best_row(result)["reward"]) / (max(z) - min(z)) if max(z) > min(z) else math.nan
+                scores.append((1 - part) * 100)
         if not np.isnan(scores).any():
             assert method["paper"]["improvement_score"]["value"] == pytest.approx(np.mean(scores), rel=1e-6)
 
@@ -386,6 +390,33 @@ def test_a_file_of_prompts_is_compared_with_the_rows_of_run(tmp_path: Path) -> N
         assert rows_of(result) == rows_of(theirs[result["prompt_hash"]])
 
 
+@pytest.mark.slow
+def test_a_win_rate_is_the_mean_preference_of_the_judge_equal_answers_count_half(folder: Path, tmp_path: Path) -> None:
+    import shutil
+
+    output = tmp_path / "grid"
+    shutil.copytree(folder, output)  # all cells are there
+    words = (*TASK_ARGUMENTS, "--timed", "2", "--score_every", "8", "--perplexity", "true")
+    found = compare(output, *words, "--annotators", "specrej_reward_judge")
+    told = {method["name"]: method for method in found["methods"]}
+    assert "win_rate" not in told["bo4"], "the baseline itself"
+    for name in ("bo2", "spr_n2_a0.5", "spr_n4_a0.5"):
+        expected = []
+        for seed in (0, 1):
+            for ours, theirs in zip(raw(folder, name, seed), raw(folder, "bo4", seed), strict=True):
+                best, other = best_row(ours), best_row(theirs)
+                # the judge is the run's own reward model: its preference is the sigmoid of the difference
+                expected.append(
+                    0.5 if best["text"] == other["text"] else 1 / (1 + math.exp(other["reward"] - best["reward"]))
+                )
+        win_rate = told[name]["win_rate"]
+        assert win_rate["value"] == pytest.approx(np.mean(expected), abs=1e-3)
+        assert win_rate["against"] == "bo4" and win_rate["prompts"] == PROBLEMS
+        assert len(told[name]["cells"][0]["preferred"]) == PROBLEMS
+    again = compare(output, *words, "--annotators", "specrej_reward_judge")
+    assert [method.get("win_rate") for method in again["methods"]] == [m.get("win_rate") for m in found["methods"]]
+
+
 # refused, before any model is loaded
 
 
@@ -410,6 +441,9 @@ REFUSED: list[tuple[Callable[[Path], list[str]], str]] = [
     (lambda _: [*TASK, "--strategy", "bestofn"], "Did you mean 'best_of_n'"),
     (lambda _: [*TASK, "--baseline", "bo7"], "no method is called 'bo7'"),
     (lambda _: [*TASK, "--timed", "0"], "--timed must be at least 1"),
+    (lambda _: [*TASK[:2], "--limit", "0"], "--limit must be at least 1"),
+    (lambda _: [*TASK, "--annotators", "specrej_reward_juge"], "specrej_reward_judge"),
+    (lambda _: [*TASK, "--perplexity", "true", "--strategy", "speculative_rejection"], "needs best_of_n in the grid"),
     (lambda _: [*TASK, "--resamples", "3"], "--resamples must be at least 100"),
     (lambda _: [*TASK, "--seed", "3"], "did you mean --seeds"),
     (lambda _: [*TASK, "--pretrained", "/nowhere/at/all"], "/nowhere/at/all"),
@@ -519,7 +553,7 @@ def test_the_papers_grid_on_200_problems(tmp_path: Path) -> None:
         rewards, right, tokens = [], [], []
         for seed in (0, 1, 2):
             for result, answer in zip(raw(output, method["name"], seed), truth, strict=True):
-                best = next(row for row in result["trajectories"] if row["row"] == result["best"])
+                best = best_row(result)
                 rewards.append(best["reward"])
                 right.append(is_right(best["text"], answer))
                 tokens.append(sum(len(row["token_ids"]) for row in result["trajectories"]))

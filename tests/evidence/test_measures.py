@@ -29,7 +29,7 @@ RNG = np.random.default_rng(20)
 def test_an_interval_of_one_seed_is_that_of_scipy() -> None:
     values = RNG.gamma(2.0, size=60)
     ours = Bootstrap(60, resamples=20_000).interval(values)
-    theirs = stats.bootstrap((values,), np.mean, n_resamples=20_000, method="percentile", rng=np.random.default_rng(1))
+    theirs = stats.bootstrap((values,), np.mean, n_resamples=20_000, method="percentile", random_state=1)
     error = 4 * values.std() / math.sqrt(60) * 0.02  # of a 2.5 % quantile from so many resamples, generously
     assert ours.value == pytest.approx(values.mean())
     assert ours.low == pytest.approx(theirs.confidence_interval.low, abs=error)
@@ -200,6 +200,9 @@ def test_flops_are_those_counted_token_by_token() -> None:
         for step in range(1, tokens + 1):
             total += 2 * 1000 + 4 * 2 * 8 * (prompt + step)
     assert flops(sizes, prompt_tokens=prompt, rows=rows, reward_tokens=read) == total + 2 * 50 * read
+    assert Sizes.from_dict(sizes.to_dict()) == sizes
+    for record in (None, {}, {**sizes.to_dict(), "parameters": 0}, {**sizes.to_dict(), "layers": "two"}):
+        assert Sizes.from_dict(record) is None
 
 
 def test_the_improvement_score_is_the_papers_and_has_no_value_where_all_rows_score_alike() -> None:

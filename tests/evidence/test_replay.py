@@ -12,8 +12,10 @@ from numpy.typing import NDArray
 from support.simulated import NEVER, Process, make_generator, request
 
 from specrej_eval import load
+from specrej_eval.budget import resolve
 from specrej_eval.config import RunConfig
-from specrej_eval.core import GenerationResult, Ledger, Trajectory
+from specrej_eval.core import GenerationResult, Ledger, Plan, Trajectory
+from specrej_eval.engines.recorded import RecordedEngine, place_of
 from specrej_eval.errors import ConfigError
 from specrej_eval.evidence.replay import Replayed, replay
 
@@ -129,6 +131,26 @@ def test_what_is_on_no_record_is_refused(pool: list[GenerationResult]) -> None:
         replay(decoded(alpha=0.5, n=6, score_every=8), config(alpha=0.5, n=6))
     with pytest.raises(ConfigError, match="scored at their end alone"):
         replay(decoded(strategy="best_of_n", n=3), config(alpha=0.5, n=3))
+
+
+def test_what_an_engine_of_records_cannot_do_is_refused() -> None:
+    (result,) = simulated(Process.of([0.0, 1.0]), strategy="best_of_n", n=2, max_gen_toks=4, score_every=1)
+    engine = RecordedEngine({place_of(result): result})
+    config, _ = RunConfig.from_args({"n": 2, "max_gen_toks": 4})
+    prompt = request(config).prompt
+    budget = resolve(config, prompt.num_tokens)
+    session = engine.open(prompt, config, budget)
+    engine.follow(session, Plan(keep=(), fresh=2, num_tokens=1))
+    engine.decode([session], 1)
+    for keep in ((0, 0), (5,)):
+        with pytest.raises(ConfigError, match="forks rows or takes up dropped ones"):
+            engine.follow(session, Plan(keep=keep, fresh=0, num_tokens=1))
+    with pytest.raises(ConfigError, match="logprob of each token, which records do not hold"):
+        engine.open(prompt, config, budget, token_stats=["logprob"])
+    with pytest.raises(ConfigError, match="no rows on record"):
+        engine.open(request(config, "another prompt").prompt, config, budget)
+    with pytest.raises(ConfigError, match="drawn with until="):
+        engine.open(prompt, config, budget, until=("x",))
 
 
 def test_a_row_of_an_older_version_has_no_scores_on_the_way(pool: list[GenerationResult]) -> None:

@@ -97,6 +97,7 @@ def simulate(
     ended: dict[int, Trajectory] = {}
     tokens_of: dict[int, int] = {}
     survived: dict[int, int] = {}
+    looks: dict[int, list[tuple[int, float | None]]] = {}
     live: list[int] = []
     state, plan = strategy.init(budget)
     while plan is not None:
@@ -105,6 +106,8 @@ def simulate(
         held = _decode(plan, live, tokens_of, process, budget, ledger)
         rows = [_view(row, tokens_of[row], process, budget) for row in live]
         scores = [process.score(view.row, tokens_of[view.row], view.finished) for view in rows]
+        for view, score in zip(rows, scores, strict=True):
+            looks.setdefault(view.row, []).append((tokens_of[view.row], score))
         ledger.reward_calls += 1
         ledger.reward_tokens += sum(tokens_of[row] for row in live)
 
@@ -124,6 +127,7 @@ def simulate(
                     reward=score,
                     finish_reason=view.finish_reason or "rejected",
                     rounds_survived=survived[view.row] + view.finished,
+                    look_scores=looks[view.row],
                 )
         finished = {view.row for view in rows if view.finished}
         kept_scores = [score for view, score in zip(rows, scores, strict=True) if view.row in keep]

@@ -29,6 +29,7 @@ from specrej_eval.evidence.methods import Method, grid, listed
 from specrej_eval.evidence.tables import as_markdown, print_tables
 from specrej_eval.options import add_grid, add_options
 from specrej_eval.paths import below, file_name
+from specrej_eval.ranks import started
 from specrej_eval.records.jsonl import as_text, write_atomically
 from specrej_eval.records.prompt_files import read_prompts
 from specrej_eval.wording import counted, inert
@@ -104,14 +105,17 @@ def run(args: argparse.Namespace) -> int:
     """
     from specrej_eval.commands.compare.cells import Decoder, Place, pool_of, read_cell
 
+    if (processes := started()) > 1:
+        raise ConfigError(
+            f"compare runs in one process, and a launcher started {processes}.",
+            hint="call it without accelerate or torchrun.",
+        )
     options = {name: value for name, value in vars(args).items() if name != "hints"}
     methods, seeds = _grid(options)
+    pool = pool_of(methods)
     form = options.pop("format", "text")
-    judge = judged.Judge.of(options)
-    timed = options.pop("timed", TIMED)
-    timed = None if timed == "all" else as_int("timed", timed, also="or 'all'")
-    if timed is not None and timed < 1:
-        raise ConfigError(f"--timed must be at least 1, got {timed}.", hint="seconds come from prompts decoded alone.")
+    judge = judged.Judge.of(options, pool)
+    timed, limit = _counts(options)
     resamples = as_int("resamples", options.pop("resamples", RESAMPLES))
     if resamples < 100:
         raise ConfigError(f"--resamples must be at least 100, got {resamples}.", hint="leave it out: 10,000.")
@@ -122,8 +126,6 @@ def run(args: argparse.Namespace) -> int:
             f"no method is called {baseline!r}.", hint=f"there are {', '.join(method.name for method in methods)}."
         )
     anew = bool(options.pop("force", False))
-    limit = options.pop("limit", None)
-    limit = None if limit is None else as_int("limit", limit)
     of_source = {name: options.pop(name) for name in [*options] if name in _OF_SOURCE}
     output = options.pop("output", None)
     plan, source = _resolved(options, of_source, limit)
@@ -132,12 +134,11 @@ def run(args: argparse.Namespace) -> int:
         budget.check_arguments(plan.replace(**method.arguments).config, max_gen_toks_known=known)
     questions = source.questions()
     if not questions:
-        raise ConfigError(f"{source.name} has no prompts.", hint="--limit must be at least 1.")
+        raise ConfigError(f"{source.name} has no prompts.", hint="give others.")
     root = Path(
         output or below("results", f"compare_{file_name(Path(source.name).stem)}", what="the comparison's name")
     )
 
-    pool = pool_of(methods)
     places = [Place(method, seed, root) for seed in seeds for method in sorted(methods, key=lambda m: m != pool)]
     for_pool = {name: value for name in ("score_every", "logprobs") if (value := getattr(plan.config, name))}
     decoder = Decoder(
@@ -167,6 +168,18 @@ def run(args: argparse.Namespace) -> int:
         print_tables(report, notes, file=sys.stdout)
     print(f"everything, prompt by prompt: {root / RESULT}; for a text: {root / MARKDOWN}", file=sys.stderr)
     return 0
+
+
+def _counts(options: dict[str, Any]) -> tuple[int | None, int | None]:
+    """Prompts of a cell that are decoded for it alone (None = all), and prompts in all (None = all there are)."""
+    found: list[int | None] = []
+    for name, default, all_of_them in (("timed", TIMED, "all"), ("limit", None, None)):
+        value = options.pop(name, default)
+        number = None if value is None or value == all_of_them else as_int(name, value)
+        if number is not None and number < 1:
+            raise ConfigError(f"--{name} must be at least 1, got {number}.", hint=f"leave --{name} out.")
+        found.append(number)
+    return found[0], found[1]
 
 
 _OF_SOURCE = (
@@ -238,9 +251,9 @@ def _decode(decoder: Decoder, places: Sequence[Place], complete: Sequence[bool],
     for place, done in zip(places, complete, strict=True):
         if not done:
             number += 1
-            started = time.perf_counter()
+            began = time.perf_counter()
             told = decoder.decode(place)
-            seconds = time.perf_counter() - started
+            seconds = time.perf_counter() - began
             print(f"[{number}/{left}] {inert(place.told)}: {told}; {seconds:.1f} s", file=sys.stderr)
             _put_about(root, decoder)
         if place.method == decoder.pool and any(
@@ -286,7 +299,6 @@ def _report(
     from specrej_eval.evidence.flops import Sizes
 
     about = object_in(root / ABOUT)
-    sizes = about.get("sizes")
     prompts = [
         {
             "index": question.index,
@@ -300,7 +312,7 @@ def _report(
     report = compare(
         cells,
         prompts=prompts,
-        sizes=Sizes(**sizes) if isinstance(sizes, Mapping) and sizes.get("parameters") else None,
+        sizes=Sizes.from_dict(about.get("sizes")),
         bytes_per_token=int(about.get("bytes_per_token") or 0),
         baseline=baseline,
         resamples=resamples,

@@ -219,8 +219,10 @@ class Decoder:
         return 0 if self.pool is None else self.pool.n
 
     def use_as_pool(self, place: Place) -> None:
-        """The rows of a complete cell may stand for those of others on its seed."""
+        """The rows of a complete cell may stand for those of others on its seed, from now on; those of other seeds are
+        let go."""
         results = results_of(place.store)
+        self._pools.clear()
         self._pools[place.seed] = {(result.task, result.prompt_hash, result.repeat): result for result in results}
 
     def _finish(

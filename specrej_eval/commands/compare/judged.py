@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Self
 from specrej_eval.config import as_bool
 from specrej_eval.core import Question
 from specrej_eval.errors import ConfigError
-from specrej_eval.evidence.methods import BEST_OF_N
+from specrej_eval.evidence.methods import BEST_OF_N, Method
 
 if TYPE_CHECKING:
     from specrej_eval.evidence.comparison import Cell
@@ -40,19 +40,28 @@ class Judge:
     """A ``harness.alpaca_eval.preferences.Judge``."""
 
     @classmethod
-    def of(cls, options: dict[str, Any]) -> Self:
+    def of(cls, options: dict[str, Any], pool: Method | None) -> Self:
         """Take its options out of all.
 
+        Args:
+            pool: the method whose rows all others have.
+
         Raises:
-            ConfigError: a bad value.
+            ConfigError: a bad value; no such annotator; perplexity without Best-of-N.
         """
+        perplexity = as_bool("perplexity", options.pop("perplexity", False))
+        if perplexity and pool is None:
+            raise ConfigError(
+                "--perplexity needs best_of_n in the grid: log-probs are those of its rows.",
+                hint="--strategy best_of_n,speculative_rejection",
+            )
         name = options.pop("annotators", None)
         annotators = None
         if name is not None:
             from specrej_eval.harness.alpaca_eval.preferences import Judge as Annotators
 
             annotators = Annotators(str(name))
-        return cls(perplexity=as_bool("perplexity", options.pop("perplexity", False)), annotators=annotators)
+        return cls(perplexity=perplexity, annotators=annotators)
 
     @property
     def for_pool(self) -> dict[str, Any]:
@@ -117,8 +126,6 @@ def _add_perplexity(report: dict[str, Any], cells: Sequence[Cell]) -> None:
     from specrej_eval.evidence.bootstrap import Bootstrap
 
     of_best = [cell for cell in cells if cell.method.strategy == BEST_OF_N]
-    if not of_best:
-        raise ConfigError("--perplexity needs best_of_n in the grid: log-probs are those of its rows.")
     most = max(cell.method.n for cell in of_best)
     pools = {cell.seed: cell for cell in of_best if cell.method.n == most}
     for method in report["methods"]:

@@ -62,5 +62,7 @@ class Judge:
             for each in told:
                 value = each.get("preference")
                 place = (each["instruction"], each["output_1"], each["output_2"])
-                found[place] = float(value) - 1 if isinstance(value, int | float) and 1 <= value <= 2 else None
+                known = isinstance(value, int | float) and 1 <= value <= 2
+                # alpaca_eval's file keeps ten digits: what is read from there is to be what was judged
+                found[place] = round(float(value or 0) - 1, 8) if known else None
         return [0.5 if pair[1] == pair[2] else found.get(pair) for pair in pairs]
