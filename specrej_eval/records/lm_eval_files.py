@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -34,7 +35,7 @@ class Document:
     prompt: str | None
     """What the language model read."""
     scores: Mapping[tuple[str, str], float]
-    """(metric, filter) -> its score."""
+    """(metric, filter) -> its score, where it is finite."""
 
 
 @dataclass(frozen=True)
@@ -130,7 +131,7 @@ class Results:
             document = sample.get("doc_id", place)
             _, _, scores = found.setdefault(document, (str(sample.get("prompt_hash")), _prompt(sample), {}))
             for metric in sample.get("metrics") or ():
-                if is_number(sample.get(metric)):
+                if is_finite(sample.get(metric)):
                     scores[(str(metric), str(sample.get("filter")))] = float(sample[metric])
         yield from (Document(*told) for told in found.values())
 
@@ -147,7 +148,7 @@ class Results:
             seen[asked] += 1
             for metric in map(str, list_or_empty(sample.get("metrics"))):
                 score = number_or(sample.get(metric), None)
-                if score is not None:
+                if score is not None and is_finite(score):
                     found.setdefault((metric, asked[2]), {})[f"{asked[0]} {asked[1]} {seen[asked]}"] = float(score)
         return found
 
@@ -334,6 +335,11 @@ def remarks(results: Results) -> list[str]:
         for kind, (one, more, what) in kinds.items()
         if (number := number_or(object_or_empty(counts).get(kind), 0))
     ]
+
+
+def is_finite(value: Any) -> bool:
+    """Whether it is a number that a float can be: Python writes NaN and infinities into JSON, too."""
+    return is_number(value) and abs(value) <= sys.float_info.max
 
 
 def is_number(value: Any) -> bool:

@@ -219,6 +219,18 @@ def test_answers_made_of_another_runs_rows_have_no_seconds(tmp_path: Path) -> No
     assert cells(page_of(tmp_path, folder), "times")[0][-1] == "10"
 
 
+@pytest.mark.parametrize("value", ["NaN", "Infinity", "-Infinity", "1" + "0" * 400])
+def test_a_score_that_is_no_finite_number_is_in_no_mean(value: str, tmp_path: Path) -> None:
+    folder = an_lm_eval_run(tmp_path / "spr", QUESTIONS)
+    (samples,) = folder.glob("samples_*.jsonl")
+    first, *others = samples.read_text().splitlines(keepends=True)
+    samples.write_text(re.sub(r'("exact_match": )[\d.]+', rf"\g<1>{value}", first) + "".join(others))
+    (method,) = read(find_runs(folder)).methods
+    each = method.each(Metric("sums", "exact_match", "none"))
+    assert len(each) == 29 and all(map(math.isfinite, each.values())) and len(method.answers) == 30
+    assert "nan" not in page_of(tmp_path, folder).partition('<script type="application/json"')[0].lower()
+
+
 def test_each_task_of_a_run_has_charts_and_a_table_of_its_own(tmp_path: Path) -> None:
     tasks = ("sums", "words")
     folders = [an_lm_eval_run(tmp_path / n, QUESTIONS, rejects=n == "spr", tasks=tasks) for n in ("bo", "spr")]

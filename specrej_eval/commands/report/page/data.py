@@ -95,9 +95,9 @@ class Answered:
         )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Method:
-    """One run, as the page shows it."""
+    """One run, as the page shows it. Itself alone is equal to it, so that measures of it can be remembered."""
 
     run: Run
     short: str
@@ -303,7 +303,7 @@ def _cell_scores(path: Path, task: str, results: Sequence[GenerationResult]) -> 
     for name, values in best.items():
         if isinstance(values, list) and len(values) == len(results):
             for scores, value in zip(found, values, strict=True):
-                if lm_eval_files.is_number(value):
+                if lm_eval_files.is_finite(value):
                     scores[Metric(task, str(name), "")] = float(value)
     return found
 

@@ -6,6 +6,7 @@ import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 from specrej_eval.commands.report.page.data import REWARD, Key, Method, Metric, PageData
 from specrej_eval.core import Trajectory
@@ -52,6 +53,7 @@ class Spend:
     rejected_share: float
 
 
+@lru_cache(maxsize=256)
 def spend(method: Method, task: str) -> Spend | None:
     """What an answer costs on average; None without answers."""
     answers = [answer for _, answer in method.of_task(task)]
@@ -196,6 +198,7 @@ def look_scores(row: Trajectory) -> list[tuple[int, float | None]]:
     return list(row.look_scores) if row.look_scores else [(row.num_tokens, row.reward)]
 
 
+@lru_cache(maxsize=256)
 def partial_scores(method: Method, task: str, most: int = 8) -> list[PartialScores]:
     """Look by look, the first ``most``."""
     by_look: dict[int, dict[Key, list[tuple[int, float, float, bool]]]] = {}
