@@ -149,6 +149,10 @@ class Trajectory:
     """Log-prob of each id under the untempered, unfiltered model (``logprobs=True``)."""
     reward_parts: dict[str, float | None] | None = None
     """What each reward of an ensemble said of the row last; None where there is one reward."""
+    look_scores: list[tuple[int, float | None]] | None = field(default=None, repr=False)
+    """(tokens the row had, its score) at each look it was in the pool of, in order, and after every ``score_every``
+    tokens. The last one is ``reward`` (but for ranks, which are made anew at the end). A score that was not finite is
+    None; so is the list, in records of older versions."""
 
     @property
     def num_tokens(self) -> int:
@@ -174,6 +178,9 @@ class Trajectory:
         parts = data.get("reward_parts")
         if parts is not None:
             parts = {name: number_or_none(parts, name) for name in an_object(parts, "reward_parts")}
+        looks: list[tuple[int, float | None]] | None = None
+        if data.get("look_scores") is not None:
+            looks = [_look_score(item, len(token_ids)) for item in a_list(data, "look_scores")]
         return cls(
             row=whole(data, "row"),
             text=text(data, "text"),
@@ -183,6 +190,7 @@ class Trajectory:
             rounds_survived=whole(data, "rounds_survived"),
             logprobs=logprobs,
             reward_parts=parts,
+            look_scores=looks,
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -196,7 +204,22 @@ class Trajectory:
             "rounds_survived": self.rounds_survived,
             "logprobs": None if self.logprobs is None else [finite_or_none(value) for value in self.logprobs],
             **({} if self.reward_parts is None else {"reward_parts": dict(self.reward_parts)}),
+            **(
+                {}
+                if self.look_scores is None
+                else {"look_scores": [[t, finite_or_none(s)] for t, s in self.look_scores]}
+            ),
         }
+
+
+def _look_score(item: Any, num_tokens: int) -> tuple[int, float | None]:
+    """One of ``Trajectory.look_scores``."""
+    if not isinstance(item, list | tuple) or len(item) != 2:
+        raise BadRecordError("look_scores must hold pairs of tokens and score")
+    tokens = as_whole(item[0], "tokens in look_scores")
+    if tokens > num_tokens:
+        raise BadRecordError(f"look_scores has a score at {tokens} tokens of a row of {num_tokens}")
+    return tokens, None if item[1] is None else as_number(item[1], "a score in look_scores")
 
 
 @dataclass(frozen=True, slots=True)
@@ -233,6 +256,8 @@ class Round:
         return {**asdict(self), "cut": finite_or_none(self.cut)}
 
 
+ROWS_FROM = "rows_from"
+"""In ``GenerationResult.resolved``, where rows were not decoded but taken from another run: seconds say nothing."""
 PHASES = ("prefill", "decode", "reward", "other")
 _COUNTS = (
     "prompt_tokens",

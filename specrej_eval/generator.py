@@ -22,6 +22,7 @@ from specrej_eval.checkpoint import DEMO_REWARD
 from specrej_eval.config import AUTO, DECIDING, MAX, N_MAX, RunConfig, checked_until
 from specrej_eval.core import (
     Audit,
+    ROWS_FROM,
     GenerationResult,
     Ledger,
     Message,
@@ -92,7 +93,14 @@ class _Running:
     state: State
     look_in: int
     """Tokens each live row takes before the next look, counted from the last."""
+    aside: RewardSession | None = None
+    """Of ``score_every``: a session of its own, so that scores and costs of the looks are what they are without."""
+    tokens_at_look: int = 0
+    """Tokens that the rows which go on had at the last look."""
+    aside_at: int = 0
+    """Tokens the live rows had when they were last scored aside."""
     rewards: dict[int, float] = field(default_factory=dict)
+    look_scores: dict[int, list[tuple[int, float | None]]] = field(default_factory=dict)
     survived: Counter[int] = field(default_factory=Counter)
     rounds: list[Round] = field(default_factory=list)
     ledger: Ledger = field(default_factory=Ledger)
@@ -102,8 +110,17 @@ class _Running:
     audit: _Auditing | None = None
 
     @property
-    def remaining_tokens(self) -> int:
+    def until_look(self) -> int:
         return 0 if not self.session.num_live else self.look_in - self.session.tokens_since_look
+
+    @property
+    def remaining_tokens(self) -> int:
+        """Until rows are to be scored: at a look, or aside."""
+        every = self.request.config.score_every
+        if every is None or not self.until_look or self.result is not None:  # an audit has no looks
+            return self.until_look
+        tokens = self.tokens_at_look + self.session.tokens_since_look
+        return min(self.until_look, 0 if tokens % every == 0 and tokens > self.aside_at else every - tokens % every)
 
 
 class Generator:
@@ -268,7 +285,10 @@ class Generator:
                 num_tokens = scheduler.until_next_look(running)
                 if num_tokens:
                     self.engine.decode([work.session for work in running], num_tokens)
-                at_look = [work for work in running if not work.remaining_tokens]
+                for each in running:
+                    if each.until_look and not each.remaining_tokens:
+                        self._score_aside(each)
+                at_look = [work for work in running if not work.until_look]
                 looking = [work for work in at_look if work.result is None]
                 pools = dict(zip((work.index for work in looking), self._pools(looking), strict=True))
                 for due in at_look:
@@ -337,6 +357,12 @@ class Generator:
                     f"audit={request.config.audit:g} needs an engine that can go on with rejected rows, and "
                     f"{type(self.engine).__name__} cannot.",
                     hint="leave audit out, or use the transformers engine.",
+                )
+            if request.config.score_every is not None and self.reward.by_rank:
+                raise ConfigError(
+                    f"score_every={request.config.score_every}: the scores of {self.reward.name} are ranks among the "
+                    "rows of one look, and say nothing between looks.",
+                    hint="reward_ensemble=mean gives scores that compare; or leave score_every out.",
                 )
         of_memory = [r for r in requests if r.config.n == MAX and r.config.kv_budget_tokens is None]
         if of_memory:
@@ -450,7 +476,22 @@ class Generator:
                 scoring=self.reward.open(request.prompt.conversation, request.prompt.response_prefix),
                 state=state,
                 look_in=plan.num_tokens,
+                aside=self._aside(request),
             )
+
+    def _aside(self, request: Request) -> RewardSession | None:
+        if request.config.score_every is None:
+            return None
+        return self.reward.open(request.prompt.conversation, request.prompt.response_prefix)
+
+    def _score_aside(self, work: _Running) -> None:
+        """Score the live rows between two looks and keep the scores; nothing else changes, and nothing is charged."""
+        assert work.aside is not None
+        rows = [row for row in self.engine.pool(work.session) if not row.finished]
+        work.aside_at = rows[0].num_tokens
+        work.aside.keep([row.row for row in rows])
+        for row, score in zip(rows, work.aside.score(rows), strict=True):
+            work.look_scores.setdefault(row.row, []).append((row.num_tokens, finite_or_none(score)))
 
     def _token_stats(self, config: RunConfig) -> set[TokenStat]:
         """What the engine is to record of every token."""
@@ -480,7 +521,7 @@ class Generator:
             work.state, plan = work.strategy.step(work.state, pool, scores, work.budget)
             round_ = _round_of(pool, scores, plan or _STOP, work.session.kv_tokens_peak)
             tracer.round(work.request.prompt, len(work.rounds) + 1, round_)
-            self._follow(work, plan or _STOP)
+            self._follow(work, pool, plan or _STOP)
             self._learn(work, pool, scores, plan or _STOP, round_)
         return plan is None
 
@@ -514,15 +555,20 @@ class Generator:
             "grades_unreadable": reward.grades_unreadable,
         }
 
-    def _follow(self, work: _Running, plan: Plan) -> None:
+    def _follow(self, work: _Running, pool: Sequence[RowView], plan: Plan) -> None:
         self.engine.follow(work.session, plan)
         work.scoring.keep(plan.keep)
         work.look_in = plan.num_tokens
+        kept = set(plan.keep)
+        work.tokens_at_look = max((row.num_tokens for row in pool if row.row in kept), default=0)
+        work.aside_at = work.tokens_at_look
 
     @staticmethod
     def _learn(work: _Running, pool: Sequence[RowView], scores: Sequence[float], plan: Plan, round_: Round) -> None:
         """Put down what a look has shown. A row that finished is in the pool of one look, and survives it."""
         work.rewards.update((row.row, score) for row, score in zip(pool, scores, strict=True))
+        for row, score in zip(pool, scores, strict=True):
+            work.look_scores.setdefault(row.row, []).append((row.num_tokens, finite_or_none(score)))
         work.survived.update(row.row for row in pool if row.finished)
         work.survived.update(set(plan.keep))
         work.rounds.append(round_)
@@ -531,6 +577,8 @@ class Generator:
         for work in works:
             self.engine.close(work.session)
             work.scoring.close()
+            if work.aside is not None:
+                work.aside.close()
 
     @staticmethod
     def _make_comparable(work: _Running, finished: Sequence[int]) -> None:
@@ -553,6 +601,7 @@ class Generator:
                 rounds_survived=work.survived[row.row],
                 logprobs=list(row.token_stats["logprob"]) if work.request.config.logprobs else None,
                 reward_parts=work.scoring.parts(row.row),
+                look_scores=work.look_scores.get(row.row, []),
             )
             for row in rows
         ]
@@ -576,6 +625,8 @@ class Generator:
         ledger.seconds["prefill"] = session.prefill_seconds
         ledger.seconds["decode"] = session.decode_seconds
         ledger.peak_bytes = self.engine.peak_bytes()
+        if not self.engine.decodes:
+            ledger.seconds = Ledger().seconds
         config, budget = work.request.config, work.budget
         return GenerationResult(
             best=best,
@@ -591,6 +642,7 @@ class Generator:
                 "first_look": budget.first_look,
                 "kv_budget_tokens": budget.kv_budget_tokens,
                 "until": list(work.request.until),
+                **({} if self.engine.decodes else {ROWS_FROM: "records"}),
             },
             degraded=session.degraded,
             nan_rewards=work.nan_rewards,

@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
+from specrej_eval import registry
 from specrej_eval.config import ARGUMENTS, HOST, Argument, RunConfig, Takes, names
 
 if TYPE_CHECKING:
@@ -26,6 +27,14 @@ def add_options(group: Any, arguments: Iterable[Argument], **more_flags: str) ->
         shown = (made.told.replace("``", "") + default).replace("%", "%%")
         text = argparse.SUPPRESS if made.not_in_python else shown  # taken all the same, and answered with what to use
         group.add_argument(*flags, dest=made.name, default=argparse.SUPPRESS, metavar="VALUE", help=text)
+
+
+def add_grid(group: Any, *, alpha: str, n: str) -> None:
+    """Options of a grid of methods."""
+    strategies = ",".join(registry.names("specrej_eval.strategies"))
+    group.add_argument("--strategy", default=strategies, metavar="LIST", help="strategies")
+    group.add_argument("--alpha", default=alpha, metavar="LIST", help="shares rejected at each look; 0 is Best-of-N")
+    group.add_argument("--n", default=argparse.SUPPRESS, metavar="LIST", help=f"rows started (default: {n})")
 
 
 def add_reward_options(parser: argparse.ArgumentParser, *, reward_model: str = "--reward_model") -> None:

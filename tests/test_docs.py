@@ -85,7 +85,9 @@ def test_the_readme_fits_a_visitors_patience() -> None:
 def short(code: str) -> str:
     """The same commands on a few problems."""
     code = re.sub(r"--limit \d+", "", code)
-    return re.sub(r"^(lm_eval .*--tasks specrej_arithmetic)", r"\1 --limit 2", code, flags=re.M)
+    return re.sub(
+        r"^((?:lm_eval|specrej-eval compare) .*--tasks specrej_arithmetic)", r"\1 --limit 2", code, flags=re.M
+    )
 
 
 @pytest.mark.slow

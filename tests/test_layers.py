@@ -29,7 +29,7 @@ LAYERS = (
     {"engines", "rewards"},  # never each other
     {"scheduler", "progress", "forecast"},
     {"generator"},
-    {"api", "answering", "options"},
+    {"api", "answering", "options", "evidence"},
     {"harness"},
     {"commands"},
     {"cli"},

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from specrej_eval.config.argument import Decides, Takes, argument, as_bool, number, text
+from specrej_eval.config.argument import Decides, Takes, argument, as_bool, number, text, whole
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,6 +22,16 @@ class RecordArguments:
         "Share of prompts, drawn at random, whose rejected rows are decoded to their end once the answer is known: "
         "results say how much reward rejection cost, with intervals. The answers and their cost are the same.",
         decides=Decides.KEPT,
+        later=True,
+    )
+    score_every: int | None = argument(
+        None,
+        whole(),
+        "Also score each live row after every so many tokens, and keep the scores in its ``look_scores``: what "
+        "`specrej-eval replay` reads. Answers and costs on record are the same: what it costs is counted nowhere.",
+        none="at looks alone",
+        decides=Decides.KEPT,
+        takes=(Takes.RUN, Takes.REQUEST),
         later=True,
     )
     trace_path: str | None = argument(

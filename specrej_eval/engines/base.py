@@ -82,6 +82,8 @@ class Engine(ABC):
     """Whether ``again`` is there."""
     stratifies: bool = False
     """Whether ``variance_reduce`` is."""
+    decodes: bool = True
+    """False: rows come from records, and seconds and memory are nobody's."""
     most_rows_unasked: int | None = None
     """Rows of one prompt beyond which ``n=max`` needs ``n_max``, since they would take very long; None = no such
     number."""
@@ -240,6 +242,17 @@ class Engine(ABC):
     def bytes_per_token(self) -> int:
         """Memory that a token of KV takes; 0 = unknown."""
         return 0
+
+    def parameters_per_token(self) -> int:
+        """Parameters that take part in reading or decoding a token; 0 = unknown."""
+        return 0
+
+    def attention_size(self) -> tuple[int, int]:
+        """Layers, and attention heads times the size of one; 0 = unknown."""
+        return 0, 0
+
+    def reset_peak(self) -> None:  # noqa: B027 - where it cannot be done, peaks are those of the whole process
+        """``peak_bytes`` begins anew."""
 
     @abstractmethod
     def peak_bytes(self) -> int:

@@ -121,3 +121,29 @@ def stop_ids(model: Any, tokenizer: Any) -> tuple[int, ...]:
         if ids is not None:
             found.update([ids] if isinstance(ids, int) else ids)
     return tuple(sorted(found))
+
+
+def parameters_per_token(model: Any) -> int:
+    """Parameters that multiply something for each token: all but the input embeddings (a table to look up), and of
+    experts the share that a token is sent to."""
+    text_config = model.config.get_text_config(decoder=True)
+    experts = next((n for name in ("num_local_experts", "num_experts") if (n := getattr(text_config, name, None))), 0)
+    share = getattr(text_config, "num_experts_per_tok", experts) / experts if experts else 1.0
+    table = model.get_input_embeddings()
+    output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    tied = output is not None and table is not None and output.weight is table.weight
+    looked_up = set() if table is None or tied else {id(parameter) for parameter in table.parameters()}
+    counted = (
+        parameter.numel() * (share if ".experts." in name else 1.0)
+        for name, parameter in model.named_parameters()
+        if id(parameter) not in looked_up
+    )
+    return int(sum(counted))
+
+
+def attention_size(model: Any) -> tuple[int, int]:
+    """Layers, and heads times the size of one."""
+    text_config = model.config.get_text_config(decoder=True)
+    heads = int(text_config.num_attention_heads)
+    size = getattr(text_config, "head_dim", None) or text_config.hidden_size // heads
+    return int(text_config.num_hidden_layers), heads * int(size)

@@ -104,6 +104,10 @@ class RewardModel(ABC):
         """Scores that became NaN because a judge wrote no grade."""
         return 0
 
+    def parameters_per_token(self) -> int:
+        """Parameters that take part in reading a token; 0 = none, or unknown (a server, a function)."""
+        return sum(member.parameters_per_token() for member in self.members)
+
     @property
     def nan_reasons(self) -> Mapping[int, str]:
         """Why scores of the last call are NaN, by their places; empty where that is not known."""

@@ -88,7 +88,7 @@ def test_a_misspelt_option_of_any_command_suggests_the_nearest(name: str, capsys
     options = [action for action in cli._options(cli.parser_of(name)) if len(action.dest) > 5]
     needed = {"gather": ["a", "--output", "b"], "export": ["alpaca", "a", "--output", "b"], "path": ["tasks"]}
     needed |= {"journal": ["merge", "a", "--output", "b"], "submission": ["lm-eval", "a", "--output", "b"]}
-    needed |= {"report": ["a"], "score": ["--input", "a"]}
+    needed |= {"report": ["a"], "replay": ["a"], "score": ["--input", "a"]}
     for action in options[:3]:
         wrong = f"--{action.dest[:-1]}zq"
         with pytest.raises(ConfigError, match=f"unknown option '{wrong}'"):

@@ -47,6 +47,7 @@ VALUES: dict[str, Any] = {
     **OTHER,
     "logprobs": True,
     "audit": 0.5,
+    "score_every": 8,
     "on_greedy": "error",
     "force_sampling_args": True,
     "reward_batch_size": 3,

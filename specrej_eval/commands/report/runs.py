@@ -16,6 +16,7 @@ from typing import Any
 from specrej_eval.auditing import AuditEstimate, of_totals
 from specrej_eval.checked import object_or_empty
 from specrej_eval.config import DECIDING, NEUTRAL, RecordArguments, declared
+from specrej_eval.core import ROWS_FROM
 from specrej_eval.errors import SpecRejError
 from specrej_eval.records import alpaca_eval_files, lm_eval_files
 from specrej_eval.records.fingerprint import EMBEDDED
@@ -187,8 +188,10 @@ def _reward_score(task: str, answers: Sequence[Answer], fingerprint: Mapping[str
 
 
 def _remarks(answers: Sequence[Answer], record: RunRecord) -> list[str]:
+    borrowed = sum(ROWS_FROM in answer.resolved for answer in answers)
     counts = [
         (sum(answer.degraded for answer in answers), "gave up rows for want of memory (degraded)", "answer", ""),
+        (borrowed, "made of another run's rows: no seconds", "answer was", "answers were"),
         (sum(answer.nan_rewards for answer in answers), "not finite", "reward was", "rewards were"),
         (sum(not answer.output.strip() for answer in answers), "empty", "answer is", "answers are"),
     ]

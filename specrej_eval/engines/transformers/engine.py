@@ -28,7 +28,7 @@ from specrej_eval.engines.transformers.session import EOS, MAY_STOP, Session
 from specrej_eval.kv.attention.base import AttentionBackend
 from specrej_eval.kv.cache import bytes_per_token
 from specrej_eval.kv.memory import clear_error, free_bytes, or_else, release_memory, twice
-from specrej_eval.kv.models import context_length, stop_ids
+from specrej_eval.kv.models import attention_size, context_length, parameters_per_token, stop_ids
 
 logger = logging.getLogger(__name__)
 
@@ -211,6 +211,18 @@ class TransformersEngine(Engine):
             path: Path | None = "shared_prefix" if self.runner.path == "shared_prefix" else None
             prefix = self.runner.prefill([0] * prompt_tokens, path)
             return bytes_per_token(prefix) if prefix.keys else 0
+
+    def parameters_per_token(self) -> int:
+        """See ``base.Engine.parameters_per_token``."""
+        return parameters_per_token(self.model)
+
+    def attention_size(self) -> tuple[int, int]:
+        """See ``base.Engine.attention_size``."""
+        return attention_size(self.model)
+
+    def reset_peak(self) -> None:
+        """See ``base.Engine.reset_peak``."""
+        hardware.reset_peak(self.device)
 
     def peak_bytes(self) -> int:
         """See ``base.Engine.peak_bytes``."""

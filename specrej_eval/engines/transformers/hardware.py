@@ -18,6 +18,17 @@ def peak_bytes(device: torch.device) -> int:
     return peak if sys.platform == "darwin" else peak * 1024  # kilobytes on Linux
 
 
+def reset_peak(device: torch.device) -> None:
+    """``peak_bytes`` begins anew; on a CPU this is Linux's to do, and elsewhere it stays that of the whole process."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        pass  # another system, or a container that forbids it
+
+
 def synchronize(device: torch.device) -> None:
     """Wait until the device has done what it was given, so that a clock means something."""
     if device.type == "cuda":

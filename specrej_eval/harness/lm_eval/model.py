@@ -217,6 +217,20 @@ class SpecRejLM(HFLM):
             super().barrier()
         raise SystemExit(0)
 
+    def requests_of(self, instances: Sequence[Any], config: RunConfig) -> list[Request]:
+        """What ``generate_until`` would decode with other arguments, none of them about the models.
+
+        Raises:
+            ConfigError, PromptError: as ``generate_until``.
+        """
+        own, self.run_config = self.run_config, config
+        try:
+            draws, _ = draws_of(instances)
+            self._warn_of_special_tokens(draws)
+            return self._translated(draws)
+        finally:
+            self.run_config = own
+
     @contextlib.contextmanager
     def _keeping(self, total: int) -> Iterator[stopping.Kept]:
         """Count what --use_cache keeps, and see that it is on disk, however this ends. A journal counts for itself."""

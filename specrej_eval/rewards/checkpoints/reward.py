@@ -10,6 +10,7 @@ import torch
 
 from specrej_eval.core import Message, RowView
 from specrej_eval.kv.memory import clear_error, twice
+from specrej_eval.kv.models import parameters_per_token
 from specrej_eval.rewards.base import Pair, RewardModel, RewardSession
 from specrej_eval.rewards.checkpoints.forward import SMALLER, Forward, Head
 from specrej_eval.rewards.checkpoints.renderer import Renderer
@@ -23,6 +24,10 @@ class CheckpointReward(Forward, RewardModel):
     def __init__(self, body: Any, head: Head | None, renderer: Renderer, **options: Any) -> None:
         super().__init__(body, head, renderer, **options)
         self.name = renderer.name
+
+    def parameters_per_token(self) -> int:
+        """Those of the body; the head reads few tokens."""
+        return parameters_per_token(self.body)
 
     @cached_property
     def shared_body(self) -> SharedBody | None:

@@ -1,0 +1,264 @@
+"""`specrej-eval replay`: what other strategies, alphas, n and selectors would have answered with the rows of a run of
+Best-of-N, in seconds and without a model.
+
+The run is a folder of `specrej-eval run` (or a journal) made with ``score_every``, so that each row carries its scores
+on the way. Every number is marked as simulated: rows and scores are real, and what would have become of them is worked
+out by the real strategies; nothing was decoded, so there are no seconds and no memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from specrej_eval.checked import object_or_empty
+from specrej_eval.commands.journal import journals_of
+from specrej_eval.config import SAMPLING, RunConfig, as_int
+from specrej_eval.core import GenerationResult
+from specrej_eval.errors import ConfigError
+from specrej_eval.evidence.methods import BEST_OF_N, Method, grid, listed
+from specrej_eval.evidence.replay import Replayed, replay
+from specrej_eval.evidence.selectors import KNOWN, make_selector
+from specrej_eval.evidence.tables import as_markdown, print_tables
+from specrej_eval.options import add_grid
+from specrej_eval.records import journal
+from specrej_eval.records.fingerprint.comparing import BETWEEN, differences
+from specrej_eval.records.jsonl import as_text, write_atomically
+from specrej_eval.records.outputs import OutputsFolder
+from specrej_eval.wording import counted
+
+if TYPE_CHECKING:
+    from specrej_eval.evidence.comparison import Cell
+
+SUMMARY = "simulate other strategies, alphas, n or selectors on the stored rows of a Best-of-N run, without a model"
+EXAMPLES = (
+    "specrej-eval replay results/bo32 --alpha 0.25,0.5,0.75 --n 8,16,32",
+    "specrej-eval replay results/seed0 results/seed1 --alpha 0.5 --n 32 --output replay.json",
+    "specrej-eval replay results/bo32 --strategy best_of_n --n 4,8 --selector majority --answer 'Answer: ?(-?[0-9]+)'",
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    read = parser.add_argument_group("what to read")
+    read.add_argument(
+        "run",
+        nargs="+",
+        metavar="RUN",
+        help="folder of a `specrej-eval run` of Best-of-N, or its journal; several are taken for seeds of one run",
+    )
+    what = parser.add_argument_group("what to simulate (lists with commas)")
+    add_grid(what, alpha="0.25,0.5,0.75", n="that of the run")
+    what.add_argument("--first_look", metavar="TOKENS", help="tokens per row before the first look, as in a run")
+    what.add_argument("--kv_budget_tokens", metavar="TOKENS", help="tokens one prompt may hold, as in a run")
+    told = "; ".join(f"{name}: {text}" for name, text in KNOWN.items())
+    what.add_argument("--selector", default="max", metavar="NAME", help=f"which finished row is the answer. {told}")
+    what.add_argument("--answer", metavar="REGEX", help="what of a text is its answer (its first group), for votes")
+    shown = parser.add_argument_group("how to show it")
+    shown.add_argument("--format", choices=("text", "markdown", "json"), default="text", help="format of the table")
+    shown.add_argument("--output", metavar="FILE.json", help="write everything there, the prompts' numbers included")
+    shown.add_argument("--baseline", metavar="NAME", help="method to hold the others against, such as bo16")
+
+
+@dataclass(frozen=True, slots=True)
+class Recorded:
+    """One run, as its records have it."""
+
+    path: str
+    results: list[GenerationResult]
+    fingerprint: Mapping[str, Any]
+    arguments: Mapping[str, Any]
+    instructions: Mapping[tuple[str, int], str]
+
+    @property
+    def seed(self) -> int:
+        return int(self.results[0].resolved["seed"])
+
+    @property
+    def rows(self) -> int:
+        """Of the prompt with the fewest."""
+        return min(len(result.trajectories) for result in self.results)
+
+
+def read_run(path: str) -> Recorded:
+    """All finished requests of a run, rows included; those of the folder's prompts, in their order.
+
+    Raises:
+        ConfigError, SpecRejError: there is none, it is of a newer version, or damaged.
+    """
+    folder = OutputsFolder(path)
+    record = folder.record() if Path(path).is_dir() else None
+    found: dict[str, GenerationResult] = {}
+    fingerprint: Mapping[str, Any] = {}
+    for file in journals_of(path):
+        contents = journal.read(file, argument="run")
+        if contents.scan.damaged:
+            damage = contents.scan.damaged[0]
+            raise ConfigError(
+                f"line {damage.number} of {file} is damaged ({damage.reason}).",
+                hint="run the command that made it again: it decodes that answer again.",
+            )
+        fingerprint = contents.fingerprint or fingerprint
+        found |= {key: entry.result for key, entry in contents.entries.items()}
+    instructions = {}
+    if record is not None:
+        answers = folder.answers()
+        missing = [answer for answer in answers if answer.key not in found]
+        if missing:
+            raise ConfigError(
+                f"{path!r} has no rows for {missing[0].called}: the run kept answers alone (keep_trajectories=false).",
+                hint="run it again with --keep_trajectories true.",
+            )
+        found = {answer.key: found[answer.key] for answer in answers}
+        instructions = {(answer.prompt_hash, answer.repeat): answer.instruction for answer in answers}
+        fingerprint = record.fingerprint
+    if not found:
+        raise ConfigError(f"{path!r} holds no finished answer.", hint="finish the run first.")
+    seeds = sorted({int(result.resolved["seed"]) for result in found.values()})
+    if len(seeds) > 1:
+        raise ConfigError(
+            f"{path!r} holds answers of seeds {', '.join(map(str, seeds))}.", hint="name runs of one seed each."
+        )
+    arguments = object_or_empty(record.arguments if record is not None else {})
+    return Recorded(path, list(found.values()), fingerprint, arguments, instructions)
+
+
+def check_runs(runs: Sequence[Recorded]) -> None:
+    """Whether runs are seeds of one run over the same prompts.
+
+    Raises:
+        ConfigError: they differ in more than the seed.
+    """
+    first = runs[0]
+    for run in runs:
+        strategy = run.results[0].resolved.get("strategy")
+        if any(row.finish_reason == "rejected" for result in run.results for row in result.trajectories):
+            raise ConfigError(
+                f"{run.path!r} is a run of {strategy} that rejected rows: how they would have gone on is on no record.",
+                hint="name a run of Best-of-N (strategy=best_of_n, or alpha=0), made with score_every=8.",
+            )
+        apart = {"seed", "environment"}
+        models, of_first = ({k: v for k, v in each.fingerprint.items() if k not in apart} for each in (run, first))
+        if told := differences(of_first, models, told=BETWEEN):
+            raise ConfigError(
+                f"{run.path!r} and {first.path!r} cannot be paired: they differ in more than the seed ({told}).",
+                hint="replay them one by one.",
+            )
+    seeds = [run.seed for run in runs]
+    if len(set(seeds)) < len(seeds):
+        raise ConfigError(
+            f"two of the runs have seed {next(s for s in seeds if seeds.count(s) > 1)}.", hint="name each run once."
+        )
+
+
+def simulated_config(run: Recorded, method: Method, options: Mapping[str, Any]) -> RunConfig:
+    """The arguments of a run with a method's in place of its own."""
+    resolved = run.results[0].resolved
+    own = {name: resolved[name] for name in (*SAMPLING, "max_gen_toks", "seed")}
+    given = {name: value for name in ("first_look", "kv_budget_tokens") if (value := options.get(name)) is not None}
+    if method.strategy == BEST_OF_N:  # rows that are never cut have no use for a look
+        given.pop("first_look", None)
+    on_nan = str(resolved.get("on_nan", run.fingerprint.get("on_nan", "error")))
+    config, _ = RunConfig.from_args({**own, **given, **method.arguments, "on_nan": on_nan, "batch_size": 64})
+    return config
+
+
+def run(args: argparse.Namespace) -> int:
+    """Raises:
+    SpecRejError: a run cannot be read, or not be replayed. Nothing is written then.
+    """
+    from specrej_eval.evidence.comparison import Cell, compare
+
+    options = vars(args)
+    strategies = listed("strategy", args.strategy)
+    alphas = listed("alpha", args.alpha)
+    select = make_selector(args.selector, answer=args.answer)
+    rows = listed("n", options["n"]) if "n" in options else []
+    first_look = None if args.first_look is None else as_int("first_look", args.first_look)
+    budget = None if args.kv_budget_tokens is None else as_int("kv_budget_tokens", args.kv_budget_tokens)
+    runs = [read_run(path) for path in args.run]
+    check_runs(runs)
+    for each in runs:
+        if each.fingerprint.get("reward_ensemble") == "rank":
+            raise ConfigError(
+                f"{each.path!r} was chosen by ranks among the rows of one look: with other rows they would be others.",
+                hint="such a run cannot be replayed; reward_ensemble=mean gives scores that can.",
+            )
+    most = min(each.rows for each in runs)
+    methods = grid(strategies, alphas, rows or [most])
+    if too_many := [method for method in methods if not isinstance(method.n, int) or method.n > most]:
+        raise ConfigError(
+            f"n={too_many[0].n} rows are needed, and the runs have {most}.", hint=f"ask for n={most} or fewer."
+        )
+    given = {"first_look": first_look, "kv_budget_tokens": budget}
+    cells = []
+    asked = between = 0
+    # the run itself is the pool that regret and equivalent N are told from
+    whole = Method(BEST_OF_N, most)
+    for method in dict.fromkeys([whole, *methods]):
+        for each in runs:
+            found = replay(each.results, simulated_config(each, method, given))
+            if method in methods or args.selector == "max":
+                _select(found, select, args.selector)
+            asked, between = asked + found.scores_asked, between + found.scores_between
+            cells.append(Cell(method=method, seed=each.seed, results=found.results, simulated=True, path=each.path))
+    prompts = [
+        {
+            "prompt_hash": r.prompt_hash,
+            "repeat": r.repeat,
+            "instruction": runs[0].instructions.get((r.prompt_hash, r.repeat)),
+        }
+        for r in runs[0].results
+    ]
+    report = compare(_in_order(cells, runs[0]), prompts=prompts, baseline=args.baseline)
+    report |= {
+        "made_by": "replay",
+        "selector": args.selector,
+        "sources": [each.path for each in runs],
+        "scores": {"asked": asked, "between": between},
+    }
+    if args.output is not None:
+        write_atomically(Path(args.output), as_text(report, indent=1) + "\n")
+    _show(report, args.format)
+    return 0
+
+
+def _select(found: Replayed, select: Any, name: str) -> None:
+    if name == "max":
+        return
+    found.results = [
+        replace(r, best=select([row for row in r.trajectories if row.finish_reason != "rejected"], r.prompt_hash))
+        for r in found.results
+    ]
+
+
+def _in_order(cells: Sequence[Cell], first: Recorded) -> list[Cell]:
+    """Results in the first run's order of prompts, where the others have the same ones in another."""
+    places = {(r.prompt_hash, r.repeat): place for place, r in enumerate(first.results)}
+    return [
+        replace(cell, results=sorted(cell.results, key=lambda r: places.get((r.prompt_hash, r.repeat), len(places))))
+        for cell in cells
+    ]
+
+
+def _show(report: Mapping[str, Any], form: str) -> None:
+    if form == "json":
+        print(json.dumps(report, indent=1))
+        return
+    notes = ["simulated: the real strategies on stored rows and scores; nothing was decoded."]
+    scores = report["scores"]
+    if scores["between"]:
+        notes.append(
+            f"{counted(scores['between'], 'partial score')} of {scores['asked']:,} fell between two recorded ones: the "
+            "last one before was taken. With score_every=1 a replay is what a run would give."
+        )
+    if report["selector"] != "max":
+        notes.append(f"answers were chosen by the selector {report['selector']}, not by the highest reward.")
+    if form == "markdown":
+        print(as_markdown(report, notes))
+    else:
+        print_tables(report, notes, file=sys.stdout)
