@@ -16,7 +16,7 @@ from specrej_eval import stopping
 from specrej_eval.config import AUTO, MAX, PromptArguments, RunConfig
 from specrej_eval.core import Message, Prompt, Question, Spent
 from specrej_eval.engines.base import Engine
-from specrej_eval.errors import ConfigError, PromptError
+from specrej_eval.errors import ConfigError, LimitReached, PromptError
 from specrej_eval.generator import Generator, Request
 from specrej_eval.progress import audit_line, summary_line
 from specrej_eval.records.outputs import Answer, OutputsFolder, audit_sample, total_cost
@@ -145,7 +145,8 @@ def answer(
         spent: counts what this call decodes, and how many answers it finds in records.
 
     Raises:
-        ConfigError, PromptError, RewardError, OutOfMemoryError: as ``Generator.run``; what finished is in ``store``.
+        ConfigError, PromptError, RewardError, OutOfMemoryError, LimitReached: as ``Generator.run``; what finished is in
+            ``store``.
     """
     if len(questions) != len(requests):
         raise ConfigError(f"{len(questions)} questions, but {len(requests)} requests: each question needs one.")
@@ -166,25 +167,34 @@ def answer(
                 "%d of %d answers are already recorded; %d are left to do.", len(answers), len(requests), len(left)
             )
         work = [requests[index] for index in left]
+        if store is not None:
+            generator.state_path = str(store.state_file)
         where = store.path if store is not None else generator.config.journal
         with stopping.keeping(len(requests), where, answers=len(answers)) as kept:
-            for place, result in generator.run(work, progress=progress, summary=summary):
-                index = left[place]
-                question = questions[index]
-                if spent is not None:
-                    spent.count(result)
-                done = Answer.of(
-                    result,
-                    key=requests[index].key,
-                    instruction=question.instruction,
-                    index=question.index,
-                    others=question.fields,
-                )
-                with stopping.held():
-                    if store is not None:
-                        store.put(done)
-                    kept.add()
-                answers[index] = done
+            try:
+                for place, result in generator.run(work, progress=progress, summary=summary):
+                    index = left[place]
+                    question = questions[index]
+                    if spent is not None:
+                        spent.count(result)
+                    done = Answer.of(
+                        result,
+                        key=requests[index].key,
+                        instruction=question.instruction,
+                        index=question.index,
+                        others=question.fields,
+                    )
+                    with stopping.held():
+                        if store is not None:
+                            store.put(done)
+                        kept.add()
+                    answers[index] = done
+            except LimitReached as error:
+                if store is None:
+                    raise
+                raise LimitReached.after(
+                    len(answers), len(requests), limit=error.limit, where=str(store.path)
+                ) from error
     return [answers[index] for index in range(len(requests))]
 
 

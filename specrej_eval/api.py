@@ -98,8 +98,6 @@ class RunPlan:
         """As ``replace``, with files of its own for one of several processes."""
         plan = self.replace(**changes)
         files = {name: getattr(plan.config, name) for name in ("trace_path", "journal")}
-        if plan.config.max_decode_tokens is not None:  # of all processes: each has its share
-            plan = plan.replace(max_decode_tokens=-(-plan.config.max_decode_tokens // world_size))
         return plan.replace(**{name: file and rank_path(file, rank, world_size) for name, file in files.items()})
 
     def fingerprint(self, **others: Any) -> dict[str, Any]:

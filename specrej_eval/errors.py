@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Self
 
 from specrej_eval.redaction import redacted
-from specrej_eval.wording import inert_lines
+from specrej_eval.wording import counted, inert_lines
 
 
 class SpecRejError(Exception):
@@ -71,6 +71,22 @@ class LimitReached(SpecRejError):
         """As it was given: ``max_seconds=600``."""
         self.results: Any = None
         """Index -> result, of ``Generator.generate``."""
+
+    @classmethod
+    def after(cls, answered: int, total: int, *, limit: str, where: str | None) -> Self:
+        """What is said of a run that a limit ended.
+
+        Args:
+            where: the file or folder that holds the answers; None = nowhere.
+        """
+        kept = "" if where is None else f" The answers are kept in {where}."
+        again = "run the same command again to continue (a limit holds for each start), or leave the limit out."
+        return cls(
+            f"{limit} is reached: {answered:,} of {counted(total, 'prompt')} are answered, and this is not the result of "
+            f"the whole run.{kept}",
+            hint=again if kept else "journal=FILE keeps answers for the next run.",
+            limit=limit,
+        )
 
 
 def nearest(name: str, choices: Iterable[str]) -> str | None:

@@ -159,6 +159,8 @@ class Generator:
         """What ``max_seconds`` counts from."""
         self.spent_before = 0
         """Tokens that count for ``max_decode_tokens`` beside its own: of other generators of the same run."""
+        self.processes = 1
+        """That answer a run together: each has its share of ``max_decode_tokens``."""
         self.state_path: str | None = None
         """Where a run's live state is kept (``records.state``); None = beside the journal, if there is one."""
         self.prompts_in_flight: int | None = None
@@ -244,6 +246,7 @@ class Generator:
         Raises:
             ConfigError, PromptError: before anything is decoded.
             RewardError, OutOfMemoryError: what finished before has been yielded, traced and journalled.
+            LimitReached: likewise, of ``max_seconds`` or ``max_decode_tokens``.
         """
         if self.config.plan is not None:
             raise ConfigError(
@@ -312,7 +315,8 @@ class Generator:
                 bar.step([work.session for work in running])
                 state.step([work.session for work in running])
             if limit is not None and scheduler.num_waiting:
-                raise self._limit_reached(limit, scheduler.num_waiting, len(requests), kept)
+                answered = len(requests) - scheduler.num_waiting
+                raise LimitReached.after(answered, len(requests), limit=limit, where=kept.where)
 
     def _limit(self, sessions: Sequence[EngineSession]) -> str | None:
         """The limit that is reached; None = none is."""
@@ -321,21 +325,9 @@ class Generator:
             return f"max_seconds={config.max_seconds:g}"
         decoded = self.totals.decode_tokens + self.totals.audit_tokens + self.spent_before
         decoded += sum(session.decode_tokens for session in sessions)
-        if config.max_decode_tokens is not None and decoded >= config.max_decode_tokens:
+        if config.max_decode_tokens is not None and decoded * self.processes >= config.max_decode_tokens:
             return f"max_decode_tokens={config.max_decode_tokens}"
         return None
-
-    def _limit_reached(self, limit: str, waiting: int, total: int, kept: stopping.Kept) -> LimitReached:
-        where = "" if kept.where is None else f" They are kept in {kept.where}."
-        again = "run the same command again to continue (a limit holds for each start)"
-        return LimitReached(
-            f"{limit} is reached: {total - waiting:,} of {counted(total, 'prompt')} are answered, and this is not the "
-            f"result of the whole run.{where}",
-            hint=f"{again}, or leave the limit out."
-            if where
-            else "journal=FILE keeps what is answered for the next run.",
-            limit=limit,
-        )
 
     def _state(self, total: int) -> StateFile:
         path = self.state_path

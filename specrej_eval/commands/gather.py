@@ -24,7 +24,15 @@ from typing import Any
 
 from specrej_eval.errors import ConfigError
 from specrej_eval.records.fingerprint import BETWEEN, differences
-from specrej_eval.records.outputs import GATHERED, Answer, OutputsFolder, RecordedRun, RunRecord, total_cost
+from specrej_eval.records.outputs import (
+    GATHERED,
+    Answer,
+    OutputsFolder,
+    RecordedRun,
+    RunRecord,
+    audited,
+    total_cost,
+)
 from specrej_eval.records.run_names import default_name
 from specrej_eval.wording import counted, inert
 
@@ -181,6 +189,9 @@ def _best(answers: Sequence[Answer]) -> Answer:
         seconds=sum(answer.seconds for answer in answers),
         degraded=any(answer.degraded for answer in answers),
         nan_rewards=sum(answer.nan_rewards for answer in answers),
+        # what an audit said of one seed's answer is not true of the best of several
+        audit=None,
+        resolved={name: value for name, value in best.resolved.items() if name != "audit"},
         key=_digest(sorted(answer.key for answer in answers)),
     )
 
@@ -219,6 +230,7 @@ def _record(
         described={GATHERED: [part for source in sources for part in _parts(source)]},
         capacity_tokens=capacities.pop() if len(capacities) == 1 else None,
         totals=total_cost(answers).to_dict(),
+        audit=audited(answers),
         complete=complete,
         num_prompts=len(answers),
     )

@@ -282,7 +282,7 @@ def _run(
         if not ranks.main:
             store.begin(record)  # rank 0 has moved answers since
         share = slice(ranks.rank, None, ranks.world_size)
-        generator.state_path = str(store.state_file)
+        generator.processes = ranks.world_size
         generator.started = limits.setdefault("started", generator.started)
         generator.spent_before = limits.get("tokens", 0)
         reached: LimitReached | None = None
@@ -307,7 +307,9 @@ def _run(
             record.stopped = stopped[0]
             store.write_record(record)
         ranks.wait()
-        raise _stopped(stopped[0], OutputsFolder(folder), requests)
+        answers = OutputsFolder(folder)
+        answered = sum(answers.get(request.key) is not None for request in requests)
+        raise LimitReached.after(answered, len(requests), limit=stopped[0], where=str(folder))
     spent = functools.reduce(Spent.add, ranks.gathered(spent), Spent())
     ranks.wait()
     if ranks.main:
@@ -321,17 +323,6 @@ def _run(
 def _questions(own: Mapping[str, Any]) -> tuple[int | None, list[Question]]:
     limit = None if own.get("limit") is None else as_int("limit", own["limit"])
     return limit, read_prompts(own["prompts"], prompt_column=own.get("prompt_column"), limit=limit)
-
-
-def _stopped(limit: str, store: OutputsFolder, requests: Sequence[Request]) -> LimitReached:
-    """What is said of a run that is not complete."""
-    answered = sum(store.get(request.key) is not None for request in requests)
-    return LimitReached(
-        f"{limit} is reached: {answered:,} of {counted(len(requests), 'prompt')} are answered, and this is not the "
-        f"result of the whole run. The answers are kept in {store.path}.",
-        hint="run the same command again to continue (a limit holds for each start), or leave the limit out.",
-        limit=limit,
-    )
 
 
 def _forecast(plan: api.RunPlan, asked: PromptArguments, own: Mapping[str, Any], ranks: Ranks, *, runs: int) -> None:

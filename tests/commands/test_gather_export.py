@@ -14,9 +14,9 @@ from support.run_folders import a_run, an_answer
 
 from specrej_eval import cli
 from specrej_eval.commands.gather import gather, write
-from specrej_eval.core import Ledger
+from specrej_eval.core import Audit, Ledger
 from specrej_eval.errors import ConfigError
-from specrej_eval.records.outputs import Answer, RecordedRun, open_run
+from specrej_eval.records.outputs import Answer, RecordedRun, audit_sample, open_run
 
 
 def gathered(*runs: str, **options: Any) -> list[Answer]:
@@ -178,6 +178,23 @@ def test_equal_rewards_go_to_the_lower_seed(tmp_path: Path) -> None:
     runs = [a_run(tmp_path / str(seed), [an_answer("a", reward=1.0, seed=seed)], seed=seed) for seed in (7, 3)]
     (answer,) = gathered(*runs)
     assert "seed 3" in answer.output
+
+
+def test_the_audit_of_one_seed_is_not_passed_off_as_that_of_the_best_of_several(tmp_path: Path) -> None:
+    def of(seed: int, text: str) -> Answer:
+        audit = Audit(rows=[], num_rows=3, regret=2.0, better=1)
+        found = an_answer(text, reward=float(seed), seed=seed, audit=audit)
+        found.resolved["audit"] = 1.0
+        found.ledger.rows_rejected = 3
+        return found
+
+    runs = [a_run(tmp_path / str(seed), [of(seed, "a")], seed=seed) for seed in (1, 2)]
+    (merged,) = gathered(*runs)
+    assert merged.audit is None and audit_sample([merged]).estimate() is None
+    assert open_run(runs[0])[0].audit["best_rejected"] == 1.0
+    shards = [a_run(tmp_path / text, [of(1, text)], seed=1) for text in "ab"]
+    alone = audit_sample(gathered(*shards)).estimate()
+    assert alone is not None and alone.regret == 2.0 and alone.prompts_audited == 2
 
 
 # what gather refuses

@@ -23,9 +23,11 @@ from support.rank_runs import HANG, ROOT, finish, free_port, lines, numbers, ope
 from specrej_eval import cli
 from specrej_eval.api import RunPlan
 from specrej_eval.checkpoint import DEMO_POLICY, DEMO_REWARD
+from specrej_eval.commands import status
 from specrej_eval.config import RunConfig
 from specrej_eval.errors import ConfigError
 from specrej_eval.ranks import Peer, RankError, Watch
+from specrej_eval.records.outputs import OutputsFolder
 
 PROMPTS = [question(operands) for operands in distinct_problems("test", 120, seed=3)]
 FEW = PROMPTS[: 16 if FULL else 8]
@@ -439,3 +441,22 @@ def test_a_world_of_which_accelerate_sees_one_process_is_refused(command: str, t
     assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
     assert "2 processes were started (WORLD_SIZE), but to accelerate this is the only one" in done.stderr
     assert "or unset WORLD_SIZE" in done.stderr and not (tmp_path / "out").exists()
+
+
+def test_a_limit_ends_all_ranks_at_a_requests_boundary_and_one_process_goes_on(tmp_path: Path) -> None:
+    words, _ = run_words(tmp_path, FEW)
+    processes = start([*words, "--max_decode_tokens", "300"], ranks=2, cwd=tmp_path)
+    assert [process.wait(timeout=800) for process in processes] == [75, 75], (tmp_path / "errors0").read_text()[-3000:]
+    for rank in range(2):
+        assert "this is not the result of the whole run" in (tmp_path / f"errors{rank}").read_text()
+    store = OutputsFolder(tmp_path / "out")
+    record = store.record()
+    assert record is not None and not record.complete
+    assert record.stopped == "max_decode_tokens=300"
+    some = len(store.answers())
+    assert 2 <= some < len(FEW)
+    told = "\n".join(status.lines(tmp_path / "out"))
+    assert f"{some} of {len(FEW)} answers" in told and told.count("dead") == 2
+    finish(start(words, ranks=1, cwd=tmp_path), cwd=tmp_path)
+    record = OutputsFolder(tmp_path / "out").record()
+    assert record is not None and record.complete and record.num_prompts == len(FEW) and not record.stopped

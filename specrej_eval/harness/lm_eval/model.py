@@ -130,6 +130,7 @@ class SpecRejLM(HFLM):
         self._uses_chat_template = False
         self._ranks: list[Tally] = []
         self.generator = self._generator()
+        self.generator.processes = self.world_size
         for note in notes:
             self._warn(note)
         if host_run is not None and self.rank == 0:
