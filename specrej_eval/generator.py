@@ -21,8 +21,8 @@ from specrej_eval.budget import Budget
 from specrej_eval.checkpoint import DEMO_REWARD
 from specrej_eval.config import AUTO, DECIDING, MAX, N_MAX, RunConfig, checked_until
 from specrej_eval.core import (
-    Audit,
     ROWS_FROM,
+    Audit,
     GenerationResult,
     Ledger,
     Message,
