@@ -91,8 +91,8 @@ class LimitReached(SpecRejError):
         kept = "" if where is None else f" The answers are kept in {where}."
         again = "run the same command again to continue (a limit holds for each start), or leave the limit out."
         return cls(
-            f"{limit} is reached: {answered:,} of {counted(total, 'prompt')} are answered, and this is not the result of "
-            f"the whole run.{kept}",
+            f"{limit} is reached: {answered:,} of {counted(total, 'prompt')} are answered, and this is not the result "
+            f"of the whole run.{kept}",
             hint=again if kept else "journal=FILE keeps answers for the next run.",
             limit=limit,
         )

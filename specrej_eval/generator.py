@@ -117,7 +117,7 @@ class _Running:
     def remaining_tokens(self) -> int:
         """Until rows are to be scored: at a look, or aside."""
         every = self.request.config.score_every
-        if every is None or self.result is not None or not self.until_look:
+        if every is None or not self.until_look or self.result is not None:  # an audit has no looks
             return self.until_look
         tokens = self.tokens_at_look + self.session.tokens_since_look
         return min(self.until_look, 0 if tokens % every == 0 and tokens > self.aside_at else every - tokens % every)
@@ -338,12 +338,6 @@ class Generator:
     def _checked(self, requests: Sequence[Request], journal: Journal | None) -> list[tuple[int, Request, Budget]]:
         for request in requests:
             self.engine.check(request.prompt, request.config)
-            if request.config.score_every is not None and self.reward.by_rank:
-                raise ConfigError(
-                    f"score_every={request.config.score_every}: the scores of {self.reward.name} are ranks among the "
-                    "rows of one look, and say nothing between looks.",
-                    hint="reward_ensemble=mean gives scores that compare; or leave score_every out.",
-                )
             if request.config.variance_reduce and not self.engine.stratifies:
                 raise ConfigError(
                     f"variance_reduce=True needs an engine that draws tokens from our own random numbers, and "
@@ -355,6 +349,12 @@ class Generator:
                     f"audit={request.config.audit:g} needs an engine that can go on with rejected rows, and "
                     f"{type(self.engine).__name__} cannot.",
                     hint="leave audit out, or use the transformers engine.",
+                )
+            if request.config.score_every is not None and self.reward.by_rank:
+                raise ConfigError(
+                    f"score_every={request.config.score_every}: the scores of {self.reward.name} are ranks among the "
+                    "rows of one look, and say nothing between looks.",
+                    hint="reward_ensemble=mean gives scores that compare; or leave score_every out.",
                 )
         of_memory = [r for r in requests if r.config.n == MAX and r.config.kv_budget_tokens is None]
         if of_memory:

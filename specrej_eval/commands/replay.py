@@ -158,6 +158,12 @@ def check_runs(runs: Sequence[Recorded]) -> None:
 def simulated_config(run: Recorded, method: Method, options: Mapping[str, Any]) -> RunConfig:
     """The arguments of a run with a method's in place of its own."""
     resolved = run.results[0].resolved
+    if resolved.get("variance_reduce") and method.n != resolved.get("n"):
+        raise ConfigError(
+            f"{run.path!r} was made with variance_reduce=True, so that its rows depend on n={resolved.get('n')}: a run "
+            f"with n={method.n} would have others.",
+            hint=f"--n {resolved.get('n')}",
+        )
     own = {name: resolved[name] for name in (*SAMPLING, "max_gen_toks", "seed")}
     given = {name: value for name in ("first_look", "kv_budget_tokens") if (value := options.get(name)) is not None}
     if method.strategy == BEST_OF_N:  # rows that are never cut have no use for a look

@@ -16,6 +16,14 @@ class RecordArguments:
         decides=Decides.KEPT,
         takes=(Takes.RUN, Takes.REQUEST),
     )
+    audit: float = argument(
+        0.0,
+        number("in [0, 1]", lambda value: 0 <= value <= 1, "audit=0.02 audits two prompts of a hundred."),
+        "Share of prompts, drawn at random, whose rejected rows are decoded to their end once the answer is known: "
+        "results say how much reward rejection cost, with intervals. The answers and their cost are the same.",
+        decides=Decides.KEPT,
+        later=True,
+    )
     score_every: int | None = argument(
         None,
         whole(),
@@ -24,14 +32,6 @@ class RecordArguments:
         none="at looks alone",
         decides=Decides.KEPT,
         takes=(Takes.RUN, Takes.REQUEST),
-        later=True,
-    )
-    audit: float = argument(
-        0.0,
-        number("in [0, 1]", lambda value: 0 <= value <= 1, "audit=0.02 audits two prompts of a hundred."),
-        "Share of prompts, drawn at random, whose rejected rows are decoded to their end once the answer is known: "
-        "results say how much reward rejection cost, with intervals. The answers and their cost are the same.",
-        decides=Decides.KEPT,
         later=True,
     )
     trace_path: str | None = argument(

@@ -118,12 +118,12 @@ class Engine(ABC):
     device: Any = "cpu"
     """Where rows are decoded; a reward model lies there unless ``reward_device`` says otherwise."""
     promises: Promise = "distribution"
-    decodes: bool = True
-    """False: rows come from records, and seconds and memory are nobody's."""
     finishes_rejected: bool = False
     """Whether ``again`` is there."""
     stratifies: bool = False
     """Whether ``variance_reduce`` is."""
+    decodes: bool = True
+    """False: rows come from records, and seconds and memory are nobody's."""
     most_rows_unasked: int | None = None
     """Rows of one prompt beyond which ``n=max`` needs ``n_max``, since they would take very long; None = no such
     number."""

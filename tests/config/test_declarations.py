@@ -46,8 +46,8 @@ EVERYTHING = {**ARGUMENTS, **HOST, **declared(DecoderArguments)}
 VALUES: dict[str, Any] = {
     **OTHER,
     "logprobs": True,
-    "score_every": 8,
     "audit": 0.5,
+    "score_every": 8,
     "on_greedy": "error",
     "force_sampling_args": True,
     "reward_batch_size": 3,

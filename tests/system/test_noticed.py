@@ -115,7 +115,7 @@ def test_every_argument_is_noticed(name: str, store: str, tmp_path: Path, counte
     elif name in NEUTRAL:
         pytest.skip("decides nothing")
     elif name in names(Decides.KEPT):  # more of the same answers is kept; only a journal has room for it
-        other, deciding = {"logprobs": True, "audit": 0.5}[name], store == "journal"
+        other, deciding = {"logprobs": True, "audit": 0.5, "score_every": 8}[name], store == "journal"
     else:
         assert name in OTHER, f"say in OTHER what {name} could be, or where it is declared that it is neutral"
         other, deciding = OTHER[name], True

@@ -202,6 +202,8 @@ class Decoder:
             return None
         if generator.config.logprobs or generator.config.score_every:
             return None
+        if generator.config.audit or generator.config.variance_reduce:  # rows go on that were cut; rows depend on n
+            return None
         for result in results_of(place.store, [request.key for request in done]):
             whole = pool[(result.task, result.prompt_hash, result.repeat)]
             rows = zip(result.trajectories, whole.trajectories, strict=False)

@@ -233,6 +233,15 @@ class SpecRejLM(HFLM):
                     kept.add()
         return [texts[index] for index in source]
 
+    def _plan_only(self, work: Sequence[Request]) -> None:
+        """Say what answering would take, and end before lm-eval can make scores of nothing."""
+        with self._needs_all_ranks():
+            if self.rank == 0:
+                sys.stderr.flush()
+                print(self.generator.forecast(work), flush=True)
+            super().barrier()
+        raise SystemExit(0)
+
     def requests_of(self, instances: Sequence[Any], config: RunConfig) -> list[Request]:
         """What ``generate_until`` would decode with other arguments, none of them about the models.
 
@@ -246,15 +255,6 @@ class SpecRejLM(HFLM):
             return self._translated(draws)
         finally:
             self.run_config = own
-
-    def _plan_only(self, work: Sequence[Request]) -> None:
-        """Say what answering would take, and end before lm-eval can make scores of nothing."""
-        with self._needs_all_ranks():
-            if self.rank == 0:
-                sys.stderr.flush()
-                print(self.generator.forecast(work), flush=True)
-            super().barrier()
-        raise SystemExit(0)
 
     @contextlib.contextmanager
     def _keeping(self, total: int) -> Iterator[stopping.Kept]:
