@@ -176,6 +176,7 @@ NOT_A_DECLARATION = {
         "records/fingerprint/comparing.py",
         ("revision", "subfolder", "gguf_file", "peft", "tokenizer"),
     ),  # what old records knew
+    ("commands/report/page/data.py", ("strategy", "n", "alpha")),  # what a short name is made of
     ("generator.py", ("strategy", "n", "alpha", "max_gen_toks", "temperature", "top_k", "seed")),  # what repr shows
     ("engines/transformers/loading.py", ("device_map", "gguf_file", "max_memory", "offload_folder")),  # of one call
 }

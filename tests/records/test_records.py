@@ -352,7 +352,7 @@ ASKED_AGAIN: dict[str, list[str]] = {
     "others": ["Q: 1 + 1 = ?\nA:", "Q: 2 + 1 = ?\nA:"],
     "some, and another": [TEXTS[3], "Q: 1 + 1 = ?\nA:", TEXTS[0]],
 }
-PLACES = range(2, 34, 3) if FULL else (16,)
+PLACES = range(2, 46, 3) if FULL else (24,)
 
 
 @pytest.mark.parametrize("place", PLACES)
