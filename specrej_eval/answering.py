@@ -169,6 +169,7 @@ def answer(
         work = [requests[index] for index in left]
         if store is not None:
             generator.state_path = str(store.state_file)
+            generator.answered_before = len(answers)
         where = store.path if store is not None else generator.config.journal
         with stopping.keeping(len(requests), where, answers=len(answers)) as kept:
             try:

@@ -163,6 +163,8 @@ class Generator:
         """That answer a run together: each has its share of ``max_decode_tokens``."""
         self.state_path: str | None = None
         """Where a run's live state is kept (``records.state``); None = beside the journal, if there is one."""
+        self.answered_before = 0
+        """Answers that its caller had before, and does not ask for: they stand in the live state."""
         self.prompts_in_flight: int | None = None
         """What ``batch_size`` came to, in the last run."""
 
@@ -333,7 +335,7 @@ class Generator:
         path = self.state_path
         if path is None and self.config.journal is not None:
             path = str(state_file(self.config.journal))
-        return StateFile(path, total=total)
+        return StateFile(path, total=total, earlier=self.answered_before)
 
     def _checked(self, requests: Sequence[Request], journal: Journal | None) -> list[tuple[int, Request, Budget]]:
         for request in requests:

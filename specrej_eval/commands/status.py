@@ -134,11 +134,8 @@ def _ranks(path: Path) -> set[str]:
 def _told(where: str, processes: list[Process], done: int, by: str) -> Iterator[str]:
     alive = [each for each in processes if each.holder is not None]
     states = [each.state for each in processes if each.state is not None]
-    total = sum(state.total for state in states)
-    # an answer that was there before this start is in no process's total where the folder takes it out first
-    told = sum(state.done for state in states)
-    whole = total + max(0, done - told)
-    share = f"{done:,} of {counted(whole, 'answer')} ({done / whole:.0%})" if states else counted(done, "answer")
+    whole = sum(state.total + state.earlier for state in states)
+    share = f"{done:,} of {counted(whole, 'answer')} ({done / whole:.0%})" if whole else counted(done, "answer")
     if alive:
         yield f"{where}: running, {share}"
         live = [each.state for each in alive if each.state is not None]

@@ -40,6 +40,8 @@ class RunState:
     updated: float = 0.0
     total: int = 0
     """Requests of this process."""
+    earlier: int = 0
+    """Answers that were there before it began, and are in no request of its."""
     done: int = 0
     """Those answered, the ones taken from records included."""
     decoded: int = 0
@@ -85,13 +87,15 @@ class StateFile:
     Args:
         path: None = keep none.
         total: requests of this process.
+        earlier: see ``RunState``.
     """
 
-    def __init__(self, path: str | None, *, total: int) -> None:
+    def __init__(self, path: str | None, *, total: int, earlier: int = 0) -> None:
         self._path = None if path is None else Path(path)
         self._written = 0.0
         now = time.time()
-        self.state = RunState(pid=os.getpid(), host=socket.gethostname(), started=now, updated=now, total=total)
+        self.state = RunState(pid=os.getpid(), host=socket.gethostname(), started=now, updated=now)
+        self.state.total, self.state.earlier = total, earlier
         self._of_finished = 0
 
     def __enter__(self) -> Self:

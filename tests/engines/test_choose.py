@@ -61,6 +61,12 @@ VALUES: dict[str, Any] = {
     "enforce_eager": True,
     "attention_backend": "sdpa",
     "attn_implementation": "eager",
+    "compile": "off",
+    "engine_url": "http://localhost:9",
+    "engine_looks": "resubmit",
+    "engine_timeout": 3.0,
+    "engine_retries": 3,
+    "engine_key_over_http": True,
 }
 
 

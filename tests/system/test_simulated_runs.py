@@ -145,7 +145,7 @@ def test_another_number_of_processes_draws_nothing_again(ranks, asked, killed_af
     path = tmp_path / "run.jsonl"
     first, drawn = answered_by(path, names[:12], ranks=ranks[0], killed_after=killed_after)
     assert drawn == len(first)
-    files = {file: file.read_bytes() for file in tmp_path.iterdir()}
+    files = {file: file.read_bytes() for file in tmp_path.glob("*.jsonl")}
     wanted = names[ASKED[asked]]
     second, drawn = answered_by(path, wanted, ranks=ranks[1])
     assert drawn == len(set(wanted) - first.keys()), "what another process had finished is decoded again"

@@ -150,6 +150,7 @@ WIN: dict[str, tuple[str, Any]] = {
     "n_max": ("64", 64),
     "on_greedy": ("sample", None),
     "on_nan": ("drop", None),
+    "score_every": ("8", None),
     "seed": ("9", 9),
     "strategy": ("best_of_n", "best_of_n"),
     "temperature": ("0.7", 0.7),
