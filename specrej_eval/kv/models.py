@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from importlib import metadata
 from typing import Any
 
 import torch
+from packaging.version import Version
 
 from specrej_eval.kv import shared_prefix
 
@@ -21,6 +23,17 @@ def obstacle(model: Any) -> str | None:
     if not getattr(model, "_supports_attention_backend", False) and not (settable and settable()):
         return "attention that cannot be exchanged"
     return None
+
+
+def with_softcap(model: Any) -> Any:
+    """The model, with attention that heeds its softcap (Gemma 2): before transformers 5.21 ``sdpa`` leaves it out, which
+    gives other logits; ``eager`` does not."""
+    text_config = model.config.get_text_config(decoder=True)
+    capped = getattr(text_config, "attn_logit_softcapping", None) is not None
+    old = Version(metadata.version("transformers")) < Version("5.21.0.dev0")
+    if capped and old and text_config._attn_implementation == "sdpa":
+        model.set_attn_implementation("eager")
+    return model
 
 
 @contextmanager

@@ -20,6 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from specrej_eval.engines.transformers.groups import Group
 from specrej_eval.engines.transformers.model import ModelRunner
+from specrej_eval.kv.models import with_softcap
 
 VOCAB = 97
 WINDOW = 8
@@ -161,7 +162,7 @@ def build(arch: Architecture | str, *, seed: int = 0, attention: str | None = No
             for parameter in model.parameters():
                 if parameter.dim() > 1:
                     parameter.mul_(4.0)
-    return model
+    return with_softcap(model)
 
 
 @cache

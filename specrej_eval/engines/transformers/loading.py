@@ -27,6 +27,7 @@ from specrej_eval.errors import CheckpointError, ConfigError, MissingDependencyE
 from specrej_eval.kv import choose
 from specrej_eval.kv.attention.base import AttentionBackend
 from specrej_eval.kv.memory import clear_error, is_out_of_memory
+from specrej_eval.kv.models import with_softcap
 from specrej_eval.paths import is_folder
 
 UNSUPPORTED = {name: made.not_in_python for name, made in HOST.items() if made.not_in_python}
@@ -188,7 +189,7 @@ def _load_model(plan: EnginePlan, shared: Mapping[str, Any]) -> Any:
             "they would be random.",
             hint="a shard is missing, or the checkpoint was saved without its language-model head.",
         )
-    return model
+    return model if config.attn_implementation else with_softcap(model)
 
 
 def _placed(model: Any, device: str, name: str) -> Any:

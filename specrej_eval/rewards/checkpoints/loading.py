@@ -9,6 +9,7 @@ import torch
 from transformers import AutoTokenizer
 
 from specrej_eval.errors import CheckpointError
+from specrej_eval.kv.models import with_softcap
 from specrej_eval.rewards.checkpoints.family import RewardCheckpoint
 
 
@@ -40,7 +41,7 @@ def load_checkpoint(
         ) from error
     if missing := sorted(info["missing_keys"]):
         raise no_weights(source.name, missing)
-    return model.to(source.device).eval(), tokenizer
+    return with_softcap(model.to(source.device).eval()), tokenizer
 
 
 def no_weights(name: str, missing: Sequence[str]) -> CheckpointError:
