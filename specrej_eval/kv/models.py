@@ -26,8 +26,8 @@ def obstacle(model: Any) -> str | None:
 
 
 def with_softcap(model: Any) -> Any:
-    """The model, with attention that heeds its softcap (Gemma 2): transformers takes ``sdpa`` before 5.21, which leaves it
-    out and gives other logits; ``eager`` does not, and is taken from 5.21 on."""
+    """The model, with attention that heeds its softcap (Gemma 2): before 5.21 transformers takes ``sdpa``, which leaves
+    it out and gives other logits; ``eager`` does not, and is taken from 5.21 on."""
     text_config = model.config.get_text_config(decoder=True)
     capped = getattr(text_config, "attn_logit_softcapping", None) is not None
     old = Version(metadata.version("transformers")) < Version("5.21.0.dev0")
