@@ -233,7 +233,10 @@ def test_a_row_that_cannot_be_rendered_is_told_by_its_own_prompt() -> None:
         looks[2][0].score(looks[2][1])
 
 
-@pytest.mark.parametrize("rows_that_fit", [0, 1, 3, 5])
+@pytest.mark.parametrize(
+    "rows_that_fit",
+    [pytest.param(0, marks=pytest.mark.full), 1, pytest.param(3, marks=pytest.mark.full), 5],
+)
 def test_memory_that_runs_out_is_everyones_own_affair(
     rows_that_fit: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -1,6 +1,6 @@
 """The library of CPU kernels: compiled once for a machine by the C++ compiler that is there, and kept.
 
-Nothing but speed depends on it. It needs g++ (or what ``CXX`` names, if that is GCC) and Linux; where something is
+Nothing but speed depends on it. It needs g++ (or what ``CXX`` names, if that is GCC), Linux and AVX-512; where something is
 missing or fails, ``why_not`` says what, and everything is computed by torch. Threads are torch's own: the library is
 linked with the OpenMP runtime that torch brings, for with two runtimes the threads of one would wait for the other's.
 """
@@ -125,6 +125,9 @@ def _built() -> Path:
     """The compiled file; made if this source was never compiled here by this compiler for this processor."""
     if sys.platform != "linux":
         raise Unavailable("they are compiled on Linux only")
+    processor = _processor()
+    if "avx512f" not in processor.split():  # measured: ten times as slow with AVX2, for want of registers
+        raise Unavailable("the processor has no AVX-512, without which PyTorch's are faster")
     compiler = shlex.split(os.environ.get("CXX", "g++"))
     if not compiler or shutil.which(compiler[0]) is None:
         raise Unavailable(f"there is no C++ compiler ({' '.join(compiler) or 'CXX is empty'})")
@@ -134,7 +137,7 @@ def _built() -> Path:
     runtime = next(iter(sorted(Path(torch.__file__).parent.glob("lib/libgomp*.so*"))), None)
     if runtime is None:
         raise Unavailable("torch does not bring the OpenMP runtime of GCC")
-    parts = (SOURCE.read_text(encoding="utf-8"), *_FLAGS, version, _processor(), runtime.name)
+    parts = (SOURCE.read_text(encoding="utf-8"), *_FLAGS, version, processor, runtime.name)
     digest = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:24]
     built = paths.cache("native") / f"{digest}.so"
     if not built.exists():

@@ -76,7 +76,7 @@ def test_it_is_compiled_once_and_found_afterwards(fresh: Path, monkeypatch: pyte
     build._found.cache_clear()
     assert build.why_not() is None
     assert built.stat().st_mtime_ns == when
-    monkeypatch.setattr(build, "_processor", lambda: "another")
+    monkeypatch.setattr(build, "_processor", lambda: "flags: avx512f of another")
     build._found.cache_clear()
     assert build.why_not() is None
     assert len(list(built.parent.iterdir())) == 2, "another processor gets another library"
@@ -86,6 +86,12 @@ def test_it_is_compiled_once_and_found_afterwards(fresh: Path, monkeypatch: pyte
 def test_a_cache_that_is_a_file_is_a_reason(fresh: Path) -> None:
     (fresh / "cache").write_text("")
     assert "nothing can be kept in" in str(build.why_not())
+
+
+def test_a_processor_without_avx512_is_a_reason(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(build.sys, "platform", "linux")
+    monkeypatch.setattr(build, "_processor", lambda: "flags: fma avx2 avx512_of_no_kind")
+    assert "has no AVX-512" in str(build.why_not())
 
 
 @needs_compiler
