@@ -5,6 +5,7 @@
 
 import gc
 import os
+import signal
 import statistics
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -45,6 +46,14 @@ def pytest_collection_finish() -> None:
     """What is imported by now stays: each ``gc.collect()``, as after memory ran out, need not go through it again."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(scope="module")
+def ctrl_c_is_not_ignored() -> Iterator[None]:
+    """As in a terminal, for the processes that a test starts too: shells let what runs in the background ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture(scope="module")

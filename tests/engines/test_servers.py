@@ -440,6 +440,7 @@ def score(prompt, response):
 """
 
 
+@pytest.mark.usefixtures("ctrl_c_is_not_ignored")
 @pytest.mark.parametrize(
     ("number", "ends"),
     [(signal.SIGTERM, True), (signal.SIGINT, False)],
@@ -457,14 +458,20 @@ def test_a_signal_leaves_no_pause(number: signal.Signals, ends: bool, folder: Pa
         environment = {**os.environ, "PYTHONPATH": path}
         with subprocess.Popen(command, cwd=tmp_path, env=environment, **options) as process:
             assert process.stdout is not None
-            lines = []
-            for line in process.stdout:
-                lines.append(line)
-                if "scoring" in line and server.paused:
-                    break
-            assert server.paused, "".join(lines)
-            process.send_signal(number)
-            assert process.wait(30) == 128 + number
+            too_long = threading.Timer(60, process.kill)
+            too_long.start()
+            try:
+                lines = []
+                for line in process.stdout:
+                    lines.append(line)
+                    if "scoring" in line and server.paused:
+                        break
+                assert server.paused, "".join(lines)
+                process.send_signal(number)
+                assert process.wait(30) == 128 + number
+            finally:
+                too_long.cancel()
+                process.kill()  # else a failure waits for its end here, however long that takes
         assert not server.paused
 
 

@@ -363,8 +363,9 @@ def test_submission_alpaca(
 
 def test_gather_and_export(folder: Path, counted: Counted) -> None:
     surface = Surface("runs given to gather and export", counted, folder)
-    for seed in (0, 1):
-        a_run(folder / f"made{seed}", [an_answer(text, index=i, seed=seed) for i, text in enumerate("abc")], seed=seed)
+    for seed in (0, 1):  # each with a name of its own: export refuses two of one name, whatever else they hold
+        answers = [an_answer(text, index=i, seed=seed) for i, text in enumerate("abc")]
+        a_run(folder / f"made{seed}", answers, name=f"run {seed}", seed=seed)
     source = {
         f"{run}/{name}": (folder / f"made{run}" / name).read_bytes()
         for run in (0, 1)

@@ -18,7 +18,7 @@ from support.fuzzing import Surface, altered, command, damaged, examples, json_o
 from support.rewards import make_reward
 from support.tiny_models import CHAT_TEMPLATE, SPECIAL_TOKENS, tiny_tokenizer
 
-from specrej_eval import load
+from specrej_eval import http, load
 from specrej_eval.answering import encode, requests_for
 from specrej_eval.config import PromptArguments, RunConfig
 from specrej_eval.core import Question
@@ -28,7 +28,6 @@ from specrej_eval.generator import Generator
 from specrej_eval.harness.alpaca_eval.judge import specrej_reward_judge
 from specrej_eval.harness.alpaca_eval.prompts import RenderedPrompt
 from specrej_eval.records.prompt_files import read_prompts
-from specrej_eval.rewards import http
 from specrej_eval.special_tokens import RULES, SpecialTokenError, Tokeniser
 
 Counted = Callable[[str, int], None]

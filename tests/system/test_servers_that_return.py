@@ -14,9 +14,8 @@ import pytest
 from support import FULL
 from support import reward_servers as servers
 
-from specrej_eval import load
+from specrej_eval import http, load
 from specrej_eval.errors import RewardError
-from specrej_eval.rewards import http
 
 Counted = Callable[[str, int], None]
 PROMPTS = [f"Q: {number} + {number} = ?\nA:" for number in range(5)]

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -27,14 +27,7 @@ PROMPTS = [question(operands) for operands in distinct_problems("test", 60, seed
 
 Counted = Callable[[str, int], None]
 Measured = Callable[[str, float], None]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def ctrl_c_is_not_ignored() -> Iterator[None]:
-    """As in a terminal, though these tests may run in the background, where shells ignore it."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
+pytestmark = pytest.mark.usefixtures("ctrl_c_is_not_ignored")
 
 
 def start(*words: str, cwd: Path, ready: Callable[[], bool]) -> subprocess.Popen[str]:
