@@ -1,8 +1,9 @@
 """The library of CPU kernels: compiled once for a machine by the C++ compiler that is there, and kept.
 
 Nothing but speed depends on it. It needs g++ (or what ``CXX`` names, if that is GCC), Linux and AVX-512; where one of
-these is missing or fails, ``why_not`` says what, and everything is computed by torch. Threads are torch's own: the library is
-linked with the OpenMP runtime that torch brings, for with two runtimes the threads of one would wait for the other's.
+these is missing or fails, ``why_not`` says what, and everything is computed by torch. Threads are torch's own: the
+library is linked with the OpenMP runtime that torch brings, for with two runtimes the threads of one would wait for
+the other's.
 """
 
 from __future__ import annotations
