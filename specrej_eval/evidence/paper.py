@@ -1,7 +1,7 @@
 """The three numbers of the paper's figure 3 (arXiv 2410.20290, section 5), by its names, so that its readers find them.
 
 Its code differs from its text where it matters: it extrapolates beyond the largest N and divides by zero where all rows
-score alike (research notes B26, B27). Neither is done here.
+score alike. Neither is done here.
 """
 
 from __future__ import annotations

@@ -175,7 +175,7 @@ def test_ranks_say_nothing_between_looks() -> None:
         ).generate("Q: 1+1=?\nA:")
 
 
-# known answers: research notes 5.1 and 5.3
+# known answers, from simulations of their own
 
 
 def of_scores(looks: Sequence[tuple[int, NDArray[Any]]], finals: NDArray[Any], length: int) -> list[GenerationResult]:
@@ -221,13 +221,13 @@ def one_round(rows: int, kept: int, rho: float, prompts: int) -> tuple[Replayed,
     "rows, kept, rho, expected",
     [
         (64, 32, 0.0, 2.06967),
-        (64, 32, 0.3, 2.25036),
         (64, 32, 0.6, 2.33095),
-        (64, 32, 0.9, 2.34373),
         (64, 16, 0.5, 2.22725),
-        (64, 6, 0.5, 2.00318),
         (16, 8, 0.5, 1.69760),
-        (128, 64, 0.3, 2.51901),
+        pytest.param(64, 32, 0.3, 2.25036, marks=pytest.mark.full),
+        pytest.param(64, 32, 0.9, 2.34373, marks=pytest.mark.full),
+        pytest.param(64, 6, 0.5, 2.00318, marks=pytest.mark.full),
+        pytest.param(128, 64, 0.3, 2.51901, marks=pytest.mark.full),
     ],
 )
 def test_one_round_of_normal_scores_gives_the_known_means(rows: int, kept: int, rho: float, expected: float) -> None:
@@ -240,7 +240,12 @@ def test_one_round_of_normal_scores_gives_the_known_means(rows: int, kept: int, 
 
 @pytest.mark.parametrize(
     "rows, kept, rho, expected",
-    [(64, 32, 0.3, 0.76755), (64, 32, 0.6, 0.95283), (64, 6, 0.6, 0.54516), (16, 8, 0.5, 0.83848)],
+    [
+        (64, 6, 0.6, 0.54516),
+        (16, 8, 0.5, 0.83848),
+        pytest.param(64, 32, 0.3, 0.76755, marks=pytest.mark.full),
+        pytest.param(64, 32, 0.6, 0.95283, marks=pytest.mark.full),
+    ],
 )
 def test_the_best_row_survives_as_often_as_is_known(rows: int, kept: int, rho: float, expected: float) -> None:
     prompts = 1500
@@ -254,7 +259,7 @@ def test_the_best_row_survives_as_often_as_is_known(rows: int, kept: int, rho: f
 
 @pytest.mark.parametrize("kappa, rows_it_is_worth", [(1.0, 56), (0.0, 17)])
 def test_several_rounds_are_worth_the_known_number_of_rows(kappa: float, rows_it_is_worth: int) -> None:
-    """A value function (kappa=1), or no information at all (0): n0=16, q=4, alpha=0.5 (research notes 5.3)."""
+    """A value function (kappa=1), or no information at all (0): n0=16, q=4, alpha=0.5."""
     prompts, rows, length = 2500, 64, 16
     rng = np.random.default_rng(int(kappa * 10))
     steps = rng.normal(size=(prompts, rows, length)) / math.sqrt(length)

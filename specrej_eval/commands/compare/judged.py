@@ -81,7 +81,7 @@ class Judge:
         """Mean chance that a method's answer is preferred to the baseline's on the same prompt and seed.
 
         Each pair in both orders; 0.5 for equal answers. Not length-controlled: alpaca_eval's own control looks prompts
-        up by their row in its 805 (research notes B30); mean lengths stand beside the win rates instead.
+        up by their row in its 805; mean lengths stand beside the win rates instead.
         """
         import numpy as np
 
@@ -118,7 +118,7 @@ def _add_perplexity(report: dict[str, Any], cells: Sequence[Cell]) -> None:
 
     The log-probs are those of the very ids that were decoded, given the prompt they were decoded from, under the
     untempered model; the paper's code re-tokenised text, wrapped prompt and answer into a user's turn for one method
-    and not for the other, and took the lowest of all rows (research notes B23, B24). Every answer is a row of Best-of-N
+    and not for the other, and took the lowest of all rows. Every answer is a row of Best-of-N
     with most rows, whose log-probs are on record.
     """
     import numpy as np
