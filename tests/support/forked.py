@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any
 
+import torch
 from accelerate import PartialState
 
 SECONDS = 240.0
@@ -64,6 +65,9 @@ def start(work: Callable[[], Any], *, moments: Moments | None = None, env: dict[
     code = 70
     try:
         os.environ.update(env or {})
+        # torch makes the pool of its threads anew after a fork, when it is first asked for; of two threads that ask at
+        # once, as when weights are loaded, one finds none and fails
+        torch.set_num_threads(torch.get_num_threads())
         if moments is not None:
             moments.install()
         code = int(work() or 0)
