@@ -1,8 +1,8 @@
 """Files and folders that are meant to last for a moment, and what killed processes have left of them.
 
-They say in their name, or in a marker, that they are ours and whose process made them. What is found at the next start
-is removed if that process is gone; nothing else is touched: no other name, no link, nothing of another user's or
-machine's, nothing that might still be in use.
+Their names say that they are ours and which process made them, from the moment at which they are there to the moment at
+which they are gone. What is found at the next start is removed if that process is gone; nothing else is touched: no
+other name, no link, nothing of another user's or machine's, nothing that might still be in use.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import atexit
 import contextlib
 import functools
 import hashlib
-import json
 import os
 import re
 import shutil
@@ -24,8 +23,6 @@ from pathlib import Path
 from specrej_eval.paths import is_running, shortened
 
 PREFIX = "specrej_eval_"
-MARKER = ".specrej-eval.json"
-"""In each folder of ours: who made it."""
 _END = "specrej-partial"
 
 
@@ -51,8 +48,7 @@ def folder(purpose: str) -> Path:
         purpose: a word that becomes part of its name.
     """
     remove_abandoned()
-    made = Path(tempfile.mkdtemp(prefix=f"{PREFIX}{purpose}_"))
-    (made / MARKER).write_text(json.dumps({"pid": os.getpid(), "host": _host()}) + "\n", encoding="utf-8")
+    made = Path(tempfile.mkdtemp(prefix=f"{PREFIX}{purpose}_{_host()}-{os.getpid()}_"))
     atexit.register(_remove, made, os.getpid())
     return made
 
@@ -67,29 +63,25 @@ def remove_abandoned() -> list[Path]:
 
 
 def _ours(place: Path) -> Iterator[Path]:
-    """Folders whose marker says that a process which is gone has made them."""
+    """Folders that a process which is gone has made, as their names say."""
+    ours = re.compile(rf"{PREFIX}[a-z]+_{_host()}-([1-9][0-9]{{0,9}})_[a-z0-9_]{{8}}")
     try:
         entries = sorted(os.scandir(place), key=lambda entry: entry.name)
     except OSError:
         return
     for entry in entries:
+        found = ours.fullmatch(entry.name)
+        if found is None:
+            continue
         try:
-            if not entry.name.startswith(PREFIX) or not entry.is_dir(follow_symlinks=False):
+            if not entry.is_dir(follow_symlinks=False):
                 continue
             if hasattr(os, "getuid") and entry.stat(follow_symlinks=False).st_uid != os.getuid():
                 continue
-            marker = Path(entry.path, MARKER)
-            if marker.is_symlink() or not marker.is_file():
-                continue
-            told = json.loads(marker.read_bytes()[:1000])
-            if isinstance(told, dict) and told.get("host") == _host() and _is_gone(told.get("pid")):
-                yield Path(entry.path)
-        except (OSError, ValueError, RecursionError):  # it may be removed by another process at this very moment
+        except OSError:  # it may be removed by another process at this very moment
             continue
-
-
-def _is_gone(pid: object) -> bool:
-    return isinstance(pid, int) and not isinstance(pid, bool) and pid > 0 and not is_running(pid)
+        if not is_running(int(found[1])):
+            yield Path(entry.path)
 
 
 def _remove(path: Path, process: int) -> None:

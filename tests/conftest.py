@@ -7,6 +7,7 @@ import gc
 import os
 import signal
 import statistics
+import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -46,6 +47,19 @@ def pytest_collection_finish() -> None:
     """What is imported by now stays: each ``gc.collect()``, as after memory ran out, need not go through it again."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def temporary_files(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What tests, the processes they start and those they kill leave for a moment lies in pytest's own folder, of which
+    the last three are kept, and not in the system's for good."""
+    before = os.environ.get("TMPDIR")
+    os.environ["TMPDIR"] = str(tmp_path_factory.mktemp("tmp"))
+    tempfile.tempdir = None  # it is looked up again
+    yield
+    os.environ.pop("TMPDIR")
+    os.environ.update({} if before is None else {"TMPDIR": before})
+    tempfile.tempdir = None
 
 
 @pytest.fixture(scope="module")

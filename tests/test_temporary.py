@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 from support import ROOT, forked
@@ -56,44 +56,72 @@ def test_the_folder_of_a_run_that_goes_on_stays(place: Path) -> None:
 def test_nothing_of_the_users_is_touched(place: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     dead = int(subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True).stdout)
     assert not is_running(dead)
-    good = {"pid": dead, "host": temporary._host()}
+    host = temporary._host()
     elsewhere = tmp_path_factory.mktemp("elsewhere")
-    (elsewhere / temporary.MARKER).write_text(json.dumps(good))
-    markers = {
-        "specrej_eval_no_marker": None,
-        "specrej_eval_running": json.dumps({**good, "pid": os.getpid()}),
-        "specrej_eval_another_machine": json.dumps({**good, "host": "0" * 8}),
-        "specrej_eval_no_json": "{",
-        "specrej_eval_a_list": "[]",
-        "specrej_eval_pid_in_words": json.dumps({**good, "pid": str(dead)}),
-        "specrej_eval_pid_true": json.dumps({**good, "pid": True}),
-        "specrej_eval_pid_of_all": json.dumps({**good, "pid": -1}),
-        "specrej_eval_pid_none": json.dumps({**good, "pid": 0}),
-        "specrej_eval_pid_too_large": json.dumps({**good, "pid": 0.5}),
-        "another_name": json.dumps(good),
-    }
-    for name, marker in markers.items():
+    (elsewhere / "file.txt").write_text("precious")
+    names = (
+        "specrej_eval_templates",
+        "specrej_eval_templates_12345678",
+        f"specrej_eval_templates_{host}-{os.getpid()}_12345678",  # it runs
+        f"specrej_eval_templates_{'0' * 8}-{dead}_12345678",  # of another machine
+        f"specrej_eval_templates_{host}-{dead}_1234567",
+        f"specrej_eval_templates_{host}-{dead}_123456789",
+        f"specrej_eval_templates_{host}-{dead}",
+        f"specrej_eval_templates_{host}-0_12345678",
+        f"specrej_eval_templates_{host}--1_12345678",
+        f"specrej_eval_templates_{host}-{'9' * 30}_12345678",
+        f"specrej_eval_templates_{host}-{dead}_12345678.bak",
+        f"my_specrej_eval_templates_{host}-{dead}_12345678",
+    )
+    for name in names:
         (place / name).mkdir()
         (place / name / "mine.txt").write_text("precious")
-        if marker is not None:
-            (place / name / temporary.MARKER).write_text(marker)
-    (place / "specrej_eval_a_link").symlink_to(elsewhere)
-    (place / "specrej_eval_a_file").write_text("precious")
-    linked = place / "specrej_eval_linked_marker"
-    linked.mkdir()
-    (linked / temporary.MARKER).symlink_to(elsewhere / temporary.MARKER)
+    (place / f"specrej_eval_links_{host}-{dead}_12345678").symlink_to(elsewhere)
+    (place / f"specrej_eval_files_{host}-{dead}_12345678").write_text("precious")
     before = sorted(place.rglob("*"))
     assert temporary.remove_abandoned() == []
-    assert sorted(place.rglob("*")) == before and (elsewhere / temporary.MARKER).is_file()
+    assert sorted(place.rglob("*")) == before and (elsewhere / "file.txt").is_file()
 
-    ours = (
-        place / "specrej_eval_templates_x"
-    )  # and with exactly what those lack it is removed, without what it links to
+    # and with exactly what those lack it is removed, without what it links to
+    ours = place / f"specrej_eval_templates_{host}-{dead}_12345678"
     ours.mkdir()
-    (ours / temporary.MARKER).write_text(json.dumps(good))
     (ours / "link").symlink_to(elsewhere)
     assert temporary.remove_abandoned() == [ours]
-    assert sorted(place.rglob("*")) == before and (elsewhere / temporary.MARKER).is_file()
+    assert sorted(place.rglob("*")) == before and (elsewhere / "file.txt").is_file()
+
+
+@pytest.mark.parametrize("call", range(6))
+def test_a_kill_while_a_folder_is_being_made_or_removed_leaves_nothing_for_good(
+    place: Path, monkeypatch: pytest.MonkeyPatch, call: int
+) -> None:
+    """Killed before each call that changes the disk: mkdir, two files, their removal, rmdir."""
+
+    def work() -> None:
+        calls = 0
+
+        def counting(name: str) -> None:
+            real = getattr(os, name)
+
+            def called(*arguments: Any, **options: Any) -> Any:
+                nonlocal calls
+                if calls == call:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                calls += 1
+                return real(*arguments, **options)
+
+            monkeypatch.setattr(os, name, called)
+
+        for name in ("mkdir", "unlink", "rmdir"):
+            counting(name)
+        made = temporary.folder("templates")
+        (made / "a.txt").write_text("a template")
+        (made / "deep").mkdir()
+        (made / "deep" / "b.txt").write_text("a template")
+        temporary._remove(made, os.getpid())
+
+    assert forked.ended(forked.start(work)) == -signal.SIGKILL
+    temporary.remove_abandoned()
+    assert [*place.iterdir()] == []
 
 
 def test_a_regular_end_leaves_nothing(tmp_path: Path) -> None:
