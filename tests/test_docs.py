@@ -14,7 +14,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 from support import FULL, ROOT
@@ -123,3 +123,36 @@ def test_the_commands_of_a_page_run(page: Path, tmp_path: Path, counted: Callabl
         done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
         assert done.returncode == 0, f"{fence.code}\n{done.stdout[-2000:]}\n{done.stderr[-3000:]}"
     counted("commands of README and docs run", number)
+
+
+def test_the_pages_speeds_are_those_of_the_committed_results() -> None:
+    page = " ".join((ROOT / "docs/benchmarks.md").read_text(encoding="utf-8").split())
+    peers = ("generate", "vllm", "vllm_small_blocks", "before")
+    decoding = {
+        "311 x 64": ("decode_throughput", "311x64"),
+        "900 x 24": ("decode_throughput_900x24", "900x24"),
+        "1,900 x 64": ("decode_throughput_1900x64", "1900x64"),
+        "40 x 200": ("decode_throughput_40x200", "40x200"),
+        "311 x 64, float32": ("decode_throughput_float32", "311x64"),
+        "311 x 64, shape of Qwen3-0.6B, 32 tokens a row": ("decode_throughput_qwen3", "311x64"),
+    }
+    for name, (file, shape) in decoding.items():
+        measured = results(file)["shapes"][shape]["peers"]
+        ratios = [f"{measured[peer]['ours_over_this']['median']:.2f}" if peer in measured else "" for peer in peers]
+        assert f"| {name} | {' | '.join(ratios)} |".replace("|  |", "| |").replace("|  |", "| |") in page, (
+            name,
+            ratios,
+        )
+    many = {
+        peer: told["ours_over_this"]["median"]
+        for peer, told in results("many_prompts")["peers"].items()
+        if peer != "ours"
+    }
+    assert f"is {many['vllm']:.2f} times as fast as vLLM" in page
+    assert f"{many['generate']:.1f} times as fast as `generate`" in page
+    assert f"takes {results('specrej_vs_reference')['ours_over_reference']['median']:.1f} times as long" in page
+
+
+def results(name: str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((ROOT / f"benchmarks/results/{name}.json").read_text(encoding="utf-8"))
+    return found
