@@ -13,19 +13,17 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from specrej_eval.checked import object_in, object_or_empty
+from specrej_eval.checked import object_or_empty
 from specrej_eval.commands.report.runs import Run
 from specrej_eval.config import MAX
 from specrej_eval.core import ROWS_FROM, GenerationResult, Ledger, Round, Trajectory
 from specrej_eval.errors import ConfigError
 from specrej_eval.evidence.flops import Sizes, flops
-from specrej_eval.records import journal, lm_eval_files
-from specrej_eval.records.jsonl import digest
+from specrej_eval.records import alpaca_eval_files, journal, lm_eval_files
+from specrej_eval.records.cell_scores import CellMetrics, CellPreferences
 from specrej_eval.records.outputs import RUN_FILES, Answer, OutputsFolder
 from specrej_eval.wording import counted
 
-CELL_METRICS = "specrej_metrics.json"
-"""What `specrej-eval compare` writes beside the rows of a cell."""
 _OF_ONE_PROMPT = ("kv_budget_tokens", "first_look")
 """Resolved arguments that may differ between two prompts of one run."""
 
@@ -50,7 +48,7 @@ class Metric(NamedTuple):
         return self.name + (f" ({self.filter})" if self.filter not in ("", "none") else "")
 
 
-REWARD = "reward"
+REWARD, WIN_RATE = "reward", "win_rate"
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,10 +86,17 @@ class Answered:
         )
 
     @classmethod
-    def of_answer(cls, answer: Answer) -> Answered:
-        measured = ROWS_FROM not in answer.resolved
+    def of_answer(cls, answer: Answer, scores: Mapping[Metric, float]) -> Answered:
         return cls(
-            answer.output, answer.reward, answer.num_tokens, (), None, answer.rounds, answer.ledger, {}, measured
+            text=answer.output,
+            reward=answer.reward,
+            num_tokens=answer.num_tokens,
+            rows=(),
+            best=None,
+            rounds=answer.rounds,
+            ledger=answer.ledger,
+            scores=scores,
+            measured=ROWS_FROM not in answer.resolved,
         )
 
 
@@ -273,38 +278,45 @@ def _of_folder(run: Run) -> Found:
     entries = _entries(places)
     task = run.scores[0].task if run.scores else ""
     texts, answers = {}, {}
-    recorded = 0
     known = store.answers()
-    scores = _cell_scores(run.path / CELL_METRICS, task, [entries[a.key].result for a in known if a.key in entries])
+    results = [entries[answer.key].result for answer in known if answer.key in entries]
+    beside = _scores_beside(run, task, known, results)
     for answer in known:
         key = Key(task, answer.prompt_hash, answer.repeat)
         texts[key] = answer.instruction
-        entry = entries.get(answer.key)
-        if entry is None:
-            answers[key] = Answered.of_answer(answer)
-        else:
-            answers[key] = Answered.of_result(entry.result, scores[recorded] if scores else {})
-            recorded += 1
-    return texts, answers, _lacking(recorded, len(answers))
+        entry, scores = entries.get(answer.key), beside.get((answer.prompt_hash, answer.repeat), {})
+        answers[key] = Answered.of_answer(answer, scores) if entry is None else Answered.of_result(entry.result, scores)
+    return texts, answers, _lacking(len(results), len(answers))
 
 
-def _cell_scores(path: Path, task: str, results: Sequence[GenerationResult]) -> list[dict[Metric, float]]:
-    """What a task says of the answers of a cell of `specrej-eval compare`, in their order; empty where that is not on
-    file, or is of other texts."""
-    told = object_in(path)
-    rows = told.get("rows") if isinstance(told.get("rows"), list) else []
-    wanted = [[result.best.text for result in results]]
-    if rows and all(len(result.trajectories) == len(rows) for result in results):
-        wanted += [[result.trajectories[row].text for result in results] for row in range(len(rows))]
-    best = object_or_empty(told.get("best"))
-    if told.get("schema_version") != 1 or told.get("of") != digest({"texts": wanted}):
-        return []
-    found: list[dict[Metric, float]] = [{} for _ in results]
-    for name, values in best.items():
-        if isinstance(values, list) and len(values) == len(results):
-            for scores, value in zip(found, values, strict=True):
-                if lm_eval_files.is_finite(value):
-                    scores[Metric(task, str(name), "")] = float(value)
+def _scores_beside(
+    run: Run, task: str, answers: Sequence[Answer], results: Sequence[GenerationResult]
+) -> dict[tuple[str, int], dict[Metric, float]]:
+    """(Prompt hash, repeat) -> what is said of that answer in files beside it: by alpaca_eval's judges, or by the task
+    and the judge of a cell of `specrej-eval compare`.
+
+    Args:
+        results: those of the answers whose rows are recorded, in their order.
+
+    Raises:
+        ConfigError: a file is of a newer version.
+    """
+    found: dict[tuple[str, int], dict[Metric, float]] = {}
+    for judge, preferred in alpaca_eval_files.preferred(run.path, run.model).items():
+        for answer in answers:
+            value = preferred.get((answer.instruction, answer.output.strip()))
+            if value is not None:
+                found.setdefault((answer.prompt_hash, answer.repeat), {})[Metric(task, WIN_RATE, judge)] = value
+    told: dict[Metric, Sequence[float | None]] = {}
+    if (scored := CellMetrics.read(run.path, results)) is not None:
+        told |= {Metric(task, name, ""): values for name, values in scored.best.items()}
+    if (judged := CellPreferences.read(run.path, results)) is not None:
+        per_cent = [None if each is None else 100 * each for each in judged.preferred]
+        told[Metric(task, WIN_RATE, f"{judged.annotators}, against {judged.against}")] = per_cent
+    for metric, values in told.items():
+        for result, value in zip(results, values, strict=True):
+            if value is not None:
+                found.setdefault((result.prompt_hash, result.repeat), {})[metric] = value
     return found
 
 
