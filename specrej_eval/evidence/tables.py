@@ -69,10 +69,9 @@ def conclusion(report: Mapping[str, Any]) -> str | None:
     best_of = f", the best of {len(pairs)} that reject rows," if len(pairs) > 1 else ""
     tokens = against["cost_ratios"].get("decode_tokens")
     cost = "" if tokens is None else f", for {tokens['value']:.0%} of its decoded tokens"
-    return (
-        f"{method['label']}{best_of} against {known[against['method']]['label']}: {scale * score['value']:+.3g}{unit} of "
-        f"{name} ({ends}){cost}."
-    )
+    rival = known[against["method"]]["label"]
+    gap = f"{scale * score['value']:+.3g}{unit} of {name}"
+    return f"{method['label']}{best_of} against {rival}: {gap} ({ends}){cost}."
 
 
 def print_tables(report: Mapping[str, Any], notes: Sequence[str], *, file: TextIO) -> None:

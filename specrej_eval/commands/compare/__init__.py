@@ -259,11 +259,11 @@ def _decode(decoder: Decoder, places: Sequence[Place], complete: Sequence[bool],
             try:
                 told = decoder.decode(place)
             except LimitReached as error:
+                finished = len(places) - left + number - 1
                 raise LimitReached(
-                    f"{error.limit} is reached: {len(places) - left + number - 1} of {counted(len(places), 'cell')} are "
-                    f"complete, and nothing is compared yet. The answers are kept in {root}.",
-                    hint="run the same command again to continue (a limit holds for each start), or leave the limit "
-                    "out.",
+                    f"{error.limit} is reached: {finished} of {counted(len(places), 'cell')} are complete, and nothing "
+                    f"is compared yet. The answers are kept in {root}.",
+                    hint="run the same command again to continue (a limit holds for each start).",
                     limit=error.limit,
                 ) from error
             seconds = time.perf_counter() - began

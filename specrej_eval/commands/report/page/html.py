@@ -27,7 +27,6 @@ from specrej_eval.evidence.bootstrap import Estimate
 from specrej_eval.records.scores import Score
 from specrej_eval.wording import counted, inert_page
 
-
 JUDGED = {"win_rate": "win rate", "length_controlled_winrate": "length-controlled"}
 """Columns of alpaca_eval's leaderboards -> headings."""
 
