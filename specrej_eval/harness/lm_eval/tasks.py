@@ -154,7 +154,7 @@ class TaskPrompts:
     def scored_by(self) -> str:
         """Digest of the tasks' configurations and documents: what decides ``metrics`` beside the answers."""
         told = {name: [task.dump_config(), [i.doc for i in task.instances]] for name, task in self.tasks.items()}
-        return hashlib.sha256(json.dumps(told, default=str).encode()).hexdigest()
+        return hashlib.sha256(json.dumps(told, skipkeys=True, default=str).encode()).hexdigest()
 
     def _of_task(self, task: Any, instances: Sequence[Any], texts: Sequence[str]) -> dict[str, list[float]]:
         for instance, text in zip(instances, texts, strict=True):
