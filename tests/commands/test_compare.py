@@ -617,13 +617,16 @@ def test_what_a_task_holds_right_decides_its_scores() -> None:
 
 @pytest.mark.slow
 def test_limits_hold_for_all_cells_together_and_the_comparison_goes_on(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    honest, warmed = cells._warm_up, itertools.count()
+    monkeypatch.setattr(cells, "_warm_up", lambda *args: (next(warmed), honest(*args)))
     prompts = tmp_path / "prompts.json"
     prompts.write_text(json.dumps(["Q: 12 + 45 = ?", "Q: 11 + 12 + 13 = ?", "Q: 7 + 70 = ?"]))
     grid = ("--prompts", str(prompts), "--max_gen_toks", "16", "--device", "cpu", "--n", "3", "--alpha", "0.5")
     words = (*grid, "--batch_size", "1", "--timed", "2", "--resamples", "100")
     whole = compare(tmp_path / "whole", *words)
+    assert next(warmed) == 1, "once, and in no number"
     first = sum(result["ledger"]["decode_tokens"] for result in raw(tmp_path / "whole", "bo3", 0))
     output = tmp_path / "c"
     limited = ["compare", "--output", str(output), *words, "--max_decode_tokens", str(first + 1)]

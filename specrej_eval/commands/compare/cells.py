@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -136,6 +137,7 @@ class Decoder:
             for path in (*store.path.glob(f"{store.trajectories_file.stem}*.jsonl"), *_scores_of(store)):
                 path.unlink()
         with store.unless_refused():
+            new = self._models is None
             if self._models is None:
                 self._models = self.source.load(self.plan)
                 self._of_models = self.plan.of_models()
@@ -146,9 +148,11 @@ class Decoder:
             store.write_record(record)
             keys = {request.key for request in requests}
             store.set_apart(lambda item: item.key in keys)
+            if new:
+                _warm_up(generator, requests[0])
+                self._started = time.perf_counter()
             spent = Spent()
-            # limits are of the whole comparison
-            generator.started = self._started = self._started or generator.started
+            generator.started = self._started  # limits are of the whole comparison
             generator.spent_before = self._tokens
             try:
                 with_rows = self._decode(place, generator, requests, store, spent)
@@ -186,13 +190,11 @@ class Decoder:
             before = part.start or 0
             answer(by, asked, work, store=store, spent=spent, progress=shown, summary=False, before=before)
 
-        pool = self._pools.get(place.seed) if self._may_take_rows(place, generator) else None
-        if pool is None:
-            answered(generator, slice(0, None))
-            return 0
+        # in every cell these prompts are in flight together, and no others: else their seconds would not compare
         first, rest = slice(0, self.timed), slice(self.timed, None)
         answered(generator, first)
-        if not self._same_rows(place, pool, requests[first]):
+        pool = self._pools.get(place.seed) if self._may_take_rows(place, generator) else None
+        if pool is None or not self._same_rows(place, pool, requests[first]):
             answered(generator, rest)
             return 0
         from specrej_eval.engines.recorded import RecordedEngine
@@ -254,6 +256,13 @@ class Decoder:
         if with_rows:  # a sum over answers of which most were not decoded is nobody's
             record.totals |= {"seconds": None, "peak_bytes": None}
             store.write_record(record)
+
+
+def _warm_up(generator: Generator, request: Request) -> None:
+    """Answer a prompt and forget it: the first steps take longer than any other, and are to be in no cell's seconds."""
+    config = generator.config.replace(journal=None, trace_path=None, max_seconds=None, max_decode_tokens=None)
+    for _ in Generator(engine=generator.engine, reward=generator.reward, config=config).run([request], progress=False):
+        pass
 
 
 def _scores_of(store: OutputsFolder) -> list[Path]:
