@@ -134,7 +134,8 @@ def read_run(path: str) -> Recorded:
             f"{path!r} holds answers of seeds {', '.join(map(str, seeds))}.", hint="name runs of one seed each."
         )
     results = list(found.values())
-    scored = CellMetrics.read(Path(path), results) if record is not None else None
+    texts = [result.text for result in results]
+    scored = CellMetrics.read(Path(path), texts, results=results) if record is not None else None
     metrics = {} if scored is None else scored.of_rows()
     return Recorded(path, results, fingerprint, instructions, metrics)
 

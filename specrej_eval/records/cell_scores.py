@@ -38,11 +38,19 @@ class CellMetrics:
         }
 
     @classmethod
-    def read(cls, cell: Path, results: Sequence[GenerationResult], *, scored_by: str | None = None) -> Self | None:
+    def read(
+        cls,
+        cell: Path,
+        answers: Sequence[str],
+        *,
+        results: Sequence[GenerationResult] = (),
+        scored_by: str | None = None,
+    ) -> Self | None:
         """Those on file; None where there are none, or not of these texts.
 
         Args:
-            results: the cell's, in the order of its answers.
+            answers: texts, in the order of the cell's answers.
+            results: likewise; without them no rows are read.
             scored_by: of what gave the scores (``Source.scored_by``): those of another are none; None = of anything.
 
         Raises:
@@ -50,18 +58,21 @@ class CellMetrics:
         """
         told = versioned(cell / METRICS)
         try:
-            rows = [_scores(each, len(results)) for each in a_list(told, "rows")]
-            if told["of"] != texts_of(results, rows=len(rows)) or scored_by not in (None, told.get("scored_by")):
+            rows = [_scores(each, len(results)) for each in a_list(told, "rows")] if results else []
+            if told["of"] != digest_of(answers) or scored_by not in (None, told.get("scored_by")):
+                return None
+            if rows and told["of_rows"] != _digest_of_rows(results, len(rows)):
                 return None
             better = {name: bool(more) for name, more in object_or_empty(told.get("higher_is_better")).items()}
-            return cls(_scores(told["best"], len(results)), rows, better)
+            return cls(_scores(told["best"], len(answers)), rows, better)
         except (ValueError, KeyError):
             return None
 
     def write(self, cell: Path, results: Sequence[GenerationResult], *, scored_by: str) -> None:
         told = {
             "schema_version": VERSION,
-            "of": texts_of(results, rows=len(self.rows)),
+            "of": digest_of([result.text for result in results]),
+            "of_rows": _digest_of_rows(results, len(self.rows)),
             "scored_by": scored_by,
             "higher_is_better": dict(self.higher_is_better or {}),
             "best": self.best,
@@ -81,21 +92,21 @@ class CellPreferences:
     """The chance that the answer is preferred, 0.5 where both are the same; None where the judge did not say."""
 
     @classmethod
-    def read(cls, cell: Path, results: Sequence[GenerationResult]) -> Self | None:
+    def read(cls, cell: Path, answers: Sequence[str]) -> Self | None:
         """As ``CellMetrics.read``."""
         told = versioned(cell / PREFERENCES)
         try:
             given = [None if each is None else as_number(each, "preferred") for each in a_list(told, "preferred")]
-            if told["of"] != texts_of(results) or len(given) != len(results):
+            if told["of"] != digest_of(answers) or len(given) != len(answers):
                 return None
             return cls(text(told, "annotators"), text(told, "against"), given)
         except (ValueError, KeyError):
             return None
 
-    def write(self, cell: Path, results: Sequence[GenerationResult]) -> None:
+    def write(self, cell: Path, answers: Sequence[str]) -> None:
         told = {
             "schema_version": VERSION,
-            "of": texts_of(results),
+            "of": digest_of(answers),
             "annotators": self.annotators,
             "against": self.against,
             "preferred": list(self.preferred),
@@ -103,12 +114,13 @@ class CellPreferences:
         write_atomically(cell / PREFERENCES, as_text(told) + "\n")
 
 
-def texts_of(results: Sequence[GenerationResult], *, rows: int = 0) -> str:
-    """Digest of the answers' texts, and of those of the first ``rows`` rows of each prompt."""
-    texts = [[result.best.text for result in results]]
-    if all(len(result.trajectories) >= rows for result in results):
-        texts += [[result.trajectories[row].text for result in results] for row in range(rows)]
-    return digest({"texts": texts})
+def digest_of(answers: Sequence[str]) -> str:
+    return digest({"texts": list(answers)})
+
+
+def _digest_of_rows(results: Sequence[GenerationResult], number: int) -> str:
+    """Of the texts of the first rows of each prompt."""
+    return digest({"texts": [[row.text for row in result.trajectories[:number]] for result in results]})
 
 
 def versioned(path: Path, newest: int = VERSION) -> Mapping[str, Any]:

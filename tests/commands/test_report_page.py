@@ -34,8 +34,8 @@ from specrej_eval.commands.report.page.scene import DARK, LIGHT, Dot, Text, as_p
 from specrej_eval.commands.report.page.tables import Cell, Table, as_latex, as_markdown
 from specrej_eval.commands.report.runs import find_runs
 from specrej_eval.core import GenerationResult, prompt_hash
-from specrej_eval.records.cell_scores import CellPreferences
-from specrej_eval.records.jsonl import checked_line, digest
+from specrej_eval.records.cell_scores import CellMetrics, CellPreferences
+from specrej_eval.records.jsonl import checked_line
 from specrej_eval.wording import inert_page
 
 QUESTIONS = [f"question {number}" for number in range(30)]
@@ -247,19 +247,23 @@ def test_each_task_of_a_run_has_charts_and_a_table_of_its_own(tmp_path: Path) ->
     assert texts == set(tasks)
 
 
-def test_a_cell_of_a_comparison_brings_its_tasks_scores_along_as_long_as_they_are_of_its_texts(tmp_path: Path) -> None:
+def test_a_cell_of_a_comparison_brings_its_tasks_scores_along_as_long_as_they_are_of_its_texts(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder = a_recorded_run(tmp_path / "bo", QUESTIONS, rejects=False)
     results = results_of(folder)
-    texts = [[r.best.text for r in results], *([r.trajectories[row].text for r in results] for row in range(6))]
     scores = [float(number % 3 == 0) for number in range(30)]
-    told = {"schema_version": 1, "of": digest({"texts": texts}), "best": {"exact_match": scores}, "rows": [{}] * 6}
-    (folder / "specrej_metrics.json").write_text(json.dumps(told))
+    CellMetrics({"exact_match": scores}, [{}] * 6).write(folder, results, scored_by="a task")
     (method,) = read(find_runs(folder)).methods
-    each = method.each(Metric("p.csv", "exact_match", ""))
+    each = method.each(Metric("p.csv", "exact_match", "none"))
     assert [each[Key("p.csv", r.prompt_hash, 0)] for r in results] == scores
-    (folder / "specrej_metrics.json").write_text(json.dumps(told | {"of": "of other texts"}))
-    (method,) = read(find_runs(folder)).methods
-    assert [metric.name for metric in method.metrics] == ["reward"]
+    assert cli.main(["report", str(folder)]) == 0
+    assert re.search(r"exact_match +0\.3333 ± 0\.0875", capsys.readouterr().out), "in the terminal, too"
+    told = json.loads((folder / "specrej_metrics.json").read_text())
+    for changed in ({"of": "of other texts"}, {"best": {"exact_match": scores[:-1]}}, {"best": {"exact_match": "x"}}):
+        (folder / "specrej_metrics.json").write_text(json.dumps(told | changed))
+        (method,) = read(find_runs(folder)).methods
+        assert [metric.name for metric in method.metrics] == ["reward"]
 
 
 def judged_by_alpaca_eval(folder: Path, *, judge: str = "a_judge") -> dict[str, float]:
@@ -317,7 +321,7 @@ def test_a_cells_preferences_are_shown_as_long_as_they_are_of_its_texts(tmp_path
     folder = a_recorded_run(tmp_path / "spr", QUESTIONS)
     results = results_of(folder)
     preferred = [None, *(number / 100 for number in range(29))]
-    CellPreferences("a_judge", "bo4", preferred).write(folder, results)
+    CellPreferences("a_judge", "bo4", preferred).write(folder, [result.text for result in results])
     metric = Metric("p.csv", "win_rate", "a_judge, against bo4")
     (method,) = read(find_runs(folder)).methods
     assert [*method.each(metric).values()] == pytest.approx([float(number) for number in range(29)])

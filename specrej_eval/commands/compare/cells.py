@@ -295,7 +295,8 @@ def read_cell(place: Place, source: Source, *, is_pool: bool) -> Cell:
     results, path = results_of(place.store), place.store.path
     rows = place.method.n if is_pool and all(len(each.trajectories) == place.method.n for each in results) else 0
     scored_by = source.scored_by()
-    found = CellMetrics.read(path, results, scored_by=scored_by)
+    answers = [result.text for result in results]
+    found = CellMetrics.read(path, answers, results=results, scored_by=scored_by)
     if found is None or len(found.rows) < rows:
         best = source.metrics([result.best for result in results])
         of_rows = [source.metrics([result.trajectories[row] for result in results]) for row in range(rows)]

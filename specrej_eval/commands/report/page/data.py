@@ -14,13 +14,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from specrej_eval.checked import object_or_empty
-from specrej_eval.commands.report.runs import Run
+from specrej_eval.commands.report.runs import WIN_RATE, Run
 from specrej_eval.config import MAX
 from specrej_eval.core import ROWS_FROM, GenerationResult, Ledger, Round, Trajectory
 from specrej_eval.errors import ConfigError
 from specrej_eval.evidence.flops import Sizes, flops
 from specrej_eval.records import alpaca_eval_files, journal, lm_eval_files
-from specrej_eval.records.cell_scores import CellMetrics, CellPreferences
 from specrej_eval.records.outputs import RUN_FILES, Answer, OutputsFolder
 from specrej_eval.wording import counted
 
@@ -48,7 +47,7 @@ class Metric(NamedTuple):
         return self.name + (f" ({self.filter})" if self.filter not in ("", "none") else "")
 
 
-REWARD, WIN_RATE = "reward", "win_rate"
+REWARD = "reward"
 
 
 @dataclass(frozen=True, slots=True)
@@ -279,44 +278,29 @@ def _of_folder(run: Run) -> Found:
     task = run.scores[0].task if run.scores else ""
     texts, answers = {}, {}
     known = store.answers()
-    results = [entries[answer.key].result for answer in known if answer.key in entries]
-    beside = _scores_beside(run, task, known, results)
+    scores = _scores_of(run, task, known)
     for answer in known:
         key = Key(task, answer.prompt_hash, answer.repeat)
         texts[key] = answer.instruction
-        entry, scores = entries.get(answer.key), beside.get((answer.prompt_hash, answer.repeat), {})
-        answers[key] = Answered.of_answer(answer, scores) if entry is None else Answered.of_result(entry.result, scores)
-    return texts, answers, _lacking(len(results), len(answers))
+        if (entry := entries.get(answer.key)) is None:
+            answers[key] = Answered.of_answer(answer, scores[answer.key])
+        else:
+            answers[key] = Answered.of_result(entry.result, scores[answer.key])
+    return texts, answers, _lacking(sum(answer.key in entries for answer in known), len(answers))
 
 
-def _scores_beside(
-    run: Run, task: str, answers: Sequence[Answer], results: Sequence[GenerationResult]
-) -> dict[tuple[str, int], dict[Metric, float]]:
-    """(Prompt hash, repeat) -> what is said of that answer in files beside it: by alpaca_eval's judges, or by the task
-    and the judge of a cell of `specrej-eval compare`.
-
-    Args:
-        results: those of the answers whose rows are recorded, in their order.
-
-    Raises:
-        ConfigError: a file is of a newer version.
-    """
-    found: dict[tuple[str, int], dict[Metric, float]] = {}
+def _scores_of(run: Run, task: str, answers: Sequence[Answer]) -> dict[str, dict[Metric, float]]:
+    """Key of an answer -> what is said of it: by the task and the judge of a comparison, by alpaca_eval's judges."""
+    found: dict[str, dict[Metric, float]] = {answer.key: {} for answer in answers}
+    for score in run.scores:
+        if score.task == task and score.metric != REWARD:
+            for answer in answers:
+                if (value := score.each.get(f"{answer.prompt_hash} {answer.repeat}")) is not None:
+                    found[answer.key][Metric(task, score.metric, score.filter)] = value
     for judge, preferred in alpaca_eval_files.preferred(run.path, run.model).items():
         for answer in answers:
-            value = preferred.get((answer.instruction, answer.output.strip()))
-            if value is not None:
-                found.setdefault((answer.prompt_hash, answer.repeat), {})[Metric(task, WIN_RATE, judge)] = value
-    told: dict[Metric, Sequence[float | None]] = {}
-    if (scored := CellMetrics.read(run.path, results)) is not None:
-        told |= {Metric(task, name, ""): values for name, values in scored.best.items()}
-    if (judged := CellPreferences.read(run.path, results)) is not None:
-        per_cent = [None if each is None else 100 * each for each in judged.preferred]
-        told[Metric(task, WIN_RATE, f"{judged.annotators}, against {judged.against}")] = per_cent
-    for metric, values in told.items():
-        for result, value in zip(results, values, strict=True):
-            if value is not None:
-                found.setdefault((result.prompt_hash, result.repeat), {})[metric] = value
+            if (value := preferred.get((answer.instruction, answer.output.strip()))) is not None:
+                found[answer.key][Metric(task, WIN_RATE, judge)] = value
     return found
 
 
