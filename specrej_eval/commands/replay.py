@@ -104,7 +104,13 @@ def read_run(path: str) -> Recorded:
     record = folder.record() if Path(path).is_dir() else None
     found: dict[str, GenerationResult] = {}
     fingerprint: Mapping[str, Any] = {}
-    for file in journals_of(path):
+    try:
+        files = journals_of(path)
+    except ConfigError:
+        if record is None:
+            raise
+        files = []  # what is missing is told below
+    for file in files:
         contents = journal.read(file, argument="run")
         if contents.scan.damaged:
             damage = contents.scan.damaged[0]
