@@ -140,10 +140,19 @@ def read_run(path: str) -> Recorded:
             f"{path!r} holds answers of seeds {', '.join(map(str, seeds))}.", hint="name runs of one seed each."
         )
     results = list(found.values())
+    if len(set(_asked(results))) < len(results):
+        raise ConfigError(
+            f"{path!r} holds the answers of several runs: there are two to one prompt.",
+            hint="name the folder of one `specrej-eval run`, or a journal of one run.",
+        )
     texts = [result.text for result in results]
     scored = CellMetrics.read(Path(path), texts, results=results) if record is not None else None
     metrics = {} if scored is None else scored.of_rows()
     return Recorded(path, results, fingerprint, instructions, metrics)
+
+
+def _asked(results: Sequence[GenerationResult]) -> list[tuple[str, str, int]]:
+    return [(result.task, result.prompt_hash, result.repeat) for result in results]
 
 
 def check_runs(runs: Sequence[Recorded]) -> None:
@@ -274,7 +283,7 @@ def _as_the_first(runs: Sequence[Recorded]) -> list[Recorded]:
     Raises:
         ConfigError: they answered other prompts.
     """
-    asked = [[(result.prompt_hash, result.repeat) for result in run.results] for run in runs]
+    asked = [_asked(run.results) for run in runs]
     ordered = []
     for run, own in zip(runs, asked, strict=True):
         if sorted(own) != sorted(asked[0]):

@@ -191,3 +191,15 @@ def test_prompts_in_another_order_are_paired_by_what_was_asked(
         method["cells"][1]["reward"] for method in turned["methods"]
     ]
     assert [prompt["instruction"] for prompt in turned["prompts"]] == asked
+
+
+def test_a_journal_of_several_runs_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folders = [
+        a_recorded_run(tmp_path / str(rejects), ["one", "two"], rejects=rejects, strategy="best_of_n", alpha=None)
+        for rejects in (False, True)
+    ]
+    journal = tmp_path / "both.jsonl"
+    texts = [(folder / "specrej_trajectories.jsonl").read_text().splitlines(keepends=True) for folder in folders]
+    journal.write_text("".join([*texts[0], *texts[1][1:]]))
+    assert cli.main(["replay", str(journal)]) != 0
+    assert "the answers of several runs: there are two to one prompt" in capsys.readouterr().err
