@@ -485,6 +485,7 @@ REFUSED: list[tuple[Callable[[Path], list[str]], str]] = [
     (lambda _: [*TASK, "--annotators", "specrej_reward_juge"], "specrej_reward_judge"),
     (lambda _: [*TASK, "--perplexity", "true", "--strategy", "speculative_rejection"], "needs best_of_n in the grid"),
     (lambda _: [*TASK, "--resamples", "3"], "--resamples must be at least 100"),
+    (lambda _: [*TASK, "--plan", "only"], "plan=only plans one run"),
     (lambda _: [*TASK, "--seed", "3"], "did you mean --seeds"),
     (lambda _: [*TASK, "--pretrained", "/nowhere/at/all"], "/nowhere/at/all"),
     (lambda _: [*TASK, "--first_look", "1", "--kv_budget_tokens", "9"], "contradict each other"),

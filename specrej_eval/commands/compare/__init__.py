@@ -128,7 +128,10 @@ def run(args: argparse.Namespace) -> int:
     output = options.pop("output", None)
     plan, source = _resolved(options, of_source, limit)
     if plan.config.plan is not None:
-        raise ConfigError("plan=only is of single runs.", hint="`specrej-eval run --plan only` says what a cell takes.")
+        raise ConfigError(
+            "plan=only plans one run, and a comparison is many.",
+            hint="`specrej-eval run --plan only` says what a cell takes.",
+        )
     for method in methods:
         known = isinstance(source, PromptFile)
         budget.check_arguments(plan.replace(**method.arguments).config, max_gen_toks_known=known)

@@ -314,6 +314,6 @@ def read_cell(place: Place, source: Source, *, is_pool: bool) -> Cell:
 
 
 def pool_of(methods: Sequence[Method]) -> Method | None:
-    """Best-of-N with most rows, where no method of the grid has more."""
+    """Best-of-N with most rows; None where the grid has none."""
     of_best = [method for method in methods if method.strategy == BEST_OF_N]
     return max(of_best, key=lambda method: method.n, default=None)
