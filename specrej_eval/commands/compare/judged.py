@@ -100,7 +100,7 @@ class Judge:
             told = self.annotators.preferences(instructions, theirs, ours, caching_path=root / CACHE)
             preferred.setdefault(cell.method.name, {})[cell.seed] = told
             if cell.path is not None:  # for the page of `report --html`
-                CellPreferences(judge, report["baseline"], told).write(root / cell.path, ours)
+                CellPreferences(Path(judge).name, report["baseline"], told).write(root / cell.path, ours)
         for name, by_seed in preferred.items():
             values = np.array([by_seed[seed] for seed in report["seeds"]], dtype=float).T  # None becomes NaN
             judged = ~np.isnan(values).any(axis=1)
