@@ -32,6 +32,7 @@ MOST_BYTES = 200_000
 
 
 def main() -> None:
+    check_browser()
     for name, (model, arguments) in RUNS.items():
         folder = RESULTS / name
         if not list(folder.rglob("results_*.json")):
@@ -53,13 +54,33 @@ def main() -> None:
         assert size < MOST_BYTES, f"{path.name} is too large for a repository"
 
 
+def check_browser() -> None:
+    """Before anything is run: playwright, and a Chromium of the system's or playwright's own."""
+    try:
+        from playwright.sync_api import Error, sync_playwright
+    except ImportError:
+        raise SystemExit("The pictures need playwright: pip install -e '.[plots,browser]'.") from None
+    try:
+        with sync_playwright() as playwright:
+            playwright.chromium.launch(executable_path=chromium(), args=["--no-sandbox"]).close()
+    except Error as error:
+        raise SystemExit(
+            "The pictures need a Chromium, and none starts: install the system's, name it in CHROMIUM=, or run "
+            f"`playwright install chromium`.\n{str(error).splitlines()[0]}"
+        ) from None
+
+
+def chromium() -> str | None:
+    """The system's; None = playwright's own."""
+    named = ("chromium", "chromium-browser", "google-chrome")
+    return os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, named)), None)
+
+
 def photograph(page: Path) -> None:
     from playwright.sync_api import sync_playwright
 
-    named = ("chromium", "chromium-browser", "google-chrome")
-    program = os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, named)), None)
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=program, args=["--no-sandbox"])
+        browser = playwright.chromium.launch(executable_path=chromium(), args=["--no-sandbox"])
         for width, scheme in ((1280, "light"), (1280, "dark"), (400, "light"), (400, "dark")):
             tab = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
             tab.set_default_timeout(300_000)

@@ -138,11 +138,13 @@ def answer(
     progress: bool = True,
     summary: bool = True,
     spent: Spent | None = None,
+    before: int = 0,
 ) -> list[Answer]:
     """Answer requests, in order; what ``store`` has already is taken from there, the rest recorded as it finishes.
 
     Args:
         spent: counts what this call decodes, and how many answers it finds in records.
+        before: answers of the same run that are there and not asked for here: they stand in its live state.
 
     Raises:
         ConfigError, PromptError, RewardError, OutOfMemoryError, LimitReached: as ``Generator.run``; what finished is in
@@ -169,7 +171,7 @@ def answer(
         work = [requests[index] for index in left]
         if store is not None:
             generator.state_path = str(store.state_file)
-            generator.answered_before = len(answers)
+            generator.answered_before = before + len(answers)
         where = store.path if store is not None else generator.config.journal
         with stopping.keeping(len(requests), where, answers=len(answers)) as kept:
             try:

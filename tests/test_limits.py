@@ -199,6 +199,36 @@ def test_status_of_a_journal_counts_what_is_there(tmp_path: Path) -> None:
     assert "no process is writing, 12 answers" in "\n".join(status.lines(path))
 
 
+def a_state(path: Path, *, total: int, earlier: int = 0, started: float = 100.0) -> None:
+    state = StateFile(str(state_file(path)), total=total, earlier=earlier)
+    state.state.started = started
+    state._write()
+
+
+def answered(path: Path, prompts: range) -> None:
+    """A journal of some of twelve prompts, as one process writes it."""
+    made = generator(journal=str(path))
+    list(made.run([request(made.config, f"p{number}") for number in prompts], progress=False))
+    made._journal.close()
+
+
+def test_status_knows_the_whole_of_ranks_until_one_is_done_and_never_tells_more_than_all(tmp_path: Path) -> None:
+    path, ranks = tmp_path / "run.jsonl", [tmp_path / f"run_rank{rank}.jsonl" for rank in range(2)]
+    answered(ranks[0], range(6))
+    answered(ranks[1], range(6, 8))
+    for rank in ranks:
+        a_state(rank, total=6)
+    assert "8 of 12 answers" in "\n".join(status.lines(path))
+    state_file(ranks[0]).unlink()  # as at its regular end
+    told = "\n".join(status.lines(path))
+    assert "ended before it was complete, 8 answers" in told and "of 6" not in told
+    # one process goes on from the journals of both
+    a_state(ranks[0], total=6)
+    answered(path, range(8, 9))
+    a_state(path, total=12, started=200.0)
+    assert "9 of 12 answers" in "\n".join(status.lines(path))
+
+
 def test_status_of_nothing_says_what_to_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for where in (tmp_path, tmp_path / "nowhere"):
         assert cli.main(["status", str(where)]) == 1

@@ -12,28 +12,25 @@ import argparse
 import json
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from specrej_eval.checked import object_or_empty
 from specrej_eval.commands.journal import journals_of
 from specrej_eval.config import SAMPLING, RunConfig, as_int
-from specrej_eval.core import GenerationResult
+from specrej_eval.core import GenerationResult, Trajectory
 from specrej_eval.errors import ConfigError
 from specrej_eval.evidence.methods import BEST_OF_N, Method, grid, listed
-from specrej_eval.evidence.replay import Replayed, replay
+from specrej_eval.evidence.replay import replay
 from specrej_eval.evidence.selectors import KNOWN, make_selector
 from specrej_eval.evidence.tables import as_markdown, print_tables
 from specrej_eval.options import add_grid
 from specrej_eval.records import journal
+from specrej_eval.records.cell_scores import CellMetrics
 from specrej_eval.records.fingerprint.comparing import BETWEEN, differences
 from specrej_eval.records.jsonl import as_text, write_atomically
 from specrej_eval.records.outputs import OutputsFolder
 from specrej_eval.wording import counted
-
-if TYPE_CHECKING:
-    from specrej_eval.evidence.comparison import Cell
 
 SUMMARY = "simulate other strategies, alphas, n or selectors on the stored rows of a Best-of-N run, without a model"
 EXAMPLES = (
@@ -71,8 +68,21 @@ class Recorded:
     path: str
     results: list[GenerationResult]
     fingerprint: Mapping[str, Any]
-    arguments: Mapping[str, Any]
     instructions: Mapping[tuple[str, int], str]
+    metrics: Mapping[str, Sequence[Sequence[float]]] = field(default_factory=dict)
+    """Name -> scores of all rows of each prompt by a task, where `specrej-eval compare` has left them."""
+
+    def in_order(self, places: Sequence[int]) -> Recorded:
+        """With its prompts in another order."""
+        metrics = {name: [values[place] for place in places] for name, values in self.metrics.items()}
+        return replace(self, results=[self.results[place] for place in places], metrics=metrics)
+
+    def metrics_of(self, results: Sequence[GenerationResult]) -> dict[str, list[float]]:
+        """Of answers that are rows of this run, one to each of its prompts."""
+        return {
+            name: [of_rows[result.best.row] for of_rows, result in zip(values, results, strict=True)]
+            for name, values in self.metrics.items()
+        }
 
     @property
     def seed(self) -> int:
@@ -94,7 +104,13 @@ def read_run(path: str) -> Recorded:
     record = folder.record() if Path(path).is_dir() else None
     found: dict[str, GenerationResult] = {}
     fingerprint: Mapping[str, Any] = {}
-    for file in journals_of(path):
+    try:
+        files = journals_of(path)
+    except ConfigError:
+        if record is None:
+            raise
+        files = []  # what is missing is told below
+    for file in files:
         contents = journal.read(file, argument="run")
         if contents.scan.damaged:
             damage = contents.scan.damaged[0]
@@ -123,8 +139,20 @@ def read_run(path: str) -> Recorded:
         raise ConfigError(
             f"{path!r} holds answers of seeds {', '.join(map(str, seeds))}.", hint="name runs of one seed each."
         )
-    arguments = object_or_empty(record.arguments if record is not None else {})
-    return Recorded(path, list(found.values()), fingerprint, arguments, instructions)
+    results = list(found.values())
+    if len(set(_asked(results))) < len(results):
+        raise ConfigError(
+            f"{path!r} holds the answers of several runs: there are two to one prompt.",
+            hint="name the folder of one `specrej-eval run`, or a journal of one run.",
+        )
+    texts = [result.text for result in results]
+    scored = CellMetrics.read(Path(path), texts, results=results) if record is not None else None
+    metrics = {} if scored is None else scored.of_rows()
+    return Recorded(path, results, fingerprint, instructions, metrics)
+
+
+def _asked(results: Sequence[GenerationResult]) -> list[tuple[str, str, int]]:
+    return [(result.task, result.prompt_hash, result.repeat) for result in results]
 
 
 def check_runs(runs: Sequence[Recorded]) -> None:
@@ -188,6 +216,7 @@ def run(args: argparse.Namespace) -> int:
     budget = None if args.kv_budget_tokens is None else as_int("kv_budget_tokens", args.kv_budget_tokens)
     runs = [read_run(path) for path in args.run]
     check_runs(runs)
+    runs = _as_the_first(runs)
     for each in runs:
         if each.fingerprint.get("reward_ensemble") == "rank":
             raise ConfigError(
@@ -208,10 +237,21 @@ def run(args: argparse.Namespace) -> int:
     for method in dict.fromkeys([whole, *methods]):
         for each in runs:
             found = replay(each.results, simulated_config(each, method, given))
-            if method in methods or args.selector == "max":
-                _select(found, select, args.selector)
             asked, between = asked + found.scores_asked, between + found.scores_between
-            cells.append(Cell(method=method, seed=each.seed, results=found.results, simulated=True, path=each.path))
+            results = found.results
+            if args.selector != "max":  # which is what runs do
+                results = [replace(r, best=select(_finished(r), r.prompt_hash)) for r in results]
+            cells.append(
+                Cell(
+                    method=method,
+                    seed=each.seed,
+                    results=results,
+                    metrics=each.metrics_of(results),
+                    row_metrics=each.metrics if method == whole and each.rows == most else {},
+                    simulated=True,
+                    path=each.path,
+                )
+            )
     prompts = [
         {
             "prompt_hash": r.prompt_hash,
@@ -220,7 +260,7 @@ def run(args: argparse.Namespace) -> int:
         }
         for r in runs[0].results
     ]
-    report = compare(_in_order(cells, runs[0]), prompts=prompts, baseline=args.baseline)
+    report = compare(cells, prompts=prompts, baseline=args.baseline)
     report |= {
         "made_by": "replay",
         "selector": args.selector,
@@ -233,22 +273,27 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _select(found: Replayed, select: Any, name: str) -> None:
-    if name == "max":
-        return
-    found.results = [
-        replace(r, best=select([row for row in r.trajectories if row.finish_reason != "rejected"], r.prompt_hash))
-        for r in found.results
-    ]
+def _finished(result: GenerationResult) -> list[Trajectory]:
+    return [row for row in result.trajectories if row.finish_reason != "rejected"]
 
 
-def _in_order(cells: Sequence[Cell], first: Recorded) -> list[Cell]:
-    """Results in the first run's order of prompts, where the others have the same ones in another."""
-    places = {(r.prompt_hash, r.repeat): place for place, r in enumerate(first.results)}
-    return [
-        replace(cell, results=sorted(cell.results, key=lambda r: places.get((r.prompt_hash, r.repeat), len(places))))
-        for cell in cells
-    ]
+def _as_the_first(runs: Sequence[Recorded]) -> list[Recorded]:
+    """Runs in the first one's order of prompts, where they have the same ones in another.
+
+    Raises:
+        ConfigError: they answered other prompts.
+    """
+    asked = [_asked(run.results) for run in runs]
+    ordered = []
+    for run, own in zip(runs, asked, strict=True):
+        if sorted(own) != sorted(asked[0]):
+            raise ConfigError(
+                f"{run.path!r} and {runs[0].path!r} answered different prompts: they cannot be paired.",
+                hint="name runs over the same prompts.",
+            )
+        place = {key: number for number, key in enumerate(own)}
+        ordered.append(run.in_order([place[key] for key in asked[0]]))
+    return ordered
 
 
 def _show(report: Mapping[str, Any], form: str) -> None:

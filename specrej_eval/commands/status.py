@@ -7,6 +7,8 @@ kernel takes away however it ends; the pace comes from a small file that it keep
 from __future__ import annotations
 
 import argparse
+import glob
+import re
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -64,6 +66,11 @@ class Process:
         return cls(file, RunState.read(state_file(file)), holder)
 
     @property
+    def is_rank(self) -> bool:
+        """Whether it is one of several that answer a run together."""
+        return re.search(r"_rank\d+$", self.file.stem) is not None
+
+    @property
     def name(self) -> str:
         pid = (self.holder or {}).get("pid") or (self.state.pid if self.state else "?")
         host = (self.holder or {}).get("host") or (self.state.host if self.state else "")
@@ -80,7 +87,8 @@ def lines(path: Path) -> Iterator[str]:
     runs = [prefix for name, prefix in RUN_FILES.items() if (folder / name).is_file()]
     if path.is_dir() or path.name.startswith(PREFIX):
         if not runs:
-            below = sorted(found.parent for found in path.glob("*/specrej_run.json")) if path.is_dir() else []
+            # of several seeds, or the cells of a comparison
+            below = sorted(found.parent for found in path.rglob("specrej_run.json")) if path.is_dir() else []
             for each in below:
                 yield from lines(each)
             if below:
@@ -110,7 +118,7 @@ def _of_folder(folder: Path, prefix: str) -> Iterator[str]:
         return
     done, damaged = store.count()
     own = store.outputs_file
-    parts = {own, *(Path(str(own)[: -len(own.suffix)] + f"_rank{rank}{own.suffix}") for rank in _ranks(own))}
+    parts = {own, *beside(own), *_ranks(own)}
     by = f"stopped by {record.stopped}" if record.stopped else ""
     yield from _told(where, [Process.of(part) for part in sorted(parts)], done, by)
     if damaged:
@@ -121,20 +129,33 @@ def _of_journal(path: Path) -> Iterator[str]:
     files = [*beside(path), *([path] if path.is_file() else [])]
     found = [journal.read(file) for file in files if file.stat().st_size]
     done = len({key for each in found for key in each.entries})
-    parts = {path, *files, *(path.with_name(f"{path.stem}_rank{rank}{path.suffix}") for rank in _ranks(path))}
+    parts = {path, *files, *_ranks(path)}
     yield from _told(str(path), [Process.of(part) for part in sorted(parts)], done, "")
 
 
-def _ranks(path: Path) -> set[str]:
-    """Of the state files beside it."""
-    names = (found.name for found in path.parent.glob(f".{path.stem}_rank*{path.suffix}.state"))
-    return {name.partition("_rank")[2].removesuffix(f"{path.suffix}.state") for name in names}
+def _ranks(path: Path) -> set[Path]:
+    """The files of its ranks that have a live state."""
+    found = path.parent.glob(f".{glob.escape(path.stem)}_rank*{glob.escape(path.suffix)}.state")
+    return {each.with_name(each.name[1:].removesuffix(".state")) for each in found}
+
+
+def _whole(processes: list[Process]) -> int:
+    """How many answers the last start is to come to; 0 where its states do not say."""
+    by_start: dict[bool, list[RunState]] = {True: [], False: []}
+    for each in processes:
+        if each.state is not None:
+            by_start[each.is_rank].append(each.state)
+    ranks, alone = ([state.started for state in by_start[kind]] for kind in (True, False))
+    of_ranks = max(ranks, default=0.0) > max(alone, default=0.0)  # else ranks are of an earlier start
+    if of_ranks and any(each.is_rank and each.state is None for each in processes):
+        return 0  # a rank that is done has no state any more
+    return sum(state.total + state.earlier for state in by_start[of_ranks])
 
 
 def _told(where: str, processes: list[Process], done: int, by: str) -> Iterator[str]:
     alive = [each for each in processes if each.holder is not None]
     states = [each.state for each in processes if each.state is not None]
-    whole = sum(state.total + state.earlier for state in states)
+    whole = _whole(processes)
     share = f"{done:,} of {counted(whole, 'answer')} ({done / whole:.0%})" if whole else counted(done, "answer")
     if alive:
         yield f"{where}: running, {share}"
@@ -147,7 +168,7 @@ def _told(where: str, processes: list[Process], done: int, by: str) -> Iterator[
         yield f"  {counted(now, 'prompt')} in flight, {speed:,.0f} tokens/s, {eta}"
     elif by:
         yield f"{where}: {by}, {share}; the same command goes on from there"
-    elif states and done < whole:
+    elif states and (done < whole or not whole):
         yield f"{where}: ended before it was complete, {share}; the same command goes on from there"
     else:
         yield f"{where}: no process is writing, {share}"

@@ -5,6 +5,9 @@ resample together, so differences are paired. Seeds are drawn within each prompt
 (seed, prompt, row): the draws of one seed on two prompts have nothing in common (two-level bootstrap, Davison & Hinkley
 1997, section 3.8). Every number is made anew from each resample as a whole: a ratio is one of means, never a mean of
 ratios.
+
+With S seeds the intervals are on the wide side: what varies within a prompt counts 1 + (S - 1) / S times, since both
+levels are drawn with replacement.
 """
 
 from __future__ import annotations
@@ -23,7 +26,7 @@ Array = NDArray[np.float64]
 
 LEVEL = 0.95
 BLOCK = 500
-"""Resamples that are added up at a time."""
+"""Resamples that are drawn and added up at a time."""
 FEWEST = 5
 """Prompts below which an interval would say nothing."""
 
@@ -63,11 +66,14 @@ class Bootstrap:
         """(resamples, prompts * seeds): how often each value counts in each resample; a row adds up to their number."""
         if self._counts is None:
             rng = np.random.default_rng(self.seed)
-            drawn = rng.multinomial(self.prompts, np.full(self.prompts, 1 / self.prompts), self.resamples)
-            if self.seeds > 1:  # each time a prompt is drawn, as many seeds as there are are drawn for it
-                of_seeds = rng.multinomial(drawn * self.seeds, np.full(self.seeds, 1 / self.seeds))
-                drawn = of_seeds.reshape(self.resamples, -1)
-            self._counts = drawn.astype(np.int16)
+            self._counts = np.empty((self.resamples, self.prompts * self.seeds), np.int16)
+            for start in range(0, self.resamples, BLOCK):  # what NumPy draws has eight bytes a number
+                block = self._counts[start : start + BLOCK]
+                drawn = rng.multinomial(self.prompts, np.full(self.prompts, 1 / self.prompts), len(block))
+                if self.seeds > 1:  # each time a prompt is drawn, as many seeds as there are are drawn for it
+                    of_seeds = rng.multinomial(drawn * self.seeds, np.full(self.seeds, 1 / self.seeds))
+                    drawn = of_seeds.reshape(len(block), -1)
+                block[:] = drawn
         return self._counts
 
     def means(self, values: Any) -> Array:
@@ -89,7 +95,7 @@ class Bootstrap:
     def interval(
         self, values: Any, statistic: Callable[[Array], Any] = lambda means: means, *, level: float = LEVEL
     ) -> Estimate:
-        """A function of means, with its interval.
+        """A function of means, with its interval; no interval where the number itself is none (NaN).
 
         Args:
             values: as for ``means``.
@@ -97,7 +103,7 @@ class Bootstrap:
         """
         data = self._shaped(values)
         value = float(np.asarray(statistic(data.mean(axis=(0, 1))[None]))[0])
-        if self.prompts < FEWEST:
+        if self.prompts < FEWEST or math.isnan(value):
             return Estimate(value)
         spread = np.asarray(statistic(self.means(values)), dtype=float)
         spread = spread[~np.isnan(spread)]

@@ -18,16 +18,18 @@ from numpy.typing import NDArray
 from specrej_eval.core import ROWS_FROM, GenerationResult, Trajectory
 from specrej_eval.errors import ConfigError
 from specrej_eval.evidence import RESAMPLES, best_of_k, kl, paper, partial_scores, regret
-from specrej_eval.evidence.bootstrap import Bootstrap, Estimate
+from specrej_eval.evidence.bootstrap import Bootstrap
 from specrej_eval.evidence.equivalent_n import at, equivalent_n
 from specrej_eval.evidence.flops import Sizes, flops
-from specrej_eval.evidence.methods import BEST_OF_N, Method
+from specrej_eval.evidence.methods import BEST_OF_N, Method, named
 from specrej_eval.evidence.significance import holm, sign_flip
 
 Array = NDArray[np.float64]
 
 SCHEMA = "specrej_comparison"
 SCHEMA_VERSION = 1
+FEWER = 1_000
+"""Resamples for seconds, which machines do not measure to the third digit."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -156,12 +158,7 @@ def _asked(cell: Cell) -> list[tuple[str, int]]:
 
 def _baseline(methods: Sequence[Method], name: str | None) -> Method:
     if name is not None:
-        found = [method for method in methods if name in (method.name, method.label)]
-        if not found:
-            raise ConfigError(
-                f"no method is called {name!r}.", hint=f"there are {', '.join(method.name for method in methods)}."
-            )
-        return found[0]
+        return named(methods, name)
     of_best = [method for method in methods if method.strategy == BEST_OF_N]
     return max(of_best, key=lambda method: method.n) if of_best else methods[0]
 
@@ -212,7 +209,7 @@ class _Pool:
 
     measured: _Measured
     finals: Array
-    """(prompts, seeds, rows): rewards at the rows' ends; -inf where not finite."""
+    """(prompts, seeds, rows): rewards at the rows' ends."""
     metrics: dict[str, Array]
     """Name -> (prompts, seeds, rows)."""
     curves: Array
@@ -225,12 +222,9 @@ class _Pool:
     @classmethod
     def of(cls, measured: _Measured) -> _Pool | None:
         """None where a prompt lacks rows (``degraded``) or has a row without a finite reward."""
-        n, cells = measured.method.n, measured.cells
-        rows = [[result.trajectories for result in cell.results] for cell in cells]
-        if any(len(each) != n or any(row.reward is None for row in each) for cell in rows for each in cell):
+        finals, cells = _rewards_of_rows(measured), measured.cells
+        if finals is None:
             return None
-        finals = np.array([[[row.reward for row in each] for each in cell] for cell in rows], dtype=float)
-        finals = finals.transpose(1, 0, 2)
         names = set.intersection(*(set(cell.row_metrics) for cell in cells))
         metrics = {
             name: np.array([cell.row_metrics[name] for cell in cells], dtype=float).transpose(1, 0, 2)
@@ -317,7 +311,7 @@ def _time(each: _Measured) -> dict[str, Any] | None:
         return None
     ledgers = [cell.results[place].ledger for cell in each.cells for place in cell.timed]
     phases = sorted({phase for ledger in ledgers for phase in ledger.seconds})
-    bootstrap = Bootstrap(len(timed), timed.shape[1], resamples=1000)
+    bootstrap = Bootstrap(len(timed), timed.shape[1], resamples=FEWER)
     return {
         "seconds": bootstrap.interval(timed).to_dict(),
         "phases": {phase: float(np.mean([ledger.seconds.get(phase, 0.0) for ledger in ledgers])) for phase in phases},
@@ -340,18 +334,30 @@ def _of_paper(
         if whole.any():
             found = _of_prompts(bootstrap, whole).interval(scores[whole])
             told["improvement_score"] = {**found.to_dict(), "prompts": int(whole.sum())}
-    for name, other in (("relative_compute", smallest), ("speedup", largest)):
-        both = ~np.isnan(each.seconds).any(axis=1) & ~np.isnan(other.seconds).any(axis=1)
-        if both.any() and each.seconds[both].sum() > 0 and other.seconds[both].sum() > 0:
-            ours, theirs = each.seconds[both], other.seconds[both]
-            own = Bootstrap(int(both.sum()), ours.shape[1], resamples=1000)
-            ratio = own.ratio(ours, theirs) if name == "relative_compute" else own.ratio(theirs, ours)
-            told[name] = {**ratio.to_dict(), "prompts": int(both.sum())}
+    for name, over, under in (("relative_compute", each, smallest), ("speedup", largest, each)):
+        if (ratio := _ratio_of_seconds(over, under)) is not None:
+            told[name] = ratio
     return told
 
 
+def _timed_for_both(one: _Measured, other: _Measured) -> NDArray[Any] | None:
+    """(prompts,) of truth values: decoded for each of the two alone. None where no prompt was."""
+    both = np.asarray(~np.isnan(one.seconds + other.seconds).any(axis=1))
+    return both if both.any() and one.seconds[both].sum() > 0 and other.seconds[both].sum() > 0 else None
+
+
+def _ratio_of_seconds(over: _Measured, under: _Measured) -> dict[str, Any] | None:
+    """Of the prompts that were decoded for both; None where there are none."""
+    both = _timed_for_both(over, under)
+    if both is None:
+        return None
+    prompts = int(both.sum())
+    bootstrap = Bootstrap(prompts, over.seconds.shape[1], resamples=FEWER)
+    return {**bootstrap.ratio(over.seconds[both], under.seconds[both]).to_dict(), "prompts": prompts}
+
+
 def _rewards_of_rows(measured: _Measured) -> Array | None:
-    """(prompts, seeds, rows), or None where a row has no finite reward."""
+    """(prompts, seeds, rows); None where a prompt lacks rows, or has a row without a finite reward."""
     rows = [[result.trajectories for result in cell.results] for cell in measured.cells]
     n = measured.method.n
     if any(len(each) != n or any(row.reward is None for row in each) for cell in rows for each in cell):
@@ -414,23 +420,21 @@ def _efficiency(each: _Measured, pool: _Pool, bootstrap: Bootstrap) -> dict[str,
         together = np.concatenate(
             [each.rewards[..., None], each.costs[name][..., None], a_row[..., None], pool.curves], axis=-1
         )
-        found = bootstrap.interval(
-            together, lambda means: at(means[..., 0], means[..., 3:]) * means[..., 2] / means[..., 1]
-        )
-        told[name] = _finite(found)
+        told[name] = bootstrap.interval(together, _worth).to_dict()  # in which what is infinite is None
     told["seconds"] = None
-    both = ~np.isnan(each.seconds).any(axis=1) & ~np.isnan(pool.measured.seconds).any(axis=1)
+    both = _timed_for_both(each, pool.measured)
     rows = float(at(each.rewards.mean(), pool.curves.mean(axis=(0, 1))))
-    if both.any() and math.isfinite(rows) and each.seconds[both].sum() > 0 and not each.cells[0].simulated:
+    if both is not None and 0 < rows < math.inf:
         of_a_row = float(pool.measured.seconds[both].mean()) / pool.method.n
         told["seconds"] = {"value": rows * of_a_row / float(each.seconds[both].mean()), "prompts": int(both.sum())}
     return told
 
 
-def _finite(found: Estimate) -> dict[str, Any]:
-    return {
-        name: None if value is None or not math.isfinite(value) else value for name, value in found.to_dict().items()
-    }
+def _worth(means: Array) -> Array:
+    """Reward, cost, cost of a row and curve -> efficiency; minus infinity below the curve, infinity beyond it."""
+    rows = at(means[..., 0], means[..., 3:])
+    found: Array = np.where(rows > 0, rows * means[..., 2] / means[..., 1], -np.inf)
+    return found
 
 
 def _looks(each: _Measured, pool: _Pool) -> list[dict[str, Any]]:
@@ -509,11 +513,8 @@ def _add_differences(
             for name in ("decode_tokens", "reward_tokens", "flops", "kv_tokens"):
                 if name in each.costs and name in other.costs and other.costs[name].sum() > 0:
                     found["cost_ratios"][name] = bootstrap.ratio(each.costs[name], other.costs[name]).to_dict()
-            both = ~np.isnan(each.seconds).any(axis=1) & ~np.isnan(other.seconds).any(axis=1)
-            if both.any() and other.seconds[both].sum() > 0 and not each.cells[0].simulated:
-                own = Bootstrap(int(both.sum()), each.seconds.shape[1], resamples=1000)
-                ratio = own.ratio(each.seconds[both], other.seconds[both])
-                found["cost_ratios"]["seconds"] = {**ratio.to_dict(), "prompts": int(both.sum())}
+            if (ratio := _ratio_of_seconds(each, other)) is not None:
+                found["cost_ratios"]["seconds"] = ratio
             entry["against"].append(found)
     for (score, _), corrected in zip(p_values, holm([p for _, p in p_values]), strict=True):
         score["p_holm"] = corrected

@@ -27,7 +27,7 @@ class Method:
         if self.strategy == BEST_OF_N:
             return f"bo{self.n}"
         short = "spr" if self.strategy == SPECULATIVE_REJECTION else self.strategy
-        return f"{short}_n{self.n}" + ("" if self.alpha is None else f"_a{self.alpha:g}")
+        return f"{short}_n{self.n}" + ("" if self.alpha is None else f"_a{self.alpha}")
 
     @property
     def label(self) -> str:
@@ -35,7 +35,7 @@ class Method:
         if self.strategy == BEST_OF_N:
             return "Sampling" if self.n == 1 else f"Best-of-{self.n}"
         name = "SpecRej" if self.strategy == SPECULATIVE_REJECTION else self.strategy
-        return f"{name} n={self.n}" + ("" if self.alpha is None else f" alpha={self.alpha:g}")
+        return f"{name} n={self.n}" + ("" if self.alpha is None else f" alpha={self.alpha}")
 
     @property
     def arguments(self) -> dict[str, Any]:
@@ -49,9 +49,9 @@ def grid(strategies: Sequence[str], alphas: Sequence[float], rows: Sequence[int]
     Raises:
         ConfigError: it is empty.
     """
-    for name, values in (("strategies", strategies), ("n", rows)):
+    for name, values, example in (("strategy", strategies, BEST_OF_N), ("n", rows, 16)):
         if not values:
-            raise ConfigError(f"the grid is empty: no {name}.", hint=f"give at least one: --{name} ...")
+            raise ConfigError(f"the grid is empty: no {name}.", hint=f"give at least one: --{name} {example}")
     if not alphas and any(name != BEST_OF_N for name in strategies):
         raise ConfigError("the grid is empty: no alpha.", hint="give at least one: --alpha 0.5")
     found: dict[Method, None] = {}
@@ -61,6 +61,20 @@ def grid(strategies: Sequence[str], alphas: Sequence[float], rows: Sequence[int]
                 best_of_n = not alpha and name in (BEST_OF_N, SPECULATIVE_REJECTION)
                 found[Method(BEST_OF_N, n) if best_of_n else Method(name, n, alpha)] = None
     return sorted(found, key=lambda method: (method.strategy != BEST_OF_N, method))
+
+
+def named(methods: Sequence[Method], name: str) -> Method:
+    """The method that is called so, in short or in full.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    for method in methods:
+        if name in (method.name, method.label):
+            return method
+    raise ConfigError(
+        f"no method is called {name!r}.", hint=f"there are {', '.join(method.name for method in methods)}."
+    )
 
 
 def listed(name: str, text: Any, *, of: str | None = None) -> list[Any]:
@@ -75,7 +89,9 @@ def listed(name: str, text: Any, *, of: str | None = None) -> list[Any]:
     made = ARGUMENTS[of or name]
     found = [made.read(word) for word in _words(str(text))]
     if not found:
-        raise ConfigError(f"--{name} is empty.", hint=f"for example --{name} {made.default or 16}")
+        raise ConfigError(
+            f"--{name} is empty.", hint=f"for example --{name} {16 if made.default is None else made.default}"
+        )
     return list(dict.fromkeys(found))
 
 

@@ -1,7 +1,8 @@
-"""The three numbers of the paper's figure 3 (arXiv 2410.20290, section 5), by its names, so that its readers find them.
+"""The improvement score of the paper's figure 3 (arXiv 2410.20290, section 5), so that its readers find it.
 
-Its code differs from its text where it matters: it extrapolates beyond the largest N and divides by zero where all rows
-score alike. Neither is done here.
+Its two others are ratios of seconds: relative compute, T / T of Best-of-N with the smallest n, and speedup, T of
+Best-of-N with the largest n / T (a statement about that n, not about an equal reward). Its code extrapolates beyond the
+largest N and divides by zero where all rows score alike. Neither is done here.
 """
 
 from __future__ import annotations
@@ -29,13 +30,3 @@ def improvement_score(rewards: Any, rows: Any) -> Array:
     with np.errstate(invalid="ignore", divide="ignore"):
         found: Array = np.where(highest > lowest, 100 * (1 - (highest - r) / (highest - lowest)), np.nan)
     return found
-
-
-def relative_compute(seconds: float, smallest: float) -> float:
-    """T / T of Best-of-N with the smallest n. T = wall-clock seconds times devices."""
-    return seconds / smallest
-
-
-def speedup(seconds: float, largest: float) -> float:
-    """T of Best-of-N with the largest n / T: a statement about that n, not about an equal reward."""
-    return largest / seconds

@@ -8,15 +8,14 @@ ones: correlations among survivors are smaller than among all rows, and are told
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-TOP = 0.1
-"""The share of a prompt's rows that counts as its best, at least one row."""
+ONE_IN = 10
+"""One of so many rows of a prompt counts as its best, rounded up."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,8 +40,8 @@ def agreement(partial: Sequence[float], final: Sequence[float], *, keep: int) ->
     early, late = np.asarray(partial, dtype=float), np.asarray(final, dtype=float)
     if len(early) < 2:
         return Agreement(len(early), None, None, None, None)
-    vary = early.std() > 0 and late.std() > 0
-    best = late >= np.sort(late)[-max(1, math.ceil(TOP * len(late)))]
+    vary = np.ptp(early) > 0 and np.ptp(late) > 0  # a deviation of equal numbers may be 1e-17
+    best = late >= np.sort(late)[len(late) - -(-len(late) // ONE_IN)]
     auc = None
     if 0 < best.sum() < len(best):
         ranks = stats.rankdata(early)

@@ -42,7 +42,8 @@ def best_survived(finished: Any, finals: Any) -> Array:
 def z_score(rewards: Any, finals: Any) -> Array:
     """(r - mean) / standard deviation of the prompt's rows; NaN where all score alike."""
     ends = np.asarray(finals, dtype=float)
-    spread = ends.std(axis=-1, ddof=1)
+    apart = ends.max(axis=-1) > ends.min(axis=-1)  # a deviation of equal numbers may be 1e-17
     with np.errstate(invalid="ignore", divide="ignore"):
-        found: Array = np.where(spread > 0, (np.asarray(rewards, dtype=float) - ends.mean(axis=-1)) / spread, np.nan)
+        z = (np.asarray(rewards, dtype=float) - ends.mean(axis=-1)) / ends.std(axis=-1, ddof=1)
+    found: Array = np.where(apart, z, np.nan)
     return found

@@ -18,7 +18,7 @@ from specrej_eval.core import GenerationResult, Message, Prompt, RowView, Trajec
 from specrej_eval.engines.base import Promise
 from specrej_eval.errors import ConfigError
 from specrej_eval.generator import Generator, Request
-from specrej_eval.rewards.base import RewardModel, RewardSession
+from specrej_eval.rewards.base import RewardModel
 
 OWN = "own"
 """Role of the only message of a replayed prompt: its content names the record."""
@@ -48,9 +48,6 @@ class RecordedReward(RewardModel):
     def score(self, conversation: Sequence[Message], rows: Sequence[RowView], response_prefix: str = "") -> list[float]:
         source = self._recorded[conversation[-1]["content"]].trajectories
         return [self._score(source[row.row], row) for row in rows]
-
-    def open(self, conversation: Sequence[Message], response_prefix: str = "") -> RewardSession:
-        return super().open(conversation, response_prefix)
 
     def _score(self, source: Trajectory, row: RowView) -> float:
         if row.finished:

@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 
 FLIPS = 9_999
+BATCH = 500
+"""Flips that are in memory at a time: each takes some 20 bytes a prompt."""
 
 
 def sign_flip(differences: Any, *, flips: int = FLIPS, seed: int = 0) -> float:
@@ -32,6 +34,7 @@ def sign_flip(differences: Any, *, flips: int = FLIPS, seed: int = 0) -> float:
         permutation_type="samples",
         vectorized=True,
         n_resamples=flips,
+        batch=BATCH,
         random_state=np.random.default_rng(seed),
     )
     return float(found.pvalue)

@@ -49,23 +49,29 @@ def conclusion(report: Mapping[str, Any]) -> str | None:
     same_n = [(method, against) for method, against in found if known[against["method"]]["n"] == method["n"]]
     if not (same_n or found):
         return None
+    pairs = same_n or found
     name = _score_of(report)
-    method, against = max(same_n or found, key=lambda pair: (_value(_score(pair[0], name)), -_tokens(pair[0])))
-    score = against["scores"].get(name) or against["scores"].get("reward")
-    if score is None:
+    if not all(name in against["scores"] for _, against in pairs):  # then methods would be ranked by different scores
+        name = "reward"
+        pairs = [pair for pair in pairs if name in pair[1]["scores"]]
+    if not pairs:
         return None
+    method, against = max(pairs, key=lambda pair: (_value(_score(pair[0], name)), -_tokens(pair[0])))
+    score = against["scores"][name]
     scale, unit = (100, " points") if name in _shares(report) else (1, "")
     ends = "too few prompts for an interval"
     if score["low"] is not None:
         ends = f"95 % interval {scale * score['low']:+.3g} to {scale * score['high']:+.3g}"
         if score["low"] <= 0 <= score["high"]:
             ends += ", which includes 0: it may be chance"
+        elif score["p_holm"] >= 0.05:  # the best of several is best by luck, too
+            ends += f", but p is {score['p_holm']:.2g} after Holm's correction: it may be chance"
+    best_of = f", the best of {len(pairs)} that reject rows," if len(pairs) > 1 else ""
     tokens = against["cost_ratios"].get("decode_tokens")
     cost = "" if tokens is None else f", for {tokens['value']:.0%} of its decoded tokens"
-    return (
-        f"{method['label']} against {known[against['method']]['label']}: {scale * score['value']:+.3g}{unit} of "
-        f"{name} ({ends}){cost}."
-    )
+    rival = known[against["method"]]["label"]
+    gap = f"{scale * score['value']:+.3g}{unit} of {name}"
+    return f"{method['label']}{best_of} against {rival}: {gap} ({ends}){cost}."
 
 
 def print_tables(report: Mapping[str, Any], notes: Sequence[str], *, file: TextIO) -> None:

@@ -8,6 +8,7 @@ import json
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from specrej_eval.checked import number_or
@@ -39,6 +40,22 @@ def scores(folder: Path, name: str) -> Iterator[Score]:
             )
 
 
+def preferred(folder: Path, name: str) -> dict[str, dict[tuple[str, str], float]]:
+    """Judge -> (instruction, answer) -> how surely the answer is preferred to the reference's, in per cent; of an
+    answer that was judged several times the mean."""
+    found: dict[str, dict[tuple[str, str], float]] = {}
+    for path in sorted(folder.glob("*/annotations.json")):
+        values: dict[tuple[str, str], list[float]] = {}
+        for row in _annotations(path, name):
+            preference = number_or(row.get("preference"), None)
+            if preference is not None:
+                pair = str(row.get("instruction")), str(row.get("output_2")).strip()
+                values.setdefault(pair, []).append((preference - 1) * 100)
+        if values:
+            found[path.parent.name] = {pair: fmean(each) for pair, each in values.items()}
+    return found
+
+
 def _row(board: Path, name: str) -> dict[str, str]:
     try:
         with board.open(encoding="utf-8", newline="") as file:
@@ -50,15 +67,9 @@ def _row(board: Path, name: str) -> dict[str, str]:
 
 def _win_by_win(path: Path, name: str) -> dict[str, float]:
     """Instruction and reference, hashed -> preference in per cent."""
-    try:
-        annotations: Any = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return {}
     found: dict[str, float] = {}
     seen: Counter[str] = Counter()
-    for row in annotations if isinstance(annotations, list) else ():
-        if not isinstance(row, dict) or row.get("generator_2") != name:
-            continue
+    for row in _annotations(path, name):
         asked = json.dumps([row.get("instruction"), row.get("output_1")])
         key = hashlib.sha256(asked.encode()).hexdigest()
         seen[key] += 1
@@ -66,6 +77,16 @@ def _win_by_win(path: Path, name: str) -> dict[str, float]:
         if preference is not None:
             found[f"{key} {seen[key]}"] = (preference - 1) * 100
     return found
+
+
+def _annotations(path: Path, name: str) -> list[dict[str, Any]]:
+    """Those of a generator's answers; none where the file cannot be read."""
+    try:
+        told: Any = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return []
+    rows = told if isinstance(told, list) else []
+    return [row for row in rows if isinstance(row, dict) and row.get("generator_2") == name]
 
 
 def _number(text: str | None) -> float | None:

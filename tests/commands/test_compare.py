@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import json
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from support.lm_eval_tasks import task
+from support.page_runs import a_recorded_run
 
 from specrej_eval import cli, paths
 from specrej_eval.commands.compare import cells
+from specrej_eval.commands.compare.sources import PromptFile
+from specrej_eval.commands.report.page.data import Metric, read
+from specrej_eval.commands.report.runs import find_runs
+from specrej_eval.config import PromptArguments
+from specrej_eval.core import Trajectory
+from specrej_eval.evidence.methods import Method
 from specrej_eval.generator import Generator
+from specrej_eval.harness.lm_eval.tasks import TaskPrompts
 from specrej_eval.records import jsonl
 from specrej_eval.records.outputs import OutputsFolder
 
@@ -353,7 +363,28 @@ def test_cells_are_runs_to_report_and_replay(
             assert method["cells"][0]["best_row"] == cell["best_row"] and method["cells"][0]["reward"] == pytest.approx(
                 cell["reward"], abs=1e-5
             )
+            assert method["cells"][0]["metrics"] == cell["metrics"], "what the task said of those rows"
         assert method["simulated"] is True and method["time"] is None
+        assert method["metrics"].keys() == {"exact_match"}
+    assert [each["value"] for each in replayed["curve"]["metrics"]["exact_match"]] == pytest.approx(
+        best_of_k_by_hand(folder), abs=0.05
+    )
+    voted = ["replay", pool, "--strategy", "best_of_n", "--n", "4", "--selector", "median", "--format", "json"]
+    assert cli.main(voted) == 0
+    by_median = json.loads(capsys.readouterr().out)["methods"][0]
+    truth = zip(raw(folder, "bo4", 0), by_median["cells"][0]["best_row"], answers_of(PROBLEMS), strict=True)
+    assert by_median["cells"][0]["metrics"]["exact_match"] == [
+        is_right(result["trajectories"][row]["text"], answer) for result, row, answer in truth
+    ]
+
+
+def best_of_k_by_hand(folder: Path) -> list[float]:
+    """Accuracy of the best of k of the four rows of seed 0, over all subsets."""
+    found = []
+    for result, answer in zip(raw(folder, "bo4", 0), answers_of(PROBLEMS), strict=True):
+        rows = [(row["reward"], is_right(row["text"], answer)) for row in result["trajectories"]]
+        found.append([np.mean([max(some)[1] for some in itertools.combinations(rows, k)]) for k in range(1, 5)])
+    return [float(each) for each in np.mean(found, axis=0)]
 
 
 @pytest.mark.slow
@@ -413,6 +444,13 @@ def test_a_win_rate_is_the_mean_preference_of_the_judge_equal_answers_count_half
         assert win_rate["value"] == pytest.approx(np.mean(expected), abs=1e-3)
         assert win_rate["against"] == "bo4" and win_rate["prompts"] == PROBLEMS
         assert len(told[name]["cells"][0]["preferred"]) == PROBLEMS
+    # the page of the cells has them too, in per cent
+    metric = Metric("specrej_arithmetic", "win_rate", "specrej_reward_judge, against bo4")
+    shown = {method.run.path.parts[-2:]: method.each(metric) for method in read(find_runs(output / "cells")).methods}
+    assert not shown["bo4", "seed0"] and not shown["bo4", "seed1"]
+    for name, place in itertools.product(("bo2", "spr_n2_a0.5", "spr_n4_a0.5"), (0, 1)):
+        preferred = told[name]["cells"][place]["preferred"]
+        assert [*shown[name, f"seed{place}"].values()] == pytest.approx([100 * each for each in preferred])
     again = compare(output, *words, "--annotators", "specrej_reward_judge")
     assert [method.get("win_rate") for method in again["methods"]] == [m.get("win_rate") for m in found["methods"]]
 
@@ -435,6 +473,8 @@ def bad_task(tmp_path: Path) -> str:
 REFUSED: list[tuple[Callable[[Path], list[str]], str]] = [
     (lambda _: [*TASK, "--n", ""], "--n is empty"),
     (lambda _: [*TASK, "--alpha", " , "], "--alpha is empty"),
+    (lambda _: [*TASK, "--strategy", ""], "--strategy is empty"),
+    (lambda _: [*TASK, "--seeds", ","], "--seeds is empty"),
     (lambda _: [*TASK, "--alpha", "0.5,1.5"], "alpha must be in"),
     (lambda _: [*TASK, "--n", "max"], "differs from machine to machine"),
     (lambda _: [*TASK, "--seeds", "0,x"], "seed must be a whole number"),
@@ -445,6 +485,7 @@ REFUSED: list[tuple[Callable[[Path], list[str]], str]] = [
     (lambda _: [*TASK, "--annotators", "specrej_reward_juge"], "specrej_reward_judge"),
     (lambda _: [*TASK, "--perplexity", "true", "--strategy", "speculative_rejection"], "needs best_of_n in the grid"),
     (lambda _: [*TASK, "--resamples", "3"], "--resamples must be at least 100"),
+    (lambda _: [*TASK, "--plan", "only"], "plan=only plans one run"),
     (lambda _: [*TASK, "--seed", "3"], "did you mean --seeds"),
     (lambda _: [*TASK, "--pretrained", "/nowhere/at/all"], "/nowhere/at/all"),
     (lambda _: [*TASK, "--first_look", "1", "--kv_budget_tokens", "9"], "contradict each other"),
@@ -484,7 +525,7 @@ def test_what_cannot_be_compared_is_refused_before_a_model_is_loaded(
 
 @pytest.mark.slow
 def test_a_folder_of_other_models_prompts_or_a_newer_version_is_refused_untouched(
-    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     words = [*TASK_ARGUMENTS, "--timed", "2", "--score_every", "8", "--perplexity", "true"]
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
@@ -492,33 +533,122 @@ def test_a_folder_of_other_models_prompts_or_a_newer_version_is_refused_untouche
     for other, told in (
         (["--temperature", "0.7"], "temperature was 1.0, is now 0.7"),
         (["--reward_model", "likelihood"], "reward_model"),
+        (["--system_instruction", "Be brief."], "system_instruction"),
     ):
         assert cli.main(["compare", "--output", str(folder), *words, *other]) != 0
         shown = capsys.readouterr().err
         assert told in shown and "cannot be paired" in shown
-    run_file = folder / "cells" / "bo4" / "seed0" / "specrej_run.json"
-    newer = json.loads(before[run_file])
-    newer["schema_version"] = 99
-    run_file.write_text(jsonl.as_text(newer))
-    try:
-        assert cli.main(["compare", "--output", str(folder), *words]) != 0
-        assert "newer version" in capsys.readouterr().err
-    finally:
-        run_file.write_bytes(before[run_file])
+    prompts = tmp_path / "other.json"
+    prompts.write_text(json.dumps(["Q: 1 + 2 = ?"]))
+    assert cli.main(["compare", "--output", str(folder), "--prompts", str(prompts), *GRID]) != 0
+    assert "cannot be paired" in capsys.readouterr().err
+    cell = folder / "cells" / "bo4" / "seed0"
+    for file in (
+        *(cell / name for name in ("specrej_run.json", "specrej_metrics.json", "specrej_preferences.json")),
+        *(folder / name for name in ("comparison.json", "specrej_compare.json")),
+    ):
+        newer = json.loads(before.get(file, b"{}"))
+        file.write_text(jsonl.as_text({**newer, "schema_version": 99}))
+        try:
+            assert cli.main(["compare", "--output", str(folder), *words]) != 0
+            told = capsys.readouterr().err
+            assert "newer version" in told and file.name in told and "Traceback" not in told
+        finally:
+            file.write_bytes(before[file]) if file in before else file.unlink()
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
 
 
-def test_metrics_on_file_are_taken_only_for_the_very_texts_they_are_of(tmp_path: Path) -> None:
-    path = tmp_path / cells.METRICS
-    nothing = (None, {})
-    assert cells._known_metrics(path, "a") == nothing
-    told = {"schema_version": 1, "of": "a", "higher_is_better": {"acc": True}, "best": {"acc": [1.0]}, "rows": []}
-    path.write_text(json.dumps(told))
-    assert cells._known_metrics(path, "a") == ([{"acc": [1.0]}], {"acc": True})
-    assert cells._known_metrics(path, "b") == nothing
-    for broken in ("", "[]", "{", json.dumps({**told, "best": {"acc": ["x"]}})):
-        path.write_text(broken)
-        assert cells._known_metrics(path, "a") == nothing
+class Scored(PromptFile):
+    """Prompts with a metric of their own."""
+
+    asked_for = 0
+    way = "a"
+
+    def metrics(self, rows: Sequence[Trajectory]) -> dict[str, list[float]]:
+        self.asked_for += 1
+        self.higher_is_better["length"] = True
+        return {"length": [float(len(row.text)) for row in rows]}
+
+    def scored_by(self) -> str:
+        return self.way
+
+
+def test_metrics_on_file_are_taken_only_for_the_very_texts_and_the_way_they_are_of(tmp_path: Path) -> None:
+    place = cells.Place(Method("best_of_n", 6), 0, tmp_path)
+    a_recorded_run(tmp_path / place.below, ["one", "two"], rejects=False)
+    source = Scored("p.csv", PromptArguments(), [])
+
+    def asked_for(*, is_pool: bool) -> int:
+        before = source.asked_for
+        cell = cells.read_cell(place, source, is_pool=is_pool)
+        assert cell.metrics == {"length": [len("row 0 of seed 0")] * 2} and source.higher_is_better == {"length": True}
+        assert not is_pool or cell.row_metrics == {"length": [[len("row 0 of seed 0")] * 6] * 2}
+        return source.asked_for - before
+
+    file = place.store.path / "specrej_metrics.json"
+    assert [asked_for(is_pool=False), asked_for(is_pool=False)] == [1, 0]
+    assert [asked_for(is_pool=True), asked_for(is_pool=True), asked_for(is_pool=False)] == [7, 0, 0]
+    source.way = "b"  # another answer is right by now
+    assert [asked_for(is_pool=True), asked_for(is_pool=True)] == [7, 0]
+    whole = json.loads(file.read_text())
+    for broken in ("", "[]", "{", *(json.dumps({**whole, name: "x"}) for name in ("of", "scored_by", "best", "rows"))):
+        file.write_text(broken)
+        assert [asked_for(is_pool=True), asked_for(is_pool=True)] == [7, 0]
+    file.write_text(json.dumps({**whole, "best": {"length": [1.0]}}))
+    assert asked_for(is_pool=True) == 7, "one number for two prompts"
+
+
+def test_what_a_task_holds_right_decides_its_scores() -> None:
+    from lm_eval.tasks import TaskManager
+
+    def scored_by(**changes: Any) -> str:
+        questions = changes.pop("questions", None)
+        loaded = TaskManager(include_defaults=False).load([task(questions=questions, **changes)])["tasks"]
+        prompts = TaskPrompts(loaded)
+        prompts.questions()
+        return prompts.scored_by()
+
+    assert scored_by() == scored_by()
+    other = {"metric_list": [{"metric": "exact_match", "ignore_case": True}]}
+    assert len({scored_by(), scored_by(doc_to_target="no"), scored_by(questions=["Why?"]), scored_by(**other)}) == 4
+
+
+# limits
+
+
+@pytest.mark.slow
+def test_limits_hold_for_all_cells_together_and_the_comparison_goes_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    honest, warmed = cells._warm_up, itertools.count()
+    monkeypatch.setattr(cells, "_warm_up", lambda *args: (next(warmed), honest(*args)))
+    prompts = tmp_path / "prompts.json"
+    prompts.write_text(json.dumps(["Q: 12 + 45 = ?", "Q: 11 + 12 + 13 = ?", "Q: 7 + 70 = ?"]))
+    grid = ("--prompts", str(prompts), "--max_gen_toks", "16", "--device", "cpu", "--n", "3", "--alpha", "0.5")
+    words = (*grid, "--batch_size", "1", "--timed", "2", "--resamples", "100")
+    whole = compare(tmp_path / "whole", *words)
+    assert next(warmed) == 1, "once, and in no number"
+    first = sum(result["ledger"]["decode_tokens"] for result in raw(tmp_path / "whole", "bo3", 0))
+    output = tmp_path / "c"
+    limited = ["compare", "--output", str(output), *words, "--max_decode_tokens", str(first + 1)]
+    capsys.readouterr()
+    assert cli.main(limited) == 75
+    told = " ".join(capsys.readouterr().err.split())
+    assert f"max_decode_tokens={first + 1} is reached: 1 of 2 cells are complete" in told and "same command" in told
+    assert not (output / "comparison.json").exists()
+    records = [OutputsFolder(output / "cells" / name / "seed0").record() for name in ("bo3", "spr_n3_a0.5")]
+    assert [(record.complete, record.stopped) for record in records if record is not None] == [
+        (True, ""),
+        (False, f"max_decode_tokens={first + 1}"),
+    ]
+    assert len(OutputsFolder(output / "cells" / "spr_n3_a0.5" / "seed0").answers()) == 1
+    gc.collect()  # in a process of its own, the run would have given its lock up by now
+    assert cli.main(["status", str(output)]) == 0
+    shown = capsys.readouterr().out
+    assert "bo3/seed0: complete, 3 answers" in shown
+    assert f"spr_n3_a0.5/seed0: stopped by max_decode_tokens={first + 1}, 1 of 2 answers" in shown
+    assert cli.main(limited) == 0, "what rows from records would have taken is no decoding"
+    assert without_time(json.loads((output / "comparison.json").read_text())) == without_time(whole)
 
 
 # the whole of it

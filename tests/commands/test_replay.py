@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.page_runs import a_recorded_run
 
 from specrej_eval import cli
 from specrej_eval.records.jsonl import checked_line
@@ -137,3 +138,68 @@ def test_a_record_of_a_newer_version_is_refused(folders: dict[str, str], tmp_pat
     journal.write_text(checked_line({**json.loads(first), "journal": 9}) + "".join(others))
     assert cli.main(["replay", str(journal)]) != 0
     assert "newer version" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "changes, told",
+    [
+        ({"pretrained": "org/other"}, "pretrained: org/policy in one, org/other in another"),
+        ({"reward_model": "org/other"}, "reward_model: org/judge in one, org/other in another"),
+        ({"asked": ["one", "two", "four"]}, "answered different prompts: they cannot be paired"),
+        ({"asked": ["one", "two"]}, "answered different prompts: they cannot be paired"),
+        ({"seed": 0}, "two of the runs have seed 0"),
+        ({"rows": False}, "keep_trajectories"),
+        ({"schema_version": 99}, "newer version"),
+    ],
+)
+def test_runs_that_cannot_be_paired_are_refused_and_nothing_is_written(
+    changes: dict[str, Any], told: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = a_recorded_run(tmp_path / "first", ["one", "two", "three"], rejects=False)
+    asked, version = changes.pop("asked", ["one", "two", "three"]), changes.pop("schema_version", None)
+    other = a_recorded_run(tmp_path / "other", asked, rejects=False, **{"seed": 1, **changes})
+    if version is not None:
+        record = json.loads((other / "specrej_run.json").read_text())
+        (other / "specrej_run.json").write_text(json.dumps({**record, "schema_version": version}))
+    output = tmp_path / "out.json"
+    assert cli.main(["replay", str(first), str(other), "--strategy", "best_of_n", "--output", str(output)]) != 0
+    shown = capsys.readouterr().err
+    assert told in shown and "Traceback" not in shown
+    assert not output.exists()
+
+
+def test_a_selector_chooses_every_answer_of_the_table(
+    folders: dict[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = replayed(capsys, folders["seed0"], "--strategy", "best_of_n", "--n", "3", "--selector", "median")
+    plain = replayed(capsys, folders["seed0"], "--strategy", "best_of_n", "--n", "3")
+    assert [method["name"] for method in found["methods"]] == ["bo6", "bo3"] == [m["name"] for m in plain["methods"]]
+    for ours, theirs in zip(found["methods"], plain["methods"], strict=True):
+        assert ours["reward"]["value"] < theirs["reward"]["value"]
+
+
+def test_prompts_in_another_order_are_paired_by_what_was_asked(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = [f"question {number}" for number in range(6)]
+    first = a_recorded_run(tmp_path / "first", asked, rejects=False)
+    for name, order in (("same", asked), ("turned", asked[::-1])):
+        a_recorded_run(tmp_path / name, order, rejects=False, seed=1)
+    words = ["--strategy", "best_of_n", "--n", "2,6"]
+    same, turned = (replayed(capsys, str(first), str(tmp_path / name), *words) for name in ("same", "turned"))
+    assert [method["cells"][1]["reward"] for method in same["methods"]] == [
+        method["cells"][1]["reward"] for method in turned["methods"]
+    ]
+    assert [prompt["instruction"] for prompt in turned["prompts"]] == asked
+
+
+def test_a_journal_of_several_runs_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folders = [
+        a_recorded_run(tmp_path / str(rejects), ["one", "two"], rejects=rejects, strategy="best_of_n", alpha=None)
+        for rejects in (False, True)
+    ]
+    journal = tmp_path / "both.jsonl"
+    texts = [(folder / "specrej_trajectories.jsonl").read_text().splitlines(keepends=True) for folder in folders]
+    journal.write_text("".join([*texts[0], *texts[1][1:]]))
+    assert cli.main(["replay", str(journal)]) != 0
+    assert "the answers of several runs: there are two to one prompt" in capsys.readouterr().err

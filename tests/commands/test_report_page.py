@@ -33,8 +33,9 @@ from specrej_eval.commands.report.page.figures import chapters
 from specrej_eval.commands.report.page.scene import DARK, LIGHT, Dot, Text, as_png, as_svg, text_width
 from specrej_eval.commands.report.page.tables import Cell, Table, as_latex, as_markdown
 from specrej_eval.commands.report.runs import find_runs
-from specrej_eval.core import GenerationResult
-from specrej_eval.records.jsonl import checked_line, digest
+from specrej_eval.core import GenerationResult, prompt_hash
+from specrej_eval.records.cell_scores import CellMetrics, CellPreferences
+from specrej_eval.records.jsonl import checked_line
 from specrej_eval.wording import inert_page
 
 QUESTIONS = [f"question {number}" for number in range(30)]
@@ -246,19 +247,89 @@ def test_each_task_of_a_run_has_charts_and_a_table_of_its_own(tmp_path: Path) ->
     assert texts == set(tasks)
 
 
-def test_a_cell_of_a_comparison_brings_its_tasks_scores_along_as_long_as_they_are_of_its_texts(tmp_path: Path) -> None:
+def test_a_cell_of_a_comparison_brings_its_tasks_scores_along_as_long_as_they_are_of_its_texts(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder = a_recorded_run(tmp_path / "bo", QUESTIONS, rejects=False)
     results = results_of(folder)
-    texts = [[r.best.text for r in results], *([r.trajectories[row].text for r in results] for row in range(6))]
     scores = [float(number % 3 == 0) for number in range(30)]
-    told = {"schema_version": 1, "of": digest({"texts": texts}), "best": {"exact_match": scores}, "rows": [{}] * 6}
-    (folder / "specrej_metrics.json").write_text(json.dumps(told))
+    CellMetrics({"exact_match": scores}, [{}] * 6).write(folder, results, scored_by="a task")
     (method,) = read(find_runs(folder)).methods
-    each = method.each(Metric("p.csv", "exact_match", ""))
+    each = method.each(Metric("p.csv", "exact_match", "none"))
     assert [each[Key("p.csv", r.prompt_hash, 0)] for r in results] == scores
-    (folder / "specrej_metrics.json").write_text(json.dumps(told | {"of": "of other texts"}))
+    assert cli.main(["report", str(folder)]) == 0
+    assert re.search(r"exact_match +0\.3333 ± 0\.0875", capsys.readouterr().out), "in the terminal, too"
+    told = json.loads((folder / "specrej_metrics.json").read_text())
+    for changed in ({"of": "of other texts"}, {"best": {"exact_match": scores[:-1]}}, {"best": {"exact_match": "x"}}):
+        (folder / "specrej_metrics.json").write_text(json.dumps(told | changed))
+        (method,) = read(find_runs(folder)).methods
+        assert [metric.name for metric in method.metrics] == ["reward"]
+
+
+def judged_by_alpaca_eval(folder: Path, *, judge: str = "a_judge") -> dict[str, float]:
+    """What alpaca_eval leaves in the folder of a run; instruction -> preference."""
+    (folder / judge).mkdir()
+    answers = [json.loads(line) for line in (folder / "specrej_outputs.jsonl").read_text().splitlines()]
+    preferred = {a["instruction"]: 1 + number / 40 for number, a in enumerate(answers)}
+    annotations = [
+        {
+            "instruction": a["instruction"],
+            "output_1": "of the reference",
+            "output_2": a["output"],
+            "generator_2": "spr",
+            "preference": preferred[a["instruction"]],
+        }
+        for a in answers
+    ]
+    annotations[1]["preference"] = None  # the judge did not say
+    annotations[2]["output_2"] = "another answer, from before"
+    (folder / judge / "annotations.json").write_text(json.dumps([*annotations, {"generator_2": "another"}, "nothing"]))
+    (folder / judge / "leaderboard.csv").write_text(
+        ",win_rate,standard_error,length_controlled_winrate,lc_standard_error,n_total\nspr,36.25,4.1,41.5,0.4,30\n"
+    )
+    return preferred
+
+
+def test_win_rates_stand_beside_rewards_answer_by_answer_and_as_a_whole(tmp_path: Path) -> None:
+    folders = two_runs(tmp_path / "runs")
+    preferred = judged_by_alpaca_eval(folders[1])
+    bo, spr = sorted(read(find_runs(*folders)).methods, key=lambda method: str(method.run.path))
+    each = spr.each(Metric("p.csv", "win_rate", "a_judge"))
+    expected = {question: 100 * (preferred[question] - 1) for question in [QUESTIONS[0], *QUESTIONS[3:]]}
+    known = {prompt_hash(question): value for question, value in expected.items()}
+    assert {key.prompt_hash: value for key, value in each.items()} == pytest.approx(known)
+    assert not bo.each(Metric("p.csv", "win_rate", "a_judge"))
+    page = page_of(tmp_path, *folders)
+    summary = cells(page, "summary-0")
+    assert summary[0][2] == "-" and summary[1][2].startswith(f"{statistics.fmean(expected.values()):.3f} [")
+    (judged,) = cells(page, "judged")
+    assert judged[1:4] == ["a_judge", "36.25 ± 4.10", "41.50 ± 0.40"] and judged[-1] == "30"
+    shown = PageReader(page).rows()["prompts"][0]["by"]["1"]["scores"]
+    assert shown == [["win_rate (a_judge)", pytest.approx(expected[QUESTIONS[0]])]]
+    assert "win_rate (a_judge)" in page and 'id="judged"' not in page_of(tmp_path, folders[0])
+
+
+@pytest.mark.parametrize("name", ["specrej_metrics.json", "specrej_preferences.json"])
+def test_scores_of_a_newer_version_are_refused(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = a_recorded_run(tmp_path / "bo", QUESTIONS, rejects=False)
+    (folder / name).write_text(json.dumps({"schema_version": 99}))
+    told = refused(capsys, tmp_path, folder)
+    assert "newer version" in told and name in told
+
+
+def test_a_cells_preferences_are_shown_as_long_as_they_are_of_its_texts(tmp_path: Path) -> None:
+    folder = a_recorded_run(tmp_path / "spr", QUESTIONS)
+    results = results_of(folder)
+    preferred = [None, *(number / 100 for number in range(29))]
+    CellPreferences("a_judge", "bo4", preferred).write(folder, [result.text for result in results])
+    metric = Metric("p.csv", "win_rate", "a_judge, against bo4")
     (method,) = read(find_runs(folder)).methods
-    assert [metric.name for metric in method.metrics] == ["reward"]
+    assert [*method.each(metric).values()] == pytest.approx([float(number) for number in range(29)])
+    told = json.loads((folder / "specrej_preferences.json").read_text())
+    for changed in ({"of": "of other texts"}, {"preferred": preferred[:-1]}, {"preferred": ["x"] * 30}, {"against": 3}):
+        (folder / "specrej_preferences.json").write_text(json.dumps({**told, **changed}))
+        (method,) = read(find_runs(folder)).methods
+        assert [metric.name for metric in method.metrics] == ["reward"]
 
 
 def test_survival_is_the_share_of_rows_that_rounds_have_left(tmp_path: Path) -> None:
@@ -637,6 +708,33 @@ def test_a_page_that_cannot_be_written_leaves_the_old_one(tmp_path: Path, capsys
     (tmp_path / "file").write_text("not a folder")
     assert cli.main(["report", str(folder), "--html", str(tmp_path / "file" / "page.html")]) == 1
     assert "cannot be written" in capsys.readouterr().err and (tmp_path / "file").read_text() == "not a folder"
+
+
+def test_nothing_is_written_where_one_of_the_files_cannot_be(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = a_recorded_run(tmp_path / "spr", QUESTIONS)
+    (tmp_path / "plots").write_text("not a folder")
+    words = ["--html", str(tmp_path / "page.html"), "--plots", str(tmp_path / "plots"), "--plot_format", "svg"]
+    assert cli.main(["report", str(folder), *words]) == 1
+    assert "cannot be written" in capsys.readouterr().err and not (tmp_path / "page.html").exists()
+
+
+def test_pages_plots_and_latex_are_made_without_a_browser_and_without_latex(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folders = two_runs(tmp_path / "runs")
+
+    def called(*_: object, **__: object) -> None:
+        raise AssertionError("another program was called")
+
+    monkeypatch.setenv("PATH", str(tmp_path / "empty"))
+    monkeypatch.setattr(subprocess, "Popen", called)
+    monkeypatch.setitem(sys.modules, "playwright", None)
+    page = page_of(tmp_path, *folders, "--plots", tmp_path / "plots", "--plot_format", "svg")
+    assert "\\toprule" in page and list((tmp_path / "plots").glob("*.svg"))
+    assert cli.main(["report", *map(str, folders), "--format", "latex"]) == 0
+    assert "\\begin{tabular}" in capsys.readouterr().out
 
 
 # --- the terminal ---

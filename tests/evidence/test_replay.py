@@ -17,6 +17,7 @@ from specrej_eval.config import RunConfig
 from specrej_eval.core import GenerationResult, Ledger, Plan, Trajectory
 from specrej_eval.engines.recorded import RecordedEngine, place_of
 from specrej_eval.errors import ConfigError
+from specrej_eval.evidence.partial_scores import agreement
 from specrej_eval.evidence.replay import Replayed, replay
 
 SUMS = (
@@ -207,12 +208,14 @@ def of_scores(looks: Sequence[tuple[int, NDArray[Any]]], finals: NDArray[Any], l
     return results
 
 
-def one_round(rows: int, kept: int, rho: float, prompts: int) -> tuple[Replayed, NDArray[Any]]:
+def one_round(
+    rows: int, kept: int, rho: float, prompts: int, *, alpha: float | None = None, part: int = 0
+) -> tuple[Replayed, NDArray[Any]]:
     """P and F bivariate normal; one look, after the first of two tokens, at which the best ``kept`` by P stay."""
-    rng = np.random.default_rng([rows, kept, int(100 * rho)])
+    rng = np.random.default_rng([rows, kept, int(100 * rho), part])
     partial = rng.normal(size=(prompts, rows))
     final = rho * partial + math.sqrt(1 - rho**2) * rng.normal(size=(prompts, rows))
-    alpha = (rows - kept) / rows
+    alpha = (rows - kept) / rows if alpha is None else alpha
     config, _ = RunConfig.from_args({"alpha": alpha, "n": rows, "max_gen_toks": 2, "first_look": 1, "batch_size": 256})
     return replay(of_scores([(1, partial)], final, 2), config), final
 
@@ -238,6 +241,82 @@ def test_one_round_of_normal_scores_gives_the_known_means(rows: int, kept: int, 
     assert rewards.mean() == pytest.approx(expected, abs=4 * rewards.std() / math.sqrt(prompts))
 
 
+@pytest.mark.full
+@pytest.mark.parametrize("kept, expected", [(500, 3.20008), (100, 2.95185)])
+def test_one_round_of_a_thousand_rows_gives_the_known_means(kept: int, expected: float) -> None:
+    """rho is what the paper's figure 2 shows at 256 tokens."""
+    rewards: list[float] = []
+    for part in range(8):  # 800 prompts, of which 100 are in memory at a time
+        found, _ = one_round(1000, kept, 0.31, 100, part=part)
+        assert all(len(result.rounds) == 2 and result.rounds[0].kept == kept for result in found.results)
+        rewards += [result.best.reward or 0.0 for result in found.results]
+    assert np.mean(rewards) == pytest.approx(expected, abs=4 * np.std(rewards) / math.sqrt(len(rewards)))
+
+
+EQUAL_TOKENS = {
+    0.1: (2.0697, 2.0771, 2.0531, 1.9608, 1.7044),
+    0.3: (2.0697, 2.1227, 2.1603, 2.1527, 1.9974),
+    0.5: (2.0697, 2.1441, 2.2247, 2.2896, 2.2355),
+    0.7: (2.0697, 2.1501, 2.2523, 2.3688, 2.4082),
+    0.9: (2.0697, 2.1506, 2.2568, 2.3926, 2.4944),
+}
+"""rho -> mean reward with alpha 0, 0.25, 0.5, 0.75 and 0.9."""
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("alpha", [0.0, 0.25, 0.5, 0.75, 0.9])
+@pytest.mark.parametrize("rho", EQUAL_TOKENS)
+def test_what_alpha_gains_at_equal_tokens_is_as_known(rho: float, alpha: float) -> None:
+    """Tokens of 32 whole rows, a look at a quarter of their length: as many rows as these tokens allow."""
+    rows = math.floor(32 / (0.25 + 0.75 * (1 - alpha)))
+    kept = math.ceil(round((1 - alpha) * rows, 9))
+    prompts = 1200
+    found, _ = one_round(rows, kept, rho, prompts, alpha=alpha)
+    assert rows * 0.25 + kept * 0.75 == pytest.approx(32, abs=1)
+    rewards = np.array([result.best.reward for result in found.results])
+    if alpha:
+        assert {result.rounds[0].kept for result in found.results} == {kept}
+    expected = EQUAL_TOKENS[rho][(0.0, 0.25, 0.5, 0.75, 0.9).index(alpha)]
+    assert rewards.mean() == pytest.approx(expected, abs=4 * rewards.std() / math.sqrt(prompts))
+
+
+@pytest.mark.parametrize(
+    "rho, alpha, expected",
+    [
+        (0.6, 0.5, 0.4120),
+        pytest.param(0.3, 0.5, 0.1863, marks=pytest.mark.full),
+        pytest.param(0.8, 0.9, 0.4808, marks=pytest.mark.full),
+    ],
+)
+def test_among_survivors_the_correlation_is_smaller_by_the_known_amount(
+    rho: float, alpha: float, expected: float
+) -> None:
+    """Range restriction: lambda = phi(c) / (1 - alpha), u^2 = 1 + c lambda - lambda^2, of which rho' is made."""
+    rows, prompts = 200, 100
+    found, _ = one_round(rows, round(rows * (1 - alpha)), rho, prompts)
+    correlations = []
+    for result in found.results:
+        left = [row for row in result.trajectories if row.finish_reason != "rejected"]
+        partial = [row.look_scores[0][1] or 0.0 for row in left if row.look_scores]
+        pearson = agreement(partial, [row.reward or 0.0 for row in left], keep=1).pearson
+        assert pearson is not None
+        correlations.append(pearson)
+    slack = 4 * float(np.std(correlations)) / math.sqrt(prompts) + 0.02  # of samples, not of the law
+    assert np.mean(correlations) == pytest.approx(expected, abs=slack)
+
+
+def test_rows_kept_by_a_score_that_says_nothing_are_as_good_as_any() -> None:
+    """Uniform rewards: E max of the m rows kept is m / (m + 1), the bound of a win rate."""
+    rng = np.random.default_rng(8)
+    rows, prompts = 16, 1200
+    found = replay(
+        of_scores([(1, rng.normal(size=(prompts, rows)))], rng.random((prompts, rows)), 2),
+        RunConfig.from_args({"alpha": 0.5, "n": rows, "max_gen_toks": 2, "first_look": 1, "batch_size": 256})[0],
+    )
+    rewards = np.array([result.best.reward for result in found.results])
+    assert rewards.mean() == pytest.approx(8 / 9, abs=4 * rewards.std() / math.sqrt(prompts))
+
+
 @pytest.mark.parametrize(
     "rows, kept, rho, expected",
     [
@@ -257,15 +336,25 @@ def test_the_best_row_survives_as_often_as_is_known(rows: int, kept: int, rho: f
     assert np.mean(survived) == pytest.approx(expected, abs=4 * math.sqrt(expected * (1 - expected) / prompts))
 
 
-@pytest.mark.parametrize("kappa, rows_it_is_worth", [(1.0, 56), (0.0, 17)])
+@pytest.mark.parametrize(
+    "kappa, rows_it_is_worth",
+    [
+        (1.0, 56),
+        (0.0, 16),
+        pytest.param(0.6, 43, marks=pytest.mark.full),
+        pytest.param(0.3, 27, marks=pytest.mark.full),
+    ],
+)
 def test_several_rounds_are_worth_the_known_number_of_rows(kappa: float, rows_it_is_worth: int) -> None:
-    """A value function (kappa=1), or no information at all (0): n0=16, q=4, alpha=0.5."""
+    """A value function (kappa=1), one with noise, or no information at all (0): n0=16, q=4, alpha=0.5."""
     prompts, rows, length = 2500, 64, 16
     rng = np.random.default_rng(int(kappa * 10))
     steps = rng.normal(size=(prompts, rows, length)) / math.sqrt(length)
     walk = steps.cumsum(axis=-1)
     noise = rng.normal(size=(prompts, rows, length))
-    partial = walk if kappa else noise
+    passed = np.arange(1, length + 1) / length
+    # so that the correlation with the end is kappa * sqrt(t / T)
+    partial = walk + noise * np.sqrt(passed * (kappa**-2 - 1)) if kappa else noise
     config, _ = RunConfig.from_args(
         {"alpha": 0.5, "n": rows, "max_gen_toks": length, "first_look": 4, "batch_size": 256}
     )

@@ -146,15 +146,16 @@ def test_the_wheel_holds_what_an_install_needs(wheel: Path) -> None:
         "_specrej_eval_autoload.py",
         "specrej_eval.pth",
         "specrej_eval.start",
-        "specrej_eval/py.typed",
-        "specrej_eval/_model_configs/README.md",
-        "specrej_eval/harness/alpaca_eval/annotators_configs/specrej_reward_judge/configs.yaml",
-        "specrej_eval/harness/alpaca_eval/annotators_configs/specrej_reward_judge/prompt.txt",
+        "specrej_eval/commands/report/page/page.css",
+        "specrej_eval/commands/report/page/page.js",
         "specrej_eval/demo/policy/model.safetensors",
-        "specrej_eval/demo/reward/model.safetensors",
+        "specrej_eval/kv/native/kernels.cpp",
+        "specrej_eval/py.typed",
     }
+    for folder, below in (("specrej_eval", ""), ("tasks", "specrej_eval/_"), ("model_configs", "specrej_eval/_")):
+        files = [path for path in (ROOT / folder).rglob("*") if path.is_file() and path.suffix != ".pyc"]
+        needed |= {f"{below}{path.relative_to(ROOT).as_posix()}" for path in files}
     assert sorted(needed - names) == []
-    assert any(name.startswith("specrej_eval/_tasks/") and name.endswith(".yaml") for name in names)
     roots = {name.partition("/")[0] for name in names}
     assert roots - needed == {"specrej_eval", f"specrej_eval-{__version__}.dist-info"}, (
         "nothing else may lie in site-packages"

@@ -10,6 +10,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+from specrej_eval.config import SAMPLING, RunConfig
 from specrej_eval.core import GenerationResult, Ledger, Round, Trajectory, prompt_hash
 from specrej_eval.records.journal import Journal
 from specrej_eval.records.outputs import Answer, OutputsFolder, RunRecord
@@ -17,6 +18,7 @@ from support.run_folders import FINGERPRINT
 
 SIZES = {"parameters": 1000, "layers": 2, "attention_width": 8, "reward_parameters": 500}
 LOOKS = (4, 8)
+SAMPLED = {name: getattr(RunConfig(), name) for name in SAMPLING} | {"max_gen_toks": 12}
 
 HOSTILE = {
     "script": "</script><script>document.title='owned'</script>",
@@ -101,7 +103,7 @@ def a_result(
         ledger=ledger,
         prompt_hash=prompt_hash(instruction),
         task="specrej_run",
-        resolved={"seed": seed, "n": n, "strategy": "speculative_rejection" if rejects else "best_of_n"},
+        resolved={**SAMPLED, "seed": seed, "n": n, "strategy": "speculative_rejection" if rejects else "best_of_n"},
     )
 
 

@@ -17,19 +17,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from specrej_eval import api, budget
-from specrej_eval.checked import object_in
 from specrej_eval.commands.compare import judged
 from specrej_eval.commands.compare.sources import PromptFile, Source, Tasks
 from specrej_eval.commands.run import OURS, split
 from specrej_eval.config import HOST, PromptArguments, as_bool, as_int, declared
 from specrej_eval.core import Question
-from specrej_eval.errors import ConfigError
+from specrej_eval.errors import ConfigError, LimitReached
 from specrej_eval.evidence import RESAMPLES
-from specrej_eval.evidence.methods import Method, grid, listed
+from specrej_eval.evidence.methods import Method, grid, listed, named
 from specrej_eval.evidence.tables import as_markdown, print_tables
 from specrej_eval.options import add_grid, add_options
 from specrej_eval.paths import below, file_name
 from specrej_eval.ranks import started
+from specrej_eval.records.cell_scores import versioned
 from specrej_eval.records.jsonl import as_text, write_atomically
 from specrej_eval.records.prompt_files import read_prompts
 from specrej_eval.wording import counted, inert
@@ -101,9 +101,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Raises:
     ConfigError, CheckpointError: before a model is loaded; nothing is written then.
-    PromptError, RewardError, OutOfMemoryError: the answers finished before are in their cells.
+    PromptError, RewardError, OutOfMemoryError, LimitReached: the answers finished before are in their cells.
     """
     from specrej_eval.commands.compare.cells import Decoder, Place, pool_of, read_cell
+    from specrej_eval.evidence.comparison import SCHEMA_VERSION
 
     if (processes := started()) > 1:
         raise ConfigError(
@@ -120,17 +121,17 @@ def run(args: argparse.Namespace) -> int:
     if resamples < 100:
         raise ConfigError(f"--resamples must be at least 100, got {resamples}.", hint="leave it out: 10,000.")
     baseline = options.pop("baseline", None)
-    names = [name for method in methods for name in (method.name, method.label)]
-    if baseline is not None and baseline not in names:
-        raise ConfigError(
-            f"no method is called {baseline!r}.", hint=f"there are {', '.join(method.name for method in methods)}."
-        )
+    if baseline is not None:
+        named(methods, baseline)
     anew = bool(options.pop("force", False))
     of_source = {name: options.pop(name) for name in [*options] if name in _OF_SOURCE}
     output = options.pop("output", None)
     plan, source = _resolved(options, of_source, limit)
     if plan.config.plan is not None:
-        raise ConfigError("plan=only is of single runs.", hint="`specrej-eval run --plan only` says what a cell takes.")
+        raise ConfigError(
+            "plan=only plans one run, and a comparison is many.",
+            hint="`specrej-eval run --plan only` says what a cell takes.",
+        )
     for method in methods:
         known = isinstance(source, PromptFile)
         budget.check_arguments(plan.replace(**method.arguments).config, max_gen_toks_known=known)
@@ -153,19 +154,21 @@ def run(args: argparse.Namespace) -> int:
         for_pool={**for_pool, **judge.for_pool},
         pool=pool,
     )
+    for name, newest in ((ABOUT, ABOUT_VERSION), (RESULT, SCHEMA_VERSION)):
+        versioned(root / name, newest)
     complete = [decoder.check(place) for place in places]
     _decode(decoder, places, complete, root)
     cells = [read_cell(place, source, is_pool=place.method == pool) for place in places]
     report = _report(root, cells, decoder, questions, baseline=baseline, resamples=resamples, place=places[0])
     judge.add(report, cells, questions, root)
-    text = as_text(report, indent=1) + "\n"
     notes = _notes(report)
+    text, markdown = as_text(report, indent=1) + "\n", as_markdown(report, notes) + "\n"
     write_atomically(root / RESULT, text)
-    write_atomically(root / MARKDOWN, as_markdown(report, notes) + "\n")
+    write_atomically(root / MARKDOWN, markdown)
     if form == "json":
         print(text, end="")
     elif form == "markdown":
-        print(as_markdown(report, notes))
+        print(markdown, end="")
     else:
         print_tables(report, notes, file=sys.stdout)
     print(f"everything, prompt by prompt: {root / RESULT}; for a text: {root / MARKDOWN}", file=sys.stderr)
@@ -198,8 +201,6 @@ def _grid(options: dict[str, Any]) -> tuple[list[Method], list[int]]:
     if "max" in rows:
         raise ConfigError("n=max differs from machine to machine.", hint="give n as numbers: --n 8,16,32")
     seeds = listed("seeds", options.pop("seeds", "0"), of="seed")
-    if not seeds:
-        raise ConfigError("--seeds is empty.", hint="for example --seeds 0,1,2")
     return grid(strategies, alphas, rows), seeds
 
 
@@ -245,7 +246,11 @@ def _resolved(options: dict[str, Any], of_source: Mapping[str, Any], limit: int 
 
 
 def _decode(decoder: Decoder, places: Sequence[Place], complete: Sequence[bool], root: Path) -> None:
-    """All that is not there yet; the cells whose rows others take come first on each seed."""
+    """All that is not there yet; the cells whose rows others take come first on each seed.
+
+    Raises:
+        LimitReached: ``max_seconds`` or ``max_decode_tokens``, which are of all cells together.
+    """
     left = sum(not done for done in complete)
     if left < len(places):
         print(f"{left} of {counted(len(places), 'cell')} left to do", file=sys.stderr)
@@ -254,7 +259,16 @@ def _decode(decoder: Decoder, places: Sequence[Place], complete: Sequence[bool],
         if not done:
             number += 1
             began = time.perf_counter()
-            told = decoder.decode(place)
+            try:
+                told = decoder.decode(place)
+            except LimitReached as error:
+                finished = len(places) - left + number - 1
+                raise LimitReached(
+                    f"{error.limit} is reached: {finished} of {counted(len(places), 'cell')} are complete, and nothing "
+                    f"is compared yet. The answers are kept in {root}.",
+                    hint="run the same command again to continue (a limit holds for each start).",
+                    limit=error.limit,
+                ) from error
             seconds = time.perf_counter() - began
             print(f"[{number}/{left}] {inert(place.told)}: {told}; {seconds:.1f} s", file=sys.stderr)
             _put_about(root, decoder)
@@ -300,7 +314,7 @@ def _report(
     from specrej_eval.evidence.comparison import compare
     from specrej_eval.evidence.flops import Sizes
 
-    about = object_in(root / ABOUT)
+    about = versioned(root / ABOUT, ABOUT_VERSION)
     prompts = [
         {
             "index": question.index,

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -18,16 +19,15 @@ from typing import TYPE_CHECKING, Any
 
 from specrej_eval.answering import answer
 from specrej_eval.api import RunPlan
-from specrej_eval.checked import a_list, an_object, as_number
 from specrej_eval.commands.compare.sources import Source
-from specrej_eval.core import GenerationResult, Question, Spent
-from specrej_eval.errors import ConfigError, SpecRejError
+from specrej_eval.core import GenerationResult, Ledger, Question, Spent
+from specrej_eval.errors import ConfigError, LimitReached, SpecRejError
 from specrej_eval.evidence.comparison import Cell, begins_as
 from specrej_eval.evidence.methods import BEST_OF_N, Method
 from specrej_eval.generator import Generator, Request
 from specrej_eval.records import journal
-from specrej_eval.records.fingerprint import same
-from specrej_eval.records.jsonl import as_text, digest, parsed, write_atomically
+from specrej_eval.records.cell_scores import METRICS, PREFERENCES, CellMetrics, versioned
+from specrej_eval.records.fingerprint import differences, same
 from specrej_eval.records.outputs import Answer, OutputsFolder, RunRecord
 from specrej_eval.records.run_names import default_name
 
@@ -36,9 +36,6 @@ if TYPE_CHECKING:
     from specrej_eval.rewards.base import RewardModel
 
 logger = logging.getLogger(__name__)
-
-METRICS = "specrej_metrics.json"
-METRICS_VERSION = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +77,10 @@ class Decoder:
     anew: bool = False
     for_pool: Mapping[str, Any] = field(default_factory=dict)
     pool: Method | None = None
+    _started: float = 0.0
+    """When the first cell began (``time.perf_counter``), as ``max_seconds`` counts."""
+    _tokens: int = 0
+    """Decoded by now, as ``max_decode_tokens`` counts."""
     _models: tuple[Engine, RewardModel] | None = None
     _of_models: Mapping[str, Any] | None = None
     _pools: dict[int, dict[tuple[str, str, int], GenerationResult]] = field(default_factory=dict)
@@ -103,12 +104,12 @@ class Decoder:
         """
         store = place.store
         before = store.record()
+        for name in (METRICS, PREFERENCES):
+            versioned(store.path / name)
         if before is None or self.anew:
             return False
         record = self.record_of(place)
         if not same(before.fingerprint, record.fingerprint):
-            from specrej_eval.records.fingerprint import differences
-
             raise ConfigError(
                 f"{str(store.path)!r} holds answers of another configuration: "
                 f"{differences(before.fingerprint, record.fingerprint)}. They cannot be paired with these.",
@@ -128,14 +129,15 @@ class Decoder:
         """Decode what a cell lacks; says what was done.
 
         Raises:
-            ConfigError, PromptError, RewardError, OutOfMemoryError: answers finished before are kept.
+            ConfigError, PromptError, RewardError, OutOfMemoryError, LimitReached: answers finished before are kept.
         """
         store, record = place.store, self.record_of(place)
         store.begin(record, going_on=not self.anew, delete=self.anew, to_start_over="add --force")
         if self.anew:
-            for path in store.path.glob(f"{store.trajectories_file.stem}*.jsonl"):
+            for path in (*store.path.glob(f"{store.trajectories_file.stem}*.jsonl"), *_scores_of(store)):
                 path.unlink()
         with store.unless_refused():
+            new = self._models is None
             if self._models is None:
                 self._models = self.source.load(self.plan)
                 self._of_models = self.plan.of_models()
@@ -146,8 +148,20 @@ class Decoder:
             store.write_record(record)
             keys = {request.key for request in requests}
             store.set_apart(lambda item: item.key in keys)
+            if new:
+                _warm_up(generator, requests[0])
+                self._started = time.perf_counter()
             spent = Spent()
-            with_rows = self._decode(place, generator, requests, store, spent)
+            generator.started = self._started  # limits are of the whole comparison
+            generator.spent_before = self._tokens
+            try:
+                with_rows = self._decode(place, generator, requests, store, spent)
+            except LimitReached as error:
+                record.stopped = error.limit
+                store.write_record(record)
+                store.close()
+                raise
+            self._tokens += generator.totals.decode_tokens + generator.totals.audit_tokens
         store.close()
         self._finish(place, record, requests, spent, with_rows)
         return f"{len(requests) - with_rows} decoded" + (
@@ -169,41 +183,42 @@ class Decoder:
         """How many answers were made from another cell's rows."""
         engine = generator.engine
         engine.reset_peak()
-        first = slice(0, min(self.timed, len(requests)))
-        rest = slice(first.stop, len(requests))
 
         def answered(by: Generator, part: slice) -> None:
+            asked, work = self.questions[part], requests[part]
             shown = place.method == self.pool
-            answer(by, self.questions[part], requests[part], store=store, spent=spent, progress=shown, summary=False)
+            before = part.start or 0
+            answer(by, asked, work, store=store, spent=spent, progress=shown, summary=False, before=before)
 
+        # in every cell these prompts are in flight together, and no others: else their seconds would not compare
+        first, rest = slice(0, self.timed), slice(self.timed, None)
         answered(generator, first)
-        pool = self._usable_pool(place, generator, requests[first])
-        if pool is None:
+        pool = self._pools.get(place.seed) if self._may_take_rows(place, generator) else None
+        if pool is None or not self._same_rows(place, pool, requests[first]):
             answered(generator, rest)
             return 0
         from specrej_eval.engines.recorded import RecordedEngine
 
         again = copy.copy(generator)
+        again.totals = Ledger()  # nothing is decoded: of these tokens there is no limit
+        again.config = generator.config.replace(max_decode_tokens=None)
         again.engine = RecordedEngine(
             pool, text=engine.detokenizer, promises=engine.promises, max_length=engine.max_length
         )
         answered(again, rest)
         return len(requests[rest])
 
-    def _usable_pool(
-        self, place: Place, generator: Generator, done: Sequence[Request]
-    ) -> dict[tuple[str, str, int], GenerationResult] | None:
-        """Rows that stand for those the cell would decode; None where there are none, or they would not be the same."""
-        reward = generator.reward
-        pool = self._pools.get(place.seed)
-        if pool is None or place.method == self.pool or place.method.n > self.pool_rows:
-            return None
-        if generator.engine.promises != "bits" or reward.needs_logprobs or reward.needs_token_stats:
-            return None
-        if generator.config.logprobs or generator.config.score_every:
-            return None
-        if generator.config.audit or generator.config.variance_reduce:  # rows go on that were cut; rows depend on n
-            return None
+    def _may_take_rows(self, place: Place, generator: Generator) -> bool:
+        """Whether rows of the pool can be those that a cell would decode."""
+        config, reward = generator.config, generator.reward
+        if place.method == self.pool or place.method.n > self.pool_rows or generator.engine.promises != "bits":
+            return False
+        if reward.needs_logprobs or reward.needs_token_stats or config.logprobs or config.score_every:
+            return False
+        return not config.audit and not config.variance_reduce  # rows go on that were cut; rows depend on n
+
+    def _same_rows(self, place: Place, pool: Mapping[Any, GenerationResult], done: Sequence[Request]) -> bool:
+        """Whether the rows that were decoded for a cell are those of the pool."""
         for result in results_of(place.store, [request.key for request in done]):
             whole = pool[(result.task, result.prompt_hash, result.repeat)]
             rows = zip(result.trajectories, whole.trajectories, strict=False)
@@ -213,8 +228,8 @@ class Decoder:
                     place.told,
                     self.pool_name,
                 )
-                return None
-        return pool
+                return False
+        return True
 
     @property
     def pool_rows(self) -> int:
@@ -243,6 +258,18 @@ class Decoder:
             store.write_record(record)
 
 
+def _warm_up(generator: Generator, request: Request) -> None:
+    """Answer a prompt and forget it: the first steps take longer than any other, and are to be in no cell's seconds."""
+    config = generator.config.replace(journal=None, trace_path=None, max_seconds=None, max_decode_tokens=None)
+    for _ in Generator(engine=generator.engine, reward=generator.reward, config=config).run([request], progress=False):
+        pass
+
+
+def _scores_of(store: OutputsFolder) -> list[Path]:
+    """What was said of answers that are deleted."""
+    return [path for name in (METRICS, PREFERENCES) if (path := store.path / name).is_file()]
+
+
 def results_of(store: OutputsFolder, keys: Sequence[str] | None = None) -> list[GenerationResult]:
     """Finished requests of a cell, with their rows, in the order of its answers (or of ``keys``).
 
@@ -265,49 +292,28 @@ def read_cell(place: Place, source: Source, *, is_pool: bool) -> Cell:
     Args:
         is_pool: metrics of all rows are wanted.
     """
-    results = results_of(place.store)
-    wanted = [[result.best for result in results]]
-    if is_pool and all(len(result.trajectories) == place.method.n for result in results):
-        wanted += [[result.trajectories[row] for result in results] for row in range(place.method.n)]
-    path = place.store.path / METRICS
-    texts = digest({"texts": [[row.text for row in rows] for rows in wanted]})
-    known, better = _known_metrics(path, texts)
-    source.higher_is_better.update(better)
-    if known is None:
-        known = [source.metrics(rows) for rows in wanted]
-        told = {"schema_version": METRICS_VERSION, "of": texts, "higher_is_better": dict(source.higher_is_better)}
-        write_atomically(path, as_text({**told, "best": known[0], "rows": known[1:]}) + "\n")
-    of_rows: dict[str, list[list[float]]] = {}
-    if len(known) > 1:
-        for name in known[1]:
-            of_rows[name] = [list(of_prompt) for of_prompt in zip(*(row[name] for row in known[1:]), strict=True)]
+    results, path = results_of(place.store), place.store.path
+    rows = place.method.n if is_pool and all(len(each.trajectories) == place.method.n for each in results) else 0
+    scored_by = source.scored_by()
+    answers = [result.text for result in results]
+    found = CellMetrics.read(path, answers, results=results, scored_by=scored_by)
+    if found is None or len(found.rows) < rows:
+        best = source.metrics([result.best for result in results])
+        of_rows = [source.metrics([result.trajectories[row] for result in results]) for row in range(rows)]
+        found = CellMetrics(best, of_rows, dict(source.higher_is_better))
+        found.write(path, results, scored_by=scored_by)
+    source.higher_is_better.update(found.higher_is_better or {})
     return Cell(
         method=place.method,
         seed=place.seed,
         results=results,
-        metrics=known[0],
-        row_metrics=of_rows,
+        metrics=found.best,
+        row_metrics=found.of_rows(),
         path=place.below,
     )
 
 
-def _known_metrics(path: Path, texts: str) -> tuple[list[dict[str, list[float]]] | None, Mapping[str, bool]]:
-    """Those on file, if they are of these very texts, and whether more is better."""
-    try:
-        told = an_object(parsed(path.read_bytes()), "metrics")
-        if told.get("of") != texts or told.get("schema_version") != METRICS_VERSION:
-            return None, {}
-        better = {name: bool(more) for name, more in an_object(told["higher_is_better"], "higher_is_better").items()}
-        known = [
-            {name: [as_number(value, name) for value in values] for name, values in an_object(each, "metrics").items()}
-            for each in (told["best"], *a_list(told, "rows"))
-        ]
-        return known, better
-    except (OSError, ValueError, KeyError):
-        return None, {}
-
-
 def pool_of(methods: Sequence[Method]) -> Method | None:
-    """Best-of-N with most rows, where no method of the grid has more."""
+    """Best-of-N with most rows; None where the grid has none."""
     of_best = [method for method in methods if method.strategy == BEST_OF_N]
     return max(of_best, key=lambda method: method.n, default=None)

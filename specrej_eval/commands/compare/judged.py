@@ -12,6 +12,7 @@ from specrej_eval.config import as_bool
 from specrej_eval.core import Question
 from specrej_eval.errors import ConfigError
 from specrej_eval.evidence.methods import BEST_OF_N, Method
+from specrej_eval.records.cell_scores import CellPreferences
 
 if TYPE_CHECKING:
     from specrej_eval.evidence.comparison import Cell
@@ -88,6 +89,7 @@ class Judge:
         from specrej_eval.evidence.bootstrap import Bootstrap
 
         instructions = [question.instruction for question in questions]
+        judge = self.annotators.name
         baseline = {cell.seed: cell for cell in cells if cell.method.name == report["baseline"]}
         known = {method["name"]: method for method in report["methods"]}
         preferred: dict[str, dict[int, list[float | None]]] = {}
@@ -97,6 +99,8 @@ class Judge:
             theirs, ours = ([r.text for r in each.results] for each in (baseline[cell.seed], cell))
             told = self.annotators.preferences(instructions, theirs, ours, caching_path=root / CACHE)
             preferred.setdefault(cell.method.name, {})[cell.seed] = told
+            if cell.path is not None:  # for the page of `report --html`
+                CellPreferences(Path(judge).name, report["baseline"], told).write(root / cell.path, ours)
         for name, by_seed in preferred.items():
             values = np.array([by_seed[seed] for seed in report["seeds"]], dtype=float).T  # None becomes NaN
             judged = ~np.isnan(values).any(axis=1)
@@ -106,7 +110,7 @@ class Judge:
             known[name]["win_rate"] = {
                 **bootstrap.interval(values[judged]).to_dict(),
                 "against": report["baseline"],
-                "annotators": self.annotators.name,
+                "annotators": judge,
                 "prompts": int(judged.sum()),
             }
             for cell in known[name]["cells"]:

@@ -50,6 +50,10 @@ class Source(Protocol):
         """Scores of one answer to each question, by name; empty where there is nothing but the reward."""
         ...
 
+    def scored_by(self) -> str:
+        """Digest of what decides ``metrics`` beside the answers: they are made anew where it is another."""
+        ...
+
     def described(self) -> dict[str, Any]:
         """For the comparison's file."""
         ...
@@ -79,6 +83,9 @@ class PromptFile:
 
     def metrics(self, rows: Sequence[Trajectory]) -> dict[str, list[float]]:
         return {}
+
+    def scored_by(self) -> str:
+        return ""
 
     def described(self) -> dict[str, Any]:
         return {"kind": "prompts", "name": Path(self.name).name}
@@ -125,6 +132,9 @@ class Tasks:
 
     def metrics(self, rows: Sequence[Trajectory]) -> dict[str, list[float]]:
         return self.prompts.metrics(rows)
+
+    def scored_by(self) -> str:
+        return self.prompts.scored_by()
 
     def described(self) -> dict[str, Any]:
         return {"kind": "tasks", "name": self.name, "higher_is_better": dict(sorted(self.higher_is_better.items()))}

@@ -19,6 +19,7 @@ from specrej_eval.config import DECIDING, NEUTRAL, RecordArguments, declared
 from specrej_eval.core import ROWS_FROM
 from specrej_eval.errors import SpecRejError
 from specrej_eval.records import alpaca_eval_files, lm_eval_files
+from specrej_eval.records.cell_scores import CellMetrics, CellPreferences
 from specrej_eval.records.fingerprint import EMBEDDED
 from specrej_eval.records.outputs import RUN_FILES, Answer, OutputsFolder, RunRecord, audit_sample, total_cost
 from specrej_eval.records.run_names import model_name
@@ -28,6 +29,7 @@ from specrej_eval.wording import counted
 
 RECORDS = (*declared(RecordArguments), "prompts", "limit")
 """Arguments that say where records went, and what was asked; not what answered."""
+WIN_RATE = "win_rate"
 MODELS = ("pretrained", "reward_model")
 MACHINE = ("device", "device_name", "cpu_threads", "dtype", "memory_gib")
 
@@ -152,7 +154,7 @@ def _recorded(path: Path, prefix: str) -> Run:
     judged = alpaca_eval_files.scores(path.parent, record.name)
     prompts = record.arguments.get("prompts")
     task = Path(str(prompts)).name if prompts else "alpaca_eval"
-    scores = [_reward_score(task, answers, record.fingerprint), *judged]
+    scores = [_reward_score(task, answers, record.fingerprint), *_cell_scores(path.parent, task, answers), *judged]
     decided = {name: record.fingerprint[name] for name in DECIDING if name in record.fingerprint}
     asked = {name: value for name, value in {**record.arguments, **decided}.items() if name not in RECORDS}
     rows = sorted({answer.n for answer in answers})
@@ -187,6 +189,20 @@ def _one_machine(machines: Sequence[Mapping[str, Any]]) -> Any:
     """The machine of a run; of one put together on several, all of them in words."""
     told = list(dict.fromkeys(map(describe, machines)))
     return machines[0] if len(told) == 1 else " and ".join(told) or None
+
+
+def _cell_scores(cell: Path, task: str, answers: Sequence[Answer]) -> Iterable[Score]:
+    """What a task and a judge said of the answers of a cell of `specrej-eval compare`; win rates in per cent."""
+    texts = [answer.output for answer in answers]
+    names = [f"{answer.prompt_hash} {answer.repeat}" for answer in answers]
+    if (scored := CellMetrics.read(cell, texts)) is not None:
+        for metric, values in scored.best.items():
+            yield mean_score(dict(zip(names, values, strict=True)), task=task, metric=metric, answered=len(answers))
+    if (judged := CellPreferences.read(cell, texts)) is not None:
+        given = zip(names, judged.preferred, strict=True)
+        each = {name: 100 * value for name, value in given if value is not None}
+        score = mean_score(each, task=task, metric=WIN_RATE, answered=len(answers))
+        yield replace(score, filter=f"{judged.annotators}, against {judged.against}")
 
 
 def _reward_score(task: str, answers: Sequence[Answer], fingerprint: Mapping[str, Any]) -> Score:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import re
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Self
@@ -21,7 +22,7 @@ from specrej_eval.api import RunPlan, resolve
 from specrej_eval.config import Decides, DecoderArguments, names
 from specrej_eval.core import Question, Spent
 from specrej_eval.engines.base import Engine
-from specrej_eval.errors import ConfigError
+from specrej_eval.errors import ConfigError, LimitReached
 from specrej_eval.generator import Generator
 from specrej_eval.harness.alpaca_eval.config import arguments_of
 from specrej_eval.kv.memory import release_memory
@@ -58,7 +59,7 @@ def specrej_completions(
 
     Raises:
         ConfigError, CheckpointError: before anything is loaded.
-        PromptError, RewardError, OutOfMemoryError: what finished before is recorded.
+        PromptError, RewardError, OutOfMemoryError, LimitReached: what finished before is recorded.
     """
     return _completions(prompts, generation or Generation.of("specrej_completions", completions_kwargs))
 
@@ -88,6 +89,10 @@ class Generation:
     answered: dict[str, Answer] = field(default_factory=dict)
     spent: Spent = field(default_factory=Spent)
     """What this process decoded of them, and how many it found recorded."""
+    started: float | None = None
+    """When its first chunk began (``time.perf_counter``), as ``max_seconds`` counts."""
+    spent_before: int = 0
+    """Tokens its generator had decoded by then, for another run in this process."""
 
     @classmethod
     def of(cls, function: str, completions_kwargs: Mapping[str, Any]) -> Self:
@@ -97,6 +102,11 @@ class Generation:
             ConfigError, CheckpointError: an unknown argument, a bad value, a checkpoint that is not there.
         """
         config, host, asked = arguments_of(function, completions_kwargs)
+        if config.plan is not None:
+            raise ConfigError(
+                "plan=only answers nothing, and alpaca_eval would have no outputs to judge.",
+                hint="leave it out; `specrej-eval run --plan only` says what the same arguments take.",
+            )
         return cls(plan=resolve(config, host), asked=asked)
 
     def fingerprint(self, **others: Any) -> dict[str, Any]:
@@ -200,14 +210,21 @@ def _completions(prompts: Sequence[str], generation: Generation) -> dict[str, li
 
     if store is not None:
         settle_capacity(generator, requests, store)
-    answers = answer(
-        generator,
-        questions,
-        requests,
-        store=store,
-        summary=not generation.places,
-        spent=generation.spent,
-    )
+    if generation.started is None:
+        generation.started = time.perf_counter()
+        generation.spent_before = generator.totals.decode_tokens + generator.totals.audit_tokens
+    generator.started, generator.spent_before = generation.started, -generation.spent_before
+    try:
+        answers = answer(
+            generator,
+            questions,
+            requests,
+            store=store,
+            summary=not generation.places,
+            spent=generation.spent,
+        )
+    except LimitReached as error:
+        raise _told_of_all(error, generation) from error
     if record is not None and not record.described:
         record.described = generator.describe()
     generation.answered_all(answers)
@@ -217,6 +234,17 @@ def _completions(prompts: Sequence[str], generation: Generation) -> dict[str, li
         "price_per_example": [item.seconds / 3600 * generation.asked.price_per_hour for item in answers],
         "completions_all": [item.to_dict() for item in answers],
     }
+
+
+def _told_of_all(error: LimitReached, generation: Generation) -> LimitReached:
+    """The limit as one of the whole run, and not of alpaca_eval's chunk of it; the run is marked as stopped by it."""
+    store, record = generation.store, generation.record
+    if store is None or record is None:
+        return error
+    record.stopped = error.limit
+    store.write_record(record)
+    answered = len({item.instruction for item in store.answers()} & generation.places.keys())
+    return LimitReached.after(answered, len(generation.places), limit=error.limit, where=str(store.path))
 
 
 def release_models() -> bool:

@@ -112,6 +112,12 @@ def _begin(
     template = utils.read_or_return(entry["prompt_template"], relative_to=base_dir)
     alpaca_eval_slips.check_entry(name, entry, template)
     generation = decoder.Generation.of(function, entry.get("completions_kwargs") or {})
+    limits = [name for name in ("max_seconds", "max_decode_tokens") if getattr(generation.plan.config, name)]
+    if limits and folder is None:
+        raise ConfigError(
+            f"{limits[0]} needs a folder: with --output_path null, what is answered by then would be lost.",
+            hint="leave --output_path out, or name a folder; the same command then goes on from there.",
+        )
     generation.instructions = tuple(instructions)
     for place, instruction in enumerate(instructions):
         generation.places.setdefault(instruction, place)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import json
 import logging
 import math
 import os
@@ -148,6 +150,11 @@ class TaskPrompts:
             found.append(self._of_task(task, own, texts))
         common = [name for name in found[0] if all(name in other for other in found)]
         return {name: [value for of_task in found for value in of_task[name]] for name in common}
+
+    def scored_by(self) -> str:
+        """Digest of the tasks' configurations and documents: what decides ``metrics`` beside the answers."""
+        told = {name: [task.dump_config(), [i.doc for i in task.instances]] for name, task in self.tasks.items()}
+        return hashlib.sha256(json.dumps(told, skipkeys=True, default=str).encode()).hexdigest()
 
     def _of_task(self, task: Any, instances: Sequence[Any], texts: Sequence[str]) -> dict[str, list[float]]:
         for instance, text in zip(instances, texts, strict=True):

@@ -27,10 +27,11 @@ from support.fake_hub import add_dataset_files
 from support.openai_server import JudgeServer
 
 from specrej_eval import load
+from specrej_eval.api import RunPlan
 from specrej_eval.config import PromptArguments, RunConfig
 from specrej_eval.core import Message
 from specrej_eval.engines.transformers.engine import TransformersEngine
-from specrej_eval.errors import ConfigError
+from specrej_eval.errors import ConfigError, LimitReached
 from specrej_eval.records.outputs import OutputsFolder, open_run
 
 JUDGE = "specrej_reward_judge"
@@ -117,6 +118,66 @@ def test_answers_are_those_of_the_python_api_and_the_sidecar_says_what_they_cost
         generator.engine, questions, generator.config, PromptArguments(until=("\n",)), task="alpaca_eval"
     )
     assert answer(generator, questions, requests, progress=False)[0].output == answers[0].output
+
+
+# limits and plans
+
+
+def test_a_limit_ends_a_run_at_an_answers_boundary_and_the_same_call_goes_on(
+    evaluate: Callable[..., Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    dataset(tmp_path)
+    short = {"max_gen_toks": 24, "batch_size": 1}
+    evaluate(config(tmp_path, name="whole", completions_kwargs=short))
+    whole = [item.output for item in open_run(tmp_path / "results" / "whole")[1]]
+    folder = tmp_path / "results" / "spr"
+    limited = config(tmp_path, completions_kwargs={**short, "max_decode_tokens": 100})
+    counts = []
+    for _ in INSTRUCTIONS:  # each call of one process has the whole limit to itself
+        try:
+            evaluate(limited, chunksize=3)
+            break
+        except LimitReached as error:
+            record, answers = open_run(folder)
+            counts.append(len(answers))
+            assert f"max_decode_tokens=100 is reached: {counts[-1]} of {len(INSTRUCTIONS)} prompts" in str(error)
+            assert str(Path("results") / "spr") in str(error) and error.exit_code == 75
+            assert not record.complete and record.stopped == "max_decode_tokens=100"
+            assert not list(folder.rglob("leaderboard.csv")), "part of the prompts is not judged"
+    assert 2 <= len(counts) < len(INSTRUCTIONS) and counts == sorted(set(counts))
+    record, answers = open_run(folder)
+    assert record.complete and not record.stopped
+    assert [item.output for item in answers] == whole
+
+
+def test_a_limit_of_time_begins_nothing_after_it(evaluate: Callable[..., Any], tmp_path: Path) -> None:
+    dataset(tmp_path, INSTRUCTIONS[:3])
+    kwargs = {"max_gen_toks": 8, "batch_size": 1, "max_seconds": 1e-6}
+    with pytest.raises(LimitReached, match=r"max_seconds=1e-06 is reached: 0 of 3 prompts"):
+        evaluate(config(tmp_path, completions_kwargs=kwargs))
+    evaluate(config(tmp_path, completions_kwargs={**kwargs, "max_seconds": 600}))
+    assert len(outputs(tmp_path)) == 3
+
+
+@pytest.mark.parametrize("name, value", [("max_seconds", 60), ("max_decode_tokens", 1000)])
+def test_a_limit_without_a_folder_is_refused_before_anything_is_decoded(
+    name: str, value: float, evaluate: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dataset(tmp_path)
+    monkeypatch.setattr(RunPlan, "load", lambda *_, **__: pytest.fail("models were loaded"))
+    with pytest.raises(ConfigError, match=f"{name} needs a folder"):
+        evaluate(config(tmp_path, completions_kwargs={name: value}), output_path=None)
+
+
+def test_a_plan_is_refused_with_the_command_that_makes_one(
+    evaluate: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dataset(tmp_path)
+    monkeypatch.setattr(RunPlan, "load", lambda *_, **__: pytest.fail("models were loaded"))
+    with pytest.raises(ConfigError, match="plan=only answers nothing") as caught:
+        evaluate(config(tmp_path, completions_kwargs={"plan": "only"}))
+    assert "specrej-eval run --plan only" in str(caught.value)
+    assert not (tmp_path / "results").exists()
 
 
 def test_nothing_that_is_written_or_printed_holds_a_secret(

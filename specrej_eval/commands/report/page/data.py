@@ -13,19 +13,16 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from specrej_eval.checked import object_in, object_or_empty
-from specrej_eval.commands.report.runs import Run
+from specrej_eval.checked import object_or_empty
+from specrej_eval.commands.report.runs import WIN_RATE, Run
 from specrej_eval.config import MAX
 from specrej_eval.core import ROWS_FROM, GenerationResult, Ledger, Round, Trajectory
 from specrej_eval.errors import ConfigError
 from specrej_eval.evidence.flops import Sizes, flops
-from specrej_eval.records import journal, lm_eval_files
-from specrej_eval.records.jsonl import digest
+from specrej_eval.records import alpaca_eval_files, journal, lm_eval_files
 from specrej_eval.records.outputs import RUN_FILES, Answer, OutputsFolder
 from specrej_eval.wording import counted
 
-CELL_METRICS = "specrej_metrics.json"
-"""What `specrej-eval compare` writes beside the rows of a cell."""
 _OF_ONE_PROMPT = ("kv_budget_tokens", "first_look")
 """Resolved arguments that may differ between two prompts of one run."""
 
@@ -88,10 +85,17 @@ class Answered:
         )
 
     @classmethod
-    def of_answer(cls, answer: Answer) -> Answered:
-        measured = ROWS_FROM not in answer.resolved
+    def of_answer(cls, answer: Answer, scores: Mapping[Metric, float]) -> Answered:
         return cls(
-            answer.output, answer.reward, answer.num_tokens, (), None, answer.rounds, answer.ledger, {}, measured
+            text=answer.output,
+            reward=answer.reward,
+            num_tokens=answer.num_tokens,
+            rows=(),
+            best=None,
+            rounds=answer.rounds,
+            ledger=answer.ledger,
+            scores=scores,
+            measured=ROWS_FROM not in answer.resolved,
         )
 
 
@@ -273,38 +277,30 @@ def _of_folder(run: Run) -> Found:
     entries = _entries(places)
     task = run.scores[0].task if run.scores else ""
     texts, answers = {}, {}
-    recorded = 0
     known = store.answers()
-    scores = _cell_scores(run.path / CELL_METRICS, task, [entries[a.key].result for a in known if a.key in entries])
+    scores = _scores_of(run, task, known)
     for answer in known:
         key = Key(task, answer.prompt_hash, answer.repeat)
         texts[key] = answer.instruction
-        entry = entries.get(answer.key)
-        if entry is None:
-            answers[key] = Answered.of_answer(answer)
+        if (entry := entries.get(answer.key)) is None:
+            answers[key] = Answered.of_answer(answer, scores[answer.key])
         else:
-            answers[key] = Answered.of_result(entry.result, scores[recorded] if scores else {})
-            recorded += 1
-    return texts, answers, _lacking(recorded, len(answers))
+            answers[key] = Answered.of_result(entry.result, scores[answer.key])
+    return texts, answers, _lacking(sum(answer.key in entries for answer in known), len(answers))
 
 
-def _cell_scores(path: Path, task: str, results: Sequence[GenerationResult]) -> list[dict[Metric, float]]:
-    """What a task says of the answers of a cell of `specrej-eval compare`, in their order; empty where that is not on
-    file, or is of other texts."""
-    told = object_in(path)
-    rows = told.get("rows") if isinstance(told.get("rows"), list) else []
-    wanted = [[result.best.text for result in results]]
-    if rows and all(len(result.trajectories) == len(rows) for result in results):
-        wanted += [[result.trajectories[row].text for result in results] for row in range(len(rows))]
-    best = object_or_empty(told.get("best"))
-    if told.get("schema_version") != 1 or told.get("of") != digest({"texts": wanted}):
-        return []
-    found: list[dict[Metric, float]] = [{} for _ in results]
-    for name, values in best.items():
-        if isinstance(values, list) and len(values) == len(results):
-            for scores, value in zip(found, values, strict=True):
-                if lm_eval_files.is_finite(value):
-                    scores[Metric(task, str(name), "")] = float(value)
+def _scores_of(run: Run, task: str, answers: Sequence[Answer]) -> dict[str, dict[Metric, float]]:
+    """Key of an answer -> what is said of it: by the task and the judge of a comparison, by alpaca_eval's judges."""
+    found: dict[str, dict[Metric, float]] = {answer.key: {} for answer in answers}
+    for score in run.scores:
+        if score.task == task and score.metric != REWARD:
+            for answer in answers:
+                if (value := score.each.get(f"{answer.prompt_hash} {answer.repeat}")) is not None:
+                    found[answer.key][Metric(task, score.metric, score.filter)] = value
+    for judge, preferred in alpaca_eval_files.preferred(run.path, run.model).items():
+        for answer in answers:
+            if (value := preferred.get((answer.instruction, answer.output.strip()))) is not None:
+                found[answer.key][Metric(task, WIN_RATE, judge)] = value
     return found
 
 

@@ -24,7 +24,11 @@ from specrej_eval.commands.report.page.tables import Cell, Table, as_html, numbe
 from specrej_eval.commands.report.runs import describe
 from specrej_eval.commands.report.table import letters
 from specrej_eval.evidence.bootstrap import Estimate
+from specrej_eval.records.scores import Score
 from specrej_eval.wording import counted, inert_page
+
+JUDGED = {"win_rate": "win rate", "length_controlled_winrate": "length-controlled"}
+"""Columns of alpaca_eval's leaderboards -> headings."""
 
 
 def page(data: PageData, chapters: Sequence[Chapter], *, baseline: Method, megabytes: float) -> str:
@@ -145,6 +149,8 @@ def _summary(data: PageData, baseline: Method) -> str:
         metrics = [metric for metric in data.metrics if metric.task == task]
         heading = f"<h3>{_text(task)}</h3>" if len(data.tasks) > 1 else ""
         parts.append(heading + as_html(_table(data, task, metrics, f"summary-{place}")))
+    if judged := _judged(data):
+        parts.append(judged)
     if found := measures.differences(data, baseline):
         shares = {metric: _is_share(data, metric) for metric in data.metrics}
         rivals = list(dict.fromkeys(each.baseline for each in found))
@@ -168,6 +174,43 @@ def _summary(data: PageData, baseline: Method) -> str:
             + as_html(table)
         )
     return "\n".join([*parts, "</section>"])
+
+
+def _judged(data: PageData) -> str:
+    """What alpaca_eval's judges say of whole runs, with the length control that no single answer has."""
+    lines = []
+    for method in data.methods:
+        of_judge: dict[str, dict[str, Score]] = {}
+        for score in method.run.scores:
+            if score.metric in JUDGED:
+                of_judge.setdefault(score.filter, {})[score.metric] = score
+        for judge, scores in of_judge.items():
+            told = [scores.get(metric) for metric in JUDGED]
+            prompts = next((score.prompts for score in told if score is not None and score.prompts is not None), None)
+            tokens = [answer.num_tokens for answer in method.answers.values()]
+            lines.append(
+                [
+                    Cell(method.short),
+                    Cell(judge),
+                    *(Cell("-") if score is None else _with_error(score.value, score.stderr) for score in told),
+                    number(sum(tokens) / len(tokens) if tokens else None, ",.1f"),
+                    number(prompts, ",d"),
+                ]
+            )
+    if not lines:
+        return ""
+    heads = ["run", "judge", *JUDGED.values(), "tokens an answer", "prompts"]
+    return (
+        "<h3>As judges of alpaca_eval have it</h3><p>Win rates against the reference, in per cent, each with its "
+        "standard error. Judges like long answers: length control is alpaca_eval&#8217;s, a fit over all prompts.</p>"
+        + as_html(Table("judged", heads, lines, words=2))
+    )
+
+
+def _with_error(value: float | None, error: float | None) -> Cell:
+    if value is None:
+        return Cell("-")
+    return Cell(f"{value:.2f}" + ("" if error is None else f" ± {error:.2f}"), value)
 
 
 def _is_share(data: PageData, metric: Metric) -> bool:

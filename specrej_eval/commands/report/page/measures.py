@@ -27,7 +27,13 @@ def mean_of(values: Sequence[float]) -> Estimate:
     """The mean over prompts and its 95 % interval: Wilson's for zeros and ones, else by bootstrap over prompts."""
     if len(values) >= 5 and set(values) <= {0.0, 1.0}:
         return Estimate(statistics.fmean(values), *wilson(sum(values), len(values)))
-    return Bootstrap(len(values), resamples=RESAMPLES).interval(list(values))
+    return resampled(len(values)).interval(list(values))
+
+
+@lru_cache(maxsize=4)
+def resampled(prompts: int) -> Bootstrap:
+    """The resamples of so many prompts: they are drawn once, whatever they are asked."""
+    return Bootstrap(prompts, resamples=RESAMPLES)
 
 
 def wilson(hits: float, number: int, z: float = 1.959963984540054) -> tuple[float, float]:
@@ -101,7 +107,7 @@ def differences(data: PageData, baseline: Method) -> list[Difference]:
             if method is rival or not both or not comparable(metric, method, rival):
                 continue
             gaps = [ours[key] - theirs[key] for key in both]
-            estimate = Bootstrap(len(gaps), resamples=RESAMPLES).interval(gaps)
+            estimate = resampled(len(gaps)).interval(gaps)
             found.append(Difference(method.short, rival.short, metric, estimate, len(both)))
     return found
 
