@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from importlib import metadata
 from typing import Any
 
+from specrej_eval.config import SamplingArguments
 from specrej_eval.core import TokenStat
 from specrej_eval.errors import CheckpointError, ConfigError, MissingDependencyError
 
@@ -71,16 +72,6 @@ def check_installed(argument: str) -> tuple[str, str]:
     return found
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Sampling:
-    """How a request is drawn."""
-
-    temperature: float
-    top_k: int
-    top_p: float
-    min_p: float
-
-
 @dataclass(frozen=True, slots=True)
 class Decoded:
     """What a step has decoded of one request."""
@@ -94,16 +85,35 @@ class Decoded:
     """Whether vLLM has ended the request."""
 
 
-def check_sampling(sampling: Sampling) -> None:
-    """Raises:
-    ConfigError: vLLM's sampler would draw from another distribution, or refuse.
+def refusal(sampling: SamplingArguments) -> str | None:
+    """Why vLLM would draw from another distribution than these arguments say, or refuse them; None = it does as they
+    say.
+
+    Its order is temperature, min_p, top_k, top_p (``v1/sample/sampler.py``); ours is transformers', min_p last. With
+    top_p off that is the same: min_p compares with the likeliest token, which no filter touches. With both, what min_p
+    has taken away makes the rest a larger share, so that top_p keeps fewer tokens.
     """
-    found = sampling.temperature
-    if found and not LEAST_TEMPERATURE <= found <= MOST_TEMPERATURE:
-        raise ConfigError(
-            f"temperature={found} is not one that vLLM samples at: 0, or {LEAST_TEMPERATURE} to {MOST_TEMPERATURE:g}.",
-            hint="engine=transformers samples at any temperature.",
+    if not sampling.temperature:  # no filter touches the likeliest token
+        return None
+    if not LEAST_TEMPERATURE <= sampling.temperature <= MOST_TEMPERATURE:
+        return (
+            f"temperature={sampling.temperature} is not one that vLLM samples at: give 0, or {LEAST_TEMPERATURE:g} to "
+            f"{MOST_TEMPERATURE:g}"
         )
+    if sampling.min_p and sampling.top_p < 1:
+        return (
+            f"min_p={sampling.min_p:g} and top_p={sampling.top_p:g} together: vLLM applies min_p first, which leaves "
+            "other tokens than top_p first does; give min_p=0 or top_p=1"
+        )
+    return None
+
+
+def check_sampling(sampling: SamplingArguments) -> None:
+    """Raises:
+    ConfigError: as ``refusal``.
+    """
+    if why := refusal(sampling):
+        raise ConfigError(f"engine=vllm: {why}.", hint="engine=transformers draws as all of them say.")
 
 
 def _started(arguments: Mapping[str, Any], name: str) -> Any:
@@ -161,7 +171,7 @@ class Requests:
             raise _failed(f"pretrained={name!r}", "decode", error) from error
 
     def _try_out(self) -> None:
-        greedy = Sampling(temperature=0.0, top_k=0, top_p=1.0, min_p=0.0)
+        greedy = SamplingArguments(temperature=0.0)
         self.add("try", [0], sampling=greedy, seed=0, max_tokens=1, eos_ids=())
         while self.waiting:
             self.step()
@@ -172,7 +182,7 @@ class Requests:
         request: str,
         token_ids: Sequence[int],
         *,
-        sampling: Sampling,
+        sampling: SamplingArguments,
         seed: int,
         max_tokens: int,
         eos_ids: Collection[int],

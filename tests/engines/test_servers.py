@@ -38,6 +38,8 @@ NAMES = {"vllm": "vllm-server", "sglang": "sglang-server", "completions": "opena
 LOOKS = [("vllm", "pause"), ("vllm", "resubmit"), ("sglang", "pause"), ("sglang", "resubmit")]
 MOST_LOOKS = [LOOKS[0], *(pytest.param(*each, marks=pytest.mark.full) for each in LOOKS[1:3]), LOOKS[3]]
 """Of long suites: each kind and each way is there in a short run too."""
+REFUSED = {"vllm": ({"top_p": 0.8, "min_p": 0.1},), "sglang": ({"top_k": 6, "top_p": 0.8},)}
+"""What the sampler of each does in another order, or by another measure."""
 
 
 @pytest.fixture(autouse=True)
@@ -203,10 +205,9 @@ def test_a_stop_string_cuts_at_its_very_character(kind: str, looks: str, folder:
 def test_first_tokens_have_the_models_distribution(kind: str, looks: str, folder: Path) -> None:
     asked = {"strategy": "best_of_n", "n": 400, "max_gen_toks": 2, "first_look": None}
     with running(kind, step_seconds=0.002) as server:
-        [result] = answered(make(server, folder, engine_looks=looks, top_p=0.9, temperature=0.8, **asked), ["a"])
-    expected = servers.probabilities(
-        servers.toy_logits(prompt_ids("a")), {"temperature": 0.8, "top_k": 50, "top_p": 0.9}
-    )
+        sampling = {"temperature": 0.8, "top_k": 0, "top_p": 0.9}
+        [result] = answered(make(server, folder, engine_looks=looks, **sampling, **asked), ["a"])
+    expected = servers.probabilities(servers.toy_logits(prompt_ids("a")), sampling)
     found = Counter(row.token_ids[0] for row in result.trajectories)
     assert set(found) <= set(expected)
     statistic = sum((found[token] - 400 * p) ** 2 / (400 * p) for token, p in expected.items())
@@ -307,6 +308,7 @@ def test_engines_that_are_servers_keep_the_contract(
             is_open=lambda session: bool(session.streams),
             decoded=lambda: server.decoded,
             draws=150,
+            refused=REFUSED[kind],
         )
         if kind == "sglang" and check is log_probs_are_the_models_own:  # at another temperature than 1
             with pytest.raises(ConfigError, match="after the temperature"):
@@ -578,6 +580,23 @@ def test_numbers_that_a_server_cannot_give_are_refused(folder: Path) -> None:
                 with pytest.raises(ConfigError, match="after the temperature"):
                     make(server, folder, logprobs=True, temperature=0.5).generate("a")
             assert not server.requests
+
+
+@pytest.mark.parametrize(
+    ("kind", "sampling", "told"),
+    [
+        ("vllm", {"top_p": 0.9, "min_p": 0.1}, r"min_p=0\.1 and top_p=0\.9 together: vLLM applies min_p first"),
+        ("sglang", {"top_p": 0.9}, r"top_k=50 and top_p=0\.9 together: SGLang measures top_p by all tokens"),
+    ],
+)
+def test_arguments_that_a_server_would_take_otherwise_than_we_do_are_refused(
+    kind: str, sampling: dict[str, float], told: str, folder: Path
+) -> None:
+    with running(kind) as server:
+        with pytest.raises(ConfigError, match=told):
+            make(server, folder, **sampling).generate("a")
+        assert not server.requests
+        make(server, folder, temperature=0.0, n=1, first_look=24, **sampling).generate("a")  # no filter counts then
 
 
 WRONG: list[tuple[dict[str, Any], str]] = [

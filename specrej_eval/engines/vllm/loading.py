@@ -15,7 +15,7 @@ from specrej_eval.config import AUTO, DEFAULT_N, MAX, N_MAX, RunConfig, as_int, 
 from specrej_eval.config.engines import OF_VLLM
 from specrej_eval.engines import base
 from specrej_eval.engines.tokenizers import load_tokenizer, template_args_of
-from specrej_eval.engines.vllm.engine import VLLMEngine, sampling_of
+from specrej_eval.engines.vllm.engine import VLLMEngine
 from specrej_eval.errors import ConfigError
 from specrej_eval.vllm_adapter import Requests, check_installed, check_sampling, version
 
@@ -103,19 +103,20 @@ def resolve_engine(config: RunConfig, host: Mapping[str, Any], *, check: bool = 
 
     Raises:
         MissingDependencyError: vLLM is not installed, or of a release that the adapter is not written for.
-        ConfigError: a reward or a temperature that vLLM has no way for, two context lengths, a device it cannot take.
+        ConfigError: a reward or sampling arguments that vLLM has no way for, two context lengths, a device it cannot
+            take, the embedded model.
         CheckpointError: a folder, ``config.json``, weight file or tokenizer that is missing or broken.
     """
     del check  # a loaded model is never ours: see ``choose``
     installed = check_installed("engine=vllm")
-    check_sampling(sampling_of(config))
+    check_sampling(config)
     _check_reward(config)
     _check_ranks(config)
     _context(config, host)
     if config.pretrained is None:
         raise ConfigError(
-            "engine=vllm cannot decode the embedded demo model: no attention kernel of vLLM's takes its heads of 36 "
-            "dimensions.",
+            "engine=vllm is not there for the embedded demo model: the attention kernel of vLLM's CPU build does not "
+            "take its heads of 36 dimensions, and on a GPU it was never tried.",
             hint="pretrained= names another model; engine=transformers decodes this one.",
         )
     name = config.pretrained

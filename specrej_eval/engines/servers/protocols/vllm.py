@@ -26,7 +26,7 @@ from specrej_eval.engines.servers.protocols.base import (
 )
 from specrej_eval.engines.servers.protocols.completions import COMPLETIONS, choice_of, finish_of
 from specrej_eval.http import BadAnswerError
-from specrej_eval.vllm_adapter import LEAST_TEMPERATURE, MOST_TEMPERATURE
+from specrej_eval.vllm_adapter import refusal
 
 logger = logging.getLogger(__name__)
 
@@ -59,12 +59,7 @@ class Protocol(EngineProtocol):
 
     def refuses(self, config: RunConfig, token_stats: Collection[TokenStat]) -> str | None:
         del token_stats
-        if config.temperature and not LEAST_TEMPERATURE <= config.temperature <= MOST_TEMPERATURE:
-            return (
-                f"temperature={config.temperature:g} is not one that vLLM samples at: give 0, or "
-                f"{LEAST_TEMPERATURE:g} to {MOST_TEMPERATURE:g}"
-            )
-        return None
+        return refusal(config)
 
     def request(self, asked: Asked) -> tuple[str, dict[str, Any]]:
         config = asked.config
