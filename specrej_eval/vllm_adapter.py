@@ -164,7 +164,7 @@ class Requests:
         self.num_blocks = int(config.cache_config.num_gpu_blocks or 0)
         self.steps = 0
         self._config = config
-        self._true_id: dict[str, str] = {}
+        self._going: set[str] = set()
         try:
             self._try_out()
         except Exception as error:  # a kernel that does not take the model's sizes says so only when it runs
@@ -207,9 +207,8 @@ class Requests:
             detokenize=False,
             output_kind=RequestOutputKind.DELTA,
         )
-        self._true_id[request] = self._engine.add_request(
-            request, TokensPrompt(prompt_token_ids=list(token_ids)), params
-        )
+        self._engine.add_request(request, TokensPrompt(prompt_token_ids=list(token_ids)), params)
+        self._going.add(request)
 
     def step(self) -> list[Decoded]:
         """One step of the engine: a token for each request that runs, or a piece of the prompts of others."""
@@ -219,7 +218,7 @@ class Requests:
             [completion] = output.outputs
             ids = [int(token) for token in completion.token_ids]
             if output.finished:
-                self._true_id.pop(output.request_id, None)
+                self._going.discard(output.request_id)
             decoded.append(
                 Decoded(
                     request=output.request_id,
@@ -233,9 +232,10 @@ class Requests:
 
     def abort(self, requests: Collection[str]) -> None:
         """Forget requests; those that are gone already are no error."""
-        there = [request for request in requests if self._true_id.pop(request, None) is not None]
+        there = self._going.intersection(requests)
         if there:
-            self._engine.abort_request(there)
+            self._going -= there
+            self._engine.abort_request(sorted(there))
 
     @property
     def waiting(self) -> bool:
@@ -292,29 +292,37 @@ class Pooling:
         self.steps = self.tokens_read = 0
 
     def score(self, inputs: Sequence[Sequence[int]]) -> list[float]:
-        """One raw score for each list of token ids, in order: no sigmoid, under which good answers would tie at 1."""
+        """One raw score for each list of token ids, in order: no sigmoid, under which good answers would tie at 1.
+
+        Raises:
+            ValueError: several numbers for one answer.
+            Exception: whatever vLLM fails with. Nothing is left in it then.
+        """
         from vllm import PoolingParams
         from vllm.inputs import TokensPrompt
 
-        names = {}
-        for place, ids in enumerate(inputs):
-            name = f"{self._count}"
-            self._count += 1
-            names[name] = place
-            prompt = TokensPrompt(prompt_token_ids=list(ids))
-            self._engine.add_request(name, prompt, PoolingParams(task="classify", use_activation=False))
+        places = {f"{self._count + place}": place for place in range(len(inputs))}
+        self._count += len(inputs)
+        waiting = dict(places)
         scores: dict[int, float] = {}
-        while self._engine.has_unfinished_requests():
-            self.steps += 1
-            for output in self._engine.step():
-                if not output.finished:
-                    continue
-                place = names[output.request_id]
-                values = [float(value) for value in output.outputs.data.reshape(-1).tolist()]
-                if len(values) != 1:
-                    raise ValueError(f"{len(values)} values were given for one answer; a reward is one number")
-                scores[place] = values[0]
-                self.tokens_read += len(inputs[place]) - int(output.num_cached_tokens or 0)
+        try:
+            for name, place in places.items():
+                prompt = TokensPrompt(prompt_token_ids=list(inputs[place]))
+                self._engine.add_request(name, prompt, PoolingParams(task="classify", use_activation=False))
+            while self._engine.has_unfinished_requests():
+                self.steps += 1
+                for output in self._engine.step():
+                    if not output.finished:
+                        continue
+                    place = waiting.pop(output.request_id)
+                    values = [float(value) for value in output.outputs.data.reshape(-1).tolist()]
+                    if len(values) != 1:
+                        raise ValueError(f"{len(values)} values were given for one answer; a reward is one number")
+                    scores[place] = values[0]
+                    self.tokens_read += len(inputs[place]) - int(output.num_cached_tokens or 0)
+        except BaseException:  # else the next call would be given the answers to this one
+            self._engine.abort_request(list(waiting))
+            raise
         return [scores[place] for place in range(len(inputs))]
 
 

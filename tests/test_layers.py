@@ -22,7 +22,7 @@ HARNESSES = {"alpaca_eval", "lm_eval"}
 LAYERS = (
     {"redaction"},
     {"errors", "checked", "wording"},
-    {"yaml_files"},
+    {"yaml_files", "connections"},
     {"paths", "registry", "core", "stopping", "chat_templates", "http"},
     {"checkpoint", "companions", "temporary", "config", "special_tokens", "ranks", "vllm_adapter"},
     {"budget", "auditing"},

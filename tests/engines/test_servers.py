@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -22,6 +23,7 @@ from support.decoding_servers import draws
 from support.engine_contract import CHECKS, Subject, log_probs_are_the_models_own
 from support.engine_runs import HashReward
 from support.tiny_models import EOS, save, tiny_causal_lm, tiny_tokenizer
+from urllib3.connection import HTTPConnection
 
 from specrej_eval import http as _http
 from specrej_eval.config import RunConfig
@@ -30,6 +32,7 @@ from specrej_eval.engines.choose import resolve_engine
 from specrej_eval.engines.servers.engine import ServerEngine
 from specrej_eval.errors import ConfigError, ModelError, SpecRejError
 from specrej_eval.generator import Generator, Request
+from specrej_eval.http import JsonServer, Names, ServerError
 from specrej_eval.rewards.base import RewardModel
 
 PROMPTS = ["a", "Tell me about rivers.", "One, two, three: " * 3]
@@ -349,6 +352,37 @@ def test_a_request_that_fails_is_asked_for_again_from_where_it_was(
     counted("faults planted in servers that decode", 2)
 
 
+def test_an_event_that_is_none_is_told_for_what_it_is(folder: Path) -> None:
+    with running("vllm", faults={0: servers.send(b"{oops", 2)}) as server:
+        generator = make(server, folder, engine_retries=0)
+        with pytest.raises(ServerError, match=r"status 200, but an event is bad: Expecting property name"):
+            answered(generator, ["a"])
+
+
+def test_a_request_that_is_cut_while_it_connects_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else its thread would wait as long as a silent server keeps the connection."""
+    connecting, go_on, connect = threading.Event(), threading.Event(), HTTPConnection.connect
+
+    def slowly(self: HTTPConnection) -> None:
+        connecting.set()
+        go_on.wait(10)
+        connect(self)
+
+    monkeypatch.setattr(HTTPConnection, "connect", slowly)
+    names = Names(server="s", address="a", timeout="t", retries="r", key_over_http="k")
+    with socket.create_server(("127.0.0.1", 0)) as silent:  # who connects is never answered
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        server = JsonServer(url, key_variables=(), timeout=60, retries=0, key_over_http=False, names=names)
+        stream = server.stream("/v1/completions", {})
+        reader = threading.Thread(target=lambda: list(stream), daemon=True)
+        reader.start()
+        assert connecting.wait(10)
+        stream.cut()
+        go_on.set()
+        reader.join(10)
+        assert not reader.is_alive()
+
+
 @pytest.mark.parametrize("looks", ["pause", "resubmit"])
 def test_a_server_that_dies_and_comes_back_loses_nothing(looks: str, folder: Path) -> None:
     with running("vllm", dies_after=60) as server:
@@ -363,11 +397,35 @@ def test_a_server_that_dies_and_comes_back_loses_nothing(looks: str, folder: Pat
             assert any(known[: len(whole)] == whole for known in drawn)
 
 
-def _revives(server: servers.Server) -> Any:
+@pytest.mark.parametrize(("kind", "looks"), LOOKS)
+def test_a_server_that_comes_back_with_another_model_is_refused_and_no_token_of_its_counts(
+    kind: str, looks: str, folder: Path, tmp_path: Path
+) -> None:
+    journal = tmp_path / "journal.jsonl"
+    with running(kind, dies_after=180) as server:
+        generator = make(server, folder, engine_looks=looks, engine_retries=30, journal=str(journal), batch_size=1)
+        server_thread = _revives(server, model="another")
+        with pytest.raises(ServerError, match=r"another model: 'org/another', .* are of 'org/the-lm'"):
+            answered(generator)
+        server_thread.join(5)
+        assert not server.paused
+        kept = answers_in(journal)
+        assert 1 <= kept < len(PROMPTS)
+        server.model = "the-lm"
+        again = make(server, folder, engine_looks=looks, journal=str(journal), batch_size=1)
+        assert [result.taken for result in answered(again)].count(True) == kept
+
+
+def answers_in(journal: Path) -> int:
+    return sum('"trajectories"' in line for line in journal.read_text().splitlines())
+
+
+def _revives(server: servers.Server, *, model: str = "the-lm") -> Any:
     def wait() -> None:
         while not server.dead:
             time.sleep(0.01)
         time.sleep(0.2)
+        server.model = model
         server.revive()
 
     thread = threading.Thread(target=wait, daemon=True)

@@ -54,7 +54,7 @@ class EnginePlan(base.EnginePlan):
         host, config, protocol = self.host, self.config, self.protocol
         hub = {
             "revision": host.get("revision") or "main",
-            "subfolder": host.get("subfolder") or "",
+            "subfolder": "",
             "token": host.get("token"),
             "trust_remote_code": config.trust_remote_code,
         }
@@ -89,7 +89,7 @@ class EnginePlan(base.EnginePlan):
 
     def deciding(self) -> dict[str, Any]:
         """What the server says it holds. See ``base.EnginePlan``."""
-        return {"served_model": self.protocol.root or self.protocol.model}
+        return {"served_model": self.protocol.served_model}
 
 
 def resolve_engine(config: RunConfig, host: Mapping[str, Any], *, check: bool = True) -> EnginePlan:
@@ -117,7 +117,7 @@ def resolve_engine(config: RunConfig, host: Mapping[str, Any], *, check: bool = 
         argument, where = ("pretrained", config.pretrained) if given is None else ("tokenizer", given)
         folder = checkpoint.check_folder(argument, where)
         if folder is not None:
-            checkpoint.check_tokenizer_files(argument, folder / (str(host.get("subfolder") or "") if not given else ""))
+            checkpoint.check_tokenizer_files(argument, folder)
     template_args_of(host)
     server = JsonServer(
         _without_path(config.engine_url),
@@ -166,7 +166,7 @@ def _same_tokenizer(protocol: EngineProtocol, tokenizer: Any, name: str) -> None
     ours = list(tokenizer.encode(SAMPLE, add_special_tokens=False))
     if theirs is not None and theirs != ours:
         raise ConfigError(
-            f"pretrained={name!r} has another tokenizer than {protocol.root or protocol.model!r}, which "
+            f"pretrained={name!r} has another tokenizer than {protocol.served_model!r}, which "
             f"{protocol.server.shown_url} holds: {ours[:4]}... and {theirs[:4]}... for the same text.",
             hint="give the server's own model as pretrained=, or its tokenizer as tokenizer=.",
         )

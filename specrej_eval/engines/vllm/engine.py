@@ -63,8 +63,8 @@ class VLLMEngine(Engine):
         self._numbers = itertools.count()
         self._names: dict[Row, str] = {}
         self._owners: dict[str, tuple[AheadSession, Row]] = {}
-        self._told_apart: set[str] = set()
-        """Requests whose first output has come."""
+        self._begun: set[str] = set()
+        """Requests whose first token has come."""
         self._warned = False
 
     def check(self, prompt: Prompt, config: RunConfig) -> None:
@@ -131,7 +131,7 @@ class VLLMEngine(Engine):
         names = [name for row in rows if (name := self._names.pop(row, None)) is not None]
         for name in names:
             del self._owners[name]
-            self._told_apart.discard(name)
+            self._begun.discard(name)
         self.requests.abort(names)
 
     def decode(self, sessions: Sequence[AheadSession], num_tokens: int) -> None:
@@ -184,8 +184,8 @@ class VLLMEngine(Engine):
             if (owner := self._owners.get(decoded.request)) is None:
                 continue
             session, row = owner
-            if decoded.request not in self._told_apart and decoded.token_ids:
-                self._told_apart.add(decoded.request)
+            if decoded.request not in self._begun and decoded.token_ids:
+                self._begun.add(decoded.request)
                 session.cached_tokens += decoded.cached_tokens
             count += len(decoded.token_ids)
             ended = session.receive(row, decoded.token_ids, decoded.stats)

@@ -39,9 +39,7 @@ class Protocol(EngineProtocol):
     HOW_TO_PAUSE: ClassVar[str] = "a release that has /pause_generation with mode=in_place (0.5.6 or newer)"
 
     def connect(self) -> None:
-        self.listed()
-        info = object_or_empty(self.server.get("/get_model_info"))
-        self.root = info["model_path"] if isinstance(info.get("model_path"), str) else self.root
+        self.identify()
         about = object_or_empty(self.server.get("/get_server_info"))
         self.version = about["version"] if isinstance(about.get("version"), str) else None
         described = object_or_empty(self.server.get("/openapi.json"))
@@ -52,6 +50,11 @@ class Protocol(EngineProtocol):
         self.can_pause = all(path in paths for path in needed) and "in_place" in mode
         if self.can_pause:
             self.resume()  # it does not say whether somebody left it paused
+
+    def identify(self) -> None:
+        super().identify()
+        info = object_or_empty(self.server.get("/get_model_info"))
+        self.root = info["model_path"] if isinstance(info.get("model_path"), str) else self.root
 
     def refuses(self, config: RunConfig, token_stats: Collection[TokenStat]) -> str | None:
         if config.temperature and config.top_k and config.top_p < 1:

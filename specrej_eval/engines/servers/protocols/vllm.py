@@ -39,7 +39,7 @@ class Protocol(EngineProtocol):
     HOW_TO_PAUSE: ClassVar[str] = "VLLM_SERVER_DEV_MODE=1 vllm serve ..."
 
     def connect(self) -> None:
-        self.listed()
+        self.identify()
         version = object_or_empty(self.server.get("/version")).get("version")
         self.version = version if isinstance(version, str) else None
         paused = self.paused()
