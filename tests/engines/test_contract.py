@@ -96,8 +96,6 @@ def plan_for(pretrained: str, **arguments: Any) -> EnginePlan:
         device="cpu",
         config=RunConfig(pretrained=pretrained, engine="vllm", n=64, enforce_eager=True).replace(**arguments),
         host={},
-        template_args={},
-        installed=adapter.installed() or ("vllm", "none"),
     )
 
 

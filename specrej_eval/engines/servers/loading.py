@@ -17,7 +17,7 @@ from specrej_eval.config.engines import OPENAI_SERVER, SGLANG_SERVER, VLLM_SERVE
 from specrej_eval.engines import base
 from specrej_eval.engines.servers.engine import Looks, ServerEngine
 from specrej_eval.engines.servers.protocols.base import SAMPLE, EngineProtocol
-from specrej_eval.engines.tokenizers import load_tokenizer, template_args_of
+from specrej_eval.engines.tokenizers import hub_arguments, load_tokenizer, template_args_of, text_arguments
 from specrej_eval.errors import ConfigError
 from specrej_eval.http import JsonServer, Names
 from specrej_eval.kv.models import context_length, stop_ids
@@ -52,12 +52,7 @@ class EnginePlan(base.EnginePlan):
             ConfigError: the server has another tokenizer, or a thinking part cannot be told from the text it gives.
         """
         host, config, protocol = self.host, self.config, self.protocol
-        hub = {
-            "revision": host.get("revision") or "main",
-            "subfolder": "",
-            "token": host.get("token"),
-            "trust_remote_code": config.trust_remote_code,
-        }
+        hub = hub_arguments(config, host)
         tokenizer = load_tokenizer(self.name, hub, host)
         _same_tokenizer(protocol, tokenizer, self.name)
         if not protocol.gives_ids and host.get("think_end_token") is not None:
@@ -75,10 +70,7 @@ class EnginePlan(base.EnginePlan):
             stop_ids=stop_ids(about, tokenizer),
             name=config.engine,
             device=self.device,
-            think_end_token=host.get("think_end_token"),
-            add_bos_token=host.get("add_bos_token"),
-            chat_template_args=template_args_of(host),
-            special_tokens_in_content=config.special_tokens_in_content or content_rule,
+            **text_arguments(config, host, content_rule=content_rule),
         )
         logger.warning("%s", engine.told())
         return engine

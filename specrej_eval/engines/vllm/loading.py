@@ -14,7 +14,7 @@ from specrej_eval import checkpoint, ranks
 from specrej_eval.config import AUTO, DEFAULT_N, MAX, N_MAX, RunConfig, as_int, reward_names
 from specrej_eval.config.engines import OF_VLLM
 from specrej_eval.engines import base
-from specrej_eval.engines.tokenizers import load_tokenizer, template_args_of
+from specrej_eval.engines.tokenizers import hub_arguments, load_tokenizer, template_args_of, text_arguments
 from specrej_eval.engines.vllm.engine import VLLMEngine
 from specrej_eval.errors import ConfigError
 from specrej_eval.vllm_adapter import Requests, check_installed, check_sampling, version
@@ -36,11 +36,6 @@ UNTOLD = {"self_certainty": "the log-probs of the whole vocabulary for every tok
 @dataclass(frozen=True, kw_only=True)
 class EnginePlan(base.EnginePlan):
     """A language model that vLLM is to load."""
-
-    template_args: Mapping[str, Any]
-    """Of the chat template."""
-    installed: tuple[str, str]
-    """Distribution and version of vLLM."""
 
     def arguments(self) -> dict[str, Any]:
         """Of vLLM's ``EngineArgs``: ours under its names, and only those that were given."""
@@ -76,21 +71,12 @@ class EnginePlan(base.EnginePlan):
     def load(self, *, content_rule: str) -> VLLMEngine:
         """Load the tokenizer, then start vLLM. See ``base.EnginePlan.load``."""
         host, config = self.host, self.config
-        shared = {
-            "revision": host.get("revision") or "main",
-            "subfolder": "",
-            "token": host.get("token"),
-            "trust_remote_code": config.trust_remote_code,
-        }
-        tokenizer = load_tokenizer(self.name, shared, host)
+        tokenizer = load_tokenizer(self.name, hub_arguments(config, host), host)
         return VLLMEngine(
             Requests(self.arguments(), name=self.name),
             tokenizer,
             versions={**self.environment(), "torch": torch.__version__, "transformers": transformers.__version__},
-            think_end_token=host.get("think_end_token"),
-            add_bos_token=host.get("add_bos_token"),
-            chat_template_args=self.template_args,
-            special_tokens_in_content=config.special_tokens_in_content or content_rule,
+            **text_arguments(config, host, content_rule=content_rule),
         )
 
     def environment(self) -> dict[str, Any]:
@@ -108,7 +94,7 @@ def resolve_engine(config: RunConfig, host: Mapping[str, Any], *, check: bool = 
         CheckpointError: a folder, ``config.json``, weight file or tokenizer that is missing or broken.
     """
     del check  # a loaded model is never ours: see ``choose``
-    installed = check_installed("engine=vllm")
+    distribution, _ = check_installed("engine=vllm")
     check_sampling(config)
     _check_reward(config)
     _check_ranks(config)
@@ -120,6 +106,7 @@ def resolve_engine(config: RunConfig, host: Mapping[str, Any], *, check: bool = 
             hint="pretrained= names another model; engine=transformers decodes this one.",
         )
     name = config.pretrained
+    template_args_of(host)
     tokenizer = host.get("tokenizer")
     if isinstance(tokenizer, str) and (tokenizer_folder := checkpoint.check_folder("tokenizer", tokenizer)):
         checkpoint.check_tokenizer_files("tokenizer", tokenizer_folder)
@@ -132,11 +119,9 @@ def resolve_engine(config: RunConfig, host: Mapping[str, Any], *, check: bool = 
     return EnginePlan(
         name=name,
         dtype=config.dtype,
-        device=_device(config, installed[0]),
+        device=_device(config, distribution),
         config=config,
         host=host,
-        template_args=template_args_of(host),
-        installed=installed,
     )
 
 

@@ -18,8 +18,6 @@ Finish = Literal["stop", "length", "abort"]
 
 SAMPLE = "The quick brown fox (1 + 2 = 3) jumps over:\n\tthe lazy dog's naïve façade."
 """Tokenised here and there: a server with another tokenizer shows."""
-CONFIDENCE_TOKENS = 20
-"""Likeliest tokens that ``confidence`` is the mean of (``core.TokenStat``)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

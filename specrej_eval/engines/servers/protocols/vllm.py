@@ -15,9 +15,8 @@ from typing import Any, ClassVar
 
 from specrej_eval.checked import object_or_empty
 from specrej_eval.config import RunConfig
-from specrej_eval.core import TokenStat
+from specrej_eval.core import CONFIDENCE_TOKENS, TokenStat
 from specrej_eval.engines.servers.protocols.base import (
-    CONFIDENCE_TOKENS,
     Asked,
     Delta,
     EngineProtocol,
