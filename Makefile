@@ -28,7 +28,7 @@ CONSTRAINTS := constraints.txt
 INSTALL := install --quiet $(addprefix -c ,$(CONSTRAINTS))
 VLLM_VENV := .venv-vllm
 VLLM_READY := $(VLLM_VENV)/.ready
-VLLM_TESTS := tests/engines/test_vllm_serve.py tests/engines/test_choose.py tests/engines/test_contract.py tests/engines/test_vllm.py tests/rewards/test_pooled.py \
+VLLM_TESTS := tests/engines/test_vllm_serve.py tests/engines/test_choose.py tests/engines/test_recipes.py tests/engines/test_contract.py tests/engines/test_vllm.py tests/rewards/test_pooled.py \
 	tests/system/test_vllm_runs.py
 READY := $(VENV)/.ready
 BROWSER := $(VENV)/.browser
