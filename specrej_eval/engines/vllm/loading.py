@@ -101,8 +101,8 @@ def resolve_engine(config: RunConfig, host: Mapping[str, Any], *, check: bool = 
     _context(config, host)
     if config.pretrained is None:
         raise ConfigError(
-            "engine=vllm is not there for the embedded demo model: the attention kernel of vLLM's CPU build does not "
-            "take its heads of 36 dimensions, and on a GPU it was never tried.",
+            "engine=vllm does not decode the embedded demo model: the attention kernel of vLLM's CPU build takes no "
+            "heads of 36 dimensions, which this model has, and a GPU build was never tried.",
             hint="pretrained= names another model; engine=transformers decodes this one.",
         )
     name = config.pretrained
