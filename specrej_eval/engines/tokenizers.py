@@ -8,8 +8,8 @@ from typing import Any
 from transformers import AutoTokenizer
 
 from specrej_eval import checkpoint
-from specrej_eval.config import RunConfig, as_bool, as_dict
-from specrej_eval.errors import CheckpointError, MissingDependencyError
+from specrej_eval.config import RunConfig, as_bool, as_dict, as_int
+from specrej_eval.errors import CheckpointError, ConfigError, MissingDependencyError
 from specrej_eval.paths import is_folder
 
 
@@ -22,6 +22,20 @@ def template_args_of(host: Mapping[str, Any]) -> dict[str, Any]:
     found = as_dict("chat_template_args", host.get("chat_template_args") or {})
     if host.get("enable_thinking") is not None:
         found["enable_thinking"] = host["enable_thinking"]
+    return found
+
+
+def max_length_of(host: Mapping[str, Any]) -> int | None:
+    """``max_length``, the model's context in tokens; None if it is not given.
+
+    Raises:
+        ConfigError: it is no whole number of at least 1.
+    """
+    if host.get("max_length") is None:
+        return None
+    found = as_int("max_length", host["max_length"])
+    if found < 1:
+        raise ConfigError(f"max_length must be at least 1, got {found}.")
     return found
 
 

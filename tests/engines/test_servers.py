@@ -663,6 +663,9 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"engine_url": "localhost:8000"}, "is not the address of a server"),
     ({"engine_looks": "never"}, "unknown engine_looks 'never'"),
     ({"engine_timeout": 0}, "engine_timeout must be above 0"),
+    ({"max_length": "many"}, "max_length must be a whole number"),
+    ({"max_length": 0}, "max_length must be at least 1"),
+    ({"max_length": 513}, r"max_length=513, and the context of .* is 512 tokens"),
     ({"engine": "transformers"}, "is for engine="),
     ({"tensor_parallel_size": 2}, "is for engine=vllm"),
 ]

@@ -17,7 +17,13 @@ from specrej_eval.config.engines import OPENAI_SERVER, SGLANG_SERVER, VLLM_SERVE
 from specrej_eval.engines import base
 from specrej_eval.engines.servers.engine import Looks, ServerEngine
 from specrej_eval.engines.servers.protocols.base import SAMPLE, EngineProtocol
-from specrej_eval.engines.tokenizers import hub_arguments, load_tokenizer, template_args_of, text_arguments
+from specrej_eval.engines.tokenizers import (
+    hub_arguments,
+    load_tokenizer,
+    max_length_of,
+    template_args_of,
+    text_arguments,
+)
 from specrej_eval.errors import ConfigError
 from specrej_eval.http import JsonServer, Names
 from specrej_eval.kv.models import context_length, stop_ids
@@ -61,11 +67,11 @@ class EnginePlan(base.EnginePlan):
                 hint="leave it out, or use vLLM 0.10.2 or newer, or SGLang.",
             )
         about = _about(self.name, hub, tokenizer)
-        length = host.get("max_length") or protocol.max_length or context_length(about, tokenizer)
+        length = max_length_of(host) or protocol.max_length or context_length(about, tokenizer)
         engine = ServerEngine(
             protocol,
             tokenizer,
-            max_length=int(length),
+            max_length=length,
             looks=self.looks,
             stop_ids=stop_ids(about, tokenizer),
             name=config.engine,
@@ -88,7 +94,8 @@ def resolve_engine(config: RunConfig, host: Mapping[str, Any], *, check: bool = 
     """Find the server, and ask what it holds and can do.
 
     Raises:
-        ConfigError: no ``engine_url`` or ``pretrained``, a bad address or key, a pause that the server does not have.
+        ConfigError: no ``engine_url`` or ``pretrained``, a bad address or key, a pause or a context that the server does
+            not have.
         CheckpointError: a folder without a tokenizer.
         ServerError: the server does not answer as it should.
     """
@@ -111,6 +118,7 @@ def resolve_engine(config: RunConfig, host: Mapping[str, Any], *, check: bool = 
         if folder is not None:
             checkpoint.check_tokenizer_files(argument, folder)
     template_args_of(host)
+    asked = max_length_of(host)
     server = JsonServer(
         _without_path(config.engine_url),
         key_variables=KEY_VARIABLES,
@@ -122,6 +130,11 @@ def resolve_engine(config: RunConfig, host: Mapping[str, Any], *, check: bool = 
     found = importlib.import_module(f"specrej_eval.engines.servers.protocols.{PROTOCOLS[name]}")
     protocol = cast("EngineProtocol", found.Protocol(server, config.pretrained))
     protocol.connect()
+    if asked is not None and protocol.max_length is not None and asked > protocol.max_length:
+        raise ConfigError(
+            f"max_length={asked}, and the context of {server.shown_url} is {protocol.max_length} tokens.",
+            hint="leave max_length= out, or start the server with a longer one.",
+        )
     looks = config.engine_looks
     if looks == "pause" and not (protocol.can_pause and protocol.gives_ids):
         needs = protocol.HOW_TO_PAUSE

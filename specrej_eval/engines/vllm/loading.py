@@ -11,10 +11,16 @@ import torch
 import transformers
 
 from specrej_eval import checkpoint, ranks
-from specrej_eval.config import AUTO, DEFAULT_N, MAX, N_MAX, RunConfig, as_int, reward_names
+from specrej_eval.config import AUTO, DEFAULT_N, MAX, N_MAX, RunConfig, reward_names
 from specrej_eval.config.engines import OF_VLLM
 from specrej_eval.engines import base
-from specrej_eval.engines.tokenizers import hub_arguments, load_tokenizer, template_args_of, text_arguments
+from specrej_eval.engines.tokenizers import (
+    hub_arguments,
+    load_tokenizer,
+    max_length_of,
+    template_args_of,
+    text_arguments,
+)
 from specrej_eval.engines.vllm.engine import VLLMEngine
 from specrej_eval.errors import ConfigError
 from specrej_eval.vllm_adapter import Requests, check_installed, check_sampling, version
@@ -149,16 +155,13 @@ def _check_ranks(config: RunConfig) -> None:
 
 def _context(config: RunConfig, host: Mapping[str, Any]) -> int | None:
     """``max_model_len``, or ``max_length``, its name in lm-eval."""
-    found, other = config.max_model_len, host.get("max_length")
-    if other is None:
-        return found
-    other = as_int("max_length", other)
-    if found is not None and found != other:
+    found, other = config.max_model_len, max_length_of(host)
+    if found is not None and other is not None and found != other:
         raise ConfigError(
             f"max_model_len={found} and max_length={other} are two values for the same thing.",
             hint="give one of them.",
         )
-    return other
+    return found or other
 
 
 def _sequences(config: RunConfig) -> int:
