@@ -94,7 +94,7 @@ def resolve_engine(config: RunConfig, host: Mapping[str, Any], *, check: bool = 
     """Find the server, and ask what it holds and can do.
 
     Raises:
-        ConfigError: no ``engine_url`` or ``pretrained``, a bad address or key, a pause or a context that the server does
+        ConfigError: no ``engine_url`` or ``pretrained``, a bad address or key, a pause or context that the server does
             not have.
         CheckpointError: a folder without a tokenizer.
         ServerError: the server does not answer as it should.
