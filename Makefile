@@ -28,8 +28,9 @@ CONSTRAINTS := constraints.txt
 INSTALL := install --quiet $(addprefix -c ,$(CONSTRAINTS))
 VLLM_VENV := .venv-vllm
 VLLM_READY := $(VLLM_VENV)/.ready
-VLLM_TESTS := tests/engines/test_vllm_serve.py tests/engines/test_choose.py tests/engines/test_contract.py tests/engines/test_vllm.py tests/rewards/test_pooled.py \
-	tests/system/test_vllm_runs.py
+VLLM_PIP := $(VLLM_VENV)/bin/python -m pip --disable-pip-version-check
+VLLM_TESTS := tests/engines/test_vllm_serve.py tests/engines/test_choose.py tests/engines/test_recipes.py \
+	tests/engines/test_contract.py tests/engines/test_vllm.py tests/rewards/test_pooled.py tests/system/test_vllm_runs.py
 READY := $(VENV)/.ready
 BROWSER := $(VENV)/.browser
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
@@ -136,9 +137,8 @@ $(READY): pyproject.toml $(CONSTRAINTS) hatch_build.py $(wildcard autoload/*)
 	@touch $@
 
 $(VLLM_READY): constraints-vllm.txt pyproject.toml hatch_build.py $(wildcard autoload/*)
-	test -x $(VLLM_VENV)/bin/python || $(PYTHON) -m venv $(VLLM_VENV)
-	grep '^torch==' constraints-vllm.txt | \
-		xargs $(VLLM_VENV)/bin/python -m pip install --quiet $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
-	$(VLLM_VENV)/bin/python -m pip install --quiet --no-deps -r constraints-vllm.txt
-	$(VLLM_VENV)/bin/python -m pip install --quiet --no-deps --no-build-isolation -e .
+	test "$$($(VLLM_VENV)/bin/python --version 2>&1)" = "$$($(PYTHON) --version)" || $(PYTHON) -m venv --clear $(VLLM_VENV)
+	$(VLLM_PIP) install --quiet $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) "$$(grep '^torch==' constraints-vllm.txt)"
+	$(VLLM_PIP) install --quiet --no-deps -r constraints-vllm.txt
+	$(VLLM_PIP) install --quiet --no-deps --no-build-isolation -e .
 	@touch $@

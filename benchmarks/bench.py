@@ -307,7 +307,9 @@ def finish(result: Mapping[str, Any], markdown: str, output: Path | None) -> Non
     print(f"\n{text}", flush=True)
     if output is not None:
         output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text(json.dumps(result, indent=1) + "\n")
+        whole = output.with_suffix(".part")  # who goes on from the file finds it whole
+        whole.write_text(json.dumps(result, indent=1) + "\n")
+        whole.replace(output)
         output.with_suffix(".md").write_text(text)
 
 

@@ -254,7 +254,7 @@ class Engine:
             n=job["rows"], max_gen_toks=job["tokens"], seed=job["seed"], strategy=job["strategy"], alpha=job["alpha"]
         )
         requests = []
-        for place, ids in enumerate(job["prompts"]):
+        for place, ids in enumerate(job["prompts"], job.get("first", 0)):
             prompt = Prompt(token_ids=tuple(ids), conversation=(), prompt_hash=str(place), task=job["task"])
             requests.append(Request(prompt=prompt, config=config))
         started = time.perf_counter()

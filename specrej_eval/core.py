@@ -31,7 +31,9 @@ FinishReason = Literal["eos", "stop", "length", "rejected"]
 
 TokenStat = Literal["logprob", "self_certainty", "confidence"]
 """A number the engine can record for every token it draws, of the untempered and unfiltered distribution p it was drawn
-from: the token's own log-prob; KL(uniform || p); minus the mean log-prob of p's 20 likeliest tokens."""
+from: the token's own log-prob; KL(uniform || p); minus the mean log-prob of p's likeliest tokens."""
+CONFIDENCE_TOKENS = 20
+"""Likeliest tokens that ``confidence`` is the mean of, as in DeepConf (arXiv 2508.15260)."""
 
 
 def prompt_hash(text: str) -> str:

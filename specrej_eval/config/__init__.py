@@ -52,6 +52,7 @@ __all__ = [
     "PromptArguments",
     "RecordArguments",
     "RunConfig",
+    "SamplingArguments",
     "Takes",
     "as_bool",
     "as_dict",

@@ -8,8 +8,8 @@ from typing import Any
 from transformers import AutoTokenizer
 
 from specrej_eval import checkpoint
-from specrej_eval.config import as_bool, as_dict
-from specrej_eval.errors import CheckpointError, MissingDependencyError
+from specrej_eval.config import RunConfig, as_bool, as_dict, as_int
+from specrej_eval.errors import CheckpointError, ConfigError, MissingDependencyError
 from specrej_eval.paths import is_folder
 
 
@@ -23,6 +23,44 @@ def template_args_of(host: Mapping[str, Any]) -> dict[str, Any]:
     if host.get("enable_thinking") is not None:
         found["enable_thinking"] = host["enable_thinking"]
     return found
+
+
+def max_length_of(host: Mapping[str, Any]) -> int | None:
+    """``max_length``, the model's context in tokens; None if it is not given.
+
+    Raises:
+        ConfigError: it is no whole number of at least 1.
+    """
+    if host.get("max_length") is None:
+        return None
+    found = as_int("max_length", host["max_length"])
+    if found < 1:
+        raise ConfigError(f"max_length must be at least 1, got {found}.")
+    return found
+
+
+def text_arguments(config: RunConfig, host: Mapping[str, Any], *, content_rule: str) -> dict[str, Any]:
+    """The arguments of ``base.Engine`` that say how prompts are made and answers cut.
+
+    Args:
+        content_rule: what ``special_tokens_in_content=None`` means.
+    """
+    return {
+        "think_end_token": host.get("think_end_token"),
+        "add_bos_token": host.get("add_bos_token"),
+        "chat_template_args": template_args_of(host),
+        "special_tokens_in_content": config.special_tokens_in_content or content_rule,
+    }
+
+
+def hub_arguments(config: RunConfig, host: Mapping[str, Any]) -> dict[str, Any]:
+    """Where a checkpoint's files are taken from, of loaders that know no ``subfolder``."""
+    return {
+        "revision": host.get("revision") or "main",
+        "subfolder": "",
+        "token": host.get("token"),
+        "trust_remote_code": config.trust_remote_code,
+    }
 
 
 def load_tokenizer(name: str, shared: Mapping[str, Any], host: Mapping[str, Any]) -> Any:

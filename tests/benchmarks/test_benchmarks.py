@@ -200,6 +200,66 @@ def test_the_interval_of_a_difference_is_in_standard_deviations_within_a_prompt(
     assert not engines.interval([10.0, -10.0] * 5, 2.0)["inside"], "too few to say"
 
 
+class Rewards:
+    """An engine's process that rewards rows by the numbers of their prompts and is stopped after some runs."""
+
+    def __init__(self, shift: float, runs: int) -> None:
+        self.shift, self.runs = shift, runs
+
+    def run(self, job: dict[str, Any]) -> dict[str, Any]:
+        if not self.runs:
+            raise KeyboardInterrupt
+        self.runs -= 1
+        places = range(job["first"], job["first"] + len(job["prompts"]))
+        assert [ids for [ids] in job["prompts"]] == list(places)
+        rows = [[float((7 * place + row) % 5) for row in range(job["rows"])] for place in places]
+        survivors = rows if job["strategy"] == "best_of_n" else [one[:1] for one in rows]
+        return {"seconds": 1.0, "best": [max(one) + self.shift for one in rows], "finished": survivors}
+
+
+def test_rewards_of_two_engines_that_were_measured_are_not_measured_again(
+    script: Callable[[str], Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    engines, output = script("engines"), tmp_path / "quality.json"
+    monkeypatch.setattr(sys, "argv", ["engines.py"])
+    prompts = [[place] for place in range(60)]  # parts of 25, 25 and 10, of two strategies
+
+    def measured(runs: int, shift: float = 0.1, seed: int = 0) -> dict[str, Any]:
+        made = script("bench").parser(None).parse_args(["--model", "tiny", "--seed", str(seed)])
+        result = {**script("bench").header("engines", made), "versions": {}, "work": {"rows": 4, "seed": seed}}
+        workers = {"engine_transformers": Rewards(0.0, runs), "engine_vllm": Rewards(shift, runs)}
+        engines.compare(result, workers, prompts, output)
+        assert workers["engine_vllm"].runs == 0
+        return json.loads(output.read_text())
+
+    with pytest.raises(KeyboardInterrupt):
+        measured(3)
+    half = json.loads(output.read_text())
+    assert half["quality"]["best_of_n: answers"]["prompts"] == 25 and not list(tmp_path.glob("*.part"))
+    with pytest.raises(SystemExit, match="another work"):
+        measured(0, seed=1)
+    whole = measured(3)
+    output.unlink()
+    assert measured(6)["rewards"] == whole["rewards"]
+    told = whole["quality"]["speculative_rejection: answers"]
+    assert told["prompts"] == 60 and told["mean_reward"]["engine_vllm"] - told["mean_reward"][
+        "engine_transformers"
+    ] == (pytest.approx(0.1))
+    sd = engines.within_prompt_sd([[(7 * place + row) % 5 for row in range(4)] for place in range(60)])
+    assert whole["within_prompt_sd"] == sd and told["difference"] == pytest.approx(0.1 / sd) and told["inside"]
+    assert whole["quality"]["best_of_n: all rows"]["interval_90"] == [0, 0]
+    assert "| best_of_n: answers | 60 |" in output.with_suffix(".md").read_text()
+
+
+def test_engines_are_compared_with_two_rows_at_least(
+    script: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["engines.py", "--quality", "10", "--rows", "1"])
+    with pytest.raises(SystemExit):
+        script("engines").main()
+    assert "two --rows" in capsys.readouterr().err
+
+
 def test_runs_alternate_so_that_nobody_is_always_first(script: Callable[[str], Any]) -> None:
     order: list[tuple[str, int]] = []
 

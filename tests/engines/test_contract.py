@@ -22,6 +22,7 @@ from specrej_eval.engines.vllm.loading import EnginePlan
 
 Counted = Callable[..., None]
 DRAWS = 4000 if FULL else 1000
+REFUSED_BY_VLLM = ({"top_p": 0.8, "min_p": 0.1},)
 IDS = [check.__name__ for check in CHECKS]
 
 
@@ -95,8 +96,6 @@ def plan_for(pretrained: str, **arguments: Any) -> EnginePlan:
         device="cpu",
         config=RunConfig(pretrained=pretrained, engine="vllm", n=64, enforce_eager=True).replace(**arguments),
         host={},
-        template_args={},
-        installed=adapter.installed() or ("vllm", "none"),
     )
 
 
@@ -118,6 +117,7 @@ def test_the_engine_over_a_stand_in_of_vllm_keeps_the_contract(
             is_open=lambda session: bool(made.requests),
             decoded=lambda: made.decoded,
             draws=DRAWS if way == "in step" else 200,
+            refused=REFUSED_BY_VLLM,
         )
     )
 
@@ -148,6 +148,7 @@ def the_real_one(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Subject]:
         is_open=lambda session: engine.requests.waiting,
         decoded=lambda: decoded[0],
         draws=DRAWS,
+        refused=REFUSED_BY_VLLM,
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -22,6 +23,7 @@ from support.decoding_servers import draws
 from support.engine_contract import CHECKS, Subject, log_probs_are_the_models_own
 from support.engine_runs import HashReward
 from support.tiny_models import EOS, save, tiny_causal_lm, tiny_tokenizer
+from urllib3.connection import HTTPConnection
 
 from specrej_eval import http as _http
 from specrej_eval.config import RunConfig
@@ -30,6 +32,7 @@ from specrej_eval.engines.choose import resolve_engine
 from specrej_eval.engines.servers.engine import ServerEngine
 from specrej_eval.errors import ConfigError, ModelError, SpecRejError
 from specrej_eval.generator import Generator, Request
+from specrej_eval.http import JsonServer, Names, ServerError
 from specrej_eval.rewards.base import RewardModel
 
 PROMPTS = ["a", "Tell me about rivers.", "One, two, three: " * 3]
@@ -38,6 +41,8 @@ NAMES = {"vllm": "vllm-server", "sglang": "sglang-server", "completions": "opena
 LOOKS = [("vllm", "pause"), ("vllm", "resubmit"), ("sglang", "pause"), ("sglang", "resubmit")]
 MOST_LOOKS = [LOOKS[0], *(pytest.param(*each, marks=pytest.mark.full) for each in LOOKS[1:3]), LOOKS[3]]
 """Of long suites: each kind and each way is there in a short run too."""
+REFUSED = {"vllm": ({"top_p": 0.8, "min_p": 0.1},), "sglang": ({"top_k": 6, "top_p": 0.8},)}
+"""What the sampler of each does in another order, or by another measure."""
 
 
 @pytest.fixture(autouse=True)
@@ -203,10 +208,9 @@ def test_a_stop_string_cuts_at_its_very_character(kind: str, looks: str, folder:
 def test_first_tokens_have_the_models_distribution(kind: str, looks: str, folder: Path) -> None:
     asked = {"strategy": "best_of_n", "n": 400, "max_gen_toks": 2, "first_look": None}
     with running(kind, step_seconds=0.002) as server:
-        [result] = answered(make(server, folder, engine_looks=looks, top_p=0.9, temperature=0.8, **asked), ["a"])
-    expected = servers.probabilities(
-        servers.toy_logits(prompt_ids("a")), {"temperature": 0.8, "top_k": 50, "top_p": 0.9}
-    )
+        sampling = {"temperature": 0.8, "top_k": 0, "top_p": 0.9}
+        [result] = answered(make(server, folder, engine_looks=looks, **sampling, **asked), ["a"])
+    expected = servers.probabilities(servers.toy_logits(prompt_ids("a")), sampling)
     found = Counter(row.token_ids[0] for row in result.trajectories)
     assert set(found) <= set(expected)
     statistic = sum((found[token] - 400 * p) ** 2 / (400 * p) for token, p in expected.items())
@@ -307,6 +311,7 @@ def test_engines_that_are_servers_keep_the_contract(
             is_open=lambda session: bool(session.streams),
             decoded=lambda: server.decoded,
             draws=150,
+            refused=REFUSED[kind],
         )
         if kind == "sglang" and check is log_probs_are_the_models_own:  # at another temperature than 1
             with pytest.raises(ConfigError, match="after the temperature"):
@@ -347,6 +352,37 @@ def test_a_request_that_fails_is_asked_for_again_from_where_it_was(
     counted("faults planted in servers that decode", 2)
 
 
+def test_an_event_that_is_none_is_told_for_what_it_is(folder: Path) -> None:
+    with running("vllm", faults={0: servers.send(b"{oops", 2)}) as server:
+        generator = make(server, folder, engine_retries=0)
+        with pytest.raises(ServerError, match=r"status 200, but an event is bad: Expecting property name"):
+            answered(generator, ["a"])
+
+
+def test_a_request_that_is_cut_while_it_connects_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else its thread would wait as long as a silent server keeps the connection."""
+    connecting, go_on, connect = threading.Event(), threading.Event(), HTTPConnection.connect
+
+    def slowly(self: HTTPConnection) -> None:
+        connecting.set()
+        go_on.wait(10)
+        connect(self)
+
+    monkeypatch.setattr(HTTPConnection, "connect", slowly)
+    names = Names(server="s", address="a", timeout="t", retries="r", key_over_http="k")
+    with socket.create_server(("127.0.0.1", 0)) as silent:  # who connects is never answered
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        server = JsonServer(url, key_variables=(), timeout=60, retries=0, key_over_http=False, names=names)
+        stream = server.stream("/v1/completions", {})
+        reader = threading.Thread(target=lambda: list(stream), daemon=True)
+        reader.start()
+        assert connecting.wait(10)
+        stream.cut()
+        go_on.set()
+        reader.join(10)
+        assert not reader.is_alive()
+
+
 @pytest.mark.parametrize("looks", ["pause", "resubmit"])
 def test_a_server_that_dies_and_comes_back_loses_nothing(looks: str, folder: Path) -> None:
     with running("vllm", dies_after=60) as server:
@@ -361,11 +397,35 @@ def test_a_server_that_dies_and_comes_back_loses_nothing(looks: str, folder: Pat
             assert any(known[: len(whole)] == whole for known in drawn)
 
 
-def _revives(server: servers.Server) -> Any:
+@pytest.mark.parametrize(("kind", "looks"), LOOKS)
+def test_a_server_that_comes_back_with_another_model_is_refused_and_no_token_of_its_counts(
+    kind: str, looks: str, folder: Path, tmp_path: Path
+) -> None:
+    journal = tmp_path / "journal.jsonl"
+    with running(kind, dies_after=180) as server:
+        generator = make(server, folder, engine_looks=looks, engine_retries=30, journal=str(journal), batch_size=1)
+        server_thread = _revives(server, model="another")
+        with pytest.raises(ServerError, match=r"another model: 'org/another', .* are of 'org/the-lm'"):
+            answered(generator)
+        server_thread.join(5)
+        assert not server.paused
+        kept = answers_in(journal)
+        assert 1 <= kept < len(PROMPTS)
+        server.model = "the-lm"
+        again = make(server, folder, engine_looks=looks, journal=str(journal), batch_size=1)
+        assert [result.taken for result in answered(again)].count(True) == kept
+
+
+def answers_in(journal: Path) -> int:
+    return sum('"trajectories"' in line for line in journal.read_text().splitlines())
+
+
+def _revives(server: servers.Server, *, model: str = "the-lm") -> Any:
     def wait() -> None:
         while not server.dead:
             time.sleep(0.01)
         time.sleep(0.2)
+        server.model = model
         server.revive()
 
     thread = threading.Thread(target=wait, daemon=True)
@@ -516,7 +576,8 @@ def test_a_context_too_small_is_said_before_anything_is_decoded(folder: Path) ->
             generator.generate("a")
         assert not server.requests
     with running("vllm", max_model_len=20) as server:
-        generator = make(server, folder, max_length=400)
+        generator = make(server, folder)
+        generator.engine.max_length = 400  # as of a server that does not tell
         with pytest.raises(ModelError, match=r"ended a row after \d+ of the"):
             generator.generate("a")
 
@@ -580,12 +641,32 @@ def test_numbers_that_a_server_cannot_give_are_refused(folder: Path) -> None:
             assert not server.requests
 
 
+@pytest.mark.parametrize(
+    ("kind", "sampling", "told"),
+    [
+        ("vllm", {"top_p": 0.9, "min_p": 0.1}, r"min_p=0\.1 and top_p=0\.9 together: vLLM applies min_p first"),
+        ("sglang", {"top_p": 0.9}, r"top_k=50 and top_p=0\.9 together: SGLang measures top_p by all tokens"),
+    ],
+)
+def test_arguments_that_a_server_would_take_otherwise_than_we_do_are_refused(
+    kind: str, sampling: dict[str, float], told: str, folder: Path
+) -> None:
+    with running(kind) as server:
+        with pytest.raises(ConfigError, match=told):
+            make(server, folder, **sampling).generate("a")
+        assert not server.requests
+        make(server, folder, temperature=0.0, n=1, first_look=24, **sampling).generate("a")  # no filter counts then
+
+
 WRONG: list[tuple[dict[str, Any], str]] = [
     ({"engine_url": None}, "needs engine_url="),
     ({"pretrained": None}, "needs pretrained="),
     ({"engine_url": "localhost:8000"}, "is not the address of a server"),
     ({"engine_looks": "never"}, "unknown engine_looks 'never'"),
     ({"engine_timeout": 0}, "engine_timeout must be above 0"),
+    ({"max_length": "many"}, "max_length must be a whole number"),
+    ({"max_length": 0}, "max_length must be at least 1"),
+    ({"max_length": 513}, r"max_length=513, and the context of .* is 512 tokens"),
     ({"engine": "transformers"}, "is for engine="),
     ({"tensor_parallel_size": 2}, "is for engine=vllm"),
 ]

@@ -8,15 +8,18 @@ import inspect
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from support import vllm_stand_in
 from support.engine_runs import HashReward
 from support.tiny_models import save, tiny_causal_lm, tiny_tokenizer
+from support.toy import distribution
 
 import specrej_eval
-from specrej_eval import api, scheduler
+from specrej_eval import api, checkpoint, scheduler
 from specrej_eval import vllm_adapter as adapter
 from specrej_eval.budget import Budget
 from specrej_eval.config import RunConfig
@@ -87,7 +90,11 @@ def test_a_release_it_is_written_for_is_taken_and_told(
         ({"device": "cuda:3"}, "this vLLM runs on cpu"),
         ({"peft": "owner/adapter"}, "peft='owner/adapter' is for engine=transformers"),
         ({"attention_backend": "sdpa"}, "attention_backend='sdpa' is for engine=transformers"),
-        ({"pretrained": None, "reward_model": None}, "embedded demo model"),
+        (
+            {"pretrained": None, "reward_model": None},
+            "CPU build takes no heads of 36 dimensions, .* a GPU build was never tried",
+        ),
+        ({"top_p": 0.9, "min_p": 0.1}, r"min_p=0\.1 and top_p=0\.9 together: vLLM applies min_p first"),
     ],
 )
 def test_what_vllm_cannot_do_is_said_before_it_starts(
@@ -109,6 +116,9 @@ def test_a_temperature_of_one_request_is_held_to_the_same_rule(folder: str, beha
     engine = generator.engine
     with pytest.raises(ConfigError, match=r"temperature=5\.0"):
         engine.check(engine.encode("a"), generator.config.replace(temperature=5.0))
+    with pytest.raises(ConfigError, match="give min_p=0 or top_p=1"):
+        engine.check(engine.encode("a"), generator.config.replace(top_p=0.5, min_p=0.2))
+    engine.check(engine.encode("a"), generator.config.replace(top_p=0.5, min_p=0.2, temperature=0.0, n=1))
 
 
 # starting it
@@ -416,7 +426,76 @@ def test_recorded_scores_keep_the_same_rows_at_the_same_looks_on_both_engines(
     assert kept("vllm") == kept("transformers")
 
 
-# the stand-in and the package
+# the stand-in and the package, and the package itself
+
+
+def vllms_own(logits: torch.Tensor, config: RunConfig) -> torch.Tensor:
+    """Probabilities of the next token, (rows, vocabulary), after the filters of vLLM's sampler in its own order."""
+    from vllm import SamplingParams
+    from vllm.v1.sample.logits_processor import LogitsProcessors
+    from vllm.v1.sample.logits_processor.builtin import MinPLogitsProcessor
+    from vllm.v1.sample.logits_processor.interface import BatchUpdate
+    from vllm.v1.sample.metadata import SamplingMetadata
+    from vllm.v1.sample.sampler import Sampler
+
+    rows = len(logits)
+    room = SimpleNamespace(scheduler_config=SimpleNamespace(max_num_seqs=rows))
+    min_p = MinPLogitsProcessor(room, torch.device("cpu"), False)
+    added = [(row, SamplingParams(min_p=config.min_p), [], []) for row in range(rows)]
+    min_p.update_state(BatchUpdate(batch_size=rows, removed=[], added=added, moved=[]))
+    none = torch.zeros(rows)
+    metadata = SamplingMetadata(
+        temperature=torch.full((rows,), config.temperature),
+        all_greedy=False,
+        all_random=True,
+        top_p=torch.full((rows,), config.top_p) if config.top_p < 1 else None,
+        top_k=torch.full((rows,), config.top_k) if config.top_k else None,
+        generators={},
+        max_num_logprobs=None,
+        no_penalties=True,
+        prompt_token_ids=None,
+        frequency_penalties=none,
+        presence_penalties=none,
+        repetition_penalties=none + 1,
+        output_token_ids=[[] for _ in range(rows)],
+        allowed_token_ids_mask=None,
+        bad_words_token_ids={},
+        logitsprocs=LogitsProcessors([min_p]),
+    )
+    sampler = Sampler(logprobs_mode="processed_logprobs")
+    sampler.topk_topp_sampler.forward = sampler.topk_topp_sampler.forward_native  # as on a GPU, where rows have seeds
+    drawn, told = sampler.sample(logits.clone(), metadata)
+    assert told is not None and bool((told.gather(1, drawn[:, None]) > float("-inf")).all())
+    found: torch.Tensor = told.double().exp()
+    return found
+
+
+def test_vllms_own_sampler_draws_as_ours_wherever_it_is_not_refused() -> None:
+    pytest.importorskip("vllm", reason="vLLM is not installed; `make test-vllm` has it")
+    logits = torch.randn(64, 200, generator=torch.Generator().manual_seed(1)) * 3
+    refused = 0
+    for temperature in (0.6, 1.0, 1.7):
+        for top_k in (0, 5, 40):
+            for top_p in (0.5, 0.9, 1.0):
+                for min_p in (0.0, 0.02, 0.2):
+                    sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
+                    config = RunConfig(**sampling).checked()
+                    found = vllms_own(logits, config)
+                    wanted = torch.tensor([distribution(row, config) for row in logits.double().tolist()])
+                    off = float((found - wanted).abs().max())
+                    if adapter.refusal(config) is None:
+                        assert off < 1e-4, sampling
+                    else:
+                        refused += off > 0.01
+    assert refused >= 20, "of 36, most are refused for a reason that shows"
+
+
+def test_no_kernel_of_vllms_cpu_build_takes_the_heads_of_the_embedded_model() -> None:
+    pytest.importorskip("vllm", reason="vLLM is not installed; `make test-vllm` has it")
+    from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
+
+    heads = json.loads((checkpoint.DEMO_POLICY / "config.json").read_text())["head_dim"]
+    assert heads == 36 and not CPUAttentionBackend.supports_head_size(heads)
 
 
 def test_the_stand_in_has_the_names_and_signatures_of_the_package() -> None:

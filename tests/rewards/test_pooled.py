@@ -126,7 +126,10 @@ def test_several_numbers_for_one_answer_are_no_reward(folder: str, behaviour: vl
     reward = resolve_reward(config(folder)).load("cpu")
     behaviour.labels = 2
     with pytest.raises(RewardError, match="vLLM failed: ValueError"):
-        reward.score(ASKED, rows_of("a"))
+        reward.score(ASKED, rows_of("a", "b", "c", "d", "e"))
+    behaviour.labels = 1
+    inputs = reward.renderer.inputs(ASKED, rows_of("f"))  # type: ignore[attr-defined]
+    assert reward.score(ASKED, rows_of("f")) == [vllm_stand_in.raw_score(list(inputs[0].ids))], "nothing is left in it"
 
 
 def test_another_release_is_told_by_the_fingerprint(folder: str, behaviour: vllm_stand_in.Behaviour) -> None:

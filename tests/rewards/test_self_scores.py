@@ -17,7 +17,7 @@ from support.rewards import make_reward
 from support.tiny_models import tiny_causal_lm
 
 from specrej_eval.config import RunConfig
-from specrej_eval.core import GenerationResult, RowView
+from specrej_eval.core import CONFIDENCE_TOKENS, GenerationResult, RowView
 from specrej_eval.engines.transformers import token_stats
 from specrej_eval.engines.transformers.groups import Group
 from specrej_eval.errors import ConfigError, RewardError
@@ -158,7 +158,7 @@ def test_known_distributions() -> None:
     def self_certainty(scores: torch.Tensor) -> float:
         return token_stats.self_certainty(scores, scores.logsumexp(-1)).item()
 
-    def confidence(scores: torch.Tensor, top_k: int = token_stats.CONFIDENCE_TOP_K) -> float:
+    def confidence(scores: torch.Tensor, top_k: int = CONFIDENCE_TOKENS) -> float:
         return token_stats.confidence(scores, scores.logsumexp(-1), top_k=top_k).item()
 
     uniform = torch.zeros(1, 100)

@@ -20,8 +20,8 @@ from support import reward_servers as servers
 from support.rewards import check_reward, make_reward
 from support.tiny_models import BOS, save, tiny_tokenizer
 
+from specrej_eval import connections, load
 from specrej_eval import http as _http
-from specrej_eval import load
 from specrej_eval.config import RunConfig
 from specrej_eval.core import RowView
 from specrej_eval.errors import ConfigError, RewardError, SpecRejError
@@ -472,7 +472,7 @@ def test_a_key_goes_to_https_and_this_machine_alone_unless_told_otherwise(
         seen.append(request)
         raise ConnectionError("nobody")
 
-    monkeypatch.setattr(_http._Adapter, "send", answered)
+    monkeypatch.setattr(connections.Adapter, "send", answered)
     for over_http in (False, True):
         config = RunConfig(reward_retries=0, reward_key_over_http=over_http)
         caplog.clear()
@@ -581,7 +581,7 @@ class Wrong:
     def __init__(self, server: servers.Server, monkeypatch: pytest.MonkeyPatch) -> None:
         self.server = server
         self.bad: dict[str, Any] = {}
-        monkeypatch.setattr(_http._Adapter, "send", self._send)
+        monkeypatch.setattr(connections.Adapter, "send", self._send)
 
     def good(self, method: str, path: str, body: Any) -> Any:
         route = self.server.routes.get((method, path))

@@ -123,6 +123,7 @@ class Server:
     """The i-th request waits ``i % (stagger + 1)`` steps for its first token."""
     step_seconds: float = 0.0005
     max_model_len: int = 512
+    model: str = "the-lm"
     can_pause: bool = True
     token_ids: bool = True
     without: tuple[str, ...] = ()
@@ -407,7 +408,8 @@ class Handler(BaseHTTPRequestHandler):
 
 def _of_vllm(state: Server, method: str, path: str, query: dict[str, list[str]], body: Any) -> Any:
     if (method, path) == ("GET", "/v1/models"):
-        entry = {"id": "the-lm", "root": "org/the-lm", "owned_by": "vllm", "max_model_len": state.max_model_len}
+        entry = {"id": "the-lm", "root": f"org/{state.model}", "owned_by": "vllm"}
+        entry |= {"max_model_len": state.max_model_len}
         return {"data": [entry]}
     if (method, path) == ("GET", "/version"):
         return {"version": "0.32.0"}
@@ -435,7 +437,7 @@ def _of_sglang(state: Server, method: str, path: str, query: dict[str, list[str]
     if (method, path) == ("GET", "/v1/models"):
         return {"data": [{"id": "the-lm", "root": "the-lm", "max_model_len": state.max_model_len}]}
     if (method, path) == ("GET", "/get_model_info"):
-        return {"model_path": "org/the-lm", "tokenizer_path": "org/the-lm"}
+        return {"model_path": f"org/{state.model}", "tokenizer_path": "org/the-lm"}
     if (method, path) == ("GET", "/get_server_info"):
         return {"version": "0.5.23"}
     if (method, path) == ("GET", "/openapi.json"):

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,7 +17,7 @@ from specrej_eval.budget import Budget
 from specrej_eval.config import RunConfig
 from specrej_eval.core import Plan, Prompt, RowView
 from specrej_eval.engines.base import Engine
-from specrej_eval.errors import KVBudgetExceededError
+from specrej_eval.errors import ConfigError, KVBudgetExceededError
 from support.toy import distribution, log_softmax
 
 TEXTS = ("abc", "The rain in Spain.\n", "x" * 40)
@@ -40,6 +40,8 @@ class Subject:
     """Tokens decoded so far, by the word of what decodes them."""
     draws: int = 2000
     """Rows of a chi-square test."""
+    refused: Sequence[Mapping[str, Any]] = ()
+    """Of ``SAMPLINGS``, those that it cannot draw by, and says so."""
 
     @property
     def exact(self) -> bool:
@@ -353,11 +355,17 @@ SAMPLINGS: tuple[dict[str, Any], ...] = (
     {"top_p": 0.7},
     {"min_p": 0.3},
     {"top_k": 6, "top_p": 0.8},
+    {"top_k": 6, "min_p": 0.1},
+    {"top_p": 0.8, "min_p": 0.1},
 )
 
 
 def first_tokens_are_of_the_distribution(subject: Subject) -> None:
     for place, sampling in enumerate(SAMPLINGS):
+        if sampling in subject.refused:
+            with pytest.raises(ConfigError, match=r"top_p=.* together"):
+                Run(subject, **sampling)
+            continue
         run = Run(subject, rows=subject.draws, max_gen_toks=1, seed=place, **sampling)
         drawn = Counter(row.token_ids[0] for row in run.to_the_end(subject.draws, looks=(1,)))
         expected = distribution(subject.logits(run.prompt.token_ids), run.config)

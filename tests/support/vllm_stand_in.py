@@ -200,6 +200,7 @@ class LLMEngine:
 
     def abort_request(self, request_ids: list[str], internal: bool = False) -> None:
         for name in request_ids:
+            self.to_score.pop(name, None)
             if self.requests.pop(name, None) is not None:
                 self.aborted.append(name)
 

@@ -18,7 +18,7 @@ from support.fuzzing import Surface, altered, command, damaged, examples, json_o
 from support.rewards import make_reward
 from support.tiny_models import CHAT_TEMPLATE, SPECIAL_TOKENS, tiny_tokenizer
 
-from specrej_eval import http, load
+from specrej_eval import connections, http, load
 from specrej_eval.answering import encode, requests_for
 from specrej_eval.config import PromptArguments, RunConfig
 from specrej_eval.core import Question
@@ -181,10 +181,10 @@ def wire(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
         reply.raw = io.BytesIO(raw)
         return reply
 
-    monkeypatch.setattr(http._Adapter, "send", send)
+    monkeypatch.setattr(connections.Adapter, "send", send)
     monkeypatch.setattr(http, "sleep", lambda seconds: None)
     # a thread that watches the clock for each request costs more than all the rest
-    monkeypatch.setattr(http._Deadline, "__enter__", lambda self: self)
+    monkeypatch.setattr(connections.Deadline, "__enter__", lambda self: self)
     for name in ("SPECREJ_REWARD_API_KEY", "OPENAI_API_KEY"):
         monkeypatch.delenv(name, raising=False)
     yield given

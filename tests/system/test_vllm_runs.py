@@ -15,13 +15,18 @@ from typing import Any
 
 import pytest
 from support import ROOT
+from support.smollm2 import smollm2_folder  # noqa: F401
 from support.tiny_models import save, tiny_causal_lm, tiny_tokenizer
+
+from specrej_eval import checkpoint
 
 pytestmark = pytest.mark.full
 Counted = Callable[..., None]
 ENV = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 SMALL = "reward_model=likelihood,n=6,enforce_eager=True,dtype=float32,max_gen_toks=24"
 QUESTIONS = 8
+HEADS = 36
+"""Dimensions of the embedded model's."""
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -36,12 +41,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def start(
-    folder: str, path: Path, *words: str, model_args: str = SMALL, launcher: tuple[str, ...] = ()
+    folder: str, path: Path, *, model_args: str = SMALL, launcher: tuple[str, ...] = (), questions: int = QUESTIONS
 ) -> subprocess.Popen[str]:
     command = [sys.executable, *launcher, "-m", "lm_eval", "--model", "specrej"]
     command += ["--model_args", f"engine=vllm,pretrained={folder},{model_args}"]
-    command += ["--tasks", "specrej_arithmetic", "--include_path", str(ROOT / "tasks"), "--limit", str(QUESTIONS)]
-    command += ["--output_path", str(path / "out"), "--log_samples", *words]
+    command += ["--tasks", "specrej_arithmetic", "--include_path", str(ROOT / "tasks"), "--limit", str(questions)]
+    command += ["--output_path", str(path / "out"), "--log_samples"]
     return subprocess.Popen(
         command, env=ENV, cwd=path, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
     )
@@ -74,6 +79,27 @@ def test_the_demo_task_runs_through_lm_eval(folder: str, tmp_path: Path) -> None
     totals = block["totals"]
     assert totals["requests"] == QUESTIONS and totals["rows_started"] == 6 * QUESTIONS
     assert totals["rows_finished"] + totals["rows_rejected"] == totals["rows_started"]
+
+
+def test_a_real_model_runs_the_demo_task_through_lm_eval(
+    smollm2_folder: Path,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    few = "reward_model=likelihood,n=4,enforce_eager=True,dtype=bfloat16,max_gen_toks=16"
+    finished(start(str(smollm2_folder), tmp_path, model_args=few, questions=2))
+    block = specrej_block(tmp_path)
+    assert block["totals"]["requests"] == 2 and block["totals"]["rows_started"] == 8
+    [samples] = (tmp_path / "out").rglob("samples_*.jsonl")
+    answers = [json.loads(line)["resps"][0][0] for line in samples.read_text().splitlines()]
+    assert len(answers) == 2 and any(answers) and not any("\n" in answer for answer in answers), answers
+
+
+def test_the_embedded_model_is_none_for_vllms_cpu_build(tmp_path: Path) -> None:
+    """What its refusal before loading claims: given as a folder, vLLM itself has no kernel for it."""
+    out = finished(start(str(checkpoint.DEMO_POLICY), tmp_path, questions=1), code=None)
+    assert "vLLM cannot" in out and str(HEADS) in out and not list((tmp_path / "out").rglob("results*.json")), out[
+        -3000:
+    ]
 
 
 def test_ranks_divide_the_prompts(folder: str, tmp_path: Path) -> None:

@@ -30,6 +30,7 @@ from specrej_eval.config import RunConfig
 from specrej_eval.core import Plan, Prompt, RowView, TokenStat
 from specrej_eval.engines.ahead import Row, steps_to_take
 from specrej_eval.engines.base import Engine
+from specrej_eval.engines.servers.pause import Pause
 from specrej_eval.engines.servers.protocols.base import Asked, EngineProtocol
 from specrej_eval.engines.servers.session import Session
 from specrej_eval.engines.servers.streams import News, RowStream, cut_all
@@ -45,29 +46,6 @@ SETTLED = 0.02
 """Seconds without news after which a paused server has sent all there is."""
 AFTER_ABORT = 1.0
 """Seconds that requests have, at most, to send what they decoded before they were aborted or paused."""
-_NOT_THERE = (404, 405, 501)
-
-
-class _Pause:
-    """Whether the server stands still because of us. However we end, it goes on: see ``ServerEngine``."""
-
-    def __init__(self, protocol: EngineProtocol) -> None:
-        self.protocol = protocol
-        self.on = False
-
-    def begin(self) -> None:
-        self.on = True  # first: who is interrupted in between ends the pause too
-        self.protocol.pause()
-
-    def end(self, *, once: bool = False) -> None:
-        if self.on:
-            self.protocol.resume(once=once)
-            self.on = False
-
-    def end_quietly(self) -> None:
-        """On the way out: whatever happens, nothing else is kept from happening."""
-        with contextlib.suppress(Exception):
-            self.end(once=True)
 
 
 class ServerEngine(Engine):
@@ -106,12 +84,15 @@ class ServerEngine(Engine):
         self.eos_ids = tuple(sorted(stop_ids))
         self._protocol = protocol
         self._server = protocol.server
+        self._served_model = protocol.served_model
         self._news = News()
-        self._pause = _Pause(protocol)
+        self._pause = Pause(protocol)
         self._rows: dict[RowStream, tuple[Session, Row]] = {}
         """Whose every stream is."""
         self._sessions: weakref.WeakSet[Session] = weakref.WeakSet()
         self._told_paused = False
+        self._was_away = False
+        """Whether a request has failed since it was last asked which model it holds."""
         weakref.finalize(self, self._pause.end_quietly)
         stopping.on_the_way_out(self._pause.end_quietly)
 
@@ -188,7 +169,7 @@ class ServerEngine(Engine):
         """See ``base.Engine.decode``.
 
         Raises:
-            ServerError: the server does not answer, after all tries.
+            ServerError: the server does not answer, after all tries, or has come back with another model.
             ModelError: it ended rows early.
         """
         started = time.perf_counter()
@@ -204,6 +185,8 @@ class ServerEngine(Engine):
                 self._take_news(LONGEST_NAP)
                 self._ask(sessions, num_tokens)
                 self._watch_silence(sessions, num_tokens)
+            if self._was_away:
+                self._check_model()
             for session in sessions:
                 session.advance(steps)
             if self.looks == "pause" and any(
@@ -248,7 +231,7 @@ class ServerEngine(Engine):
             "engine": self.name,
             "engine_url": self._server.shown_url,
             "engine_looks": self.looks if protocol.gives_ids else "none: rows are decoded to their end",
-            "served_model": protocol.root or protocol.model,
+            "served_model": self._served_model,
             "server_version": protocol.version,
             "token_ids": "the server's" if protocol.gives_ids else "of its text, tokenised here",
             "promises": self.promises,
@@ -340,12 +323,30 @@ class ServerEngine(Engine):
 
     def _failed(self, session: Session, row: Row, error: ServerError) -> None:
         """A row's request came to nothing: it is asked for again, from where it is, or all is over."""
+        self._was_away = True
         asking = session.of(row)
         asking.failures += 1
         if error.hopeless or asking.failures > self._server.retries:
             raise self._server.gave_up(error, asking.failures) from error
         logger.info("%s; trying again", error)
         asking.not_before = time.monotonic() + self._server.wait_after(error, asking.failures)
+
+    def _check_model(self) -> None:
+        """After a failure, before any token that came since counts: a server may have been started anew.
+
+        Raises:
+            ServerError: with another model.
+        """
+        self._protocol.identify()
+        now = self._protocol.served_model
+        if now != self._served_model:
+            raise ServerError(
+                f"{self._server.shown_url} has come back with another model: {now!r}, where the rows so far are of "
+                f"{self._served_model!r}.",
+                hint="start it with that model again, then the same command: with journal= or --output, answers that "
+                "were finished are kept.",
+            )
+        self._was_away = False
 
     def _watch_silence(self, sessions: Sequence[Session], num_tokens: int) -> None:
         """No row got a token for long: whose pause is it, or is the server gone?
@@ -388,30 +389,16 @@ class ServerEngine(Engine):
 
     def _stand_still(self) -> None:
         """Pause the server; one that has forgotten how is asked for rows anew from now on."""
-        try:
-            self._pause.begin()
-        except ServerError as error:
-            if error.status not in _NOT_THERE:
-                raise
-            self._forgets(error)
+        if not self._pause.begin():
+            self.looks = "resubmit"
             return
         until = time.monotonic() + AFTER_ABORT  # who else may let it go on meanwhile
         while self._take_news(SETTLED) and time.monotonic() < until:
             pass  # what was decoded before the pause is still on its way
 
     def _go_on(self) -> None:
-        try:
-            self._pause.end()
-        except ServerError as error:
-            if error.status not in _NOT_THERE:
-                raise
-            self._forgets(error)
-
-    def _forgets(self, error: ServerError) -> None:
-        """A server that was started anew, without its pause: rows are asked for anew at each look from now on."""
-        self._pause.on = False
-        self.looks = "resubmit"
-        logger.warning("%s cannot be paused any more (%s).", self._server.shown_url, error.args[0])
+        if not self._pause.end():
+            self.looks = "resubmit"
 
     def _abort(self, streams: Sequence[RowStream], *, wait: bool = True) -> None:
         """End requests; with ``wait``, what they decoded by then is taken in."""

@@ -17,7 +17,13 @@ from specrej_eval.config.engines import OPENAI_SERVER, SGLANG_SERVER, VLLM_SERVE
 from specrej_eval.engines import base
 from specrej_eval.engines.servers.engine import Looks, ServerEngine
 from specrej_eval.engines.servers.protocols.base import SAMPLE, EngineProtocol
-from specrej_eval.engines.tokenizers import load_tokenizer, template_args_of
+from specrej_eval.engines.tokenizers import (
+    hub_arguments,
+    load_tokenizer,
+    max_length_of,
+    template_args_of,
+    text_arguments,
+)
 from specrej_eval.errors import ConfigError
 from specrej_eval.http import JsonServer, Names
 from specrej_eval.kv.models import context_length, stop_ids
@@ -52,12 +58,7 @@ class EnginePlan(base.EnginePlan):
             ConfigError: the server has another tokenizer, or a thinking part cannot be told from the text it gives.
         """
         host, config, protocol = self.host, self.config, self.protocol
-        hub = {
-            "revision": host.get("revision") or "main",
-            "subfolder": host.get("subfolder") or "",
-            "token": host.get("token"),
-            "trust_remote_code": config.trust_remote_code,
-        }
+        hub = hub_arguments(config, host)
         tokenizer = load_tokenizer(self.name, hub, host)
         _same_tokenizer(protocol, tokenizer, self.name)
         if not protocol.gives_ids and host.get("think_end_token") is not None:
@@ -66,19 +67,16 @@ class EnginePlan(base.EnginePlan):
                 hint="leave it out, or use vLLM 0.10.2 or newer, or SGLang.",
             )
         about = _about(self.name, hub, tokenizer)
-        length = host.get("max_length") or protocol.max_length or context_length(about, tokenizer)
+        length = max_length_of(host) or protocol.max_length or context_length(about, tokenizer)
         engine = ServerEngine(
             protocol,
             tokenizer,
-            max_length=int(length),
+            max_length=length,
             looks=self.looks,
             stop_ids=stop_ids(about, tokenizer),
             name=config.engine,
             device=self.device,
-            think_end_token=host.get("think_end_token"),
-            add_bos_token=host.get("add_bos_token"),
-            chat_template_args=template_args_of(host),
-            special_tokens_in_content=config.special_tokens_in_content or content_rule,
+            **text_arguments(config, host, content_rule=content_rule),
         )
         logger.warning("%s", engine.told())
         return engine
@@ -89,14 +87,15 @@ class EnginePlan(base.EnginePlan):
 
     def deciding(self) -> dict[str, Any]:
         """What the server says it holds. See ``base.EnginePlan``."""
-        return {"served_model": self.protocol.root or self.protocol.model}
+        return {"served_model": self.protocol.served_model}
 
 
 def resolve_engine(config: RunConfig, host: Mapping[str, Any], *, check: bool = True) -> EnginePlan:
     """Find the server, and ask what it holds and can do.
 
     Raises:
-        ConfigError: no ``engine_url`` or ``pretrained``, a bad address or key, a pause that the server does not have.
+        ConfigError: no ``engine_url`` or ``pretrained``, a bad address or key, a pause or context that the server does
+            not have.
         CheckpointError: a folder without a tokenizer.
         ServerError: the server does not answer as it should.
     """
@@ -117,8 +116,9 @@ def resolve_engine(config: RunConfig, host: Mapping[str, Any], *, check: bool = 
         argument, where = ("pretrained", config.pretrained) if given is None else ("tokenizer", given)
         folder = checkpoint.check_folder(argument, where)
         if folder is not None:
-            checkpoint.check_tokenizer_files(argument, folder / (str(host.get("subfolder") or "") if not given else ""))
+            checkpoint.check_tokenizer_files(argument, folder)
     template_args_of(host)
+    asked = max_length_of(host)
     server = JsonServer(
         _without_path(config.engine_url),
         key_variables=KEY_VARIABLES,
@@ -130,6 +130,11 @@ def resolve_engine(config: RunConfig, host: Mapping[str, Any], *, check: bool = 
     found = importlib.import_module(f"specrej_eval.engines.servers.protocols.{PROTOCOLS[name]}")
     protocol = cast("EngineProtocol", found.Protocol(server, config.pretrained))
     protocol.connect()
+    if asked is not None and protocol.max_length is not None and asked > protocol.max_length:
+        raise ConfigError(
+            f"max_length={asked}, and the context of {server.shown_url} is {protocol.max_length} tokens.",
+            hint="leave max_length= out, or start the server with a longer one.",
+        )
     looks = config.engine_looks
     if looks == "pause" and not (protocol.can_pause and protocol.gives_ids):
         needs = protocol.HOW_TO_PAUSE
@@ -166,7 +171,7 @@ def _same_tokenizer(protocol: EngineProtocol, tokenizer: Any, name: str) -> None
     ours = list(tokenizer.encode(SAMPLE, add_special_tokens=False))
     if theirs is not None and theirs != ours:
         raise ConfigError(
-            f"pretrained={name!r} has another tokenizer than {protocol.root or protocol.model!r}, which "
+            f"pretrained={name!r} has another tokenizer than {protocol.served_model!r}, which "
             f"{protocol.server.shown_url} holds: {ours[:4]}... and {theirs[:4]}... for the same text.",
             hint="give the server's own model as pretrained=, or its tokenizer as tokenizer=.",
         )

@@ -10,12 +10,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from specrej_eval.core import TokenStat
+from specrej_eval.core import CONFIDENCE_TOKENS, TokenStat
 from specrej_eval.engines.transformers.sampling import in_chunks, largest
 from specrej_eval.kv.native import logits as logits_kernels
-
-CONFIDENCE_TOP_K = 20
-"""As in DeepConf (arXiv 2508.15260)."""
 
 
 def stats_of(logits: Tensor, tokens: Tensor, names: Sequence[TokenStat]) -> Tensor:
@@ -74,7 +71,7 @@ def self_certainty(scores: Tensor, total: Tensor, tokens: Tensor | None = None) 
     return total - mean - size.log()
 
 
-def confidence(scores: Tensor, total: Tensor, tokens: Tensor | None = None, top_k: int = CONFIDENCE_TOP_K) -> Tensor:
+def confidence(scores: Tensor, total: Tensor, tokens: Tensor | None = None, top_k: int = CONFIDENCE_TOKENS) -> Tensor:
     """Minus the mean log-prob of the ``top_k`` likeliest tokens, per row: DeepConf's token confidence.
 
     Never below log(top_k), which it has where these tokens share all probability evenly; the surer the model is of one

@@ -5,7 +5,7 @@ row is put off for want of memory), so some have gone on; ``ahead`` keeps what t
 survivors go on with the KV they have. The prompt's KV is shared by vLLM's prefix cache, block by block.
 
 We differ from our own engine in this: a row's tokens come from vLLM's sampler, with a seed that is the row's own, so
-they are drawn from the same distribution, but they are not the same tokens; and ``min_p`` counts before ``top_p``.
+they are drawn from the same distribution, but they are not the same tokens.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from specrej_eval.engines.base import Engine
 from specrej_eval.engines.transformers import hardware
 from specrej_eval.errors import ConfigError, ModelError
 from specrej_eval.kv.memory import clear_error
-from specrej_eval.vllm_adapter import TELLS, Requests, Sampling, check_sampling
+from specrej_eval.vllm_adapter import TELLS, Requests, check_sampling
 
 logger = logging.getLogger(__name__)
 
@@ -39,13 +39,6 @@ ROWS_SHARE = 0.8
 """Share of the blocks that rows can fill: each takes whole ones, and has the end of the prompt for itself."""
 MOST_ROWS_ON_A_CPU = 256
 """As in ``transformers.engine``."""
-
-
-def sampling_of(config: RunConfig) -> Sampling:
-    """How a request's rows are drawn."""
-    return Sampling(
-        temperature=config.temperature, top_k=int(config.top_k), top_p=float(config.top_p), min_p=float(config.min_p)
-    )
 
 
 class VLLMEngine(Engine):
@@ -70,18 +63,18 @@ class VLLMEngine(Engine):
         self._numbers = itertools.count()
         self._names: dict[Row, str] = {}
         self._owners: dict[str, tuple[AheadSession, Row]] = {}
-        self._told_apart: set[str] = set()
-        """Requests whose first output has come."""
+        self._begun: set[str] = set()
+        """Requests whose first token has come."""
         self._warned = False
 
     def check(self, prompt: Prompt, config: RunConfig) -> None:
         """Whether a prompt can be decoded at all. See ``base.Engine.check``.
 
         Raises:
-            ConfigError: vLLM does not sample at such a temperature.
+            ConfigError: vLLM's sampler would not draw as these arguments say.
         """
         super().check(prompt, config)
-        check_sampling(sampling_of(config))
+        check_sampling(config)
 
     def open(
         self,
@@ -127,7 +120,7 @@ class VLLMEngine(Engine):
         self.requests.add(
             name,
             [*session.prompt.token_ids, *row.tokens],
-            sampling=sampling_of(session.config),
+            sampling=session.config,
             seed=row.seed,
             max_tokens=session.config.max_gen_toks - len(row.tokens),
             eos_ids=self.eos_ids,
@@ -138,7 +131,7 @@ class VLLMEngine(Engine):
         names = [name for row in rows if (name := self._names.pop(row, None)) is not None]
         for name in names:
             del self._owners[name]
-            self._told_apart.discard(name)
+            self._begun.discard(name)
         self.requests.abort(names)
 
     def decode(self, sessions: Sequence[AheadSession], num_tokens: int) -> None:
@@ -191,8 +184,8 @@ class VLLMEngine(Engine):
             if (owner := self._owners.get(decoded.request)) is None:
                 continue
             session, row = owner
-            if decoded.request not in self._told_apart and decoded.token_ids:
-                self._told_apart.add(decoded.request)
+            if decoded.request not in self._begun and decoded.token_ids:
+                self._begun.add(decoded.request)
                 session.cached_tokens += decoded.cached_tokens
             count += len(decoded.token_ids)
             ended = session.receive(row, decoded.token_ids, decoded.stats)

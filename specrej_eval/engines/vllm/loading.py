@@ -11,11 +11,17 @@ import torch
 import transformers
 
 from specrej_eval import checkpoint, ranks
-from specrej_eval.config import AUTO, DEFAULT_N, MAX, N_MAX, RunConfig, as_int, reward_names
+from specrej_eval.config import AUTO, DEFAULT_N, MAX, N_MAX, RunConfig, reward_names
 from specrej_eval.config.engines import OF_VLLM
 from specrej_eval.engines import base
-from specrej_eval.engines.tokenizers import load_tokenizer, template_args_of
-from specrej_eval.engines.vllm.engine import VLLMEngine, sampling_of
+from specrej_eval.engines.tokenizers import (
+    hub_arguments,
+    load_tokenizer,
+    max_length_of,
+    template_args_of,
+    text_arguments,
+)
+from specrej_eval.engines.vllm.engine import VLLMEngine
 from specrej_eval.errors import ConfigError
 from specrej_eval.vllm_adapter import Requests, check_installed, check_sampling, version
 
@@ -36,11 +42,6 @@ UNTOLD = {"self_certainty": "the log-probs of the whole vocabulary for every tok
 @dataclass(frozen=True, kw_only=True)
 class EnginePlan(base.EnginePlan):
     """A language model that vLLM is to load."""
-
-    template_args: Mapping[str, Any]
-    """Of the chat template."""
-    installed: tuple[str, str]
-    """Distribution and version of vLLM."""
 
     def arguments(self) -> dict[str, Any]:
         """Of vLLM's ``EngineArgs``: ours under its names, and only those that were given."""
@@ -76,21 +77,12 @@ class EnginePlan(base.EnginePlan):
     def load(self, *, content_rule: str) -> VLLMEngine:
         """Load the tokenizer, then start vLLM. See ``base.EnginePlan.load``."""
         host, config = self.host, self.config
-        shared = {
-            "revision": host.get("revision") or "main",
-            "subfolder": "",
-            "token": host.get("token"),
-            "trust_remote_code": config.trust_remote_code,
-        }
-        tokenizer = load_tokenizer(self.name, shared, host)
+        tokenizer = load_tokenizer(self.name, hub_arguments(config, host), host)
         return VLLMEngine(
             Requests(self.arguments(), name=self.name),
             tokenizer,
             versions={**self.environment(), "torch": torch.__version__, "transformers": transformers.__version__},
-            think_end_token=host.get("think_end_token"),
-            add_bos_token=host.get("add_bos_token"),
-            chat_template_args=self.template_args,
-            special_tokens_in_content=config.special_tokens_in_content or content_rule,
+            **text_arguments(config, host, content_rule=content_rule),
         )
 
     def environment(self) -> dict[str, Any]:
@@ -103,22 +95,24 @@ def resolve_engine(config: RunConfig, host: Mapping[str, Any], *, check: bool = 
 
     Raises:
         MissingDependencyError: vLLM is not installed, or of a release that the adapter is not written for.
-        ConfigError: a reward or a temperature that vLLM has no way for, two context lengths, a device it cannot take.
+        ConfigError: a reward or sampling arguments that vLLM has no way for, two context lengths, a device it cannot
+            take, the embedded model.
         CheckpointError: a folder, ``config.json``, weight file or tokenizer that is missing or broken.
     """
     del check  # a loaded model is never ours: see ``choose``
-    installed = check_installed("engine=vllm")
-    check_sampling(sampling_of(config))
+    distribution, _ = check_installed("engine=vllm")
+    check_sampling(config)
     _check_reward(config)
     _check_ranks(config)
     _context(config, host)
     if config.pretrained is None:
         raise ConfigError(
-            "engine=vllm cannot decode the embedded demo model: no attention kernel of vLLM's takes its heads of 36 "
-            "dimensions.",
+            "engine=vllm does not decode the embedded demo model: the attention kernel of vLLM's CPU build takes no "
+            "heads of 36 dimensions, which this model has, and a GPU build was never tried.",
             hint="pretrained= names another model; engine=transformers decodes this one.",
         )
     name = config.pretrained
+    template_args_of(host)
     tokenizer = host.get("tokenizer")
     if isinstance(tokenizer, str) and (tokenizer_folder := checkpoint.check_folder("tokenizer", tokenizer)):
         checkpoint.check_tokenizer_files("tokenizer", tokenizer_folder)
@@ -131,11 +125,9 @@ def resolve_engine(config: RunConfig, host: Mapping[str, Any], *, check: bool = 
     return EnginePlan(
         name=name,
         dtype=config.dtype,
-        device=_device(config, installed[0]),
+        device=_device(config, distribution),
         config=config,
         host=host,
-        template_args=template_args_of(host),
-        installed=installed,
     )
 
 
@@ -163,16 +155,13 @@ def _check_ranks(config: RunConfig) -> None:
 
 def _context(config: RunConfig, host: Mapping[str, Any]) -> int | None:
     """``max_model_len``, or ``max_length``, its name in lm-eval."""
-    found, other = config.max_model_len, host.get("max_length")
-    if other is None:
-        return found
-    other = as_int("max_length", other)
-    if found is not None and found != other:
+    found, other = config.max_model_len, max_length_of(host)
+    if found is not None and other is not None and found != other:
         raise ConfigError(
             f"max_model_len={found} and max_length={other} are two values for the same thing.",
             hint="give one of them.",
         )
-    return other
+    return found or other
 
 
 def _sequences(config: RunConfig) -> int:

@@ -18,8 +18,6 @@ Finish = Literal["stop", "length", "abort"]
 
 SAMPLE = "The quick brown fox (1 + 2 = 3) jumps over:\n\tthe lazy dog's naïve façade."
 """Tokenised here and there: a server with another tokenizer shows."""
-CONFIDENCE_TOKENS = 20
-"""Likeliest tokens that ``confidence`` is the mean of (``core.TokenStat``)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -135,8 +133,18 @@ class EngineProtocol(ABC):
 
     # what servers have in common
 
-    def listed(self) -> None:
-        """``GET /v1/models``: the model's name, and its context."""
+    @property
+    def served_model(self) -> str | None:
+        """What the server says it holds: where it has it from, else its name."""
+        return self.root or self.model
+
+    def identify(self) -> None:
+        """Ask which model the server holds, and its context: ``GET /v1/models``.
+
+        Raises:
+            ServerError: it is not there, or fails.
+        """
+        self.model = self.root = None
         listed = object_or_empty(self.server.get("/v1/models")).get("data")
         entries = [object_or_empty(entry) for entry in listed] if isinstance(listed, list) else []
         named = [entry for entry in entries if self.pretrained in (entry.get("id"), entry.get("root"))]

@@ -26,7 +26,7 @@ class Protocol(EngineProtocol):
 
     def connect(self) -> None:
         self.gives_ids = False
-        self.listed()
+        self.identify()
 
     def request(self, asked: Asked) -> tuple[str, dict[str, Any]]:
         config = asked.config

@@ -4,7 +4,9 @@
 ``/pause_generation`` without a mode aborts everything that runs: it is only called with ``in_place``, and only where
 the server's description of itself knows that mode. A seed counts only under ``--enable-deterministic-inference``;
 without, rows draw independent noise that no run repeats. Log-probs are of the distribution *after* the temperature.
-(From SGLang 0.5.23's ``managers/io_struct.py`` and ``entrypoints/http_server.py``.)
+``top_k`` and ``top_p`` are both measured by the whole distribution (``filter_apply_order="joint"`` in
+``layers/sampler.py``), where ours, as transformers', is top_p of what top_k leaves. (From SGLang 0.5.23's
+``managers/io_struct.py`` and ``entrypoints/http_server.py``.)
 """
 
 from __future__ import annotations
@@ -37,9 +39,7 @@ class Protocol(EngineProtocol):
     HOW_TO_PAUSE: ClassVar[str] = "a release that has /pause_generation with mode=in_place (0.5.6 or newer)"
 
     def connect(self) -> None:
-        self.listed()
-        info = object_or_empty(self.server.get("/get_model_info"))
-        self.root = info["model_path"] if isinstance(info.get("model_path"), str) else self.root
+        self.identify()
         about = object_or_empty(self.server.get("/get_server_info"))
         self.version = about["version"] if isinstance(about.get("version"), str) else None
         described = object_or_empty(self.server.get("/openapi.json"))
@@ -51,7 +51,17 @@ class Protocol(EngineProtocol):
         if self.can_pause:
             self.resume()  # it does not say whether somebody left it paused
 
+    def identify(self) -> None:
+        super().identify()
+        info = object_or_empty(self.server.get("/get_model_info"))
+        self.root = info["model_path"] if isinstance(info.get("model_path"), str) else self.root
+
     def refuses(self, config: RunConfig, token_stats: Collection[TokenStat]) -> str | None:
+        if config.temperature and config.top_k and config.top_p < 1:
+            return (
+                f"top_k={config.top_k} and top_p={config.top_p:g} together: SGLang measures top_p by all tokens, where "
+                "it is a share of what top_k leaves here; give top_k=0 or top_p=1"
+            )
         if token_stats and config.temperature != 1:
             return (
                 f"log-probs at temperature={config.temperature:g}: SGLang's are of the distribution after the "

@@ -15,9 +15,8 @@ from typing import Any, ClassVar
 
 from specrej_eval.checked import object_or_empty
 from specrej_eval.config import RunConfig
-from specrej_eval.core import TokenStat
+from specrej_eval.core import CONFIDENCE_TOKENS, TokenStat
 from specrej_eval.engines.servers.protocols.base import (
-    CONFIDENCE_TOKENS,
     Asked,
     Delta,
     EngineProtocol,
@@ -26,7 +25,7 @@ from specrej_eval.engines.servers.protocols.base import (
 )
 from specrej_eval.engines.servers.protocols.completions import COMPLETIONS, choice_of, finish_of
 from specrej_eval.http import BadAnswerError
-from specrej_eval.vllm_adapter import LEAST_TEMPERATURE, MOST_TEMPERATURE
+from specrej_eval.vllm_adapter import refusal
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +38,7 @@ class Protocol(EngineProtocol):
     HOW_TO_PAUSE: ClassVar[str] = "VLLM_SERVER_DEV_MODE=1 vllm serve ..."
 
     def connect(self) -> None:
-        self.listed()
+        self.identify()
         version = object_or_empty(self.server.get("/version")).get("version")
         self.version = version if isinstance(version, str) else None
         paused = self.paused()
@@ -59,12 +58,7 @@ class Protocol(EngineProtocol):
 
     def refuses(self, config: RunConfig, token_stats: Collection[TokenStat]) -> str | None:
         del token_stats
-        if config.temperature and not LEAST_TEMPERATURE <= config.temperature <= MOST_TEMPERATURE:
-            return (
-                f"temperature={config.temperature:g} is not one that vLLM samples at: give 0, or "
-                f"{LEAST_TEMPERATURE:g} to {MOST_TEMPERATURE:g}"
-            )
-        return None
+        return refusal(config)
 
     def request(self, asked: Asked) -> tuple[str, dict[str, Any]]:
         config = asked.config
