@@ -78,15 +78,17 @@ class PackedWeights:
             return
         self._refresh()
         self._depth += 1
+        exchanged: dict[torch.nn.Linear, _PackedForward] = {}
         try:
             for layer, (_, weight) in self._packed.items():
                 if "forward" not in vars(layer):  # else somebody has put another there since
-                    layer.forward = _PackedForward(layer, weight)  # type: ignore[method-assign]  # taken back below
+                    exchanged[layer] = _PackedForward(layer, weight)
+                    layer.forward = exchanged[layer]  # type: ignore[method-assign]  # taken back below
             yield
         finally:
             self._depth -= 1
-            for layer in self._packed:
-                if isinstance(vars(layer).get("forward"), _PackedForward):
+            for layer, forward in exchanged.items():
+                if vars(layer).get("forward") is forward:  # not another's, of the same model in another engine
                     del layer.forward
 
     def _refresh(self) -> None:

@@ -97,6 +97,16 @@ def test_sizes_need_not_be_round(sizes: tuple[int, int], dtype: torch.dtype) -> 
         layer.weight.data[0, 0] += 2
 
 
+def test_two_of_the_same_model_do_not_take_back_what_is_the_others() -> None:
+    model = model_in()
+    outer, inner = PackedWeights(model), PackedWeights(model)
+    with outer.active():
+        with inner.active():
+            pass
+        assert all("forward" in vars(layer) for layer in layers(model))
+    assert not any("forward" in vars(layer) for layer in layers(model))
+
+
 def test_an_error_inside_leaves_nothing_behind() -> None:
     model = model_in()
     with pytest.raises(KeyError), PackedWeights(model).active():

@@ -83,6 +83,13 @@ class Backend(AttentionBackend):
         return out.transpose(0, 1)[None]
 
 
+def _in_words(keys: Tensor) -> Tensor:
+    """Keys as the kernel reads them: by words of 4 bytes. A copy only where they are parts of something of odd size."""
+    if keys.dtype == torch.float32 or not (keys.data_ptr() % 4 or any(stride % 2 for stride in keys.stride()[:-1])):
+        return keys
+    return keys.clone(memory_format=torch.contiguous_format)
+
+
 def _attend(
     query: Tensor,
     prefix_key: Tensor,
@@ -106,10 +113,15 @@ def _attend(
             all of it.
 
     Raises:
+        TypeError: they are of several dtypes.
         RuntimeError: no memory to work in.
     """
+    kept = (prefix_key, prefix_value) if suffix is None else (prefix_key, prefix_value, *suffix)
+    if any(each.dtype != query.dtype for each in kept):
+        raise TypeError(f"queries are {query.dtype}, and what is kept is {', '.join({str(x.dtype) for x in kept})}")
     query, prefix_key, prefix_value = map(last_dim_contiguous, (query, prefix_key, prefix_value))
     own_key, own_value = (prefix_key[None], prefix_value[None]) if suffix is None else map(last_dim_contiguous, suffix)
+    prefix_key, own_key = map(_in_words, (prefix_key, own_key))
     sinks = None if params.sinks is None else params.sinks.detach().float().contiguous()
     own_starts = None if own_starts is None else own_starts.contiguous()
     rows, kv_heads, groups, width = query.shape

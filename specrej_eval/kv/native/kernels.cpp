@@ -67,7 +67,7 @@ inline Words all(uint32_t x) { return Words{} + x; }
 
 #if defined(__AVX512F__)
 inline Floats fused(Floats a, Floats b, Floats c) { return (Floats)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
-inline Floats larger(Floats a, Floats b) { return (Floats)_mm512_max_ps((__m512)a, (__m512)b); }
+inline Floats larger(Floats a, Floats b) { return (Floats)_mm512_max_ps((__m512)a, (__m512)b); } // as a > b ? a : b
 #else
 inline Floats fused(Floats a, Floats b, Floats c) {
     Floats out;
@@ -109,8 +109,9 @@ struct Half {
 #if defined(__AVX512BF16__)
         store(to, (Words)_mm512_cvtne2ps_pbh((__m512)second, (__m512)first));
 #else
-        uint16_t *numbers = reinterpret_cast<uint16_t *>(to);
+        uint16_t numbers[2 * LANES]; // not written in place: words are read there, and compilers trust in types
         for (int i = 0; i < LANES; i++) numbers[i] = rounded(first[i]), numbers[LANES + i] = rounded(second[i]);
+        std::memcpy(to, numbers, sizeof numbers);
 #endif
     }
     // two rows of values -> words of one number of each
@@ -251,10 +252,10 @@ inline void add_rows(const uint32_t *weights, int words, const uint32_t *values,
     for (; v < width; v += LANES) add_tile<T, ROWS, 1>(weights, words, values + v, width, to + v);
 }
 
-// 2 ** x for x <= 0; relative error below 3e-7, and 0 where x is below -126
+// 2 ** x for x <= 0; relative error below 3e-7, and 0 where x is below -126. NaN stays NaN.
 inline Floats power_of_two(Floats x) {
     const Floats low = all(-127.0f);
-    x = larger(x, low);
+    x = larger(low, x); // the second of the two if either is NaN
     const Floats magic = all(12582912.0f); // 1.5 * 2 ** 23: adding it rounds to an integer
     const Floats whole = x + magic;
     const Floats part = x - (whole - magic); // in [-0.5, 0.5]
@@ -298,8 +299,9 @@ struct Work {
 inline int64_t queries_at_once(int64_t groups) { return groups > QUERIES ? groups : QUERIES / groups * groups; }
 
 int64_t work_bytes(int64_t queries, int pair, int width, int value_width) {
-    return 4 * (queries * (width / pair) + queries * BLOCK + queries * (BLOCK / pair) + queries * value_width +
-                4 * queries + BLOCK * (width / pair) + BLOCK / pair * value_width) + 64 * 10;
+    const int64_t bytes = 4 * (queries * (width / pair) + queries * BLOCK + queries * (BLOCK / pair) +
+                               queries * value_width + 4 * queries + BLOCK * (width / pair) + BLOCK / pair * value_width);
+    return (bytes + 64 * 10 + 63) / 64 * 64; // each array begins on a cache line
 }
 
 Work work_at(char *from, int64_t queries, int pair, int width, int value_width) {
@@ -365,7 +367,7 @@ void take_in(Work &work, int first, int count, const uint32_t *keys, const uint3
         for (int v = 1; v < vectors; v++) most = larger(most, load(scores + v * LANES));
         const float before = work.most[q];
         float now = largest_of(most) * scale; // scale > 0
-        now = now > before ? now : before;
+        now = before > now ? before : now; // a NaN comes through, and makes the row NaN, as it must
         uint32_t *weights = work.weights + q * (BLOCK / T::PAIR);
         if (now == lowest) { // it has seen nothing yet
             std::memset(weights, 0, 4 * (padded / T::PAIR));
@@ -631,8 +633,9 @@ void largest_of_row(const float *numbers, int64_t count, int64_t width, int64_t 
     std::vector<float> mosts(pieces);
     for (int64_t piece = 0; piece < pieces; piece++) {
         const float *from = numbers + piece * PIECE;
-        mosts[piece] = largest_of(larger(larger(load(from), load(from + LANES)),
-                                         larger(load(from + 2 * LANES), load(from + 3 * LANES))));
+        const float most = largest_of(larger(larger(load(from), load(from + LANES)),
+                                             larger(load(from + 2 * LANES), load(from + 3 * LANES))));
+        mosts[piece] = std::isnan(most) ? least : most; // a NaN is never found, and has no place in any order
     }
     if (pieces > width) {
         std::vector<float> sorted = mosts;
@@ -650,7 +653,7 @@ void largest_of_row(const float *numbers, int64_t count, int64_t width, int64_t 
     if (width < int64_t(found.size()))
         std::nth_element(found.begin(), found.begin() + width - 1, found.end(),
                          [](const auto &one, const auto &two) { return one.first > two.first; });
-    for (int64_t i = 0; i < width; i++) places[i] = i < int64_t(found.size()) ? found[i].second : 0; // NaN is never found
+    for (int64_t i = 0; i < width; i++) places[i] = i < int64_t(found.size()) ? found[i].second : 0;
 }
 
 float log_sum_exp(const float *numbers, int64_t count) {
@@ -662,7 +665,8 @@ float log_sum_exp(const float *numbers, int64_t count) {
         most = largest_of(mosts);
     }
     for (int64_t i = whole; i < count; i++) most = numbers[i] > most ? numbers[i] : most;
-    if (std::isinf(most)) return most;
+    if (std::isinf(most))
+        return std::any_of(numbers, numbers + count, [](float x) { return std::isnan(x); }) ? NAN : most;
     const Floats log2e = all(1.44269504088896f), minus = all(-most);
     double sum = 0;
     for (int64_t i = 0; i < whole;) { // float32 within a few hundred numbers, float64 between them

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import linecache
 from collections.abc import Callable
 from typing import Any
 
@@ -17,7 +18,7 @@ from transformers.models.qwen3 import modeling_qwen3
 from specrej_eval.engines.transformers.model import ModelRunner
 from specrej_eval.kv import choose
 from specrej_eval.kv.native import build
-from specrej_eval.kv.native.fused import FusedOperators
+from specrej_eval.kv.native.fused import FusedOperators, _code
 
 pytestmark = pytest.mark.skipif(build.why_not() is not None, reason=f"no kernels here: {build.why_not()}")
 
@@ -73,6 +74,7 @@ def test_a_gate_takes_every_number(x: list[float], dtype: torch.dtype) -> None:
     assert torch.allclose(
         out[known].float(), want[known].float(), rtol=1e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-30
     )
+    assert torch.equal(out[~known].isnan(), want[~known].isnan())
 
 
 @given(
@@ -109,6 +111,56 @@ def test_only_code_that_is_llamas_word_for_word_is_taken() -> None:
     assert not FusedOperators(torch.nn.ModuleList([modeling_llama.LlamaMLP(config)]))._forwards
     copied = modeling_qwen3.Qwen3RMSNorm(8)
     assert list(FusedOperators(torch.nn.ModuleList([copied]))._forwards) == [copied]
+
+
+def test_an_activation_that_somebody_listens_to_or_exchanges_is_called() -> None:
+    config = modeling_llama.LlamaConfig(hidden_size=8, intermediate_size=32, num_attention_heads=1)
+    mlp = modeling_llama.LlamaMLP(config)
+    x = drawn(0, torch.float32, 4, 8)
+    fused = FusedOperators(torch.nn.ModuleList([mlp]))
+    assert list(fused._forwards) == [mlp]
+    heard: list[torch.Tensor] = []
+    hook = mlp.act_fn.register_forward_hook(lambda module, given, out: heard.append(out))
+    with fused.active():
+        mlp(x)
+    assert len(heard) == 1
+    hook.remove()
+    mlp.act_fn = torch.nn.ReLU()
+    want = mlp(x)
+    with fused.active():
+        assert torch.equal(mlp(x), want)
+
+    class Mine(torch.nn.SiLU):
+        def forward(self, given: torch.Tensor) -> torch.Tensor:
+            return given + 1
+
+    mlp.act_fn = Mine()
+    assert not FusedOperators(torch.nn.ModuleList([mlp]))._forwards
+
+
+def test_a_function_with_another_default_is_another() -> None:
+    space: dict[str, Any] = {}
+    source = "def apply(q, k, unsqueeze_dim={}):\n    return q, k\n"
+    codes = []
+    for default in (1, 2):
+        linecache.cache[f"<{default}>"] = (0, None, source.format(default).splitlines(keepends=True), f"<{default}>")
+        exec(compile(source.format(default), f"<{default}>", "exec"), space)
+        codes.append(_code(space["apply"]))
+    assert None not in codes and codes[0] != codes[1]
+
+
+def test_tensors_of_other_kinds_are_left_to_torch() -> None:
+    class Kept(torch.Tensor):
+        """As quantised and sharded weights are: its numbers need not lie where it says."""
+
+        def data_ptr(self) -> int:
+            raise AssertionError
+
+    norm = modeling_llama.LlamaRMSNorm(8)
+    x = drawn(0, torch.float32, 4, 8)
+    want = norm(x)
+    with FusedOperators(torch.nn.ModuleList([norm])).active():
+        assert torch.equal(norm(x.as_subclass(Kept)).as_subclass(torch.Tensor), want)
 
 
 def test_nothing_is_left_behind_whatever_happens() -> None:
