@@ -100,9 +100,10 @@ class ModelRunner:
         reasons: list[str] = []
         for path in PATHS:
             reason = obstacle(self.model) if path == "shared_prefix" else None
-            reason = reason or tried(partial(self._probe_error, path))
-            if reason is not None and path == "shared_prefix" and self.attention.name != SDPA.name:
-                reason = self._without_backend(reason)
+            if reason is None:
+                reason = tried(partial(self._probe_error, path))
+                if reason is not None:
+                    reason = self._without_kernels(path, reason)
             if reason is None:
                 if path != "shared_prefix":
                     logger.warning(
@@ -125,12 +126,19 @@ class ModelRunner:
         """Who computes attention on the ``shared_prefix`` path."""
         return self.reader.attention
 
-    def _without_backend(self, reason: str) -> str | None:
-        """The reason against the ``shared_prefix`` path with ``sdpa``; says so if that is none, and stays with it."""
-        failed, self.reader.attention = self.attention, SDPA
-        again = obstacle(self.model) or tried(partial(self._probe_error, "shared_prefix"))
-        if again is None:
+    def _without_kernels(self, path: Path, reason: str) -> str | None:
+        """The reason against a path if torch computes all of it; says so if that is none, and stays with it."""
+        failed, fused = self.attention, self._fused
+        if failed.name == SDPA.name and not len(fused):
+            return reason
+        self.reader.attention, self._fused = SDPA, FusedOperators(self.model, wanted=False)
+        again = tried(partial(self._probe_error, path))
+        if again is None and path == "shared_prefix":
             self._say_unused(failed, reason)
+        elif again is None:
+            logger.warning("C++ kernels are not used for %s (%s).", type(self.model).__name__, reason)
+        else:  # it was not for them: another path may have use for them
+            self.reader.attention, self._fused = failed, fused
         return again
 
     def _fitting(self, attention: AttentionBackend) -> AttentionBackend:
