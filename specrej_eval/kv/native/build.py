@@ -52,8 +52,26 @@ class Attention(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("prefix", "suffix", "causal_start", "window")),
         ("suffix_starts", ctypes.c_void_p),
         ("new_tokens", ctypes.c_int64),
+        *((name, ctypes.c_void_p) for name in ("new_key", "new_value")),
+        *((f"new_{name}", ctypes.c_int64) for name in ("key_row", "key_head", "value_row", "value_head")),
         *((name, ctypes.c_float) for name in ("scale", "softcap")),
         ("single", ctypes.c_int32),
+    )
+
+
+class Decode(ctypes.Structure):
+    """What ``decode`` of kernels.cpp is given; ``groups`` are addresses of ``Attention``."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("groups", "rows", "suffixes")),
+        ("count", ctypes.c_int64),
+        *((name, ctypes.c_void_p) for name in ("query", "key", "value")),
+        *((f"{name}_{place}", ctypes.c_int64) for name in ("query", "key", "value") for place in ("row", "head")),
+        ("out", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("out_row", "out_head")),
+        ("scratch", ctypes.c_void_p),
+        ("window", ctypes.c_int64),
+        *((name, ctypes.c_float) for name in ("scale", "softcap")),
     )
 
 
@@ -61,6 +79,8 @@ _ADDRESS, _COUNT, _FLAG = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
 _SIGNATURES: dict[str, list[Any]] = {
     "attention": [ctypes.POINTER(Attention)],
     "scratch_bytes": [ctypes.POINTER(Attention)],
+    "decode": [ctypes.POINTER(Decode)],
+    "decode_bytes": [ctypes.POINTER(Decode)],
     "norm": [_ADDRESS, _ADDRESS, _ADDRESS, _COUNT, _COUNT, ctypes.c_float, _FLAG],
     "gate": [_ADDRESS, _ADDRESS, _ADDRESS, _COUNT, _FLAG],
     "largest": [_ADDRESS, _COUNT, _COUNT, _COUNT, _COUNT, _ADDRESS],
@@ -220,7 +240,7 @@ def _loaded(built: Path) -> ctypes.CDLL:
         for name, arguments in _SIGNATURES.items():
             function = getattr(found, name)
             function.argtypes, function.restype = arguments, None
-        found.scratch_bytes.restype = ctypes.c_int64
+        found.scratch_bytes.restype = found.decode_bytes.restype = ctypes.c_int64
     except (OSError, AttributeError) as error:
         raise _Broken(f"what was compiled cannot be loaded ({error})") from error
     threads = torch.get_num_threads()  # asked first: torch may set the number when it is asked for it

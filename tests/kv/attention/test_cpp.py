@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given
@@ -10,7 +12,9 @@ from torch import Tensor
 
 from specrej_eval.kv import choose
 from specrej_eval.kv.attention.base import AttentionParams
+from specrej_eval.kv.cache import Prefix, SuffixPool
 from specrej_eval.kv.native import build
+from specrej_eval.kv.steps import DecodeStep
 
 pytestmark = pytest.mark.skipif(build.why_not() is not None, reason=f"no kernels here: {build.why_not()}")
 
@@ -85,3 +89,100 @@ def test_numbers_of_two_dtypes_are_refused() -> None:
         given[wrong] = given[wrong].bfloat16()
         with pytest.raises(TypeError, match="bfloat16"):
             backend.decode(query, *given, AttentionParams(1.0))
+
+
+@given(
+    dtype=DTYPES,
+    rows=st.lists(st.integers(1, 20), min_size=1, max_size=5),
+    prefixes=st.lists(st.sampled_from([0, 1, 40, 128, 300]), min_size=5, max_size=5),
+    lengths=st.lists(st.sampled_from([1, 5, 31, 32, 70]), min_size=5, max_size=5),
+    padding=st.integers(0, 3),
+    window=st.sampled_from([None, 1, 20, 60, 400]),
+    softcap=st.sampled_from([None, 1.5]),
+    heads=st.sampled_from([(1, 1), (2, 6), (3, 9)]),
+    seed=st.integers(0, 10**6),
+)
+def test_groups_that_decode_at_once_get_the_bits_they_get_one_by_one(
+    dtype: torch.dtype,
+    rows: list[int],
+    prefixes: list[int],
+    lengths: list[int],
+    padding: int,
+    window: int | None,
+    softcap: float | None,
+    heads: tuple[int, int],
+    seed: int,
+) -> None:
+    (kv_heads, all_heads), width = heads, 16
+    params = AttentionParams(0.3, window=window, softcap=softcap)
+    at_once, one_by_one = choose.build("cpp"), choose.build("cpp")
+    one_by_one._decode_groups = lambda *_: None  # type: ignore[method-assign]
+
+    def groups() -> list[tuple[Prefix, SuffixPool]]:
+        made = []
+        for place, (count, length, prefix) in enumerate(zip(rows, lengths, prefixes, strict=False)):
+            pool = SuffixPool(count, capacity=100, align=32, grows=place % 2 == 0)
+            for token in range(length):
+                key, value = (drawn(seed + 7 * token + i, dtype, count, kv_heads, 1, width) for i in (0, 1))
+                pool.append(0, key, value)
+                pool.advance()
+            stored = (drawn(seed + i, dtype, kv_heads, prefix, width) for i in (2, 3))
+            made.append((Prefix(prefix, *({0: each} for each in stored)), pool))
+        return made
+
+    batch = sum(rows) + padding
+    mine, theirs = groups(), groups()
+    for step in range(3):
+        # as a model gives them: heads of a token side by side
+        query, key, value = (
+            drawn(seed + 50 * step + i, dtype, batch, 1, count, width).transpose(1, 2)
+            for i, count in enumerate((all_heads, kv_heads, kv_heads))
+        )
+        got = DecodeStep(mine, at_once).attend(0, query, key, value, params)
+        want = DecodeStep(theirs, one_by_one).attend(0, query, key, value, params)
+        assert torch.equal(got, want)
+        assert got.is_contiguous() and not bool(got[sum(rows) :].any())
+        for (_, one), (_, other) in zip(mine, theirs, strict=True):
+            assert one.noted.keys() == {0} and not other.noted
+            assert all(torch.equal(a, b) for a, b in zip(one.ready(0) or (), other.ready(0) or (), strict=True))
+            for pool in (one, other):
+                pool.advance()
+                if step == 1 and pool.rows > 1:  # a cut, and a finished row
+                    pool.select(torch.tensor([*range(pool.rows - 1), 0]), 100)
+                    pool.move(torch.tensor([pool.rows - 1]), torch.tensor([0]))
+
+
+def test_what_a_pool_noted_is_forgotten_when_its_memory_moves() -> None:
+    pool = SuffixPool(4, capacity=4, align=2, grows=True)
+    zeros = torch.zeros(4, 1, 1, 2)
+
+    def noted_after(change: Any) -> bool:
+        pool.noted[0] = "where it lies"
+        change()
+        return 0 in pool.noted
+
+    pool.append(0, zeros, zeros)
+    pool.advance()
+    assert noted_after(lambda: pool.append(0, zeros, zeros)), "there is room"
+    pool.advance()
+    assert not noted_after(lambda: pool.append(0, zeros, zeros)), "it has grown"
+    pool.advance()
+    pool.advance()
+    assert not noted_after(lambda: pool.ready(0)), "it has grown"
+    assert not noted_after(lambda: pool.select(torch.tensor([1, 1, 0, 2]), 8))
+    assert not noted_after(lambda: pool.to("cpu"))
+    assert not noted_after(lambda: pool.split(2))
+    assert noted_after(lambda: pool.move(torch.tensor([1]), torch.tensor([0]))), "rows move inside of it"
+
+
+def test_a_full_pool_is_an_error_and_nothing_is_written_behind_it() -> None:
+    pool = SuffixPool(1, capacity=2)
+    zeros = torch.zeros(1, 1, 1, 8)
+    prefix = Prefix(1, {0: torch.zeros(1, 1, 8)}, {0: torch.zeros(1, 1, 8)})
+    step = DecodeStep([(prefix, pool)], choose.build("cpp"))
+    for _ in range(2):
+        step.attend(0, zeros, zeros, zeros, AttentionParams(1.0))
+        pool.advance()
+    pool.capacity = 2
+    with pytest.raises(IndexError):
+        step.attend(0, zeros, zeros, zeros, AttentionParams(1.0))

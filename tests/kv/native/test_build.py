@@ -176,10 +176,11 @@ def test_threads_follow_torch() -> None:
 
 
 @needs_compiler
-def test_both_sides_mean_the_same_by_a_request() -> None:
+@pytest.mark.parametrize("told", [build.Attention, build.Decode])
+def test_both_sides_mean_the_same_by_a_request(told: Any) -> None:
     """The fields of the two structures, by name and order."""
     source = build.SOURCE.read_text(encoding="utf-8")
-    body = source.split("struct Attention {")[1].split("};")[0]
+    body = source.split(f"struct {told.__name__} {{")[1].split("};")[0]
     fields: list[tuple[str, bool]] = []
     for line in body.splitlines():
         declared = line.split("//")[0].strip().rstrip(";")
@@ -189,8 +190,8 @@ def test_both_sides_mean_the_same_by_a_request() -> None:
                 (" ".join(declared.split(" ")[:2]), declared.split("*", 1)[1]) if "*" in declared else (kind, names)
             )
             fields += [(name.strip(" *"), "*" in declared) for name in names.split(",")]
-    assert [name for name, _ in fields] == [name for name, _ in build.Attention._fields_]
-    pointers = [name for name, kind in build.Attention._fields_ if kind is ctypes.c_void_p]
+    assert [name for name, _ in fields] == [name for name, _ in told._fields_]
+    pointers = [name for name, kind in told._fields_ if kind is ctypes.c_void_p]
     assert [name for name, pointer in fields if pointer] == pointers
 
 
