@@ -216,14 +216,14 @@ class TransformersEngine(Engine):
         batch = [(session, group) for session in sessions for group in session.groups]
         for _, group in batch:
             group.target = group.num_sampled + num_tokens
-        with torch.inference_mode(), clear_error("decoding", SMALLER), self._active():
+        with torch.inference_mode(), clear_error("decoding", SMALLER), self._active(unchanged=True):
             self._decoder.decode(batch)
 
     @contextmanager
-    def _active(self) -> Iterator[None]:
+    def _active(self, *, unchanged: bool = False) -> Iterator[None]:
         """``ModelRunner.active``, whose entry may meet the end of memory too."""
         with ExitStack() as stack:
-            twice(lambda: stack.enter_context(self.runner.active()))
+            twice(lambda: stack.enter_context(self.runner.active(unchanged=unchanged)))
             yield
 
     def pool(self, session: Session) -> list[RowView]:

@@ -247,10 +247,15 @@ class ModelRunner:
     # forward passes
 
     @contextmanager
-    def active(self) -> Iterator[None]:
-        """Our attention is the model's only in here, so the same object still serves log-likelihood requests."""
+    def active(self, *, unchanged: bool = False) -> Iterator[None]:
+        """Our attention is the model's only in here, so the same object still serves log-likelihood requests.
+
+        Args:
+            unchanged: the weights are those of the last time (see ``PackedWeights.active``).
+        """
         reset_rotary(self.model, self.device)
-        with padded_experts(self._expert_configs), self._packed.active(), self._fused.active():
+        packed = self._packed.active(unchanged=unchanged)
+        with padded_experts(self._expert_configs), packed, self._fused.active():
             if self.path != "shared_prefix":
                 yield
                 return
