@@ -10,6 +10,7 @@ import logging
 import math
 import time
 from collections import Counter
+from collections.abc import Generator as Turns
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
@@ -43,7 +44,7 @@ from specrej_eval.records.journal import Journal, request_key
 from specrej_eval.records.state import StateFile, state_file
 from specrej_eval.records.trace import Tracer
 from specrej_eval.rewards.base import RewardModel, RewardSession
-from specrej_eval.scheduler import FIXED_PROMPTS, Scheduler, auto_prompts
+from specrej_eval.scheduler import FIXED_PROMPTS, READ_A_TURN, Scheduler, auto_prompts
 from specrej_eval.strategies.base import State, Strategy, make_strategy
 from specrej_eval.wording import counted
 
@@ -121,6 +122,27 @@ class _Running:
             return self.until_look
         tokens = self.tokens_at_look + self.session.tokens_since_look
         return min(self.until_look, 0 if tokens % every == 0 and tokens > self.aside_at else every - tokens % every)
+
+
+_Admitted = tuple[int, Request, Budget]
+"""A prompt that waits, or was let in: its place among the requests, and what was resolved of it."""
+
+
+@dataclass(eq=False, slots=True)
+class _Opening:
+    """Prompts that were admitted together and are being read, some of their tokens at a time, while others decode."""
+
+    admitted: Sequence[_Admitted]
+    turns: Turns[None, None, list[_Running]]
+
+    def read_on(self) -> list[_Running] | None:
+        """A turn of reading; the prompts, once they are open."""
+        try:
+            next(self.turns)
+        except StopIteration as done:
+            running: list[_Running] = done.value
+            return running
+        return None
 
 
 class Generator:
@@ -276,6 +298,13 @@ class Generator:
         ):
             running: list[_Running] = []
             to_close.callback(self._close, running)
+            opening: _Opening | None = None
+
+            def abandon() -> None:
+                if opening is not None:
+                    opening.turns.close()
+
+            to_close.callback(abandon)
             for index, done in taken.items():
                 bar.finished(done)
                 kept.add()
@@ -284,9 +313,19 @@ class Generator:
             while True:
                 limit = self._limit([work.session for work in running])
                 if limit is None:
-                    running.extend(self._open(scheduler.admit(len(running))))
+                    if opening is None and (admitted := scheduler.admit(len(running))):
+                        opening = _Opening(admitted, self._open(admitted))
+                    if opening is not None and (opened := opening.read_on()) is not None:
+                        running.extend(opened)
+                        opening = None
+                elif opening is not None:  # nothing was decoded for them: they are left to a later run
+                    abandon()
+                    scheduler.put_back(opening.admitted)
+                    opening = None
                 if not running:
-                    break
+                    if opening is None:
+                        break
+                    continue
                 num_tokens = scheduler.until_next_look(running)
                 if num_tokens:
                     self.engine.decode([work.session for work in running], num_tokens)
@@ -337,7 +376,7 @@ class Generator:
             path = str(state_file(self.config.journal))
         return StateFile(path, total=total, earlier=self.answered_before)
 
-    def _checked(self, requests: Sequence[Request], journal: Journal | None) -> list[tuple[int, Request, Budget]]:
+    def _checked(self, requests: Sequence[Request], journal: Journal | None) -> list[_Admitted]:
         for request in requests:
             self.engine.check(request.prompt, request.config)
             if request.config.variance_reduce and not self.engine.stratifies:
@@ -431,7 +470,7 @@ class Generator:
             self.engine.close(session)
         return seconds
 
-    def _in_flight(self, work: Sequence[tuple[int, Request, Budget]]) -> int:
+    def _in_flight(self, work: Sequence[_Admitted]) -> int:
         """Prompts in flight: ``batch_size``; ``auto`` is 1 with ``n=max``, whose rows may have all of the memory."""
         if self.config.batch_size != AUTO:
             return int(self.config.batch_size)
@@ -444,34 +483,46 @@ class Generator:
             bits=self.engine.promises == "bits",
         )
 
-    def _open(self, admitted: Sequence[tuple[int, Request, Budget]]) -> Iterator[_Running]:
-        sessions = self.engine.open_all(
-            [
-                Opening(
-                    prompt=request.prompt,
-                    config=request.config,
-                    budget=budget,
-                    until=request.until,
-                    token_stats=self._token_stats(request.config),
-                )
-                for _, request, budget in admitted
-            ]
-        )
-        for (index, request, budget), session in zip(admitted, sessions, strict=True):
-            strategy = make_strategy(request.config)
-            state, plan = strategy.init(budget)
-            self.engine.follow(session, plan)
-            yield _Running(
-                index=index,
-                request=request,
+    def _open(self, admitted: Sequence[_Admitted]) -> Turns[None, None, list[_Running]]:
+        """Read prompts, a part with each ``next``, and start their rows. Nothing stays open of what fails."""
+        openings = [
+            Opening(
+                prompt=request.prompt,
+                config=request.config,
                 budget=budget,
-                strategy=strategy,
-                session=session,
-                scoring=self.reward.open(request.prompt.conversation, request.prompt.response_prefix),
-                state=state,
-                look_in=plan.num_tokens,
-                aside=self._aside(request),
+                until=request.until,
+                token_stats=self._token_stats(request.config),
             )
+            for _, request, budget in admitted
+        ]
+        sessions = yield from self.engine.open_by_turns(openings, tokens=READ_A_TURN)
+        started: list[_Running] = []
+        try:
+            for item, session in zip(admitted, sessions, strict=True):
+                started.append(self._start(*item, session))
+        except BaseException:
+            self._close(started)
+            for session in sessions[len(started) :]:
+                self.engine.close(session)
+            raise
+        return started
+
+    def _start(self, index: int, request: Request, budget: Budget, session: EngineSession) -> _Running:
+        """A prompt in flight, from one that was read."""
+        strategy = make_strategy(request.config)
+        state, plan = strategy.init(budget)
+        self.engine.follow(session, plan)
+        return _Running(
+            index=index,
+            request=request,
+            budget=budget,
+            strategy=strategy,
+            session=session,
+            scoring=self.reward.open(request.prompt.conversation, request.prompt.response_prefix),
+            state=state,
+            look_in=plan.num_tokens,
+            aside=self._aside(request),
+        )
 
     def _aside(self, request: Request) -> RewardSession | None:
         if request.config.score_every is None:

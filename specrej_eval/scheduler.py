@@ -16,7 +16,8 @@ AUTO_ROWS_UNIFORMS = 256
 AUTO_PROMPTS = 128
 """Prompts that it lets do so, however few rows each has."""
 READ_A_TURN = 4096
-"""Tokens of prompts that are opened between two turns of those that decode already, which wait meanwhile."""
+"""Tokens of prompts that are read between two turns of those that decode already, which wait meanwhile; a longer prompt
+takes several turns."""
 FIXED_PROMPTS = 4
 """What it comes to where memory is not known; where company may change a result, the least."""
 
@@ -78,6 +79,10 @@ class Scheduler(Generic[T]):
                 break
             admitted.append(self._waiting.popleft())
         return admitted
+
+    def put_back(self, admitted: Sequence[T]) -> None:
+        """Those admitted last wait again, in their order: nothing was decoded for them."""
+        self._waiting.extendleft(reversed(admitted))
 
     @staticmethod
     def until_next_look(sessions: Sequence[Schedulable]) -> int:

@@ -7,7 +7,7 @@ answers are cut and shown, by what the base class holds.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -225,6 +225,22 @@ class Engine(ABC):
                 self.close(session)
             raise
         return sessions
+
+    def open_by_turns(self, openings: Sequence[Opening], *, tokens: int) -> Generator[None, None, list[Any]]:
+        """``open_all`` in parts, so that rows of other prompts need not wait until a long prompt is read.
+
+        Each ``next`` reads about so many tokens; what it returns in the end is what ``open_all`` returns, bit for bit.
+        Between two parts every other method may be called. Closing it frees what has been read. An engine that cannot
+        read in parts does it all in one.
+
+        Args:
+            tokens: of prompts, in each part.
+
+        Raises:
+            PromptError, OutOfMemoryError: as ``open_all``; then nothing is open, and it cannot go on.
+        """
+        yield from ()
+        return self.open_all(openings)
 
     @abstractmethod
     def follow(self, session: Any, plan: Plan) -> None:

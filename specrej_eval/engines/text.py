@@ -82,6 +82,9 @@ class Detokenizer:
         """What the benchmark sees of a row: no EOS, no thinking, cut at the stop string, special tokens stripped."""
         ids = list(token_ids)
         end = len(ids) - (finish_reason == "eos")
+        if self.think_end_token is None and (finish_reason is None or not until):  # nothing is looked for in it
+            text = self.clean(ids[:end])
+            return text if finish_reason is not None else text.rstrip(REPLACEMENT)
         answer = self._answer(ids, end) or self._from(ids[:end])
         cut = None if finish_reason is None else _cut(answer, until)
         if self.think_end_token is not None:

@@ -105,6 +105,8 @@ class SuffixPool:
         self.capacity = self._aligned(capacity)
         self._stores: tuple[dict[int, Tensor], ...] = ({}, {})
         """Keys and values per layer, (rows allocated, kv_heads, capacity, head_dim)."""
+        self.noted: dict[int, Any] = {}
+        """Per layer: what a backend has noted of where its memory lies, forgotten when that moves."""
 
     def _aligned(self, tokens: int) -> int:
         """Tokens that memory is allocated for, to hold so many."""
@@ -120,8 +122,27 @@ class SuffixPool:
             if layer not in store:
                 store[layer] = self._allocate(new, self.rows, new.shape[1], self.capacity, new.shape[3])
             elif store[layer].shape[2] < self.capacity:
-                store[layer] = self._copied(store[layer][: self.rows])
+                self._grow(store, layer)
             store[layer][: self.rows, :, self.length] = new[:, :, 0]
+
+    def ready(self, layer: int) -> tuple[Tensor, Tensor] | None:
+        """Keys and values of a layer with room for the next position, for whoever writes it there himself; None before
+        the first one was appended.
+
+        Returns:
+            (rows, kv_heads, capacity, head_dim) views.
+        """
+        for store in self._stores:
+            if layer not in store:
+                return None
+            if store[layer].shape[2] < self.capacity:
+                self._grow(store, layer)
+        keys, values = (store[layer][: self.rows] for store in self._stores)
+        return keys, values
+
+    def _grow(self, store: dict[int, Tensor], layer: int) -> None:
+        self.noted.pop(layer, None)
+        store[layer] = self._copied(store[layer][: self.rows])
 
     def layer(self, layer: int) -> tuple[Tensor, Tensor]:
         """Keys and values with the position just appended, (rows, kv_heads, stored, head_dim) views.
@@ -139,6 +160,7 @@ class SuffixPool:
     def select(self, index: Tensor, capacity: int) -> None:
         """Gather rows (duplicates fork) into pools with room for ``capacity`` tokens; layer by layer."""
         rows = index.shape[0]
+        self.noted.clear()
         self.capacity = max(self.capacity, self._aligned(capacity))
         for store in self._stores:
             for layer, old in store.items():
@@ -171,6 +193,7 @@ class SuffixPool:
 
     def split(self, at: int) -> SuffixPool:
         """Keep rows [0, at); return a pool of the rest. Both are views of the same memory, and never overlap."""
+        self.noted.clear()
         rest = SuffixPool(self.rows - at, capacity=self.capacity, align=self._align, grows=self._grows)
         rest.length, rest.capacity = self.length, self.capacity
         rest._stores = tuple({layer: buffer[at : self.rows] for layer, buffer in each.items()} for each in self._stores)
@@ -180,6 +203,7 @@ class SuffixPool:
 
     def to(self, device: torch.device | str) -> None:
         """Park the pool on the host, or bring it back."""
+        self.noted.clear()
         for store in self._stores:
             for layer, tensor in store.items():
                 store[layer] = tensor[: self.rows].to(device)

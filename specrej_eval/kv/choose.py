@@ -12,14 +12,13 @@ import contextlib
 import json
 import logging
 import os
-import tempfile
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from specrej_eval import __version__, paths, registry
+from specrej_eval import __version__, paths, registry, temporary
 from specrej_eval.checked import object_in
 from specrej_eval.config.engines import AUTO_BACKEND, CPP, SDPA
 from specrej_eval.errors import ConfigError, MissingDependencyError
@@ -169,6 +168,6 @@ def record(backend: AttentionBackend, device: torch.device, *, right: bool, **ot
         entries.append({"stamp": wanted, **others})
     file = store()
     file.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=file.parent, delete=False, encoding="utf-8") as written:
-        json.dump({"verified": entries}, written, indent=2)
-    os.replace(written.name, file)  # another process reads the old file or the new one
+    written = temporary.partial(file)
+    written.write_text(json.dumps({"verified": entries}, indent=2), encoding="utf-8")
+    os.replace(written, file)  # another process reads the old file or the new one

@@ -31,7 +31,7 @@ _ROWS = 64
 
 Source = tuple[int, int]
 """What a copy was made from: where the weight lies, and the sum of its bits. Torch counts writes to a tensor, but not
-those through ``.data``, which is how adapters are merged; adding all up takes a few milliseconds per call of ours."""
+those through ``.data``, which is how adapters are merged."""
 
 
 class _PackedForward:
@@ -67,8 +67,12 @@ class PackedWeights:
             self._layers, self.nbytes = [], 0
 
     @contextmanager
-    def active(self) -> Iterator[None]:
+    def active(self, *, unchanged: bool = False) -> Iterator[None]:
         """Inside, the model's linear layers compute with the copies; those of weights that have changed are made anew.
+
+        Args:
+            unchanged: the caller knows that weights are those of the last time: in the middle of a prompt they can be
+                no others. Finding out takes about as long as a decode step, which reads all of them too.
 
         Raises:
             RuntimeError: no memory for the copies; the model is as it was.
@@ -76,22 +80,26 @@ class PackedWeights:
         if self._depth:
             yield
             return
-        self._refresh()
+        self._refresh(unchanged)
         self._depth += 1
+        exchanged: dict[torch.nn.Linear, _PackedForward] = {}
         try:
             for layer, (_, weight) in self._packed.items():
                 if "forward" not in vars(layer):  # else somebody has put another there since
-                    layer.forward = _PackedForward(layer, weight)  # type: ignore[method-assign]  # taken back below
+                    exchanged[layer] = _PackedForward(layer, weight)
+                    layer.forward = exchanged[layer]  # type: ignore[method-assign]  # taken back below
             yield
         finally:
             self._depth -= 1
-            for layer in self._packed:
-                if isinstance(vars(layer).get("forward"), _PackedForward):
+            for layer, forward in exchanged.items():
+                if vars(layer).get("forward") is forward:  # not another's, of the same model in another engine
                     del layer.forward
 
-    def _refresh(self) -> None:
+    def _refresh(self, unchanged: bool) -> None:
         made: dict[Source, Tensor] = {}
         for layer in self._layers:
+            if unchanged and layer in self._packed and self._packed[layer][0][0] == layer.weight.data_ptr():
+                continue
             source = _source(layer.weight)
             if layer not in self._packed or self._packed[layer][0] != source:
                 self._packed.pop(layer, None)  # its memory is free for the next

@@ -10,9 +10,11 @@ from __future__ import annotations
 
 from array import array
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from hashlib import blake2b
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -22,6 +24,8 @@ from specrej_eval.kv.attention.base import AttentionBackend
 from specrej_eval.kv.cache import Prefix
 from specrej_eval.kv.memory import droppable, free_bytes
 from specrej_eval.kv.steps import SDPA, PrefillStep, PromptPart
+
+Value = TypeVar("Value")
 
 CPU_CHUNK = 128
 """Tokens of a chunk. Measured on a CPU: 135 M parameters read 900 tokens in chunks of 128 in 1.03 times the time of
@@ -83,19 +87,21 @@ class ChunkStore:
         """Those among the ones being read that have it."""
         droppable.add(self)
 
-    def begin(self, keys: Iterable[bytes]) -> None:
-        """Some prompts are going to be read.
+    @contextmanager
+    def reading(self, keys: Sequence[bytes]) -> Iterator[None]:
+        """Inside, some prompts are being read; they count as prompts that had these chunks once all of it is done.
 
         Args:
             keys: of the chunks of one after the other.
         """
-        self._in_use = Counter(keys)
-
-    def end(self) -> None:
-        """They were read."""
-        for key, count in self._in_use.items():
+        counts = Counter(keys)
+        self._in_use += counts
+        try:
+            yield
+        finally:
+            self._in_use -= counts
+        for key, count in counts.items():
             self._noted[key] = self._noted.pop(key, 0) + count
-        self._in_use = Counter()
         while len(self._noted) > _NOTED:
             self._noted.popitem(last=False)
 
@@ -190,6 +196,19 @@ class PromptReader:
         Returns:
             Of each its KV, and what the model gives: (1, width) of its last token, or (tokens, width) of all.
         """
+        return drained(self.turns(prompts, share=share))
+
+    def turns(
+        self, prompts: Sequence[Sequence[int]], *, share: bool = True
+    ) -> Generator[int, None, list[tuple[Prefix, Tensor]]]:
+        """``read`` in parts: one forward pass each, or a chunk that is held already.
+
+        ``next`` is called inside ``our_attention``; in between the model may serve anybody. A chunk's bits are a
+        function of the tokens up to its end, so they do not depend on when it is read.
+
+        Yields:
+            Tokens that went through the model.
+        """
         share = share and self._shares
         chunk = chunk_tokens(self._device)
         readings = [
@@ -200,18 +219,16 @@ class PromptReader:
             )
             for ids in prompts
         ]
-        if share:
-            self.store.begin(key for reading in readings for key in reading.keys)
-        for reading in readings:
-            for key in reading.keys:
-                self._read_chunk(reading, key, chunk, share=share)
-        for batch in self._batches(readings, _PACKED_CHUNKS * chunk if self.packs else 0):
-            self._read_tails(batch)
-        if share:
-            self.store.end()
+        with self.store.reading([key for reading in readings for key in reading.keys] if share else []):
+            for reading in readings:
+                for key in reading.keys:
+                    yield self._read_chunk(reading, key, chunk, share=share)
+            for batch in self._batches(readings, _PACKED_CHUNKS * chunk if self.packs else 0):
+                yield self._read_tails(batch)
         return [(reading.prefix, torch.cat(reading.outputs)) for reading in readings]
 
-    def _read_chunk(self, reading: _Reading, key: bytes, size: int, *, share: bool) -> None:
+    def _read_chunk(self, reading: _Reading, key: bytes, size: int, *, share: bool) -> int:
+        """The next chunk of a prompt; how many tokens went through the model for it."""
         chunk = self.store.get(key) if share else None
         start = reading.read
         if chunk is None:
@@ -229,6 +246,7 @@ class PromptReader:
                 reading.prefix.store(layer, stored[None], chunk.values[layer][None], start)
         reading.outputs.append(outputs)
         reading.read += size
+        return size if chunk is None else 0
 
     @staticmethod
     def _batches(readings: Sequence[_Reading], most: int) -> Iterator[list[_Reading]]:
@@ -241,7 +259,8 @@ class PromptReader:
         if batch:
             yield batch
 
-    def _read_tails(self, batch: Sequence[_Reading]) -> None:
+    def _read_tails(self, batch: Sequence[_Reading]) -> int:
+        """What is left of some prompts; how many tokens."""
         counts = [reading.tail for reading in batch]
         ends = torch.tensor(counts, device=self._device).cumsum(0) - 1  # (prompts,)
         wanted = _padded(ends, self._align) if self._last_only else None
@@ -250,6 +269,7 @@ class PromptReader:
         for reading, mine in zip(batch, split, strict=True):
             reading.outputs.append(mine)
             reading.read = reading.prefix.length
+        return sum(counts)
 
     def _run(self, parts: Sequence[tuple[_Reading, int]], wanted: Tensor | None) -> Tensor:
         """One forward pass over the next tokens of some prompts, by how many each."""
@@ -263,6 +283,16 @@ class PromptReader:
         self.windows = step.windows
         self.tokens_read += len(ids)
         return outputs
+
+
+def drained(turns: Generator[int, None, Value]) -> Value:
+    """What it returns, once all of it is done."""
+    while True:
+        try:
+            next(turns)
+        except StopIteration as done:
+            value: Value = done.value
+            return value
 
 
 def _chunk_keys(ids: Sequence[int], chunk: int) -> list[bytes]:

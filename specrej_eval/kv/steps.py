@@ -96,6 +96,8 @@ class DecodeStep(Step):
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, params: AttentionParams) -> Tensor:
         """See ``Step.attend``; zeros for padding."""
+        if (found := self.attention.decode_groups(self.groups, layer, query, key, value, params)) is not None:
+            return found
         batch, heads, _, width = query.shape
         kv_heads = key.shape[1]
         parts = []

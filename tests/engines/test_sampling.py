@@ -338,6 +338,9 @@ def test_logits_that_are_nan_are_refused() -> None:
     logits[1, 4] = torch.nan
     with pytest.raises(ModelError, match="NaN"):
         sample(logits, uniforms(3), NO_FILTER)
+    for greedy in (logits, logits[1:2]):
+        with pytest.raises(ModelError, match="NaN"):
+            sample(greedy, uniforms(3), SamplingParams(temperature=0.0))
 
 
 # ---- the random stream -------------------------------------------------------------------------------------------

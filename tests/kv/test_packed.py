@@ -7,9 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from support.engine_runs import make_engine, outcome
+from support.reward_sessions import make_reward
 from support.tiny_models import tiny_causal_lm
 
+from specrej_eval.config import RunConfig
 from specrej_eval.engines.transformers.model import ModelRunner
+from specrej_eval.generator import Generator
 from specrej_eval.kv import packed
 from specrej_eval.kv.packed import PackedWeights
 
@@ -97,6 +101,16 @@ def test_sizes_need_not_be_round(sizes: tuple[int, int], dtype: torch.dtype) -> 
         layer.weight.data[0, 0] += 2
 
 
+def test_two_of_the_same_model_do_not_take_back_what_is_the_others() -> None:
+    model = model_in()
+    outer, inner = PackedWeights(model), PackedWeights(model)
+    with outer.active():
+        with inner.active():
+            pass
+        assert all("forward" in vars(layer) for layer in layers(model))
+    assert not any("forward" in vars(layer) for layer in layers(model))
+
+
 def test_an_error_inside_leaves_nothing_behind() -> None:
     model = model_in()
     with pytest.raises(KeyError), PackedWeights(model).active():
@@ -133,6 +147,39 @@ def test_changed_weights_are_seen(change: Callable[[torch.nn.Parameter], None]) 
     assert not torch.equal(want, old)
     with weights.active():
         assert torch.equal(logits(model), want)
+
+
+@pytest.mark.parametrize("change", [through_data, in_place, one_number, another])
+def test_each_prompt_is_read_and_decoded_with_the_weights_of_its_time(
+    change: Callable[[torch.nn.Parameter], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Weights are compared where prompts are opened, and not in every call that decodes or scores."""
+    source, compared = packed._source, []
+
+    def counted(weight: torch.Tensor) -> packed.Source:
+        compared.append(weight)
+        return source(weight)
+
+    monkeypatch.setattr(packed, "_source", counted)
+    engine, reward = make_engine(model_in()), make_reward()
+
+    def answers() -> list[Any]:
+        config, _ = RunConfig.from_args({"n": 8, "max_gen_toks": 24, "first_look": 3})
+        return [outcome(each) for each in Generator(engine=engine, reward=reward, config=config).generate(["a", "bc"])]
+
+    answers()
+    compared.clear()
+    before = answers()
+    each_layer = [layer.weight for model in (engine.model, reward.body) for layer in layers(model)]
+    assert len(compared) == len(each_layer), "two prompts that are opened together, by each model"
+    for weight in each_layer:
+        change(weight)  # type: ignore[arg-type]  # a Parameter
+    after = answers()
+    assert after != before
+    fresh = make_engine(engine.model), make_reward()
+    fresh[1].body.load_state_dict(reward.body.state_dict())
+    engine, reward = fresh
+    assert answers() == after
 
 
 def test_hooks_run_and_a_forward_of_others_stays() -> None:

@@ -230,15 +230,14 @@ def chunk(tokens: int = 4) -> Chunk:
 
 def read(store: ChunkStore, *prompts: str) -> str:
     """Each letter is a chunk; those that had to be read, in order."""
-    store.begin(letter.encode() for prompt in prompts for letter in prompt)
     missed = ""
-    for letter in "".join(prompts):
-        key = letter.encode()
-        if store.get(key) is None:
-            missed += letter
-            if store.wants(key):
-                store.put(key, chunk())
-    store.end()
+    with store.reading([letter.encode() for prompt in prompts for letter in prompt]):
+        for letter in "".join(prompts):
+            key = letter.encode()
+            if store.get(key) is None:
+                missed += letter
+                if store.wants(key):
+                    store.put(key, chunk())
     return missed
 
 
@@ -287,6 +286,18 @@ def test_what_is_remembered_of_prompts_is_bounded(monkeypatch: pytest.MonkeyPatc
 
 def test_a_read_that_failed_does_not_count() -> None:
     store = ChunkStore(torch.device("cpu"))
-    store.begin([b"a"])
+    with pytest.raises(KeyError), store.reading([b"a"]):
+        raise KeyError
     assert read(store, "a") == "a"
     assert store.held == 0
+
+
+def test_prompts_that_are_read_between_two_parts_of_others_count_as_read_together() -> None:
+    store = ChunkStore(torch.device("cpu"), limit=2 * chunk().nbytes)
+    with store.reading([b"a", b"b"]):
+        assert read(store, "ac") == "ac"
+        assert held(store) == "a"
+        assert read(store, "dd", "dd") == "dd"
+        assert held(store) == "ad", "what is being read is not let go"
+    assert read(store, "ab") == "b"
+    assert not store._in_use

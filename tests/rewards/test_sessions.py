@@ -434,3 +434,30 @@ def test_sessions_are_closed_when_a_run_ends_in_an_error() -> None:
         generator.generate(["Add: 21 + 96 =", "Add: 30 + 44 ="])
     assert len(opened) == 2
     assert generator.reward.allowance.held == 0  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("kind", ["bytes", "merges", "unigram"])
+@given(
+    texts=st.lists(
+        st.tuples(
+            st.lists(st.sampled_from([*PIECES, "<|end|>", "<eos>", "\ufffd", ""]), max_size=5).map("".join),
+            st.booleans(),
+        ),
+        min_size=1,
+        max_size=6,
+    ),
+    turn=st.sampled_from(["closed", "open"]),
+)
+def test_inputs_that_are_made_together_are_those_of_each_row_by_itself(
+    kind: str, texts: list[tuple[str, bool]], turn: str
+) -> None:
+    renderer = make_reward("llama", kind, partial_turn=turn).renderer
+    rows = [RowView(row, text, (), "eos" if finished else None) for row, (text, finished) in enumerate(texts)]
+    together = renderer.inputs(CONVERSATION, rows, "so: ")
+    assert together == [renderer.inputs(CONVERSATION, [row], "so: ")[0] for row in rows]
+
+
+def test_a_text_that_no_tokenizer_takes_is_named_among_others() -> None:
+    rows = [RowView(0, "a", (), "eos"), RowView(1, "half \ud83d of a character", (), "eos")]
+    with pytest.raises(RewardError, match="row 1"):
+        make_reward().renderer.inputs(CONVERSATION, rows)

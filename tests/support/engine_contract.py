@@ -16,7 +16,7 @@ from scipy.stats import chisquare
 from specrej_eval.budget import Budget
 from specrej_eval.config import RunConfig
 from specrej_eval.core import Plan, Prompt, RowView
-from specrej_eval.engines.base import Engine
+from specrej_eval.engines.base import Engine, Opening
 from specrej_eval.errors import ConfigError, KVBudgetExceededError
 from support.toy import distribution, log_softmax
 
@@ -336,6 +336,27 @@ def ledgers_add_up(subject: Subject) -> None:
     run.engine.close(session)
 
 
+def a_prompt_may_be_opened_by_turns(subject: Subject) -> None:
+    """As it is opened at once, however few tokens are read in a turn."""
+    want = tokens_of(Run(subject, TEXTS[2]).to_the_end(3))
+    run = Run(subject, TEXTS[2])
+    subject.engine.close(run.session)
+    asked = Opening(prompt=run.prompt, config=run.config, budget=run.budget)
+    turns = subject.engine.open_by_turns([asked], tokens=1)
+    while True:
+        try:
+            next(turns)
+        except StopIteration as done:
+            [run.session] = done.value
+            break
+    rows = run.to_the_end(3)
+    assert len(rows) == len(want)
+    if subject.exact:
+        assert tokens_of(rows) == want
+    abandoned = subject.engine.open_by_turns([asked], tokens=1)
+    abandoned.close()
+
+
 def a_closed_session_is_over(subject: Subject) -> None:
     run = Run(subject)
     run.follow(fresh=4).decode(3)
@@ -422,6 +443,7 @@ CHECKS: tuple[Callable[[Subject], None], ...] = (
     stop_strings_are_exact,
     budgets_are_held,
     ledgers_add_up,
+    a_prompt_may_be_opened_by_turns,
     a_closed_session_is_over,
     first_tokens_are_of_the_distribution,
     log_probs_are_the_models_own,

@@ -8,8 +8,8 @@ from __future__ import annotations
 import logging
 import time
 import weakref
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Collection, Generator, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, contextmanager
 from functools import partial
 from typing import Any
 
@@ -26,8 +26,8 @@ from specrej_eval.engines.transformers.decoding import SMALLER, Decoder
 from specrej_eval.engines.transformers.model import ModelRunner, Path
 from specrej_eval.engines.transformers.session import EOS, MAY_STOP, Session
 from specrej_eval.kv.attention.base import AttentionBackend
-from specrej_eval.kv.cache import bytes_per_token
-from specrej_eval.kv.memory import clear_error, free_bytes, or_else, release_memory, twice
+from specrej_eval.kv.cache import Prefix, bytes_per_token
+from specrej_eval.kv.memory import clear_error, free_bytes, is_out_of_memory, or_else, release_memory, twice
 from specrej_eval.kv.models import attention_size, context_length, parameters_per_token, stop_ids
 
 logger = logging.getLogger(__name__)
@@ -115,20 +115,71 @@ class TransformersEngine(Engine):
         longest = max((each.prompt.num_tokens for each in openings), default=0)
         with clear_error(f"reading a prompt of {longest} tokens", SMALLER):
             sessions = or_else(lambda: twice(lambda: self._opened(openings)), with_others_parked)
-        self._open_sessions.update(sessions)
         hardware.synchronize(self.device)
-        seconds = (time.perf_counter() - started) / max(1, sum(session.prompt_tokens for session in sessions))
+        return self._registered(sessions, time.perf_counter() - started)
+
+    def open_by_turns(self, openings: Sequence[Opening], *, tokens: int) -> Generator[None, None, list[Session]]:
+        """Prefill long prompts chunk by chunk. See ``base.Engine.open_by_turns``.
+
+        Should memory run out, what was read is let go, and ``open_all`` reads all of it by itself.
+        """
+        if sum(each.prompt.num_tokens for each in openings) <= tokens:
+            return self.open_all(openings)
+        for each in openings:
+            self.check(each.prompt, each.config)
+        seconds = 0.0
+        sessions: list[Session] | None = None
+        try:
+            with closing(self.runner.prefill_turns(self._asked(openings))) as turns:
+                while sessions is None:
+                    started = time.perf_counter()
+                    sessions = self._read_on(turns, openings, tokens)
+                    hardware.synchronize(self.device)
+                    seconds += time.perf_counter() - started
+                    if sessions is None:
+                        yield
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+        if sessions is None:  # outside the except block: the traceback would keep the failed part's tensors alive
+            release_memory()
+            return self.open_all(openings)
+        return self._registered(sessions, seconds)
+
+    def _read_on(
+        self, turns: Generator[int, None, list[Prefix]], openings: Sequence[Opening], tokens: int
+    ) -> list[Session] | None:
+        """Read so many tokens more; the sessions, once all is read."""
+        read = 0
+        with torch.inference_mode(), self._active():
+            while read < tokens:
+                try:
+                    read += next(turns)
+                except StopIteration as done:
+                    return self._sessions(openings, done.value)
+        return None
+
+    def _registered(self, sessions: list[Session], seconds: float) -> list[Session]:
+        """Sessions whose prompts were read in so many seconds."""
+        self._open_sessions.update(sessions)
+        seconds /= max(1, sum(session.prompt_tokens for session in sessions))
         for session in sessions:
             session.prefill_seconds = seconds * session.prompt_tokens
         return sessions
 
-    def _opened(self, openings: Sequence[Opening]) -> list[Session]:
-        prompts = [
+    def _asked(self, openings: Sequence[Opening]) -> list[tuple[Sequence[int], Path]]:
+        """The prompts, and which path each takes."""
+        return [
             (each.prompt.token_ids, self.runner.path_for(each.prompt.num_tokens, each.config.max_gen_toks))
             for each in openings
         ]
+
+    def _opened(self, openings: Sequence[Opening]) -> list[Session]:
         with torch.inference_mode(), self._active():
-            prefixes = self.runner.prefill_all(prompts)
+            prefixes = self.runner.prefill_all(self._asked(openings))
+        return self._sessions(openings, prefixes)
+
+    def _sessions(self, openings: Sequence[Opening], prefixes: Sequence[Prefix]) -> list[Session]:
         sessions = []
         for each, prefix in zip(openings, prefixes, strict=True):
             assert prefix.logits is not None
@@ -165,14 +216,14 @@ class TransformersEngine(Engine):
         batch = [(session, group) for session in sessions for group in session.groups]
         for _, group in batch:
             group.target = group.num_sampled + num_tokens
-        with torch.inference_mode(), clear_error("decoding", SMALLER), self._active():
+        with torch.inference_mode(), clear_error("decoding", SMALLER), self._active(unchanged=True):
             self._decoder.decode(batch)
 
     @contextmanager
-    def _active(self) -> Iterator[None]:
+    def _active(self, *, unchanged: bool = False) -> Iterator[None]:
         """``ModelRunner.active``, whose entry may meet the end of memory too."""
         with ExitStack() as stack:
-            twice(lambda: stack.enter_context(self.runner.active()))
+            twice(lambda: stack.enter_context(self.runner.active(unchanged=unchanged)))
             yield
 
     def pool(self, session: Session) -> list[RowView]:

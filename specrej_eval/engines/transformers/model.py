@@ -16,7 +16,7 @@ from __future__ import annotations
 import copy
 import inspect
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, Literal
@@ -35,7 +35,7 @@ from specrej_eval.kv.experts import expert_configs, padded_experts
 from specrej_eval.kv.models import has_odd_widths, obstacle, our_attention, reset_rotary, rope_limit, windows_missing
 from specrej_eval.kv.native.fused import FusedOperators
 from specrej_eval.kv.packed import PackedWeights
-from specrej_eval.kv.prefill import PromptReader
+from specrej_eval.kv.prefill import PromptReader, drained
 from specrej_eval.kv.probe import difference, may_be_bits, probe_ids, tried
 from specrej_eval.kv.shared_prefix import ROW_ALIGN
 from specrej_eval.kv.steps import SDPA, DecodeStep
@@ -100,9 +100,10 @@ class ModelRunner:
         reasons: list[str] = []
         for path in PATHS:
             reason = obstacle(self.model) if path == "shared_prefix" else None
-            reason = reason or tried(partial(self._probe_error, path))
-            if reason is not None and path == "shared_prefix" and self.attention.name != SDPA.name:
-                reason = self._without_backend(reason)
+            if reason is None:
+                reason = tried(partial(self._probe_error, path))
+                if reason is not None:
+                    reason = self._without_kernels(path, reason)
             if reason is None:
                 if path != "shared_prefix":
                     logger.warning(
@@ -125,12 +126,19 @@ class ModelRunner:
         """Who computes attention on the ``shared_prefix`` path."""
         return self.reader.attention
 
-    def _without_backend(self, reason: str) -> str | None:
-        """The reason against the ``shared_prefix`` path with ``sdpa``; says so if that is none, and stays with it."""
-        failed, self.reader.attention = self.attention, SDPA
-        again = obstacle(self.model) or tried(partial(self._probe_error, "shared_prefix"))
-        if again is None:
+    def _without_kernels(self, path: Path, reason: str) -> str | None:
+        """The reason against a path if torch computes all of it; says so if that is none, and stays with it."""
+        failed, fused = self.attention, self._fused
+        if failed.name == SDPA.name and not len(fused):
+            return reason
+        self.reader.attention, self._fused = SDPA, FusedOperators(self.model, wanted=False)
+        again = tried(partial(self._probe_error, path))
+        if again is None and path == "shared_prefix":
             self._say_unused(failed, reason)
+        elif again is None:
+            logger.warning("C++ kernels are not used for %s (%s).", type(self.model).__name__, reason)
+        else:  # it was not for them: another path may have use for them
+            self.reader.attention, self._fused = failed, fused
         return again
 
     def _fitting(self, attention: AttentionBackend) -> AttentionBackend:
@@ -239,10 +247,15 @@ class ModelRunner:
     # forward passes
 
     @contextmanager
-    def active(self) -> Iterator[None]:
-        """Our attention is the model's only in here, so the same object still serves log-likelihood requests."""
+    def active(self, *, unchanged: bool = False) -> Iterator[None]:
+        """Our attention is the model's only in here, so the same object still serves log-likelihood requests.
+
+        Args:
+            unchanged: the weights are those of the last time (see ``PackedWeights.active``).
+        """
         reset_rotary(self.model, self.device)
-        with padded_experts(self._expert_configs), self._packed.active(), self._fused.active():
+        packed = self._packed.active(unchanged=unchanged)
+        with padded_experts(self._expert_configs), packed, self._fused.active():
             if self.path != "shared_prefix":
                 yield
                 return
@@ -291,14 +304,28 @@ class ModelRunner:
 
     def prefill_all(self, prompts: Sequence[tuple[Sequence[int], Path]]) -> list[Prefix]:
         """Read prompts, each on its path; those that share read what they have in common once. See ``prefill``."""
-        shared = iter(self._read([ids for ids, path in prompts if path == "shared_prefix"], share=True))
-        return [next(shared) if path == "shared_prefix" else self.prefill(ids, path) for ids, path in prompts]
+        return drained(self.prefill_turns(prompts))
+
+    def prefill_turns(self, prompts: Sequence[tuple[Sequence[int], Path]]) -> Generator[int, None, list[Prefix]]:
+        """``prefill_all`` in parts (see ``PromptReader.turns``). Prompts on the plain paths are read whole: their
+        attention is the model's own, whose bits depend on how much is read at once.
+
+        Yields:
+            Tokens that went through the model; outside of ``next``, it need not be ``active``.
+        """
+        read = yield from self.reader.turns([ids for ids, path in prompts if path == "shared_prefix"])
+        shared = iter(_with_logits(read))
+        prefixes = []
+        for ids, path in prompts:
+            if path == "shared_prefix":
+                prefixes.append(next(shared))
+                continue
+            prefixes.append(self.prefill(ids, path))
+            yield len(ids)
+        return prefixes
 
     def _read(self, prompts: Sequence[Sequence[int]], *, share: bool) -> list[Prefix]:
-        found = self.reader.read(prompts, share=share)
-        for prefix, logits in found:
-            prefix.logits = logits.clone()  # (1, vocab); a view would keep those of all prompts alive
-        return [prefix for prefix, _ in found]
+        return _with_logits(self.reader.read(prompts, share=share))
 
     def _prompt_logits(self, ids: Tensor, positions: Tensor, wanted: Tensor | None) -> Tensor:
         """See ``prefill.Forward``."""
@@ -372,6 +399,12 @@ class ModelRunner:
         if wanted is None:
             return logits[:, -1]
         return logits[0] if self._takes_logits_to_keep else logits[0, wanted]
+
+
+def _with_logits(found: Sequence[tuple[Prefix, Tensor]]) -> list[Prefix]:
+    for prefix, logits in found:
+        prefix.logits = logits.clone()  # (1, vocab); a view would keep those of all prompts alive
+    return [prefix for prefix, _ in found]
 
 
 def _row_align(model: Any, dtype: torch.dtype) -> int:

@@ -134,9 +134,15 @@ def sample(logits: Tensor, uniforms: Tensor, params: SamplingParams) -> Tensor:
 
     Returns:
         (rows,), int64.
+
+    Raises:
+        ModelError: a logit is NaN.
     """
     if params.greedy:
-        return logits.argmax(-1).expand(uniforms.shape[0])
+        likeliest = logits.argmax(-1)
+        if bool(logits.gather(-1, likeliest[:, None]).isnan().any()):  # of a row that holds one, it is the largest
+            raise _nan_error()
+        return likeliest.expand(uniforms.shape[0])
     return in_chunks(partial(_sample_chunk, params), logits, uniforms)
 
 
@@ -236,14 +242,18 @@ def _tempered(logits: Tensor, temperature: float) -> Tensor:
         return scores
     rows = wide[lost].double()
     if bool(rows.isnan().any()):
-        raise ModelError(
-            "the language model's logits are NaN, so no token can be drawn.",
-            hint="a half-precision dtype may have overflowed: try dtype=float32 or dtype=bfloat16.",
-        )
+        raise _nan_error()
     largest = rows.amax(-1, keepdim=True)
     # written so that inf - inf never counts: whatever equals the largest logit scores 0
     shifted = ((rows - largest) / temperature).masked_fill(rows == largest, 0.0)
     return scores.index_put((lost,), shifted.float())
+
+
+def _nan_error() -> ModelError:
+    return ModelError(
+        "the language model's logits are NaN, so no token can be drawn.",
+        hint="a half-precision dtype may have overflowed: try dtype=float32 or dtype=bfloat16.",
+    )
 
 
 def _most_likely(scores: Tensor, width: int) -> tuple[Tensor, Tensor]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -108,7 +109,7 @@ class Session(EngineSession):
             selections = {}
             for group, rows in kept.items():
                 gone = [place for place, row in enumerate(group.row_ids) if row not in seen]
-                rejected += self.records_of(group, dict.fromkeys(gone, "rejected"))
+                rejected += self._rejected(group, gone)
                 if rows:
                     places, row_ids = zip(*rows, strict=True)
                     selections[group] = group.selection(places, list(row_ids), group.num_sampled + plan.num_tokens)
@@ -128,6 +129,17 @@ class Session(EngineSession):
         self._held_at = Counter({0: self.account.held - self.prompt_tokens})
         for group in self.groups:
             group.sampled_at_look = group.num_sampled
+
+    def _rejected(self, group: Group, places: Sequence[int]) -> list[RowView]:
+        """Records of rows that go: as they were looked at, if they have drawn nothing since."""
+        seen, drawn = [], []
+        for place in places:
+            record = self.records[group.row_ids[place]]
+            if record.num_tokens == group.num_sampled > 0:
+                seen.append(replace(record, finish_reason="rejected"))
+            else:
+                drawn.append(place)
+        return seen + self.records_of(group, dict.fromkeys(drawn, "rejected"))
 
     def _group(self, row_ids: list[int], capacity: int) -> Group:
         """Rows that start right behind the prompt."""

@@ -5,11 +5,14 @@ from __future__ import annotations
 import importlib
 import importlib.util
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
+
+from specrej_eval.kv.cache import Prefix, SuffixPool
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,6 +168,26 @@ class AttentionBackend(ABC):
             suffix_key, suffix_value = suffix_key[:, :, :count], suffix_value[:, :, :count]
         return taken._decode(query, prefix_key, prefix_value, suffix_key, suffix_value, params, count)
 
+    def decode_groups(
+        self,
+        groups: Sequence[tuple[Prefix, SuffixPool]],
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        params: AttentionParams,
+    ) -> Tensor | None:
+        """``decode`` of all groups of a step at once, new keys and values stored in their pools; None where there is no
+        kernel for it, and then nothing is stored.
+
+        Args:
+            query: (rows of all groups and padding, heads, 1, head_dim); key, value: the same with kv_heads.
+
+        Returns:
+            (rows and padding, 1, heads, head_dim of the values), zeros for padding.
+        """
+        return self._of(query, value)._decode_groups(groups, layer, query, key, value, params)
+
     def extend(
         self,
         query: Tensor,
@@ -191,6 +214,17 @@ class AttentionBackend(ABC):
         return self._of(query, suffix_value)._extend(query, *keys, starts, params)
 
     # what a backend is made of
+
+    def _decode_groups(
+        self,
+        groups: Sequence[tuple[Prefix, SuffixPool]],
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        params: AttentionParams,
+    ) -> Tensor | None:
+        return None
 
     def _extend(
         self,

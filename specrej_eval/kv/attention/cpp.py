@@ -1,6 +1,6 @@
 """A C++ kernel of our own for CPUs, compiled on the machine (``kv/native``).
 
-Keys and values of the prefix are laid out for vector products once a layer, for all rows; scores and weights of a few
+Keys and values of a prefix are laid out for vector products once a layer, for all rows; scores and weights of a few
 queries at a time stay in the first cache, under a softmax that is carried on from block to block of keys (online
 softmax, arXiv 1805.02867; FlashAttention, arXiv 2205.14135), over the prefix first and then over the row's own suffix.
 In bfloat16 it multiplies pairs (AVX512-BF16 where there is one), sums in float32 and rounds weights once, as flash
@@ -11,12 +11,15 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from specrej_eval.kv.attention.base import AttentionBackend, AttentionParams, last_dim_contiguous
+from specrej_eval.kv.cache import Prefix, SuffixPool
 from specrej_eval.kv.native import build
 
 
@@ -54,6 +57,56 @@ class Backend(AttentionBackend):
         _attend(query, prefix_key, prefix_value, out, params, suffix=(suffix_key, suffix_value))
         return out
 
+    def _decode_groups(
+        self,
+        groups: Sequence[tuple[Prefix, SuffixPool]],
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        params: AttentionParams,
+    ) -> Tensor | None:
+        new = (query, key, value)
+        if params.sinks is not None or any(each.stride(-1) != 1 or each.dtype != query.dtype for each in new):
+            return None
+        batch, heads, _, _ = query.shape
+        out = value.new_empty(batch, 1, heads, value.shape[-1])
+        noted: list[_Noted] = []
+        for prefix, pool in groups:
+            mine: _Noted | None = pool.noted.get(layer)
+            if mine is None or mine.prefix is not prefix or mine.capacity < max(pool.capacity, pool.length + 1):
+                mine = _note(prefix, pool, layer, query, out)
+                if mine is None:
+                    return None
+                pool.noted[layer] = mine
+            noted.append(mine)
+        rows = [pool.rows for _, pool in groups]
+        count = len(groups)
+        addresses = (ctypes.c_void_p * count)(*[mine.address for mine in noted])
+        row_counts = (ctypes.c_int64 * count)(*rows)
+        suffixes = (ctypes.c_int64 * count)(*[pool.length + 1 for _, pool in groups])
+        told: Any = build.Decode(
+            ctypes.addressof(addresses),
+            ctypes.addressof(row_counts),
+            ctypes.addressof(suffixes),
+            count,
+            *(each.data_ptr() for each in new),
+            *(stride for each in new for stride in each.stride()[:2]),
+            out.data_ptr(),
+            *(out.stride(0), out.stride(2)),
+            None,
+            params.window or 0,
+            params.scale,
+            params.softcap or 0,
+        )
+        kernels = build.library()
+        scratch = torch.empty(kernels.decode_bytes(ctypes.byref(told)), dtype=torch.uint8)
+        told.scratch = scratch.data_ptr()
+        kernels.decode(ctypes.byref(told))
+        if (ours := sum(rows)) < batch:
+            out[ours:] = 0
+        return out
+
     def _extend(
         self,
         query: Tensor,
@@ -67,7 +120,7 @@ class Backend(AttentionBackend):
         tokens = query.shape[3]
         packed = query.flatten(2, 3)  # (rows, kv_heads, groups * tokens, head_dim)
         out = suffix_value.new_empty(*packed.shape[:3], suffix_value.shape[-1])
-        own = (suffix_key, suffix_value)
+        own = suffix_key, suffix_value
         sinks = None if params.sinks is None else params.sinks.repeat_interleave(tokens)
         params = dataclasses.replace(params, sinks=sinks)
         _attend(packed, prefix_key, prefix_value, out, params, suffix=own, own_starts=starts, new_tokens=tokens)
@@ -81,6 +134,13 @@ class Backend(AttentionBackend):
         rows = query[0].transpose(0, 1).unflatten(1, by_kv_head)  # (chunk, kv_heads, groups, head_dim)
         _attend(rows, key, value, out.unflatten(1, by_kv_head), params, start=start)
         return out.transpose(0, 1)[None]
+
+
+def _in_words(keys: Tensor) -> Tensor:
+    """Keys as the kernel reads them: by words of 4 bytes. A copy only where they are parts of something of odd size."""
+    if keys.dtype == torch.float32 or not (keys.data_ptr() % 4 or any(stride % 2 for stride in keys.stride()[:-1])):
+        return keys
+    return keys.clone(memory_format=torch.contiguous_format)
 
 
 def _attend(
@@ -106,14 +166,35 @@ def _attend(
             all of it.
 
     Raises:
+        TypeError: they are of several dtypes.
         RuntimeError: no memory to work in.
     """
+    kept = (prefix_key, prefix_value) if suffix is None else (prefix_key, prefix_value, *suffix)
+    if any(each.dtype != query.dtype for each in kept):
+        raise TypeError(f"queries are {query.dtype}, and what is kept is {', '.join({str(x.dtype) for x in kept})}")
     query, prefix_key, prefix_value = map(last_dim_contiguous, (query, prefix_key, prefix_value))
-    own_key, own_value = (prefix_key[None], prefix_value[None]) if suffix is None else map(last_dim_contiguous, suffix)
+    own = (prefix_key[None, :, :0], prefix_value[None, :, :0]) if suffix is None else suffix
+    own_key, own_value = map(last_dim_contiguous, own)
+    prefix_key, own_key = map(_in_words, (prefix_key, own_key))
     sinks = None if params.sinks is None else params.sinks.detach().float().contiguous()
     own_starts = None if own_starts is None else own_starts.contiguous()
+    told = _request(query, prefix_key, prefix_value, own_key, own_value, out)
+    told.causal_start, told.window = start, 0 if start < 0 else params.window or 0
+    told.scale, told.softcap = params.scale, params.softcap or 0
+    told.sinks = None if sinks is None else sinks.data_ptr()
+    told.suffix_starts, told.new_tokens = None if own_starts is None else own_starts.data_ptr(), new_tokens
+    kernels = build.library()
+    scratch = torch.empty(kernels.scratch_bytes(ctypes.byref(told)), dtype=torch.uint8)
+    told.scratch = scratch.data_ptr()
+    kernels.attention(ctypes.byref(told))
+
+
+def _request(
+    query: Tensor, prefix_key: Tensor, prefix_value: Tensor, own_key: Tensor, own_value: Tensor, out: Tensor
+) -> Any:
+    """``build.Attention`` of these (see ``_attend``), whose last dims are contiguous; every row sees all."""
     rows, kv_heads, groups, width = query.shape
-    told: Any = build.Attention(
+    return build.Attention(
         query.data_ptr(),
         *query.stride()[:3],
         prefix_key.data_ptr(),
@@ -126,24 +207,40 @@ def _attend(
         *own_value.stride()[:3],
         out.data_ptr(),
         *out.stride()[:3],
-        None if sinks is None else sinks.data_ptr(),
-        None,
-        rows,
-        kv_heads,
-        groups,
-        width,
-        out.shape[-1],
-        prefix_key.shape[1],
-        0 if suffix is None else own_key.shape[2],
-        start,
-        0 if start < 0 else params.window or 0,
-        None if own_starts is None else own_starts.data_ptr(),
-        new_tokens,
-        params.scale,
-        params.softcap or 0,
-        query.dtype == torch.float32,
+        rows=rows,
+        kv_heads=kv_heads,
+        groups=groups,
+        width=width,
+        value_width=out.shape[-1],
+        prefix=prefix_key.shape[1],
+        suffix=own_key.shape[2],
+        causal_start=-1,
+        single=query.dtype == torch.float32,
     )
-    kernels = build.library()
-    scratch = torch.empty(kernels.scratch_bytes(ctypes.byref(told)), dtype=torch.uint8)
-    told.scratch = scratch.data_ptr()
-    kernels.attention(ctypes.byref(told))
+
+
+@dataclass(frozen=True, slots=True)
+class _Noted:
+    """One layer of a group, as the kernel is told of it, for as long as its memory stays where it is."""
+
+    prefix: Prefix
+    capacity: int
+    told: Any
+    """``build.Attention``; which rows of a step are its own, and how long its suffix is, are told with each step."""
+    address: int
+
+
+def _note(prefix: Prefix, pool: SuffixPool, layer: int, query: Tensor, out: Tensor) -> _Noted | None:
+    """None where memory is not laid out as the kernel reads it, or where there is none yet."""
+    own = pool.ready(layer)
+    if own is None or pool.length >= pool.capacity:
+        return None
+    stored = (prefix.keys[layer], prefix.values[layer], *own)
+    if any(each.stride(-1) != 1 or each.dtype != query.dtype or not each.is_cpu for each in stored):
+        return None
+    if any(_in_words(keys) is not keys for keys in stored[::2]):
+        return None
+    kv_heads = own[0].shape[1]
+    by_kv_head = query[: pool.rows, :, 0].unflatten(1, (kv_heads, -1)), out[: pool.rows, 0].unflatten(1, (kv_heads, -1))
+    told = _request(by_kv_head[0], *stored, by_kv_head[1])
+    return _Noted(prefix, pool.capacity, told, ctypes.addressof(told))

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from specrej_eval.kv.attention.base import AttentionBackend, AttentionParams, last_dim_contiguous
+from specrej_eval.kv.attention.base import AttentionBackend, AttentionParams, last_dim_contiguous, merge, with_sinks
 
 _QUERY_ALIGN = 16
 """On CPU, query rows of a matmul are padded to a multiple of this: with fewer than 4 rows per thread MKL takes
@@ -320,20 +320,8 @@ def _decode_flash(
         shared_lse = shared_lse.reshape(kv_heads, rows, groups).transpose(0, 1)
         out, lse = merge(out, lse, shared, shared_lse)
     if params.sinks is not None:
-        # a sink is one more logit without a value: it scales the output by the mass the others keep
-        out = out * torch.sigmoid(lse - params.sinks.view(1, kv_heads, groups).float())[..., None]
+        out = with_sinks(out, lse, params.sinks.view(1, kv_heads, groups))
     return out.to(suffix_value.dtype)
-
-
-def merge(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
-    """Attention over the union of two disjoint sets of keys, from the attention over each (natural logarithms).
-
-    Args:
-        out_a, out_b: (..., head_dim), float32.
-        lse_a, lse_b: (...), float32.
-    """
-    lse = torch.logaddexp(lse_a, lse_b)
-    return out_a * (lse_a - lse).exp()[..., None] + out_b * (lse_b - lse).exp()[..., None], lse
 
 
 def _attend(

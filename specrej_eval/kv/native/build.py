@@ -8,6 +8,7 @@ the other's.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import hashlib
 import os
@@ -17,16 +18,14 @@ import shutil
 import stat
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from specrej_eval import paths
+from specrej_eval import paths, temporary
 
 SOURCE = Path(__file__).with_name("kernels.cpp")
 _FLAGS = ("-std=c++17", "-O3", "-march=native", "-ffp-contract=off", "-fno-math-errno", "-fopenmp", "-fPIC")
@@ -53,8 +52,26 @@ class Attention(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("prefix", "suffix", "causal_start", "window")),
         ("suffix_starts", ctypes.c_void_p),
         ("new_tokens", ctypes.c_int64),
+        *((name, ctypes.c_void_p) for name in ("new_key", "new_value")),
+        *((f"new_{name}", ctypes.c_int64) for name in ("key_row", "key_head", "value_row", "value_head")),
         *((name, ctypes.c_float) for name in ("scale", "softcap")),
         ("single", ctypes.c_int32),
+    )
+
+
+class Decode(ctypes.Structure):
+    """What ``decode`` of kernels.cpp is given; ``groups`` are addresses of ``Attention``."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("groups", "rows", "suffixes")),
+        ("count", ctypes.c_int64),
+        *((name, ctypes.c_void_p) for name in ("query", "key", "value")),
+        *((f"{name}_{place}", ctypes.c_int64) for name in ("query", "key", "value") for place in ("row", "head")),
+        ("out", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("out_row", "out_head")),
+        ("scratch", ctypes.c_void_p),
+        ("window", ctypes.c_int64),
+        *((name, ctypes.c_float) for name in ("scale", "softcap")),
     )
 
 
@@ -62,6 +79,8 @@ _ADDRESS, _COUNT, _FLAG = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
 _SIGNATURES: dict[str, list[Any]] = {
     "attention": [ctypes.POINTER(Attention)],
     "scratch_bytes": [ctypes.POINTER(Attention)],
+    "decode": [ctypes.POINTER(Decode)],
+    "decode_bytes": [ctypes.POINTER(Decode)],
     "norm": [_ADDRESS, _ADDRESS, _ADDRESS, _COUNT, _COUNT, ctypes.c_float, _FLAG],
     "gate": [_ADDRESS, _ADDRESS, _ADDRESS, _COUNT, _FLAG],
     "largest": [_ADDRESS, _COUNT, _COUNT, _COUNT, _COUNT, _ADDRESS],
@@ -72,6 +91,10 @@ _SIGNATURES: dict[str, list[Any]] = {
 
 class Unavailable(Exception):
     """Why there is no library, in words that follow a colon."""
+
+
+class _Broken(Unavailable):
+    """There is one, and it cannot be loaded."""
 
 
 def why_not() -> str | None:
@@ -86,7 +109,15 @@ def why_not() -> str | None:
 @cache
 def _found() -> ctypes.CDLL | str:
     try:
-        return _loaded(_built())
+        compiler, runtime, built = _named()
+        if not built.exists():
+            _compile(compiler, runtime, built)
+        _check_owner(built)
+        try:
+            return _loaded(built)
+        except _Broken:  # a disk that was full, or a machine that went down, may have left half of it
+            _compile(compiler, runtime, built)
+            return _loaded(built)
     except Unavailable as error:
         return str(error)
 
@@ -111,7 +142,7 @@ def in_use() -> ctypes.CDLL | None:
     return _in_use
 
 
-@contextmanager
+@contextlib.contextmanager
 def used(kernels: ctypes.CDLL | None) -> Iterator[None]:
     """Inside, whoever asks for kernels ``in_use`` gets these."""
     global _in_use
@@ -122,16 +153,20 @@ def used(kernels: ctypes.CDLL | None) -> Iterator[None]:
         _in_use = before
 
 
-def _built() -> Path:
-    """The compiled file; made if this source was never compiled here by this compiler for this processor."""
+def _named() -> tuple[list[str], Path, Path]:
+    """The compiler, torch's OpenMP runtime, and the file for what this source becomes by them on this processor."""
     if sys.platform != "linux":
         raise Unavailable("they are compiled on Linux only")
     processor = _processor()
     if "avx512f" not in processor.split():  # measured: ten times as slow with AVX2, for want of registers
         raise Unavailable("the processor has no AVX-512, without which PyTorch's are faster")
-    compiler = shlex.split(os.environ.get("CXX", "g++"))
+    named = os.environ.get("CXX", "g++")
+    try:
+        compiler = shlex.split(named)
+    except ValueError as error:
+        raise Unavailable(f"CXX={named!r} names no C++ compiler ({error})") from error
     if not compiler or shutil.which(compiler[0]) is None:
-        raise Unavailable(f"there is no C++ compiler ({' '.join(compiler) or 'CXX is empty'})")
+        raise Unavailable(f"there is no C++ compiler ({named.strip() or 'CXX is empty'})")
     version = _output([*compiler, "--version"])
     if "Free Software Foundation" not in version:
         raise Unavailable(f"{' '.join(compiler)} is not GCC, whose OpenMP is torch's")
@@ -140,13 +175,17 @@ def _built() -> Path:
         raise Unavailable("torch does not bring the OpenMP runtime of GCC")
     parts = (SOURCE.read_text(encoding="utf-8"), *_FLAGS, version, processor, runtime.name)
     digest = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:24]
-    built = paths.cache("native") / f"{digest}.so"
-    if not built.exists():
-        _compile(compiler, runtime, built)
-    found = built.stat()
-    if found.st_uid != os.geteuid() or found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-        raise Unavailable(f"others may have written {built}")  # it would run as this user
-    return built
+    return compiler, runtime, paths.cache("native") / f"{digest}.so"
+
+
+def _check_owner(built: Path) -> None:
+    """It would run as this user, so nobody else may have written it, or may put another in its place."""
+    with contextlib.suppress(OSError):  # where a umask gives folders to a group
+        built.parent.chmod(0o700)
+    for each in (built.parent, built):
+        found = each.stat()
+        if found.st_uid != os.geteuid() or found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+            raise Unavailable(f"others may have written {built}")
 
 
 def _processor() -> str:
@@ -160,22 +199,33 @@ def _processor() -> str:
 
 
 def _compile(compiler: list[str], runtime: Path, built: Path) -> None:
-    """Through a file of another name: whoever looks finds a whole library, or none."""
+    """Through files of other names: whoever looks finds a whole library, or none."""
+    compiled, linked = temporary.partial(built.with_suffix(".o")), temporary.partial(built)
     try:
         built.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=built.parent) as folder:
-            compiled, linked = Path(folder, "kernels.o"), Path(folder, "kernels.so")
-            _output([*compiler, *_FLAGS, "-c", str(SOURCE), "-o", str(compiled)])
-            _output([*compiler, "-shared", str(compiled), "-o", str(linked), str(runtime)])
-            linked.chmod(0o700)
-            os.replace(linked, built)
+        _output([*compiler, *_FLAGS, "-c", str(SOURCE), "-o", str(compiled)])
+        _output([*compiler, "-shared", str(compiled), "-o", str(linked), str(runtime)])
+        linked.chmod(0o700)
+        os.replace(linked, built)
     except OSError as error:
         raise Unavailable(f"nothing can be kept in {built.parent} ({error.strerror})") from error
+    finally:
+        for each in (compiled, linked):
+            with contextlib.suppress(OSError):
+                each.unlink(missing_ok=True)
 
 
 def _output(command: list[str]) -> str:
     try:
-        done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=_SECONDS, check=False)
+        done = subprocess.run(
+            command,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=_SECONDS,
+            check=False,
+            env={**os.environ, "LC_ALL": "C"},  # what it says is read, and is part of the library's name
+        )
     except (OSError, subprocess.TimeoutExpired) as error:
         raise Unavailable(f"{command[0]} failed ({error})") from error
     if done.returncode:
@@ -190,9 +240,10 @@ def _loaded(built: Path) -> ctypes.CDLL:
         for name, arguments in _SIGNATURES.items():
             function = getattr(found, name)
             function.argtypes, function.restype = arguments, None
-        found.scratch_bytes.restype = ctypes.c_int64
+        found.scratch_bytes.restype = found.decode_bytes.restype = ctypes.c_int64
     except (OSError, AttributeError) as error:
-        raise Unavailable(f"what was compiled cannot be loaded ({error})") from error
-    if found.threads() != torch.get_num_threads():
+        raise _Broken(f"what was compiled cannot be loaded ({error})") from error
+    threads = torch.get_num_threads()  # asked first: torch may set the number when it is asked for it
+    if found.threads() != threads:
         raise Unavailable("their threads are not torch's")
     return found

@@ -26,6 +26,9 @@ from transformers.models.llama import modeling_llama
 from specrej_eval.kv.native import build
 
 _DTYPES = (torch.bfloat16, torch.float32)
+_TENSORS = (Tensor, torch.nn.Parameter)
+"""What has its numbers where it says: subclasses (quantised, sharded) need not."""
+_SILU = (torch.nn.SiLU, type(ACT2FN["silu"]))
 _ROTARY = "apply_rotary_pos_emb"
 Rotary = Callable[..., tuple[Tensor, Tensor]]
 
@@ -40,10 +43,11 @@ class _Norm:
     def __call__(self, hidden_states: Tensor) -> Tensor:
         module: Any = self._module
         weight: Tensor = module.weight
-        if not _plain(hidden_states, weight) or not hidden_states.is_contiguous() or not weight.is_contiguous():
+        width = hidden_states.shape[-1]
+        able = _plain(hidden_states, weight) and weight.numel() == width
+        if not able or not hidden_states.is_contiguous() or not weight.is_contiguous():
             found: Tensor = type(module).forward(module, hidden_states)
             return found
-        width = hidden_states.shape[-1]
         out = torch.empty_like(hidden_states)
         self._kernels.norm(
             *(hidden_states.data_ptr(), weight.data_ptr(), out.data_ptr()),
@@ -62,7 +66,8 @@ class _Gated:
     def __call__(self, x: Tensor) -> Tensor:
         module: Any = self._module
         gate, up = module.gate_proj(x), module.up_proj(x)
-        if _plain(gate, up) and gate.is_contiguous() and up.is_contiguous():
+        able = _plain(gate, up) and gate.shape == up.shape and _is_silu(module.act_fn)
+        if able and gate.is_contiguous() and up.is_contiguous():
             out = torch.empty_like(gate)
             addresses = gate.data_ptr(), up.data_ptr(), out.data_ptr()
             self._kernels.gate(*addresses, gate.numel(), gate.dtype == torch.float32)
@@ -82,6 +87,7 @@ class _Rotated:
     def __call__(self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1) -> tuple[Tensor, Tensor]:
         able = unsqueeze_dim == 1 and q.dim() == k.dim() == 4 and cos.dim() == 3 and cos.shape == sin.shape
         able = able and cos.shape[-1] == q.shape[-1] == k.shape[-1] and cos.shape[1] == q.shape[2] == k.shape[2]
+        able = able and not cos.shape[-1] % 2
         able = able and cos.shape[0] in (1, q.shape[0]) and q.shape[0] == k.shape[0]
         able = able and _plain(q, k, cos, sin) and cos.is_contiguous() and sin.is_contiguous()
         if not able or q.stride(-1) != 1 or k.stride(-1) != 1:
@@ -103,10 +109,10 @@ _Strides = ctypes.c_int64 * 3
 
 
 def _plain(*tensors: Tensor) -> bool:
-    """Whether these are what the kernels take: on a CPU, of one dtype, and nobody wants gradients."""
+    """Whether these are what the kernels take: plain tensors on a CPU, of one dtype, and nobody wants gradients."""
     dtype = tensors[0].dtype
     for each in tensors:
-        if each.dtype != dtype or not each.is_cpu:
+        if type(each) not in _TENSORS or each.dtype != dtype or not each.is_cpu:
             return False
     return dtype in _DTYPES and not torch.is_grad_enabled()
 
@@ -136,9 +142,7 @@ class FusedOperators:
             code = _code(type(module).forward)
             if code == _code(modeling_llama.LlamaRMSNorm.forward) and _has(module, "weight", "variance_epsilon"):
                 self._forwards[module] = _Norm(module, kernels)
-            elif code == _code(modeling_llama.LlamaMLP.forward) and isinstance(
-                getattr(module, "act_fn", None), torch.nn.SiLU | type(ACT2FN["silu"])
-            ):
+            elif code == _code(modeling_llama.LlamaMLP.forward) and _is_silu(getattr(module, "act_fn", None)):
                 self._forwards[module] = _Gated(module, kernels)
             of = sys.modules.get(type(module).__module__)
             function = getattr(of, _ROTARY, None)
@@ -177,13 +181,21 @@ class FusedOperators:
                     del module.forward
 
 
+def _is_silu(function: Any) -> bool:
+    """Whether it computes SiLU, and nobody listens to it: hooks run only where it is called."""
+    if type(function) not in _SILU or "forward" in vars(function):
+        return False
+    return not (function._forward_hooks or function._forward_pre_hooks)
+
+
 def _has(module: torch.nn.Module, *names: str) -> bool:
     return all(hasattr(module, name) for name in names)
 
 
 @cache
 def _code(function: Any) -> str | None:
-    """The statements of a function, without name, decorators, docstring and annotations; None if they are unknown."""
+    """The arguments and statements of a function, without its name, decorators, docstring and annotations; None if they
+    are unknown."""
     try:
         tree = ast.parse(textwrap.dedent(inspect.getsource(function))).body[0]
     except (OSError, TypeError, SyntaxError, IndexError):
@@ -191,4 +203,6 @@ def _code(function: Any) -> str | None:
     if not isinstance(tree, ast.FunctionDef):
         return None
     body = tree.body[1:] if ast.get_docstring(tree) is not None else tree.body
-    return "\n".join([", ".join(each.arg for each in tree.args.args), *map(ast.unparse, body)])
+    for argument in (each for each in ast.walk(tree.args) if isinstance(each, ast.arg)):
+        argument.annotation = None
+    return "\n".join([ast.unparse(tree.args), *map(ast.unparse, body)])

@@ -38,8 +38,24 @@ struct Attention {
     int64_t window;                                        // and of these the last so many; 0: all
     const int64_t *suffix_starts;                          // (rows,); null: each query sees all of the suffix
     int64_t new_tokens;                                    // query g sees suffix_starts[row] + g % new_tokens + 1 of it
+    const void *new_key, *new_value;                       // stored as the suffix's last token; null: it is there
+    int64_t new_key_row, new_key_head, new_value_row, new_value_head;
     float scale, softcap;                                  // softcap 0: none
     int32_t single;                                        // numbers are float32, else bfloat16
+};
+
+// A decode step of several groups of rows, each behind a prefix of its own. The same fields as build.Decode.
+struct Decode {
+    const Attention **groups;                              // what stays from step to step: prefix, suffix, shapes
+    const int64_t *rows, *suffixes;                        // of each group; the new token is the suffix's last
+    int64_t count;
+    const void *query, *key, *value;                       // (rows of all groups, heads or kv_heads, width)
+    int64_t query_row, query_head, key_row, key_head, value_row, value_head;
+    void *out;                                             // (rows of all groups, heads, value width)
+    int64_t out_row, out_head;
+    void *scratch;                                         // decode_bytes
+    int64_t window;                                        // a row sees so many tokens; 0: all
+    float scale, softcap;
 };
 
 } // extern "C"
@@ -50,6 +66,7 @@ constexpr int LANES = 16;   // numbers of a vector; smaller registers are used i
 constexpr int BLOCK = 128;  // keys that are scored at a time
 constexpr int QUERIES = 48; // queries of one kv head that a thread takes at a time, unless one row has more
 constexpr int TILE = 6;     // of which so many share what is read of the keys
+constexpr int64_t PACKED = 4 << 20; // bytes of prefixes that are laid out at a time, unless one has more
 constexpr int64_t SMALL = 16384; // numbers for which a second thread is not worth waking
 
 typedef float Floats __attribute__((vector_size(4 * LANES)));
@@ -67,7 +84,7 @@ inline Words all(uint32_t x) { return Words{} + x; }
 
 #if defined(__AVX512F__)
 inline Floats fused(Floats a, Floats b, Floats c) { return (Floats)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
-inline Floats larger(Floats a, Floats b) { return (Floats)_mm512_max_ps((__m512)a, (__m512)b); }
+inline Floats larger(Floats a, Floats b) { return (Floats)_mm512_max_ps((__m512)a, (__m512)b); } // as a > b ? a : b
 #else
 inline Floats fused(Floats a, Floats b, Floats c) {
     Floats out;
@@ -109,8 +126,9 @@ struct Half {
 #if defined(__AVX512BF16__)
         store(to, (Words)_mm512_cvtne2ps_pbh((__m512)second, (__m512)first));
 #else
-        uint16_t *numbers = reinterpret_cast<uint16_t *>(to);
+        uint16_t numbers[2 * LANES]; // not written in place: words are read there, and compilers trust in types
         for (int i = 0; i < LANES; i++) numbers[i] = rounded(first[i]), numbers[LANES + i] = rounded(second[i]);
+        std::memcpy(to, numbers, sizeof numbers);
 #endif
     }
     // two rows of values -> words of one number of each
@@ -251,10 +269,10 @@ inline void add_rows(const uint32_t *weights, int words, const uint32_t *values,
     for (; v < width; v += LANES) add_tile<T, ROWS, 1>(weights, words, values + v, width, to + v);
 }
 
-// 2 ** x for x <= 0; relative error below 3e-7, and 0 where x is below -126
+// 2 ** x for x <= 0; relative error below 3e-7, and 0 where x is below -126. NaN stays NaN.
 inline Floats power_of_two(Floats x) {
     const Floats low = all(-127.0f);
-    x = larger(x, low);
+    x = larger(low, x); // the second of the two if either is NaN
     const Floats magic = all(12582912.0f); // 1.5 * 2 ** 23: adding it rounds to an integer
     const Floats whole = x + magic;
     const Floats part = x - (whole - magic); // in [-0.5, 0.5]
@@ -298,8 +316,9 @@ struct Work {
 inline int64_t queries_at_once(int64_t groups) { return groups > QUERIES ? groups : QUERIES / groups * groups; }
 
 int64_t work_bytes(int64_t queries, int pair, int width, int value_width) {
-    return 4 * (queries * (width / pair) + queries * BLOCK + queries * (BLOCK / pair) + queries * value_width +
-                4 * queries + BLOCK * (width / pair) + BLOCK / pair * value_width) + 64 * 10;
+    const int64_t bytes = 4 * (queries * (width / pair) + queries * BLOCK + queries * (BLOCK / pair) +
+                               queries * value_width + 4 * queries + BLOCK * (width / pair) + BLOCK / pair * value_width);
+    return (bytes + 64 * 10 + 63) / 64 * 64; // each array begins on a cache line
 }
 
 Work work_at(char *from, int64_t queries, int pair, int width, int value_width) {
@@ -365,7 +384,7 @@ void take_in(Work &work, int first, int count, const uint32_t *keys, const uint3
         for (int v = 1; v < vectors; v++) most = larger(most, load(scores + v * LANES));
         const float before = work.most[q];
         float now = largest_of(most) * scale; // scale > 0
-        now = now > before ? now : before;
+        now = before > now ? before : now; // a NaN comes through, and makes the row NaN, as it must
         uint32_t *weights = work.weights + q * (BLOCK / T::PAIR);
         if (now == lowest) { // it has seen nothing yet
             std::memset(weights, 0, 4 * (padded / T::PAIR));
@@ -406,109 +425,180 @@ void take_in(Work &work, int first, int count, const uint32_t *keys, const uint3
 
 } // namespace
 
-extern "C" {
-
-int64_t scratch_bytes(const Attention *a) {
-    const int pair = a->single ? 1 : 2, value_width = whole_vectors(a->value_width);
-    const int64_t blocks = (a->prefix + BLOCK - 1) / BLOCK;
-    return 4 * a->kv_heads * blocks * BLOCK / pair * (a->width + value_width) +
-           omp_get_max_threads() * work_bytes(queries_at_once(a->groups), pair, a->width, value_width) + 64;
-}
-
-} // extern "C"
-
-namespace {
-
-template <class T> void attend(const Attention &a) {
+// What a thread does of one request: some rows of one kv head.
+template <class T>
+void attend_rows(const Attention &a, Work &work, int64_t head, int64_t first_row, int rows, const uint32_t *packed_keys,
+                 const uint32_t *packed_values) {
     typedef typename T::Number Number;
     constexpr float LOG2E = 1.44269504088896f;
     const int width = a.width, value_width = whole_vectors(a.value_width), groups = a.groups, words = width / T::PAIR;
-    const int blocks = (a.prefix + BLOCK - 1) / BLOCK;
+    const int64_t blocks = (a.prefix + BLOCK - 1) / BLOCK;
     const int64_t key_words = int64_t(words) * BLOCK, value_words = int64_t(BLOCK / T::PAIR) * value_width;
-    uint32_t *packed_keys = (uint32_t *)((uintptr_t(a.scratch) + 63) / 64 * 64);
-    uint32_t *packed_values = packed_keys + a.kv_heads * blocks * key_words;
-    char *works = (char *)(packed_values + a.kv_heads * blocks * value_words);
-    const int64_t queries = queries_at_once(groups), rows_at_once = queries / groups;
+    const int count = rows * groups;
+    for (int row = 0; row < rows; row++)
+        for (int group = 0; group < groups; group++) {
+            const int q = row * groups + group;
+            const Number *query = (const Number *)a.query + (first_row + row) * a.query_row + head * a.query_head +
+                                  group * a.query_group;
+            std::memcpy(work.queries + q * words, query, 4 * words);
+            work.most[q] = a.sinks ? a.sinks[head * groups + group] * LOG2E : -std::numeric_limits<float>::infinity();
+            work.mass[q] = a.sinks ? 1.0f : 0.0f;
+        }
+    std::memset(work.sums, 0, 4ll * count * value_width);
+    const bool causal = a.causal_start >= 0;
+    const int64_t nearest = a.causal_start + first_row + 1, furthest = nearest + rows - 1; // tokens seen
+    const int64_t oldest = causal && a.window ? nearest - a.window : 0;
+    for (int64_t block = 0; block < blocks && (!causal || block * BLOCK < furthest); block++) {
+        const int64_t first = block * BLOCK;
+        const int keys = a.prefix - first < BLOCK ? a.prefix - first : BLOCK;
+        if (first + keys <= oldest) continue;
+        const bool cut = causal && (nearest < first + keys || (a.window && furthest - a.window > first));
+        for (int q = 0; cut && q < count; q++) {
+            const int64_t end = nearest + q / groups - first, start = a.window ? end - a.window : 0;
+            work.end_seen[q] = end < 0 ? 0 : end < keys ? end : keys;
+            work.first_seen[q] = start < 0 ? 0 : start < keys ? start : keys;
+        }
+        take_in<T>(work, 0, count, packed_keys + (head * blocks + block) * key_words,
+                   packed_values + (head * blocks + block) * value_words, keys, width, value_width, a, cut);
+    }
+    for (int row = 0; row < rows; row++) {
+        const int64_t r = first_row + row;
+        Number *own_keys = (Number *)a.suffix_key + r * a.suffix_key_row + head * a.suffix_key_head;
+        Number *own_values = (Number *)a.suffix_value + r * a.suffix_value_row + head * a.suffix_value_head;
+        if (a.new_key) {
+            std::memcpy(own_keys + (a.suffix - 1) * a.suffix_key_token,
+                        (const Number *)a.new_key + r * a.new_key_row + head * a.new_key_head, sizeof(Number) * width);
+            std::memcpy(own_values + (a.suffix - 1) * a.suffix_value_token,
+                        (const Number *)a.new_value + r * a.new_value_row + head * a.new_value_head,
+                        sizeof(Number) * a.value_width);
+        }
+        for (int64_t first = 0; first < a.suffix; first += BLOCK) {
+            const int keys = a.suffix - first < BLOCK ? a.suffix - first : BLOCK;
+            pack_keys<T>(own_keys + first * a.suffix_key_token, a.suffix_key_token, keys, width, work.keys);
+            pack_values<T>(own_values + first * a.suffix_value_token, a.suffix_value_token, keys, a.value_width,
+                           work.values);
+            for (int group = 0; a.suffix_starts && group < groups; group++) {
+                const int64_t end = a.suffix_starts[r] + group % a.new_tokens + 1 - first;
+                work.end_seen[row * groups + group] = end < 0 ? 0 : end < keys ? end : keys;
+                work.first_seen[row * groups + group] = 0;
+            }
+            take_in<T>(work, row * groups, groups, work.keys, work.values, keys, width, value_width, a,
+                       a.suffix_starts != nullptr);
+        }
+    }
+    for (int row = 0; row < rows; row++)
+        for (int group = 0; group < groups; group++) {
+            const int q = row * groups + group;
+            const float share = 1.0f / work.mass[q];
+            const float *sums = work.sums + q * value_width;
+            Number *out = (Number *)a.out + (first_row + row) * a.out_row + head * a.out_head + group * a.out_group;
+            for (int i = 0; i < a.value_width; i++) out[i] = T::of(sums[i] * share);
+        }
+}
+
+inline int pair_of(const Attention &a) { return a.single ? 1 : 2; }
+
+// What the prefix of a request takes, laid out.
+int64_t packed_bytes(const Attention &a) {
+    return 4 * a.kv_heads * ((a.prefix + BLOCK - 1) / BLOCK) * BLOCK / pair_of(a) *
+           (a.width + whole_vectors(a.value_width));
+}
+
+int64_t all_work_bytes(const Attention &a) {
+    return omp_get_max_threads() *
+           work_bytes(queries_at_once(a.groups), pair_of(a), a.width, whole_vectors(a.value_width));
+}
+
+// Where the parts of a request are among those of all, and where its prefix is laid out.
+struct Place {
+    int64_t first_pack, first_task, blocks, parts;
+    uint32_t *keys, *values;
+};
+
+// `count` requests of one layer, which differ in their rows, prefixes and suffixes only.
+template <class T> void attend(const Attention *all, int64_t count, void *scratch) {
+    typedef typename T::Number Number;
+    const int width = all->width, value_width = whole_vectors(all->value_width);
+    const int64_t key_words = int64_t(width / T::PAIR) * BLOCK, value_words = int64_t(BLOCK / T::PAIR) * value_width;
+    const int64_t queries = queries_at_once(all->groups), rows_at_once = queries / all->groups;
     const int64_t each = work_bytes(queries, T::PAIR, width, value_width);
-    const int64_t parts = (a.rows + rows_at_once - 1) / rows_at_once;
+    uint32_t *next = (uint32_t *)((uintptr_t(scratch) + 63) / 64 * 64);
+    std::vector<Place> places(count);
+    int64_t packs = 0, tasks = 0;
+    for (int64_t i = 0; i < count; i++) {
+        const Attention &a = all[i];
+        const int64_t blocks = (a.prefix + BLOCK - 1) / BLOCK, parts = (a.rows + rows_at_once - 1) / rows_at_once;
+        uint32_t *values = next + a.kv_heads * blocks * key_words;
+        places[i] = {packs, tasks, blocks, parts, next, values};
+        next = values + a.kv_heads * blocks * value_words;
+        packs += a.kv_heads * blocks;
+        tasks += a.kv_heads * parts;
+    }
+    char *works = (char *)next;
+    auto after_pack = [](int64_t pack, const Place &place) { return pack < place.first_pack; };
+    auto after_task = [](int64_t task, const Place &place) { return task < place.first_task; };
 #pragma omp parallel
     {
-        if (blocks) {
-#pragma omp for collapse(2) schedule(static)
-            for (int64_t head = 0; head < a.kv_heads; head++)
-                for (int64_t block = 0; block < blocks; block++) {
-                    const int64_t first = block * BLOCK;
-                    const int count = a.prefix - first < BLOCK ? a.prefix - first : BLOCK;
-                    pack_keys<T>((const Number *)a.prefix_key + head * a.prefix_key_head + first * a.prefix_key_token,
-                                 a.prefix_key_token, count, width, packed_keys + (head * blocks + block) * key_words);
-                    pack_values<T>(
-                        (const Number *)a.prefix_value + head * a.prefix_value_head + first * a.prefix_value_token,
-                        a.prefix_value_token, count, a.value_width, packed_values + (head * blocks + block) * value_words);
-                }
+#pragma omp for schedule(static)
+        for (int64_t pack = 0; pack < packs; pack++) {
+            const Place &place = *(std::upper_bound(places.begin(), places.end(), pack, after_pack) - 1);
+            const Attention &a = all[&place - places.data()];
+            const int64_t mine = pack - place.first_pack, head = mine / place.blocks;
+            const int64_t first = mine % place.blocks * BLOCK;
+            const int keys = a.prefix - first < BLOCK ? a.prefix - first : BLOCK;
+            pack_keys<T>((const Number *)a.prefix_key + head * a.prefix_key_head + first * a.prefix_key_token,
+                         a.prefix_key_token, keys, width, place.keys + mine * key_words);
+            pack_values<T>((const Number *)a.prefix_value + head * a.prefix_value_head + first * a.prefix_value_token,
+                           a.prefix_value_token, keys, a.value_width, place.values + mine * value_words);
         }
         Work work = work_at(works + omp_get_thread_num() * each, queries, T::PAIR, width, value_width);
-#pragma omp for collapse(2) schedule(dynamic, 1)
-        for (int64_t head = 0; head < a.kv_heads; head++)
-            for (int64_t part = 0; part < parts; part++) {
-                const int64_t first_row = part * rows_at_once;
-                const int rows = a.rows - first_row < rows_at_once ? a.rows - first_row : rows_at_once;
-                const int count = rows * groups;
-                for (int row = 0; row < rows; row++)
-                    for (int group = 0; group < groups; group++) {
-                        const int q = row * groups + group;
-                        const Number *query = (const Number *)a.query + (first_row + row) * a.query_row +
-                                              head * a.query_head + group * a.query_group;
-                        std::memcpy(work.queries + q * words, query, 4 * words);
-                        work.most[q] = a.sinks ? a.sinks[head * groups + group] * LOG2E
-                                               : -std::numeric_limits<float>::infinity();
-                        work.mass[q] = a.sinks ? 1.0f : 0.0f;
-                    }
-                std::memset(work.sums, 0, 4ll * count * value_width);
-                const bool causal = a.causal_start >= 0;
-                const int64_t nearest = a.causal_start + first_row + 1, furthest = nearest + rows - 1; // tokens seen
-                const int64_t oldest = causal && a.window ? nearest - a.window : 0;
-                for (int64_t block = 0; block < blocks && (!causal || block * BLOCK < furthest); block++) {
-                    const int64_t first = block * BLOCK;
-                    const int keys = a.prefix - first < BLOCK ? a.prefix - first : BLOCK;
-                    if (first + keys <= oldest) continue;
-                    const bool cut = causal && (nearest < first + keys || (a.window && furthest - a.window > first));
-                    for (int q = 0; cut && q < count; q++) {
-                        const int64_t end = nearest + q / groups - first, start = a.window ? end - a.window : 0;
-                        work.end_seen[q] = end < 0 ? 0 : end < keys ? end : keys;
-                        work.first_seen[q] = start < 0 ? 0 : start < keys ? start : keys;
-                    }
-                    take_in<T>(work, 0, count, packed_keys + (head * blocks + block) * key_words,
-                               packed_values + (head * blocks + block) * value_words, keys, width, value_width, a, cut);
-                }
-                for (int row = 0; row < rows; row++)
-                    for (int64_t first = 0; first < a.suffix; first += BLOCK) {
-                        const int keys = a.suffix - first < BLOCK ? a.suffix - first : BLOCK;
-                        const int64_t r = first_row + row;
-                        pack_keys<T>((const Number *)a.suffix_key + r * a.suffix_key_row + head * a.suffix_key_head +
-                                         first * a.suffix_key_token,
-                                     a.suffix_key_token, keys, width, work.keys);
-                        pack_values<T>((const Number *)a.suffix_value + r * a.suffix_value_row +
-                                           head * a.suffix_value_head + first * a.suffix_value_token,
-                                       a.suffix_value_token, keys, a.value_width, work.values);
-                        for (int group = 0; a.suffix_starts && group < groups; group++) {
-                            const int64_t end = a.suffix_starts[r] + group % a.new_tokens + 1 - first;
-                            work.end_seen[row * groups + group] = end < 0 ? 0 : end < keys ? end : keys;
-                            work.first_seen[row * groups + group] = 0;
-                        }
-                        take_in<T>(work, row * groups, groups, work.keys, work.values, keys, width, value_width, a,
-                                   a.suffix_starts != nullptr);
-                    }
-                for (int row = 0; row < rows; row++)
-                    for (int group = 0; group < groups; group++) {
-                        const int q = row * groups + group;
-                        const float share = 1.0f / work.mass[q];
-                        const float *sums = work.sums + q * value_width;
-                        Number *out = (Number *)a.out + (first_row + row) * a.out_row + head * a.out_head +
-                                      group * a.out_group;
-                        for (int i = 0; i < a.value_width; i++) out[i] = T::of(sums[i] * share);
-                    }
-            }
+#pragma omp for schedule(dynamic, 1)
+        for (int64_t task = 0; task < tasks; task++) {
+            const Place &place = *(std::upper_bound(places.begin(), places.end(), task, after_task) - 1);
+            const Attention &a = all[&place - places.data()];
+            const int64_t mine = task - place.first_task, first_row = mine % place.parts * rows_at_once;
+            const int rows = a.rows - first_row < rows_at_once ? a.rows - first_row : rows_at_once;
+            attend_rows<T>(a, work, mine / place.parts, first_row, rows, place.keys, place.values);
+        }
     }
+}
+
+// A decode step as one request for each group, behind what a window hides.
+std::vector<Attention> requests(const Decode &d) {
+    std::vector<Attention> all;
+    all.reserve(d.count);
+    int64_t row = 0;
+    for (int64_t i = 0; i < d.count; i++) {
+        Attention a = *d.groups[i];
+        const int64_t bytes = a.single ? 4 : 2;
+        auto at = [bytes](const void *from, int64_t numbers) { return (const char *)from + bytes * numbers; };
+        a.query = at(d.query, row * d.query_row);
+        a.query_row = d.query_row, a.query_head = a.groups * d.query_head, a.query_group = d.query_head;
+        a.new_key = at(d.key, row * d.key_row), a.new_key_row = d.key_row, a.new_key_head = d.key_head;
+        a.new_value = at(d.value, row * d.value_row), a.new_value_row = d.value_row, a.new_value_head = d.value_head;
+        a.out = (void *)at(d.out, row * d.out_row);
+        a.out_row = d.out_row, a.out_head = a.groups * d.out_head, a.out_group = d.out_head;
+        a.rows = d.rows[i], a.suffix = d.suffixes[i], a.scale = d.scale, a.softcap = d.softcap;
+        const int64_t hidden = d.window && a.prefix + a.suffix > d.window ? a.prefix + a.suffix - d.window : 0;
+        const int64_t of_prefix = hidden < a.prefix ? hidden : a.prefix, of_suffix = hidden - of_prefix;
+        a.prefix_key = at(a.prefix_key, of_prefix * a.prefix_key_token);
+        a.prefix_value = at(a.prefix_value, of_prefix * a.prefix_value_token);
+        a.prefix -= of_prefix;
+        a.suffix_key = at(a.suffix_key, of_suffix * a.suffix_key_token);
+        a.suffix_value = at(a.suffix_value, of_suffix * a.suffix_value_token);
+        a.suffix -= of_suffix;
+        all.push_back(a);
+        row += a.rows;
+    }
+    return all;
+}
+
+// Requests [first, ...) that are taken at a time: as many as have their prefixes in a cache, laid out; one at least.
+size_t end_of_turn(const std::vector<Attention> &all, size_t first) {
+    int64_t bytes = packed_bytes(all[first]);
+    size_t end = first + 1;
+    while (end < all.size() && (bytes += packed_bytes(all[end])) <= PACKED) end++;
+    return end;
 }
 
 // Elementwise parts of a layer. Numbers are rounded to their dtype where the model's own operators round them.
@@ -631,8 +721,9 @@ void largest_of_row(const float *numbers, int64_t count, int64_t width, int64_t 
     std::vector<float> mosts(pieces);
     for (int64_t piece = 0; piece < pieces; piece++) {
         const float *from = numbers + piece * PIECE;
-        mosts[piece] = largest_of(larger(larger(load(from), load(from + LANES)),
-                                         larger(load(from + 2 * LANES), load(from + 3 * LANES))));
+        const float most = largest_of(larger(larger(load(from), load(from + LANES)),
+                                             larger(load(from + 2 * LANES), load(from + 3 * LANES))));
+        mosts[piece] = std::isnan(most) ? least : most; // a NaN is never found, and has no place in any order
     }
     if (pieces > width) {
         std::vector<float> sorted = mosts;
@@ -650,7 +741,7 @@ void largest_of_row(const float *numbers, int64_t count, int64_t width, int64_t 
     if (width < int64_t(found.size()))
         std::nth_element(found.begin(), found.begin() + width - 1, found.end(),
                          [](const auto &one, const auto &two) { return one.first > two.first; });
-    for (int64_t i = 0; i < width; i++) places[i] = i < int64_t(found.size()) ? found[i].second : 0; // NaN is never found
+    for (int64_t i = 0; i < width; i++) places[i] = i < int64_t(found.size()) ? found[i].second : 0;
 }
 
 float log_sum_exp(const float *numbers, int64_t count) {
@@ -662,7 +753,8 @@ float log_sum_exp(const float *numbers, int64_t count) {
         most = largest_of(mosts);
     }
     for (int64_t i = whole; i < count; i++) most = numbers[i] > most ? numbers[i] : most;
-    if (std::isinf(most)) return most;
+    if (std::isinf(most))
+        return std::any_of(numbers, numbers + count, [](float x) { return std::isnan(x); }) ? NAN : most;
     const Floats log2e = all(1.44269504088896f), minus = all(-most);
     double sum = 0;
     for (int64_t i = 0; i < whole;) { // float32 within a few hundred numbers, float64 between them
@@ -680,8 +772,31 @@ float log_sum_exp(const float *numbers, int64_t count) {
 extern "C" {
 
 void attention(const Attention *a) {
-    if (a->single) attend<Single>(*a);
-    else attend<Half>(*a);
+    if (a->single) attend<Single>(a, 1, a->scratch);
+    else attend<Half>(a, 1, a->scratch);
+}
+
+int64_t scratch_bytes(const Attention *a) { return packed_bytes(*a) + all_work_bytes(*a) + 64; }
+
+void decode(const Decode *d) {
+    const std::vector<Attention> all = requests(*d);
+    for (size_t first = 0, end; first < all.size(); first = end) {
+        end = end_of_turn(all, first);
+        if (all[first].single) attend<Single>(&all[first], end - first, d->scratch);
+        else attend<Half>(&all[first], end - first, d->scratch);
+    }
+}
+
+int64_t decode_bytes(const Decode *d) {
+    const std::vector<Attention> all = requests(*d);
+    int64_t most = 0;
+    for (size_t first = 0, end; first < all.size(); first = end) {
+        end = end_of_turn(all, first);
+        int64_t bytes = 0;
+        for (size_t i = first; i < end; i++) bytes += packed_bytes(all[i]);
+        most = bytes > most ? bytes : most;
+    }
+    return all.empty() ? 64 : most + all_work_bytes(all[0]) + 64;
 }
 
 void norm(const void *x, const void *weight, void *out, int64_t rows, int64_t width, float eps, int32_t single) {

@@ -99,13 +99,16 @@ class Renderer:
         Raises:
             RewardError: the chat template refuses the conversation, or a token is beyond the model's vocabulary.
         """
+        keys = [(readable(row, response_prefix), self._open_partials and not row.finished) for row in rows]
+        firsts = {key: row.row for row, key in zip(reversed(rows), reversed(keys), strict=True)}
+        together = self._encoded_together(conversation, firsts)
         known: dict[tuple[str, bool], tuple[Input, int]] = {}
-        found = []
-        for row in rows:
-            key = (readable(row, response_prefix), self._open_partials and not row.finished)
-            if key not in known:
-                known[key] = self._input(conversation, *key, row=row.row)
-            found.append(known[key])
+        for key in dict.fromkeys(keys):
+            encoded = together.get(key)
+            if encoded is None:
+                encoded = self._merging(self.encode, conversation, *key, row=firsts[key])
+            known[key] = self._input(encoded, key[0], row=firsts[key])
+        found = [known[key] for key in keys]
         if dropped := [num_dropped for _, num_dropped in found if num_dropped]:
             self.warn(
                 "truncation",
@@ -188,9 +191,29 @@ class Renderer:
         # a context may begin with BOS already; the tokenizer adds it itself
         return self.tokeniser.text(prompt.removeprefix(self.tokenizer.bos_token or "") + response)
 
-    def _input(self, conversation: Sequence[Message], response: str, open_turn: bool, *, row: int) -> tuple[Input, int]:
+    def _encoded_together(
+        self, conversation: Sequence[Message], firsts: Mapping[tuple[str, bool], int]
+    ) -> dict[tuple[str, bool], Any]:
+        """What ``encode`` gives for some responses, by one call of the tokenizer; without those that are encoded in a
+        way of their own.
+
+        Args:
+            firsts: response and whether its turn stays open -> the first row that has it.
+        """
+        if type(self).encode is not Renderer.encode or not self.has_template or len(firsts) < 2:
+            return {}
+        written = {key: self._merging(self.write, conversation, *key, row=row) for key, row in firsts.items()}
+        plain = {key: text.text for key, text in written.items() if not text.marks}
+        if not plain:
+            return {}
+        try:
+            found = self.tokenizer(list(plain.values()), add_special_tokens=False)["input_ids"]
+        except Exception:  # of one of them: encoded by itself, it says which
+            return {}
+        return {key: {"input_ids": ids} for key, ids in zip(plain, found, strict=True)}
+
+    def _input(self, encoded: Any, response: str, *, row: int) -> tuple[Input, int]:
         """One input and the number of tokens cut from it."""
-        encoded = self._merging(self.encode, conversation, response, open_turn, row=row)
         ids = [*encoded["input_ids"], *self.trailing_ids]
         if not ids:  # an empty prompt and response, and a tokenizer without BOS: as the harness does, a prefix token
             ids = [self.filler]

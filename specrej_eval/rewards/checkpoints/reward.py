@@ -12,6 +12,7 @@ from specrej_eval.core import Message, RowView
 from specrej_eval.kv import choose
 from specrej_eval.kv.memory import clear_error, twice
 from specrej_eval.kv.models import parameters_per_token
+from specrej_eval.kv.steps import SDPA
 from specrej_eval.rewards.base import Pair, RewardModel, RewardSession
 from specrej_eval.rewards.checkpoints.forward import SMALLER, Forward, Head
 from specrej_eval.rewards.checkpoints.renderer import Renderer
@@ -38,9 +39,17 @@ class CheckpointReward(Forward, RewardModel):
         """
         if self.cache == "off" or self.head is None:
             return None
-        shared = SharedBody(self.body, choose.of_rewards(self.device, self.compile))
+        attention = choose.of_rewards(self.device, self.compile)
         with clear_error(f"reward_model={self.name!r} was tried out", SMALLER):
+            shared = SharedBody(self.body, attention)
             reason = twice(shared.probe)
+            if (
+                reason is not None
+                and attention.name != SDPA.name
+                and twice((plain := SharedBody(self.body)).probe) is None
+            ):
+                self.renderer.warn("kernels", f"C++ kernels are not used for it ({reason}).")
+                shared, reason = plain, None
         if reason is not None:
             self.renderer.warn("cache", f"every look is read in full, which is slower ({reason}).")
         return shared if reason is None else None

@@ -195,6 +195,11 @@ class CachedSession(RewardSession):
 
     # what can be cached
 
+    @property
+    def has_begun(self) -> bool:
+        """Whether the prompt is held."""
+        return self._prompt is not None
+
     def look(self, rows: Sequence[RowView]) -> _Look:
         """What ``read_together`` is to read. Raises as ``Renderer.inputs``."""
         return _Look(self, rows, self._inputs(rows), self.reward.cache == "full")
@@ -419,7 +424,8 @@ def _read(looks: Sequence[_Look]) -> None:
         return
     reward, body = looks[0].session.reward, looks[0].session.body
     with ExitStack() as stack:
-        twice(lambda: stack.enter_context(body.active()))
+        begun = all(look.session.has_begun for look in looks)
+        twice(lambda: stack.enter_context(body.active(unchanged=begun)))
         prompts = [(look.session, ids) for look in looks if (ids := look.session.prompt_to_read(look))]
         if prompts:
             read = twice(lambda: body.prefill([ids for _, ids in prompts]))

@@ -69,12 +69,16 @@ class SharedBody:
         self.reader.attention = self._attention = attention
 
     @contextmanager
-    def active(self) -> Iterator[None]:
-        """Our attention is the body's only in here."""
+    def active(self, *, unchanged: bool = False) -> Iterator[None]:
+        """Our attention is the body's only in here.
+
+        Args:
+            unchanged: the weights are those of the last time (see ``PackedWeights.active``).
+        """
         reset_rotary(self.body, self.device)
         with (
             padded_experts(self._expert_configs),
-            self._packed.active(),
+            self._packed.active(unchanged=unchanged),
             self._fused.active(),
             our_attention(self.body),
         ):

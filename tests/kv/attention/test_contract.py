@@ -260,7 +260,9 @@ OWN_FAULTS: dict[str, tuple[tuple[str, str], ...]] = {
     "cpp": (
         ("*prefix_key.stride()[:2]", "*prefix_key.stride()[1:]"),
         ("*own_value.stride()[:3]", "*own_key.stride()[:3]"),
-        ("0 if suffix is None else own_key.shape[2]", "0"),
+        ("suffix=own_key.shape[2]", "suffix=0"),
+        ("pool.length + 1 for", "pool.length for"),
+        ("params.window or 0,", "0,"),
         ("0 if start < 0 else params.window or 0", "0"),
         ("params.softcap or 0", "0"),
         ("None if sinks is None else sinks.data_ptr()", "None"),
@@ -337,6 +339,11 @@ KERNEL_FAULTS = (
     ("work.mass[q] += sum_of(mass);", "work.mass[q] = sum_of(mass);"),
     ("most * ((1.0f - e) / (1.0f + e))", "most * ((1.0f - e) / (2.0f + e))"),
     ("head * a.suffix_value_head", "head * a.suffix_key_head"),
+    ("at(d.query, row * d.query_row)", "at(d.query, 0)"),
+    ("row += a.rows;", ""),
+    ("(a.suffix - 1) * a.suffix_value_token", "(a.suffix - 1) * a.suffix_key_token"),
+    ("hidden < a.prefix ? hidden : a.prefix", "hidden"),
+    ("task - place.first_task", "task"),
 )
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import ctypes
 import logging
+import os
 import stat
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ import pytest
 import torch
 
 import specrej_eval
+from specrej_eval import temporary
 from specrej_eval.api import resolve
 from specrej_eval.config import RunConfig
 from specrej_eval.errors import ConfigError, MissingDependencyError
@@ -50,7 +53,7 @@ GCC = 'case "$*" in *--version*) echo "g++ 12, Free Software Foundation"; exit 0
         (GCC + 'echo "kernels.cpp:1: error: no such instruction" >&2; exit 1', "error: no such instruction"),
         (GCC + "kill -9 $$", "failed (status -9)"),
         (GCC + "sleep 60", "timed out"),
-        (GCC + 'for each; do case "$each" in *.o|*.so) echo nonsense > "$each";; esac; done', "cannot be loaded"),
+        (GCC + 'for each; do case "$each" in *-partial) echo nonsense > "$each";; esac; done', "cannot be loaded"),
     ],
     ids=["none", "clang", "fails", "refuses the source", "is killed", "hangs", "makes nonsense"],
 )  # fmt: skip
@@ -68,6 +71,14 @@ def test_a_compiler_that_is_no_use_is_a_reason_and_never_an_error(
         choose.resolve("cpp", "cpu")
 
 
+@pytest.mark.parametrize("named", ["", "  ", 'g++ "', "there is 'none"])
+def test_a_name_that_is_no_command_is_a_reason(named: str, fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(build.sys, "platform", "linux")
+    monkeypatch.setattr(build, "_processor", lambda: "flags: avx512f")
+    monkeypatch.setenv("CXX", named)
+    assert "C++ compiler (" in str(build.why_not())
+
+
 @needs_compiler
 def test_it_is_compiled_once_and_found_afterwards(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert build.why_not() is None
@@ -80,6 +91,50 @@ def test_it_is_compiled_once_and_found_afterwards(fresh: Path, monkeypatch: pyte
     build._found.cache_clear()
     assert build.why_not() is None
     assert len(list(built.parent.iterdir())) == 2, "another processor gets another library"
+
+
+@needs_compiler
+@pytest.mark.parametrize("left", [b"", b"half of it"])
+def test_a_library_that_is_broken_is_made_again(left: bytes, fresh: Path) -> None:
+    *_, built = build._named()
+    built.parent.mkdir(parents=True)
+    built.write_bytes(left)
+    assert build.why_not() is None
+    assert built.stat().st_size > 1000
+
+
+@needs_compiler
+def test_what_a_killed_process_left_of_compiling_is_removed(fresh: Path) -> None:
+    *_, built = build._named()
+    built.parent.mkdir(parents=True)
+    done = subprocess.Popen(["true"])
+    done.wait()
+    for place in (built, built.with_suffix(".o")):
+        ours = temporary.partial(place)
+        ours.with_name(ours.name.replace(f"-{os.getpid()}-", f"-{done.pid}-")).write_text("half of it")
+    assert len(list(built.parent.iterdir())) == 2
+    assert build.why_not() is None
+    assert list(built.parent.iterdir()) == [built]
+
+
+@needs_compiler
+def test_a_folder_that_others_can_write_is_closed_to_them(fresh: Path) -> None:
+    *_, built = build._named()
+    built.parent.mkdir(parents=True)
+    built.parent.chmod(0o777)
+    assert build.why_not() is None
+    assert stat.S_IMODE(built.parent.stat().st_mode) == 0o700
+
+
+@needs_compiler
+def test_a_library_does_not_depend_on_the_users_language(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said = compiler(fresh, 'echo "g++ 12 $LC_ALL, Free Software Foundation"')
+    monkeypatch.setenv("CXX", said)
+    names = set()
+    for language in ("C", "de_DE.UTF-8"):
+        monkeypatch.setenv("LC_ALL", language)
+        names.add(build._named()[2])
+    assert len(names) == 1
 
 
 @needs_compiler
@@ -121,10 +176,11 @@ def test_threads_follow_torch() -> None:
 
 
 @needs_compiler
-def test_both_sides_mean_the_same_by_a_request() -> None:
+@pytest.mark.parametrize("told", [build.Attention, build.Decode])
+def test_both_sides_mean_the_same_by_a_request(told: Any) -> None:
     """The fields of the two structures, by name and order."""
     source = build.SOURCE.read_text(encoding="utf-8")
-    body = source.split("struct Attention {")[1].split("};")[0]
+    body = source.split(f"struct {told.__name__} {{")[1].split("};")[0]
     fields: list[tuple[str, bool]] = []
     for line in body.splitlines():
         declared = line.split("//")[0].strip().rstrip(";")
@@ -134,8 +190,8 @@ def test_both_sides_mean_the_same_by_a_request() -> None:
                 (" ".join(declared.split(" ")[:2]), declared.split("*", 1)[1]) if "*" in declared else (kind, names)
             )
             fields += [(name.strip(" *"), "*" in declared) for name in names.split(",")]
-    assert [name for name, _ in fields] == [name for name, _ in build.Attention._fields_]
-    pointers = [name for name, kind in build.Attention._fields_ if kind is ctypes.c_void_p]
+    assert [name for name, _ in fields] == [name for name, _ in told._fields_]
+    pointers = [name for name, kind in told._fields_ if kind is ctypes.c_void_p]
     assert [name for name, pointer in fields if pointer] == pointers
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import linecache
 from collections.abc import Callable
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from support.reward_sessions import make_reward
 from support.tiny_models import tiny_causal_lm
 from transformers.models.gemma2 import modeling_gemma2
 from transformers.models.llama import modeling_llama
@@ -16,7 +18,7 @@ from transformers.models.qwen3 import modeling_qwen3
 
 from specrej_eval.engines.transformers.model import ModelRunner
 from specrej_eval.kv import choose
-from specrej_eval.kv.native import build
+from specrej_eval.kv.native import build, fused
 from specrej_eval.kv.native.fused import FusedOperators
 
 pytestmark = pytest.mark.skipif(build.why_not() is not None, reason=f"no kernels here: {build.why_not()}")
@@ -73,6 +75,7 @@ def test_a_gate_takes_every_number(x: list[float], dtype: torch.dtype) -> None:
     assert torch.allclose(
         out[known].float(), want[known].float(), rtol=1e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-30
     )
+    assert torch.equal(out[~known].isnan(), want[~known].isnan())
 
 
 @given(
@@ -93,16 +96,16 @@ def test_rotary_embeddings_are_torchs_bits(
     )
     cos, sin = (drawn(seed + place, dtype, 1 if one_table else batch, tokens, width) for place in (2, 3))
     want = modeling_llama.apply_rotary_pos_emb(q, k, cos, sin)
-    fused = FusedOperators(tiny_causal_lm())
-    with fused.active():
+    operators = FusedOperators(tiny_causal_lm())
+    with operators.active():
         got = modeling_llama.apply_rotary_pos_emb(q, k, cos, sin)
     assert all(torch.equal(one, two) for one, two in zip(got, want, strict=True))
 
 
 def test_only_code_that_is_llamas_word_for_word_is_taken() -> None:
     llama, other = modeling_llama.LlamaRMSNorm(8), modeling_gemma2.Gemma2RMSNorm(8)  # Gemma's adds 1 to its weight
-    fused = FusedOperators(torch.nn.ModuleList([llama, other]))
-    with fused.active():
+    operators = FusedOperators(torch.nn.ModuleList([llama, other]))
+    with operators.active():
         assert "forward" in vars(llama)
         assert "forward" not in vars(other)
     config = modeling_llama.LlamaConfig(hidden_size=8, intermediate_size=8, num_attention_heads=1, hidden_act="gelu")
@@ -111,14 +114,64 @@ def test_only_code_that_is_llamas_word_for_word_is_taken() -> None:
     assert list(FusedOperators(torch.nn.ModuleList([copied]))._forwards) == [copied]
 
 
+def test_an_activation_that_somebody_listens_to_or_exchanges_is_called() -> None:
+    config = modeling_llama.LlamaConfig(hidden_size=8, intermediate_size=32, num_attention_heads=1)
+    mlp = modeling_llama.LlamaMLP(config)
+    x = drawn(0, torch.float32, 4, 8)
+    operators = FusedOperators(torch.nn.ModuleList([mlp]))
+    assert list(operators._forwards) == [mlp]
+    heard: list[torch.Tensor] = []
+    hook = mlp.act_fn.register_forward_hook(lambda module, given, out: heard.append(out))
+    with operators.active():
+        mlp(x)
+    assert len(heard) == 1
+    hook.remove()
+    mlp.act_fn = torch.nn.ReLU()
+    want = mlp(x)
+    with operators.active():
+        assert torch.equal(mlp(x), want)
+
+    class Mine(torch.nn.SiLU):
+        def forward(self, given: torch.Tensor) -> torch.Tensor:
+            return given + 1
+
+    mlp.act_fn = Mine()
+    assert not FusedOperators(torch.nn.ModuleList([mlp]))._forwards
+
+
+def test_a_function_with_another_default_is_another() -> None:
+    space: dict[str, Any] = {}
+    source = "def apply(q, k, unsqueeze_dim={}):\n    return q, k\n"
+    codes = []
+    for default in (1, 2):
+        linecache.cache[f"<{default}>"] = (0, None, source.format(default).splitlines(keepends=True), f"<{default}>")
+        exec(compile(source.format(default), f"<{default}>", "exec"), space)
+        codes.append(fused._code(space["apply"]))
+    assert None not in codes and codes[0] != codes[1]
+
+
+def test_tensors_of_other_kinds_are_left_to_torch() -> None:
+    class Kept(torch.Tensor):
+        """As quantised and sharded weights are: its numbers need not lie where it says."""
+
+        def data_ptr(self) -> int:
+            raise AssertionError
+
+    norm = modeling_llama.LlamaRMSNorm(8)
+    x = drawn(0, torch.float32, 4, 8)
+    want = norm(x)
+    with FusedOperators(torch.nn.ModuleList([norm])).active():
+        assert torch.equal(norm(x.as_subclass(Kept)).as_subclass(torch.Tensor), want)
+
+
 def test_nothing_is_left_behind_whatever_happens() -> None:
     model = tiny_causal_lm()
-    fused = FusedOperators(model)
-    assert len(fused) > 1
+    operators = FusedOperators(model)
+    assert len(operators) > 1
     rotary = modeling_llama.apply_rotary_pos_emb
-    with pytest.raises(KeyError), fused.active():
+    with pytest.raises(KeyError), operators.active():
         assert modeling_llama.apply_rotary_pos_emb is not rotary
-        with fused.active():
+        with operators.active():
             pass
         assert modeling_llama.apply_rotary_pos_emb is not rotary, "the inner one does not end the outer one"
         raise KeyError
@@ -130,9 +183,9 @@ def test_nothing_is_left_behind_whatever_happens() -> None:
 def test_a_module_that_somebody_else_changed_is_left_alone() -> None:
     norm = modeling_llama.LlamaRMSNorm(8)
     mine: Callable[[torch.Tensor], torch.Tensor] = lambda x: x  # noqa: E731  # as a hook of accelerate would
-    fused = FusedOperators(torch.nn.ModuleList([norm]))
+    operators = FusedOperators(torch.nn.ModuleList([norm]))
     norm.forward = mine
-    with fused.active():
+    with operators.active():
         assert norm.forward is mine
     assert norm.forward is mine
     assert not FusedOperators(torch.nn.ModuleList([norm]))._forwards
@@ -140,8 +193,8 @@ def test_a_module_that_somebody_else_changed_is_left_alone() -> None:
 
 def test_gradients_are_the_models_own() -> None:
     norm = modeling_llama.LlamaRMSNorm(8)
-    fused = FusedOperators(torch.nn.ModuleList([norm]))
-    with torch.inference_mode(False), torch.enable_grad(), fused.active():
+    operators = FusedOperators(torch.nn.ModuleList([norm]))
+    with torch.inference_mode(False), torch.enable_grad(), operators.active():
         norm(torch.ones(2, 8)).sum().backward()
     assert norm.weight.grad is not None
 
@@ -156,3 +209,48 @@ def test_a_model_decodes_with_them_and_calls_without_them_are_as_before(dtype: t
     assert torch.equal(model(ids).logits, before)
     plain = ModelRunner(model)
     assert not len(plain._fused)
+
+
+@pytest.mark.parametrize("part", ["norm", "gate", "rotary"])
+def test_kernels_that_are_wrong_for_a_model_are_left_out(
+    part: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Whatever is wrong with them: a model that torch decodes is decoded, on its best path."""
+    of = {"norm": fused._Norm, "gate": fused._Gated, "rotary": fused._Rotated}[part]
+    whole: Any = of.__call__
+
+    def wrong(self: Any, *given: Any, **named: Any) -> Any:
+        found = whole(self, *given, **named)
+        return tuple(each * 1.5 for each in found) if isinstance(found, tuple) else found.flip(-1)
+
+    monkeypatch.setattr(of, "__call__", wrong)
+    model = tiny_causal_lm()
+    ids = torch.arange(12)[None]
+    before = model(ids).logits
+    with caplog.at_level("WARNING", "specrej_eval"):
+        runner = ModelRunner(model, attention=choose.build("cpp"))
+    assert (runner.path, runner.attention.name, len(runner._fused)) == ("shared_prefix", "sdpa", 0)
+    assert "attention_backend=cpp is not used for LlamaForCausalLM" in caplog.text
+    with runner.active():
+        prefix = runner.prefill(ids[0].tolist())
+    assert prefix.logits is not None and torch.allclose(prefix.logits[0], before[0, -1], atol=1e-4)
+
+    caplog.clear()
+    reward = make_reward()
+    monkeypatch.setattr(choose, "of_rewards", lambda *_: choose.build("cpp"))
+    with caplog.at_level("WARNING", "specrej_eval"):
+        body = reward.shared_body
+    assert body is not None and not len(body._fused)
+    assert "C++ kernels are not used for it" in caplog.text
+
+
+def test_a_model_without_our_attention_is_decoded_without_wrong_kernels_too(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    whole = fused._Norm.__call__
+    monkeypatch.setattr(fused._Norm, "__call__", lambda self, x: whole(self, x) * 1.5)
+    monkeypatch.setattr("specrej_eval.engines.transformers.model.obstacle", lambda model: "attention of its own")
+    with caplog.at_level("WARNING", "specrej_eval"):
+        runner = ModelRunner(tiny_causal_lm(), attention=choose.build("cpp"))
+    assert (runner.path, len(runner._fused)) == ("replicated", 0)
+    assert "C++ kernels are not used for LlamaForCausalLM" in caplog.text

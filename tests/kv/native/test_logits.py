@@ -57,6 +57,23 @@ def test_log_sum_exps_are_torchs(numbers: list[float]) -> None:
     assert torch.allclose(got, scores.double().logsumexp(1).float(), rtol=1e-6, atol=1e-6)
 
 
+@given(
+    numbers=st.lists(st.floats(width=32), min_size=1, max_size=300),
+    at=st.integers(0, 299),
+    width=st.integers(1, 300),
+    others=st.sampled_from([None, float("-inf"), float("inf")]),
+)
+def test_a_nan_makes_a_sum_nan_and_is_no_place(numbers: list[float], at: int, width: int, others: float | None) -> None:
+    numbers = [number if others is None else others for number in numbers]
+    numbers[at % len(numbers)] = float("nan")
+    scores = torch.tensor([numbers])
+    with build.used(build.library()):
+        total = logits.logsumexp(scores)
+        places = logits.largest(scores, min(width, len(numbers)))
+    assert total is not None and bool(total.isnan())
+    assert places is not None and bool(((places >= 0) & (places < len(numbers))).all())
+
+
 @given(kind=KINDS, count=st.integers(1, 60_000), seed=st.integers(0, 10**6))
 def test_log_sum_exps_of_long_rows_are_as_near_to_the_truth_as_torchs(kind: str, count: int, seed: int) -> None:
     scores = row_of(kind, count, seed)[None]
