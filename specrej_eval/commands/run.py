@@ -80,6 +80,8 @@ HINTS = {
     **{name: f"did you mean --{meant}?" for name, meant in _SYNONYMS.items()},
     **{name: f"{name} is about tasks of lm-eval, and `specrej-eval run` has none." for name in names(Decides.TASKS)},
     "journal": "`specrej-eval run` keeps its own journal; it lies in the folder of --output.",
+    "join": "several processes on one folder are started together, by `accelerate launch`; join=True is for the "
+    "journal=FILE of lm_eval and Python.",
     "speculative_rejection": "it is --strategy speculative_rejection, the default.",
 }
 """What to say of options that this command does not have, those of the reference code among them."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,9 +16,9 @@ from typing import Any
 from specrej_eval.errors import SpecRejError
 from specrej_eval.forecast import duration
 from specrej_eval.records import journal, lock
-from specrej_eval.records.journal import beside
 from specrej_eval.records.outputs import PREFIX, RUN_FILES, OutputsFolder
-from specrej_eval.records.state import RunState, state_file
+from specrej_eval.records.parts import are_of, beside, kind
+from specrej_eval.records.state import STATE, RunState, state_file
 from specrej_eval.wording import counted, inert
 
 SUMMARY = "say how far a run is, whether it still runs, and how long it will take"
@@ -109,10 +109,8 @@ def _of_folder(folder: Path, prefix: str) -> Iterator[str]:
         yield f"{where}: complete, {counted(record.num_prompts or 0, 'answer')}"
         return
     done, damaged = store.count()
-    own = store.outputs_file
-    parts = {own, *(Path(str(own)[: -len(own.suffix)] + f"_rank{rank}{own.suffix}") for rank in _ranks(own))}
     by = f"stopped by {record.stopped}" if record.stopped else ""
-    yield from _told(where, [Process.of(part) for part in sorted(parts)], done, by)
+    yield from _told(where, _processes(store.outputs_file), done, by)
     if damaged:
         yield f"  {counted(damaged, 'damaged line')}: the next start sets it aside and decodes that answer again"
 
@@ -121,20 +119,24 @@ def _of_journal(path: Path) -> Iterator[str]:
     files = [*beside(path), *([path] if path.is_file() else [])]
     found = [journal.read(file) for file in files if file.stat().st_size]
     done = len({key for each in found for key in each.entries})
-    parts = {path, *files, *(path.with_name(f"{path.stem}_rank{rank}{path.suffix}") for rank in _ranks(path))}
-    yield from _told(str(path), [Process.of(part) for part in sorted(parts)], done, "")
+    yield from _told(str(path), _processes(path, files), done, "")
 
 
-def _ranks(path: Path) -> set[str]:
-    """Of the state files beside it."""
-    names = (found.name for found in path.parent.glob(f".{path.stem}_rank*{path.suffix}.state"))
-    return {name.partition("_rank")[2].removesuffix(f"{path.suffix}.state") for name in names}
+def _processes(records: Path, files: Iterable[Path] = ()) -> list[Process]:
+    """Those whose files or states lie beside the records, and whoever writes the records alone."""
+    states = [found.name[1 : -len(STATE)] for found in records.parent.glob(f".*{STATE}")]
+    names = {records.name, *(file.name for file in files), *are_of(records, states)}
+    return [Process.of(records.with_name(name)) for name in sorted(names)]
 
 
 def _told(where: str, processes: list[Process], done: int, by: str) -> Iterator[str]:
     alive = [each for each in processes if each.holder is not None]
     states = [each.state for each in processes if each.state is not None]
-    whole = sum(state.total + state.earlier for state in states)
+    joined = [each.state for each in processes if each.state is not None and kind(each.file) == "joined"]
+    if joined:  # ranks have shares of the prompts, and these all of them
+        whole = max(state.total for state in joined)
+    else:
+        whole = sum(state.total + state.earlier for state in states)
     share = f"{done:,} of {counted(whole, 'answer')} ({done / whole:.0%})" if whole else counted(done, "answer")
     if alive:
         yield f"{where}: running, {share}"
@@ -143,6 +145,8 @@ def _told(where: str, processes: list[Process], done: int, by: str) -> Iterator[
         speed = sum(state.tokens_per_second for state in live)
         left = [state.seconds_left for state in live]
         ends = [seconds for seconds in left if seconds is not None]
+        if joined and ends:
+            ends = left = [(whole - done) / sum(state.decoded_per_second for state in live)]
         eta = f"about {duration(max(ends))} left" if len(ends) == len(left) and ends else "too early to say how long"
         yield f"  {counted(now, 'prompt')} in flight, {speed:,.0f} tokens/s, {eta}"
     elif by:

@@ -50,3 +50,12 @@ class RecordArguments:
         takes=(),
         private=True,
     )
+    join: bool = argument(
+        False,
+        as_bool,
+        "True: other processes started with it may work on the same ``journal`` at the same time, and share its "
+        "prompts.",
+        decides=Decides.NOTHING,
+        takes=(),
+        private=True,
+    )

@@ -58,6 +58,10 @@ class Scan:
     """What follows the last line break, unless it is a whole record that lacks nothing else."""
     unended: bool = False
     """The last line is whole but for its line break."""
+    num_ended: int = 0
+    """Lines that end with a line break, whatever they hold."""
+    num_bytes: int = 0
+    """In those."""
 
     def damage(self, line: Line, reason: str) -> None:
         """A line that is well formed, but not what should stand there."""
@@ -149,14 +153,20 @@ def scan(path: str | Path, *, argument: str, checksums: bool = True) -> Scan:
         content = Path(path).read_bytes()
     except OSError as exc:
         raise ConfigError(f"{argument}={str(path)!r} cannot be read: {exc.strerror or exc}.") from exc
+    return scanned(content, checksums=checksums)
+
+
+def scanned(content: bytes, *, checksums: bool = True, after: int = 0) -> Scan:
+    """As ``scan``, of what a file holds after so many lines."""
     found = Scan()
     raws = content.split(b"\n")
     last = raws.pop()
-    for number, raw in enumerate(raws, 1):
+    found.num_ended, found.num_bytes = after + len(raws), len(content) - len(last)
+    for number, raw in enumerate(raws, after + 1):
         _take(found, number, raw + b"\n", checksums)
     if last:
         tail = Scan()
-        _take(tail, len(raws) + 1, last, checksums)
+        _take(tail, found.num_ended + 1, last, checksums)
         if tail.lines:
             found.lines += tail.lines
             found.unended = True

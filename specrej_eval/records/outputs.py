@@ -53,8 +53,8 @@ from specrej_eval.records.jsonl import (
     write_atomically,
 )
 from specrej_eval.records.lookup import look_up
+from specrej_eval.records.parts import rank_path
 from specrej_eval.records.state import state_file
-from specrej_eval.records.trace import rank_path
 from specrej_eval.redaction import redacted_values
 from specrej_eval.wording import counted
 

@@ -6,7 +6,6 @@ wrongly for unsorted sample lists.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -52,14 +51,6 @@ class Tracer:
     def _write(self, event: str, record: dict[str, Any]) -> None:
         if self._file is not None:
             self._file.write(as_text({"event": event, **record}) + "\n")
-
-
-def rank_path(path: str, rank: int, world_size: int) -> str:
-    """Each process writes a file of its own: ``trace.jsonl`` becomes ``trace_rank1.jsonl`` and so on."""
-    if world_size == 1:
-        return path
-    root, extension = os.path.splitext(path)
-    return f"{root}_rank{rank}{extension}"
 
 
 def is_trace(path: str | Path) -> bool:

@@ -51,6 +51,7 @@ HINTS = {
     "strategies": "did you mean --strategy?",
     "alphas": "did you mean --alpha?",
     "journal": "each cell keeps a journal of its own, in the folder of --output.",
+    "join": "one process makes a comparison; join=True is for the journal=FILE of lm_eval and Python.",
     "gen_kwargs": "its names are options here (--temperature, ...), and mean what they mean in --model_args.",
     "model_args": "its names are options here: --pretrained, --reward_model, ...",
 }

@@ -24,8 +24,8 @@ from specrej_eval.records import journal, trace
 from specrej_eval.records.fingerprint import BETWEEN, differences
 from specrej_eval.records.jsonl import as_text
 from specrej_eval.records.lm_eval_files import MARK, Results, check_samples, check_whole, find_results, remarks
+from specrej_eval.records.parts import rank_path
 from specrej_eval.records.run_names import default_name
-from specrej_eval.records.trace import rank_path
 from specrej_eval.wording import inert, shortened, start_of
 
 SIDE_FILES = {"trace_path": "specrej_trace", "journal": "specrej_journal"}

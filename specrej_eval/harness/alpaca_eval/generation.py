@@ -112,6 +112,11 @@ def _begin(
     template = utils.read_or_return(entry["prompt_template"], relative_to=base_dir)
     alpaca_eval_slips.check_entry(name, entry, template)
     generation = decoder.Generation.of(function, entry.get("completions_kwargs") or {})
+    if generation.plan.config.join:
+        raise ConfigError(
+            f"{name}: join=True is for lm_eval and Python; one process writes the folder of evaluate_from_model.",
+            hint="leave it out.",
+        )
     generation.instructions = tuple(instructions)
     for place, instruction in enumerate(instructions):
         generation.places.setdefault(instruction, place)
