@@ -298,7 +298,9 @@ class _Other:
         except OSError:
             place, size = None, 0
         found = _of_this_run(path, fingerprint)
-        return cls(found, place, size) if found is None else cls(found, place, found.scan.num_bytes, found.scan.num_ended)
+        return (
+            cls(found, place, size) if found is None else cls(found, place, found.scan.num_bytes, found.scan.num_ended)
+        )
 
     def now(self, path: Path, fingerprint: dict[str, Any]) -> _Other:
         """With what has been added since in ``contents``; itself, if that is nothing.
@@ -339,17 +341,21 @@ class Journal:
         self.joined = join
         self._claims = Claims(path)
         with self._claims.beginning() if join else contextlib.nullcontext():
-            self._open(path, fingerprint)
+            if join:
+                paths = joined_paths(os.path.realpath(path))
+                own, self._give_up_lock = lock.hold_first(self, paths, argument="journal")
+                weakref.finalize(self, self._claims.tidy)
+                path = str(own)
+            else:
+                self._give_up_lock = lock.hold(self, path, argument="journal")
+                self._claims.tidy()
+            try:
+                self._open(path, fingerprint)
+            except BaseException:
+                self._give_up_lock()
+                raise
 
     def _open(self, path: str, fingerprint: dict[str, Any]) -> None:
-        if self.joined:
-            paths = joined_paths(os.path.realpath(path))
-            own, self._give_up_lock = lock.hold_first(self, paths, argument="journal")
-            weakref.finalize(self, self._claims.tidy)
-            path = str(own)
-        else:
-            self._give_up_lock = lock.hold(self, path, argument="journal")
-            self._claims.tidy()
         self.path = path
         self._name = Path(path).name
         self._entries: dict[str, Entry] = {}
