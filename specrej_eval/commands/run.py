@@ -44,6 +44,7 @@ from specrej_eval.options import add_options
 from specrej_eval.paths import below
 from specrej_eval.ranks import Watch, check_seen, started
 from specrej_eval.ranks import watch as watch_ranks
+from specrej_eval.records import parts
 from specrej_eval.records.fingerprint import from_first_rank, same, warn_of_uncovered
 from specrej_eval.records.outputs import Answer, OutputsFolder, RunRecord
 from specrej_eval.records.prompt_files import read_prompts
@@ -250,7 +251,7 @@ def _run(
     if ranks.main:
         store.begin(record, going_on=not anew, delete=anew, to_start_over="add --force")
         if anew:
-            for path in store.path.glob(f"{store.trajectories_file.stem}*.jsonl"):
+            for path in parts.files(store.trajectories_file):
                 path.unlink()
     ranks.wait()
     if not ranks.main:

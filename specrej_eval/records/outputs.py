@@ -53,7 +53,7 @@ from specrej_eval.records.jsonl import (
     write_atomically,
 )
 from specrej_eval.records.lookup import look_up
-from specrej_eval.records.parts import rank_path
+from specrej_eval.records.parts import files, rank_path
 from specrej_eval.records.state import state_file
 from specrej_eval.redaction import redacted_values
 from specrej_eval.wording import counted
@@ -560,8 +560,7 @@ class OutputsFolder:
         write_atomically(path, "".join(map(self._line, answers)))
 
     def _parts(self) -> list[Path]:
-        ranks = sorted(self.path.glob(f"{self.prefix}_outputs_rank*.jsonl"))
-        return [path for path in (self.outputs_file, *ranks) if path.is_file()]
+        return files(self.outputs_file)
 
     def _sorted_out(self, path: Path, record: RunRecord | None) -> tuple[Scan, list[Answer]]:
         """The intact answers of one file, the first of each key; what is wrong with a line makes it damage."""

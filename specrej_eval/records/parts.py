@@ -38,7 +38,14 @@ def kind(path: str | Path) -> str:
 def whole(path: str | Path) -> Path:
     """The name that was given, of any of its files."""
     own = Path(path)
-    return own.with_name(f"{_PART.sub('', own.stem)}{own.suffix}")
+    return own.with_name(f"{_PART.sub('', own.stem)}{own.suffix}") if _PART.search(own.stem) else own
+
+
+def alike(path: str, other: str) -> str:
+    """The name for ``path`` of the process that has written ``other``."""
+    found = _PART.search(Path(other).stem)
+    root, extension = os.path.splitext(path)
+    return f"{root}{found[0] if found else ''}{extension}"
 
 
 def are_of(path: str | Path, names: list[str]) -> list[str]:
@@ -53,7 +60,13 @@ def beside(path: str | Path) -> Iterator[Path]:
     own = Path(path)
     try:
         names = os.listdir(own.parent)
-    except OSError:
+    except (OSError, ValueError):  # no folder, NUL in its name
         return
     others = (own.with_name(name) for name in are_of(own, names) if name != own.name)
-    yield from (other for other in others if other.is_file())
+    yield from filter(os.path.isfile, others)
+
+
+def files(path: str | Path) -> list[Path]:
+    """All that there are of one name: that of a process which writes alone first."""
+    own = whole(path)
+    return [*filter(os.path.isfile, [own]), *beside(own)]
