@@ -82,7 +82,7 @@ class RunPlan:
     def _check_records(self) -> None:
         """Whether the run's files can be written, and a journal be gone on from; of several ranks the first asks."""
         if self.config.join:
-            self._check_join()
+            self.check_join()
         if os.environ.get("RANK", "0") != "0":
             return
         if self.config.trace_path is not None:
@@ -91,7 +91,12 @@ class RunPlan:
         if self.config.journal is not None:
             journal.check(self.config.journal, self.of_models, join=self.config.join)
 
-    def _check_join(self) -> None:
+    def check_join(self) -> None:
+        """Whether processes can share the prompts of such a run.
+
+        Raises:
+            ConfigError: not with these arguments, or not under a launcher.
+        """
         if self.config.journal is None:
             raise ConfigError(
                 "join=True needs journal=FILE, by which processes share their prompts.",

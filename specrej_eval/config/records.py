@@ -53,9 +53,8 @@ class RecordArguments:
     join: bool = argument(
         False,
         as_bool,
-        "True: other processes started with it may work on the same ``journal`` at the same time, and share its "
-        "prompts.",
+        "True: other processes started with it may work on the same ``journal`` (of `run`: the same folder) at the "
+        "same time, and share its prompts.",
         decides=Decides.NOTHING,
-        takes=(),
         private=True,
     )

@@ -19,12 +19,13 @@ from arithmetic import distinct_problems, question
 from support import FULL, ROOT, forked
 from support.simulated import Process, make_generator, request
 
+from specrej_eval import cli, load
 from specrej_eval import generator as generators
-from specrej_eval import load
 from specrej_eval.config import RunConfig
 from specrej_eval.core import GenerationResult
 from specrej_eval.errors import LimitReached, RewardError
 from specrej_eval.records import journal
+from specrej_eval.records.outputs import OutputsFolder, open_run
 
 Counted = Callable[[str, int], None]
 PROMPTS = [f"prompt {number}" for number in range(12)]
@@ -42,10 +43,10 @@ def without_costs(result: GenerationResult) -> dict[str, Any]:
     return told
 
 
-def of_files(folder: Path) -> dict[str, dict[str, Any]]:
+def of_files(folder: Path, pattern: str = "run*.jsonl") -> dict[str, dict[str, Any]]:
     """All answers of a journal's files. None is damaged, and none stands there twice."""
     found: dict[str, dict[str, Any]] = {}
-    for path in sorted(folder.glob("run*.jsonl")):
+    for path in sorted(folder.glob(pattern)):
         contents = journal.read(path)
         assert not (contents.scan.damaged or contents.contradicting or contents.repeated)
         assert not contents.entries.keys() & found.keys(), f"{path.name} repeats another file"
@@ -229,6 +230,7 @@ def test_the_progress_bar_says_for_whom_it_waits(tmp_path: Path, capsys: pytest.
 # real models
 
 
+RUN = 8 if FULL else 3
 TEXTS = [question(operands) for operands in distinct_problems("test", 30, seed=5)]
 
 
@@ -252,6 +254,87 @@ def test_real_models_write_the_bits_of_one_process(tmp_path: Path, counted: Coun
     assert of_files(both) == of_files(tmp_path / "alone") and len(of_files(both)) == len(texts)
     assert (both / "texts1.json").read_bytes() == (both / "texts2.json").read_bytes()
     counted("runs of several processes that join", 1)
+
+
+def run(folder: Path, *words: str, limit: int = len(TEXTS)) -> int:
+    """`specrej-eval run` in a folder of its own."""
+    prompts = folder / "prompts.json"
+    if not prompts.is_file():
+        prompts.write_text(json.dumps(TEXTS))
+    sizes = ["--n", "3", "--max_gen_toks", "16", "--batch_size", "1", "--until", "\n", "--limit", str(limit)]
+    return cli.main(["run", "--prompts", str(prompts), "--output", str(folder / "out"), *sizes, *words])
+
+
+def archive(folder: Path) -> Any:
+    """What a run has left, which is complete: answers, rows, cost. Nothing else lies there, and no row twice."""
+    record, found = open_run(folder / "out")
+    assert record.complete and not OutputsFolder(folder / "out").problems()
+    costs = ("seconds", "peak_bytes")
+    told = [item.to_dict() for item in found]
+    for item in told:
+        item["ledger"] = {name: value for name, value in item["ledger"].items() if name not in costs}
+        del item["seconds"]
+    assert [path.name for path in (folder / "out").glob("specrej_outputs*")] == ["specrej_outputs.jsonl"]
+    assert not [*(folder / "out").glob(".*")]
+    totals = {name: value for name, value in record.totals.items() if name not in costs}
+    return told, of_files(folder / "out", "specrej_trajectories*.jsonl"), totals
+
+
+@pytest.fixture(scope="module")
+def alone_run(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    folder = tmp_path_factory.mktemp("alone")
+    assert run(folder, limit=RUN) == 0
+    return archive(folder)
+
+
+def test_commands_on_one_folder_leave_the_archive_of_one(tmp_path: Path, alone_run: Any, counted: Counted) -> None:
+    """Two of `run --join true`, of which one may be killed whenever something reaches the disk; then a third one."""
+    kills = 0
+    for place in (None, *range(2, 60, 3)) if FULL else (9,):
+        folder = tmp_path / str(place)
+        folder.mkdir()
+        moments = None if place is None else forked.Moments(place)
+        pids = [
+            forked.start(lambda folder=folder: run(folder, "--join", "true", limit=RUN), moments=each)
+            for each in (moments, None)
+        ]
+        codes = [forked.ended(pid) for pid in pids]
+        assert codes[0] in (0, -signal.SIGKILL) and codes[1] == 0
+        kills += codes[0] != 0
+        assert of_files(folder / "out", "specrej_trajectories*.jsonl") == alone_run[1]
+        assert open_run(folder / "out")[0].complete
+        assert run(folder, "--join", "true", limit=RUN) == 0, "nothing is to do"
+        for left in (folder / "out").glob(".*"):
+            assert codes[0] != 0, f"a regular end leaves nothing: {left.name}"
+            if left.is_file():
+                left.unlink()  # the lock and the state of the killed one
+        assert archive(folder)[::2] == alone_run[::2], f"killed at moment {place}"
+        counted("runs of several processes that join", 1)
+    counted("kills -9: processes that join", kills)
+
+
+def test_a_folder_of_processes_that_join_is_no_other_processs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(tmp_path, limit=1) == 0
+    held = OutputsFolder(tmp_path / "out", join=True)
+    record = held.record()
+    assert record is not None
+    pid = forked.start(lambda: held.begin(record) and time.sleep(600))
+    try:
+        while not [*(tmp_path / "out").glob(".*joined0*.lock")]:
+            time.sleep(0.01)
+        before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+        for words in (["--seed", "0"], ["--force"]):
+            assert run(tmp_path, *words, limit=2) == 1
+            assert f"is in use by process {pid}" in capsys.readouterr().err
+        assert {path: path.read_bytes() for path in before} == before
+        assert run(tmp_path, "--join", "true", limit=2) == 0
+        assert run(tmp_path, "--join", "true", "--seed", "1") == 1
+        assert "seed was 0, is now 1" in capsys.readouterr().err
+    finally:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
 
 
 def lm_eval_words(**arguments: Any) -> list[str]:

@@ -114,7 +114,8 @@ def _begin(
     generation = decoder.Generation.of(function, entry.get("completions_kwargs") or {})
     if generation.plan.config.join:
         raise ConfigError(
-            f"{name}: join=True is for lm_eval and Python; one process writes the folder of evaluate_from_model.",
+            f"{name}: one process writes the folder of evaluate_from_model; join=True is for lm_eval, Python and "
+            "`specrej-eval run`.",
             hint="leave it out.",
         )
     generation.instructions = tuple(instructions)
