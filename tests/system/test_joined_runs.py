@@ -24,7 +24,7 @@ from specrej_eval import generator as generators
 from specrej_eval.config import RunConfig
 from specrej_eval.core import GenerationResult
 from specrej_eval.errors import LimitReached, RewardError
-from specrej_eval.records import journal
+from specrej_eval.records import journal, lock
 from specrej_eval.records.outputs import OutputsFolder, open_run
 
 Counted = Callable[[str, int], None]
@@ -34,6 +34,7 @@ PROMPTS = [f"prompt {number}" for number in range(12)]
 @pytest.fixture(autouse=True)
 def restless(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(generators, "POLL", 0.01)
+    monkeypatch.setattr(lock, "PATIENCE", 0.2)
 
 
 def without_costs(result: GenerationResult) -> dict[str, Any]:
@@ -313,9 +314,7 @@ def test_commands_on_one_folder_leave_the_archive_of_one(tmp_path: Path, alone_r
     counted("kills -9: processes that join", kills)
 
 
-def test_a_folder_of_processes_that_join_is_no_other_processs(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_folder_of_processes_that_join_is_theirs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(tmp_path, limit=1) == 0
     held = OutputsFolder(tmp_path / "out", join=True)
     record = held.record()
