@@ -1,18 +1,18 @@
 """`specrej-eval journal`: look into a journal, check it, put several of one run together. No model is loaded.
 
-A journal is the file of ``journal=FILE``, or ``specrej_trajectories.jsonl`` of `specrej-eval run`, whose folder may be
-named in its place; ``verify`` then looks at all files there.
+A journal is the file of ``journal=FILE``, with those that several processes wrote for it (``run_rank0.jsonl``,
+``run_joined0.jsonl``), or ``specrej_trajectories.jsonl`` of `specrej-eval run`, whose folder may be named in its place;
+``verify`` then looks at all files there.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 import re
 import sys
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import reduce
 from pathlib import Path
 
@@ -22,7 +22,7 @@ from specrej_eval.records.fingerprint import check_same
 from specrej_eval.records.journal import CAPACITY, SCHEMA_VERSION, Contents, lacking_fields, read
 from specrej_eval.records.jsonl import CHECKSUM, RUN, checked_line, write_atomically
 from specrej_eval.records.outputs import OutputsFolder
-from specrej_eval.records.parts import files
+from specrej_eval.records.parts import files, kind
 from specrej_eval.wording import counted, inert
 
 _DIGEST = re.compile(r"\b([0-9a-f]{12})(?:[0-9a-f]{28}|[0-9a-f]{52})\b")
@@ -56,23 +56,33 @@ def run(args: argparse.Namespace) -> int:
         case "show":
             return show(args.journal, args.key)
         case "verify":
-            problems = [problem for path in args.journal for problem in verify(Path(path))]
+            paths = _each(args.journal, folders=False)
+            problems = [problem for path in paths for problem in verify(Path(path))]
             print("\n".join(problems) if problems else "no problems found")
             return 1 if problems else 0
         case _:
-            paths = [path for given in args.journal for path in journals_of(given)]
-            return merge(paths, args.output, force=args.force)
+            return merge(_each(args.journal), args.output, force=args.force)
+
+
+def _each(given: Iterable[str], *, folders: bool = True) -> list[str]:
+    """The files of some journals, each once.
+
+    Args:
+        folders: a run's folder is one for its journal; False = it stays a folder.
+    """
+    found = ([path] if Path(path).is_dir() and not folders else journals_of(path) for path in given)
+    return list(dict.fromkeys(path for paths in found for path in paths))
 
 
 def journals_of(path: str) -> list[str]:
-    """A journal, or those in the folder of a run: one of each process that wrote there. Where there are only such of a
-    journal, these.
+    """The files of a journal, or of that in the folder of a run: one of each process that wrote there. A file that is
+    named as one process's is taken alone.
 
     Raises:
         ConfigError: a folder without any.
     """
     if not Path(path).is_dir():
-        return [path] if os.path.exists(path) else [*map(str, files(path))] or [path]
+        return [*map(str, [] if kind(path) else files(path))] or [path]
     found = [*map(str, files(OutputsFolder(path).trajectories_file))]
     if not found:
         raise ConfigError(
@@ -164,10 +174,6 @@ def verify(path: Path) -> Iterator[str]:
         for file, damage in store.problems():
             yield f"{inert(str(file))}, line {damage.number}: {damage.reason}"
         for file in files(store.trajectories_file):
-            yield from verify(file)
-        return
-    if not path.exists() and (parts := files(path)):
-        for file in parts:
             yield from verify(file)
         return
     found = read(path)

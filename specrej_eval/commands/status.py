@@ -134,7 +134,7 @@ def _told(where: str, processes: list[Process], done: int, by: str) -> Iterator[
     states = [each.state for each in processes if each.state is not None]
     joined = [each.state for each in processes if each.state is not None and kind(each.file) == "joined"]
     if joined:  # ranks have shares of the prompts, and these all of them
-        whole = max(state.total for state in joined)
+        whole = max(state.total + state.earlier for state in joined)
     else:
         whole = sum(state.total + state.earlier for state in states)
     share = f"{done:,} of {counted(whole, 'answer')} ({done / whole:.0%})" if whole else counted(done, "answer")

@@ -13,7 +13,7 @@ import pytest
 from support import forked
 from support.journals import FINGERPRINT, a_journal, a_prompt, a_result, key_of
 
-from specrej_eval import load
+from specrej_eval import cli, load
 from specrej_eval.commands import status
 from specrej_eval.errors import ConfigError
 from specrej_eval.records import journal as journals
@@ -59,7 +59,9 @@ def another_process(work: Callable[[], object]) -> Iterator[int]:
         os.close(reader)
 
 
-def test_each_writes_a_file_of_its_own_and_reads_what_the_others_finish(tmp_path: Path) -> None:
+def test_each_writes_a_file_of_its_own_and_reads_what_the_others_finish(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     a_journal(tmp_path / "run.jsonl", 2)
     one, two = joined(tmp_path), joined(tmp_path)
     assert [Path(each.path).name for each in (one, two)] == ["run_joined0.jsonl", "run_joined1.jsonl"]
@@ -83,7 +85,13 @@ def test_each_writes_a_file_of_its_own_and_reads_what_the_others_finish(tmp_path
     ], "a regular end leaves nothing else"
     alone = Journal(str(tmp_path / "run.jsonl"), FINGERPRINT)
     assert all(has(alone, number) for number in range(5))
-    assert [Path(each.path).name for each in (alone,)] == ["run.jsonl"]
+    alone.close()
+    for words in (["verify", str(tmp_path / "run.jsonl")], ["verify", alone.path, one.path]):
+        assert cli.main(["journal", *words]) == 0
+    words = ["merge", str(tmp_path / "run.jsonl"), one.path, "--output", str(tmp_path / "whole.jsonl")]
+    assert cli.main(["journal", *words]) == 0
+    assert "5 answers of 4 journals" in capsys.readouterr().out
+    assert len(journals.read(tmp_path / "whole.jsonl").entries) == 5
 
 
 def test_a_claim_that_is_given_up_is_anybodys(tmp_path: Path) -> None:
