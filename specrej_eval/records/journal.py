@@ -37,6 +37,7 @@ from specrej_eval.records.claims import Claims
 from specrej_eval.records.fingerprint import check_same
 from specrej_eval.records.jsonl import (
     RUN,
+    Appender,
     Line,
     Scan,
     check_writable,
@@ -45,7 +46,6 @@ from specrej_eval.records.jsonl import (
     describe_damage,
     digest,
     mend,
-    open_append,
     plain,
     replace_bytes,
     scan,
@@ -372,7 +372,7 @@ class Journal:
         has_header = Path(path).is_file() and self._read()
         for beside_it, other in others:
             self._take_over(beside_it, other)
-        self._file = open_append(path, argument="journal")
+        self._file = Appender(path, argument="journal")
         if not has_header:
             self._write_header()
 
@@ -546,7 +546,7 @@ class Journal:
         except OSError:
             empty = True
         self._file.close()
-        self._file = open_append(self.path, argument="journal")
+        self._file = Appender(self.path, argument="journal")
         if empty:
             self._write_header()
 

@@ -206,7 +206,7 @@ def set_aside(path: Path, damaged: Sequence[Damage]) -> None:
     """Append damaged lines to ``FILE.damaged``: one JSON object each, with number, reason and the line as it was."""
     if not damaged:
         return
-    with open_append(str(damaged_file(path)), argument="file") as file:
+    with Appender(str(damaged_file(path)), argument="file") as file:
         for item in sorted(damaged, key=lambda item: item.number):
             told: dict[str, Any] = {"file": path.name, "line": item.number, "reason": item.reason}
             try:
@@ -236,7 +236,8 @@ class WriteError(SpecRejError, OSError):
 
 
 class Appender:
-    """A file that grows by whole lines: what cannot be written to its end leaves no part of itself behind.
+    """A file that grows by whole lines: what cannot be written to its end leaves no part of itself behind. It and its
+    folder are made if need be.
 
     Raises:
         ConfigError: the file or its folder cannot be written.
@@ -299,17 +300,8 @@ class Appender:
         )
 
 
-def open_append(path: str, *, argument: str) -> Appender:
-    """Open a JSONL file for appending, its folder made if need be.
-
-    Raises:
-        ConfigError: the file or its folder cannot be written.
-    """
-    return Appender(path, argument=argument)
-
-
 def check_writable(path: str, *, argument: str) -> None:
-    """What ``open_append`` would refuse, as far as it can be said without writing.
+    """What ``Appender`` would refuse, as far as it can be said without writing.
 
     Raises:
         ConfigError: the file, or the folder it is to lie in, cannot be written.

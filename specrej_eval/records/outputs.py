@@ -48,7 +48,6 @@ from specrej_eval.records.jsonl import (
     describe_damage,
     digest,
     mend,
-    open_append,
     parsed,
     scan,
     write_atomically,
@@ -426,9 +425,11 @@ class OutputsFolder:
             yield
             return
         claims = Claims(self.outputs_file)
-        with claims.beginning():
-            yield
-        claims.tidy()
+        try:
+            with claims.beginning():
+                yield
+        finally:
+            claims.tidy()
 
     @contextlib.contextmanager
     def unless_refused(self) -> Iterator[None]:
@@ -510,7 +511,7 @@ class OutputsFolder:
             WriteError: it cannot be written; the answers before are intact.
         """
         if self._file is None:
-            self._file = open_append(str(self._own_part), argument="output")
+            self._file = Appender(str(self._own_part), argument="output")
         self._file.write(self._line(answer))
         self._file.sync()
         self._read()[answer.key] = answer

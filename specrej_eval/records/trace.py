@@ -13,7 +13,7 @@ from typing import Any
 from specrej_eval.core import GenerationResult, Prompt, Round
 from specrej_eval.errors import ConfigError
 from specrej_eval.records import lock
-from specrej_eval.records.jsonl import as_text, open_append, scan
+from specrej_eval.records.jsonl import Appender, as_text, scan
 from specrej_eval.redaction import redacted_values
 
 SCHEMA_VERSION = 1
@@ -30,7 +30,7 @@ class Tracer:
         self._give_up_lock: Callable[[], object] = (
             (lambda: None) if path is None else lock.hold(self, path, argument="trace_path")
         )
-        self._file = None if path is None else open_append(path, argument="trace_path")
+        self._file = None if path is None else Appender(path, argument="trace_path")
 
     def run(self, info: dict[str, Any]) -> None:
         self._write("run", {"schema_version": SCHEMA_VERSION, **redacted_values(info, put="")})
