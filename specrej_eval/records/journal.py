@@ -292,11 +292,11 @@ class _Other:
         """Raises:
         ConfigError: it belongs to another configuration.
         """
-        try:
+        place: tuple[int, int] | None = None
+        size = 0
+        with contextlib.suppress(OSError):
             about = os.stat(path)  # before it is read: what has grown by then is read twice, and not left out
             place, size = (about.st_dev, about.st_ino), about.st_size
-        except OSError:
-            place, size = None, 0
         found = _of_this_run(path, fingerprint)
         return (
             cls(found, place, size) if found is None else cls(found, place, found.scan.num_bytes, found.scan.num_ended)
