@@ -298,9 +298,9 @@ class _Other:
             about = os.stat(path)  # before it is read: what has grown by then is read twice, and not left out
             place, size = (about.st_dev, about.st_ino), about.st_size
         found = _of_this_run(path, fingerprint)
-        return (
-            cls(found, place, size) if found is None else cls(found, place, found.scan.num_bytes, found.scan.num_ended)
-        )
+        if found is not None:
+            return cls(found, place, found.scan.num_bytes, found.scan.num_ended)
+        return cls(None, place, size)
 
     def now(self, path: Path, fingerprint: dict[str, Any]) -> _Other:
         """With what has been added since in ``contents``; itself, if that is nothing.
