@@ -139,10 +139,10 @@ def test_killed_whenever_something_reaches_the_disk_the_others_take_its_prompts_
     """One of three at every such moment, and another at some other one; a few of them in `make test`."""
     draw = random.Random(3)
     kills = 0
-    for place in range(40) if FULL else (4, 5):
+    for place in range(24) if FULL else (4, 5):
         folder = tmp_path / f"at {place}"
         folder.mkdir()
-        moments = [forked.Moments(place), forked.Moments(draw.randrange(40)), None]
+        moments = [forked.Moments(place), forked.Moments(draw.randrange(20)), None]
         pids = [forked.start(at_work(folder, each), moments=moments[each]) for each in range(3)]
         codes = [forked.ended(pid) for pid in pids]
         assert set(codes[:2]) <= {0, -signal.SIGKILL} and codes[2] == 0, codes
@@ -153,7 +153,7 @@ def test_killed_whenever_something_reaches_the_disk_the_others_take_its_prompts_
         assert answers(settings(folder, join=True)) == (alone[0], 0)
         shutil.rmtree(folder)
     counted("kills -9: processes that join", kills)
-    assert kills >= (20 if FULL else 1)
+    assert kills >= (15 if FULL else 1)
 
 
 def test_all_killed_at_once_and_begun_again_by_fewer_or_alone(
@@ -178,15 +178,13 @@ def test_who_has_a_prompt_and_fails_leaves_it_to_the_others(tmp_path: Path) -> N
     def fails() -> int:
         config = settings(tmp_path, join=True)
         generator = make_generator(processes(), config)
-        score = generator.reward.score
 
         def failing(*args: Any) -> list[float]:
             os.write(go, b".")
             time.sleep(0.2)  # the other has come to where nothing else is left
             raise RewardError("the server is gone")
 
-        generator.reward.score = failing  # type: ignore[method-assign]
-        assert score
+        generator.reward.score = failing
         try:
             list(generator.run([request(config, text) for text in PROMPTS[:2]], progress=False))
         except RewardError:
