@@ -16,8 +16,10 @@ from typing import TYPE_CHECKING, Any, Self
 from specrej_eval import budget
 from specrej_eval.config import RunConfig
 from specrej_eval.config.engines import TRANSFORMERS, engine_of
+from specrej_eval.errors import ConfigError
+from specrej_eval.ranks import started
 from specrej_eval.records import fingerprint, journal, jsonl, lock
-from specrej_eval.records.trace import rank_path
+from specrej_eval.records.parts import rank_path
 from specrej_eval.special_tokens import ENCODE_AS_TEXT
 
 if TYPE_CHECKING:
@@ -79,13 +81,38 @@ class RunPlan:
 
     def _check_records(self) -> None:
         """Whether the run's files can be written, and a journal be gone on from; of several ranks the first asks."""
+        if self.config.join:
+            self.check_join()
         if os.environ.get("RANK", "0") != "0":
             return
         if self.config.trace_path is not None:
             jsonl.check_writable(self.config.trace_path, argument="trace_path")
             lock.check(self.config.trace_path, argument="trace_path")
         if self.config.journal is not None:
-            journal.check(self.config.journal, self.of_models)
+            journal.check(self.config.journal, self.of_models, join=self.config.join)
+
+    def check_join(self) -> None:
+        """Whether processes can share the prompts of such a run.
+
+        Raises:
+            ConfigError: not with these arguments, or not under a launcher.
+        """
+        if self.config.journal is None:
+            raise ConfigError(
+                "join=True needs journal=FILE, by which processes share their prompts.",
+                hint="give each of them the same journal=FILE.",
+            )
+        if started() > 1:
+            raise ConfigError(
+                f"join=True with {started()} processes of a launcher (WORLD_SIZE): these share the prompts already.",
+                hint="leave join out; or start processes one by one, each with join=True.",
+            )
+        if self.config.max_decode_tokens is not None:
+            raise ConfigError(
+                "max_decode_tokens counts the tokens of all processes, and with join=True none knows those of the "
+                "others.",
+                hint="max_seconds ends one process; the others go on.",
+            )
 
     def replace(self, **changes: Any) -> Self:
         """The same models with other arguments, none of them about the models.

@@ -75,6 +75,11 @@ def check_arguments(config: RunConfig, *, max_gen_toks_known: bool = True) -> No
         ConfigError: the arguments disagree, or cannot hold one row of max_gen_toks.
     """
     n, first_look, budget = config.n, config.first_look, config.kv_budget_tokens
+    if config.join and n == MAX and budget is None:
+        raise ConfigError(
+            "n=max with join=True: each process would start as many rows as its own memory holds.",
+            hint="give n or kv_budget_tokens as a number.",
+        )
     if n is None and budget is None:
         n = DEFAULT_N
     if isinstance(n, int) and budget is not None:

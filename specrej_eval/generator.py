@@ -10,8 +10,8 @@ import logging
 import math
 import time
 from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from collections.abc import Generator as Turns
-from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from typing import Any
@@ -65,6 +65,8 @@ class Request:
         return request_key(self.prompt, self.config.of_request, self.until)
 
 
+POLL = 0.5
+"""Seconds between two looks at what other processes have finished, where nothing else is left to do."""
 _STOP = Plan(keep=(), fresh=0, num_tokens=1)
 """What a strategy that is done wants of the engine."""
 
@@ -280,16 +282,22 @@ class Generator:
         journal = self._open_journal()
         work = self._checked(requests, journal)
         tracer = self._open_tracer()
+        keys = {} if journal is None else {index: request.key for index, request, _ in work}
         # looked up before the loop appends to the journal
-        found = {} if journal is None else {i: journal.get(request.key, request.prompt) for i, request, _ in work}
-        taken = {index: result for index, result in found.items() if result is not None}
+        taken = {} if journal is None else _recorded(journal, keys, work)
         waiting = [item for item in work if item[0] not in taken]
         in_flight = self._in_flight(waiting) if waiting else FIXED_PROMPTS
         self.prompts_in_flight = in_flight if waiting else self.prompts_in_flight
-        scheduler = Scheduler(waiting, batch_size=in_flight, tokens=lambda item: item[1].prompt.num_tokens)
+        shared = journal if journal is not None and journal.joined else None
+        scheduler = Scheduler(
+            waiting,
+            batch_size=in_flight,
+            tokens=lambda item: item[1].prompt.num_tokens,
+            may_begin=None if shared is None else _claiming(shared, keys),
+        )
         name = ", ".join(dict.fromkeys(request.config.strategy for request in requests))
         with (
-            stopping.keeping(len(requests), None if journal is None else journal.path) as kept,
+            stopping.keeping(len(requests), None if journal is None else journal.where) as kept,
             contextlib.closing(
                 Progress(len(requests), name=name, in_flight=in_flight, shown=progress, summary=summary)
             ) as bar,
@@ -297,6 +305,8 @@ class Generator:
             contextlib.ExitStack() as to_close,
         ):
             running: list[_Running] = []
+            if shared is not None:
+                to_close.callback(shared.give_up_claims)
             to_close.callback(self._close, running)
             opening: _Opening | None = None
 
@@ -305,12 +315,12 @@ class Generator:
                     opening.turns.close()
 
             to_close.callback(abandon)
-            for index, done in taken.items():
-                bar.finished(done)
-                kept.add()
-                state.finished(done)
-                yield index, done
             while True:
+                for index, done in taken.items():
+                    bar.finished(done)
+                    kept.add()
+                    state.finished(done)
+                    yield index, done
                 limit = self._limit([work.session for work in running])
                 if limit is None:
                     if opening is None and (admitted := scheduler.admit(len(running))):
@@ -322,9 +332,15 @@ class Generator:
                     abandon()
                     scheduler.put_back(opening.admitted)
                     opening = None
+                taken = {} if shared is None else _finished_elsewhere(shared, keys, scheduler)
                 if not running:
-                    if opening is None:
+                    if taken or opening is not None:
+                        continue
+                    if limit is not None or not scheduler.num_waiting:
                         break
+                    bar.waiting(scheduler.num_waiting)
+                    state.step(())
+                    time.sleep(POLL)
                     continue
                 num_tokens = scheduler.until_next_look(running)
                 if num_tokens:
@@ -348,7 +364,7 @@ class Generator:
                     tracer.request(result)
                     with stopping.held():
                         if journal is not None:
-                            journal.put(due.request.key, result)
+                            journal.put(keys[due.index], result)
                         kept.add()
                     bar.finished(result)
                     state.finished(result)
@@ -372,8 +388,8 @@ class Generator:
 
     def _state(self, total: int) -> StateFile:
         path = self.state_path
-        if path is None and self.config.journal is not None:
-            path = str(state_file(self.config.journal))
+        if path is None and self._journal is not None:
+            path = str(state_file(self._journal.path))
         return StateFile(path, total=total, earlier=self.answered_before)
 
     def _checked(self, requests: Sequence[Request], journal: Journal | None) -> list[_Admitted]:
@@ -788,7 +804,8 @@ class Generator:
         Raises:
             ConfigError, PromptError: as ``run``, for all of them.
         """
-        config = self.config.replace(journal=None, trace_path=None, max_seconds=None, max_decode_tokens=None, plan=None)
+        unlimited = {"max_seconds": None, "max_decode_tokens": None}
+        config = self.config.replace(journal=None, join=False, trace_path=None, plan=None, **unlimited)
         probe = Generator(engine=self.engine, reward=self.reward, config=config)
         probe.capacity_tokens = self.capacity_tokens
         work = probe._checked(requests, None)
@@ -823,9 +840,29 @@ class Generator:
     def _open_journal(self) -> Journal | None:
         if self._journal is None and self.config.journal is not None:
             fingerprint = dict(self.fingerprint or {})
-            self._journal = Journal(self.config.journal, fingerprint)
+            self._journal = Journal(self.config.journal, fingerprint, join=self.config.join)
             warn_of_uncovered(fingerprint)
         return self._journal
+
+
+def _recorded(journal: Journal, keys: Mapping[int, str], work: Iterable[_Admitted]) -> dict[int, GenerationResult]:
+    found = ((index, journal.get(keys[index], request.prompt)) for index, request, _ in work)
+    return {index: result for index, result in found if result is not None}
+
+
+def _claiming(journal: Journal, keys: Mapping[int, str]) -> Callable[[_Admitted], bool]:
+    return lambda item: journal.claim(keys[item[0]])
+
+
+def _finished_elsewhere(
+    journal: Journal, keys: Mapping[int, str], scheduler: Scheduler[_Admitted]
+) -> dict[int, GenerationResult]:
+    """What other processes have finished of the prompts that wait, which wait no more."""
+    journal.refresh()
+    found = _recorded(journal, keys, scheduler.waiting)
+    if found:
+        scheduler.remove(lambda item: item[0] in found)
+    return found
 
 
 @contextlib.contextmanager

@@ -53,6 +53,10 @@ class Progress:
             f"{counted(live, 'live row')}, {rejected:.0%} rejected, {speed:,.0f} tok/s", refresh=False
         )
 
+    def waiting(self, prompts: int) -> None:
+        """Nothing decodes here: other processes have the prompts that are left."""
+        self._bar.set_postfix_str(f"waiting for {counted(prompts, 'prompt')} of other processes")
+
     def close(self) -> None:
         answers = int(self._bar.n)
         self._bar.close()

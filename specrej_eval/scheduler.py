@@ -55,29 +55,54 @@ class Scheduler(Generic[T]):
 
     Args:
         tokens: of a prompt that waits; None = not known, and not bounded.
+        may_begin: asked of a prompt when its turn has come; False puts it off, behind the others. None = each may.
     """
 
-    def __init__(self, waiting: Iterable[T], *, batch_size: int, tokens: Callable[[T], int] | None = None) -> None:
+    def __init__(
+        self,
+        waiting: Iterable[T],
+        *,
+        batch_size: int,
+        tokens: Callable[[T], int] | None = None,
+        may_begin: Callable[[T], bool] | None = None,
+    ) -> None:
         self._waiting = deque(waiting)
         self._batch_size = batch_size
         self._tokens = tokens or (lambda _: 0)
+        self._may_begin = may_begin or (lambda _: True)
 
     @property
     def num_waiting(self) -> int:
         return len(self._waiting)
 
+    @property
+    def waiting(self) -> Sequence[T]:
+        return self._waiting
+
+    def remove(self, belongs: Callable[[T], bool]) -> None:
+        """Take prompts out of those that wait."""
+        self._waiting = deque(item for item in self._waiting if not belongs(item))
+
     def admit(self, running: int) -> list[T]:
         """The next prompts to open beside ``running`` open ones.
 
-        At least one, if there is room; beyond that no more than ``READ_A_TURN`` tokens while others wait to decode.
+        At least one, if there is room and one that may begin; beyond that no more than ``READ_A_TURN`` tokens while
+        others wait to decode.
         """
         admitted: list[T] = []
+        put_off: list[T] = []
         tokens = 0
         while self._waiting and running + len(admitted) < self._batch_size:
-            tokens += self._tokens(self._waiting[0])
-            if running and admitted and tokens > READ_A_TURN:
+            more = self._tokens(self._waiting[0])
+            if running and admitted and tokens + more > READ_A_TURN:
                 break
-            admitted.append(self._waiting.popleft())
+            item = self._waiting.popleft()
+            if self._may_begin(item):
+                admitted.append(item)
+                tokens += more
+            else:
+                put_off.append(item)
+        self._waiting.extend(put_off)
         return admitted
 
     def put_back(self, admitted: Sequence[T]) -> None:

@@ -36,3 +36,33 @@ def test_all_are_admitted_in_order_and_long_prompts_take_turns(
     for _ in lengths:
         seen += [index for index, _ in scheduler.admit(0)]
     assert seen == list(range(len(lengths)))
+
+
+@given(
+    st.lists(st.integers(1, 3 * READ_A_TURN), max_size=12),
+    st.integers(1, 5),
+    st.lists(st.sets(st.integers(0, 11)), min_size=1, max_size=12),
+)
+def test_who_may_not_begin_is_put_off_and_keeps_nobody_waiting(
+    lengths: list[int], batch_size: int, held: list[set[int]]
+) -> None:
+    asked: list[int] = []
+    others: set[int] = set()
+
+    def may_begin(item: tuple[int, int]) -> bool:
+        asked.append(item[0])
+        return item[0] not in others
+
+    scheduler = Scheduler(enumerate(lengths), batch_size=batch_size, tokens=lambda item: item[1], may_begin=may_begin)
+    seen: list[int] = []
+    for others in held:  # may_begin reads it
+        free = set(range(len(lengths))) - others - {*seen}
+        asked.clear()
+        admitted = [index for index, _ in scheduler.admit(0)]
+        assert len(admitted) == min(batch_size, len(free)) and set(admitted) <= free
+        assert len(asked) == len(set(asked)), "nobody is asked twice in a turn"
+        seen += admitted
+    assert sorted([*seen, *(index for index, _ in scheduler.waiting)]) == list(range(len(lengths)))
+    gone = {index for index, _ in scheduler.waiting if index % 2}
+    scheduler.remove(lambda item: item[0] in gone)
+    assert not gone & {index for index, _ in scheduler.waiting} and scheduler.num_waiting == len(scheduler.waiting)

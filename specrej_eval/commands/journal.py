@@ -1,7 +1,8 @@
 """`specrej-eval journal`: look into a journal, check it, put several of one run together. No model is loaded.
 
-A journal is the file of ``journal=FILE``, or ``specrej_trajectories.jsonl`` of `specrej-eval run`, whose folder may be
-named in its place; ``verify`` then looks at all files there.
+A journal is the file of ``journal=FILE``, with those that several processes wrote for it (``run_rank0.jsonl``,
+``run_joined0.jsonl``), or ``specrej_trajectories.jsonl`` of `specrej-eval run`, whose folder may be named in its place;
+``verify`` then looks at all files there.
 """
 
 from __future__ import annotations
@@ -11,16 +12,17 @@ import json
 import re
 import sys
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import reduce
 from pathlib import Path
 
 from specrej_eval.core import GenerationResult, Ledger
 from specrej_eval.errors import ConfigError
 from specrej_eval.records.fingerprint import check_same
-from specrej_eval.records.journal import SCHEMA_VERSION, Contents, lacking_fields, read
-from specrej_eval.records.jsonl import checked_line, write_atomically
+from specrej_eval.records.journal import CAPACITY, SCHEMA_VERSION, Contents, lacking_fields, read
+from specrej_eval.records.jsonl import CHECKSUM, RUN, checked_line, write_atomically
 from specrej_eval.records.outputs import OutputsFolder
+from specrej_eval.records.parts import files, kind
 from specrej_eval.wording import counted, inert
 
 _DIGEST = re.compile(r"\b([0-9a-f]{12})(?:[0-9a-f]{28}|[0-9a-f]{52})\b")
@@ -54,23 +56,34 @@ def run(args: argparse.Namespace) -> int:
         case "show":
             return show(args.journal, args.key)
         case "verify":
-            problems = [problem for path in args.journal for problem in verify(Path(path))]
+            paths = _each(args.journal, folders=False)
+            problems = [problem for path in paths for problem in verify(Path(path))]
             print("\n".join(problems) if problems else "no problems found")
             return 1 if problems else 0
         case _:
-            paths = [path for given in args.journal for path in journals_of(given)]
-            return merge(paths, args.output, force=args.force)
+            return merge(_each(args.journal), args.output, force=args.force)
+
+
+def _each(given: Iterable[str], *, folders: bool = True) -> list[str]:
+    """The files of some journals, each once.
+
+    Args:
+        folders: a run's folder is one for its journal; False = it stays a folder.
+    """
+    found = ([path] if Path(path).is_dir() and not folders else journals_of(path) for path in given)
+    return list(dict.fromkeys(path for paths in found for path in paths))
 
 
 def journals_of(path: str) -> list[str]:
-    """A journal, or those in the folder of a run: one of each process that wrote there.
+    """The files of a journal, or of that in the folder of a run: one of each process that wrote there. A file that is
+    named as one process's is taken alone.
 
     Raises:
         ConfigError: a folder without any.
     """
     if not Path(path).is_dir():
-        return [path]
-    found = sorted(map(str, Path(path).glob(f"{OutputsFolder(path).trajectories_file.stem}*.jsonl")))
+        return [*map(str, [] if kind(path) else files(path))] or [path]
+    found = [*map(str, files(OutputsFolder(path).trajectories_file))]
     if not found:
         raise ConfigError(
             f"{path!r} is a folder without the journal of a `specrej-eval run`.",
@@ -160,7 +173,7 @@ def verify(path: Path) -> Iterator[str]:
             raise ConfigError(f"{str(path)!r} is not a run of specrej-eval: there is no {store.run_file.name}.")
         for file, damage in store.problems():
             yield f"{inert(str(file))}, line {damage.number}: {damage.reason}"
-        for file in sorted(path.glob(f"{store.trajectories_file.stem}*.jsonl")):
+        for file in files(store.trajectories_file):
             yield from verify(file)
         return
     found = read(path)
@@ -207,8 +220,8 @@ def merge(paths: list[str], output: str, *, force: bool = False) -> int:
     if len(capacities) > 1:
         raise ConfigError(f"n=max was resolved with different memory: {sorted(map(str, capacities))} tokens.")
     head = [checked_line({"journal": SCHEMA_VERSION, "fingerprint": fingerprint})]
-    head += [checked_line({"key": "capacity_tokens", "result": tokens, "run": run_digest}) for tokens in capacities]
-    write_atomically(target, "".join([*head, *(checked_line({**line, "run": run_digest}) for line in lines)]))
+    head += [checked_line({"key": CAPACITY, "result": tokens, RUN: run_digest}) for tokens in capacities]
+    write_atomically(target, "".join([*head, *(checked_line({**line, RUN: run_digest}) for line in lines)]))
     print(f"{counted(len(lines), 'answer')} of {counted(len(paths), 'journal')} in {output}")
     if contradicting:
         print(f"{counted(contradicting, 'request')} with different answers: the first counts", file=sys.stderr)
@@ -224,7 +237,7 @@ def _together(read_all: list[tuple[str, Contents]]) -> tuple[list[dict[str, obje
         damaged += len(found.scan.damaged)
         contradicting += len(found.contradicting)
         for key, entry in found.entries.items():
-            record = {name: value for name, value in entry.line.record.items() if name not in ("checksum", "run")}
+            record = {name: value for name, value in entry.line.record.items() if name not in (CHECKSUM, RUN)}
             first = lines.setdefault(key, record)
             contradicting += json.dumps(first["result"]) != json.dumps(record["result"])
     return list(lines.values()), contradicting, damaged

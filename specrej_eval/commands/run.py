@@ -2,7 +2,8 @@
 
 The archive is a folder: what was run (`specrej_run.json`), the answers in the prompts' order (`specrej_outputs.jsonl`),
 and every row behind them (`specrej_trajectories.jsonl`). A run that was stopped goes on when the command is run again.
-Under `accelerate launch` each process answers its share of the prompts; the answers are those of one process.
+Under `accelerate launch` each process answers its share of the prompts; the answers are those of one process. So are
+they of processes that are started one by one on one folder, with `--join true`.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from specrej_eval import api
+from specrej_eval import api, budget
 from specrej_eval.answering import answer, requests_for, settle_capacity, summary
 from specrej_eval.config import (
     ARGUMENTS,
@@ -44,6 +45,7 @@ from specrej_eval.options import add_options
 from specrej_eval.paths import below
 from specrej_eval.ranks import Watch, check_seen, started
 from specrej_eval.ranks import watch as watch_ranks
+from specrej_eval.records import parts
 from specrej_eval.records.fingerprint import from_first_rank, same, warn_of_uncovered
 from specrej_eval.records.outputs import Answer, OutputsFolder, RunRecord
 from specrej_eval.records.prompt_files import read_prompts
@@ -160,9 +162,11 @@ def run(args: argparse.Namespace) -> int:
     seeds = _seeds(options.pop("seeds", None), options.get("seed"))
     loaded: list[tuple[Engine, RewardModel]] = []
     limits: dict[str, Any] = {}
+    join = as_bool("join", options.pop("join", False))  # of the journal, which is known later
     ranks = _ranks(options.get("device"))
     with ranks.guard():
         own, config, host = split(options)
+        own["join"] = join
         asked = PromptArguments.of(own)
         if ranks.world_size > 1 and config.device is None:
             import torch
@@ -235,7 +239,7 @@ def _run(
     name = own.get("name") or default_name(fingerprint)
     folder = Path(own.get("output") or below("results", name, what="the run's name"))
     folder = folder if seed is None else folder / f"seed{seed}"
-    store = OutputsFolder(folder, rank=ranks.rank, world_size=ranks.world_size)
+    store = OutputsFolder(folder, rank=ranks.rank, world_size=ranks.world_size, join=own["join"])
     record = RunRecord(
         name=name,
         fingerprint=fingerprint,
@@ -245,16 +249,18 @@ def _run(
     if not anew and _is_complete(store, record, questions):
         print(f"nothing to do: {counted(len(questions), 'answer')} in {store.outputs_file} (--force draws them again)")
         return folder
+    if as_bool("keep_trajectories", own.get("keep_trajectories", True)):
+        plan = plan.replace(journal=str(store.trajectories_file), join=own["join"])
+    _check_join(plan, own)
     if ranks.main:
-        store.begin(record, going_on=not anew, delete=anew, to_start_over="add --force")
+        with store.alone():
+            store.begin(record, going_on=not anew, delete=anew, to_start_over="add --force")
         if anew:
-            for path in store.path.glob(f"{store.trajectories_file.stem}*.jsonl"):
+            for path in parts.files(store.trajectories_file):
                 path.unlink()
     ranks.wait()
     if not ranks.main:
         store.begin(record)
-    if as_bool("keep_trajectories", own.get("keep_trajectories", True)):
-        plan = plan.replace(journal=str(store.trajectories_file))
     plan = plan.of_rank(ranks.rank, ranks.world_size)
     if record.embedded_demo_pair and ranks.main and not loaded:
         tqdm.write("DEMO: the embedded demo models answer; they know nothing but small sums.", file=sys.stderr)
@@ -270,9 +276,10 @@ def _run(
         settle_capacity(generator, requests, store, agree=ranks.least)
         record.described = {**generator.describe(), "world_size": ranks.world_size}
         if ranks.main:
-            store.write_record(record)
+            with store.alone():
+                store.write_record(record)
             keys = {request.key for request in requests}
-            if kept := store.set_apart(lambda item: item.key in keys):
+            if not own["join"] and (kept := store.set_apart(lambda item: item.key in keys)):
                 told = counted(kept, "answer to another prompt is", "answers to other prompts are")
                 tqdm.write(
                     f"{told} kept in {store.kept_file.name}; a run that asks for them again takes them from there.",
@@ -286,8 +293,9 @@ def _run(
         generator.started = limits.setdefault("started", generator.started)
         generator.spent_before = limits.get("tokens", 0)
         reached: LimitReached | None = None
+        answered: list[Answer] = []
         try:
-            answer(
+            answered = answer(
                 generator,
                 questions[share],
                 requests[share],
@@ -304,20 +312,43 @@ def _run(
     stopped = [each for each in ranks.gathered(None if reached is None else reached.limit) if each is not None]
     if stopped:
         if ranks.main:
-            record.stopped = stopped[0]
-            store.write_record(record)
+            with store.alone():
+                if (now := store.record()) is None or not now.complete:
+                    record.stopped = stopped[0]
+                    store.write_record(record)
         ranks.wait()
         answers = OutputsFolder(folder)
-        answered = sum(answers.get(request.key) is not None for request in requests)
-        raise LimitReached.after(answered, len(requests), limit=stopped[0], where=str(folder))
+        done = sum(answers.get(request.key) is not None for request in requests)
+        raise LimitReached.after(done, len(requests), limit=stopped[0], where=str(folder))
     spent = functools.reduce(Spent.add, ranks.gathered(spent), Spent())
     ranks.wait()
     if ranks.main:
-        _finish(store.path, record, questions, requests, spent)
+        with store.alone():
+            _finish(store.path, record, questions, requests, spent, known=answered if own["join"] else ())
         if seed is None:
             print(f"next: specrej-eval export alpaca {folder} --output {folder.name}.json")
     ranks.wait()
     return folder
+
+
+def _check_join(plan: api.RunPlan, own: Mapping[str, Any]) -> None:
+    """Raises:
+    ConfigError: ``--join`` with something that several processes cannot share.
+    """
+    if not own["join"]:
+        return
+    if own.get("force"):
+        raise ConfigError(
+            "--force with --join would delete what other processes write.",
+            hint="run it once without --join, or delete the folder; then start them all without --force.",
+        )
+    if plan.config.journal is None:
+        raise ConfigError(
+            "--join needs the rows of each prompt, by which processes share their work.",
+            hint="leave --keep_trajectories out.",
+        )
+    plan.check_join()
+    budget.check_arguments(plan.config)
 
 
 def _questions(own: Mapping[str, Any]) -> tuple[int | None, list[Question]]:
@@ -401,13 +432,26 @@ def _is_complete(store: OutputsFolder, record: RunRecord, questions: Sequence[Qu
 
 
 def _finish(
-    folder: Path, record: RunRecord, questions: Sequence[Question], requests: Sequence[Request], spent: Spent
+    folder: Path,
+    record: RunRecord,
+    questions: Sequence[Question],
+    requests: Sequence[Request],
+    spent: Spent,
+    *,
+    known: Sequence[Answer] = (),
 ) -> None:
-    """One file of answers in the prompts' order, and what they cost."""
+    """One file of answers in the prompts' order, and what they cost.
+
+    Args:
+        known: answers that this process has; of several that join, another may have tidied up what it had written.
+    """
     store = OutputsFolder(folder)
+    if known:
+        store.write_record(record)
+    have = {item.key: item for item in known}
     answers: list[Answer] = []
     for question, request in zip(questions, requests, strict=True):
-        found = store.get(request.key)
+        found = have.get(request.key) or store.get(request.key)
         assert found is not None, f"{question.name} was not recorded"  # every rank records what it answers
         answers.append(dataclasses.replace(found, index=question.index, fields=dict(question.fields)))
     store.merge_parts(answers)

@@ -25,7 +25,7 @@ from specrej_eval.options import add_reward_options, load_reward, reward_config
 from specrej_eval.paths import expanded
 from specrej_eval.records import lock
 from specrej_eval.records.fingerprint import check_same, of_models
-from specrej_eval.records.jsonl import as_text, mend, open_append, scan, write_atomically
+from specrej_eval.records.jsonl import Appender, as_text, mend, scan, write_atomically
 from specrej_eval.records.prompt_files import read_rows
 from specrej_eval.wording import counted
 
@@ -110,7 +110,7 @@ def _score(args: argparse.Namespace, config: RunConfig, source: Path, target: Pa
                 hint="name a reward model that reads text.",
             )
         with (
-            open_append(str(target), argument="output") as file,
+            Appender(str(target), argument="output") as file,
             stopping.keeping(len(entries), target, answers=len(done), what="rows") as kept,
             tqdm(total=len(entries), initial=len(done), desc="score", unit="row") as bar,
         ):

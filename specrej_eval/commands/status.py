@@ -7,10 +7,8 @@ kernel takes away however it ends; the pace comes from a small file that it keep
 from __future__ import annotations
 
 import argparse
-import glob
-import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,9 +16,9 @@ from typing import Any
 from specrej_eval.errors import SpecRejError
 from specrej_eval.forecast import duration
 from specrej_eval.records import journal, lock
-from specrej_eval.records.journal import beside
 from specrej_eval.records.outputs import PREFIX, RUN_FILES, OutputsFolder
-from specrej_eval.records.state import RunState, state_file
+from specrej_eval.records.parts import are_of, beside, kind
+from specrej_eval.records.state import STATE, RunState, state_file
 from specrej_eval.wording import counted, inert
 
 SUMMARY = "say how far a run is, whether it still runs, and how long it will take"
@@ -66,9 +64,9 @@ class Process:
         return cls(file, RunState.read(state_file(file)), holder)
 
     @property
-    def is_rank(self) -> bool:
-        """Whether it is one of several that answer a run together."""
-        return re.search(r"_rank\d+$", self.file.stem) is not None
+    def kind(self) -> str:
+        """See ``parts.kind``."""
+        return kind(self.file)
 
     @property
     def name(self) -> str:
@@ -117,10 +115,8 @@ def _of_folder(folder: Path, prefix: str) -> Iterator[str]:
         yield f"{where}: complete, {counted(record.num_prompts or 0, 'answer')}"
         return
     done, damaged = store.count()
-    own = store.outputs_file
-    parts = {own, *beside(own), *_ranks(own)}
     by = f"stopped by {record.stopped}" if record.stopped else ""
-    yield from _told(where, [Process.of(part) for part in sorted(parts)], done, by)
+    yield from _told(where, _processes(store.outputs_file, beside(store.outputs_file)), done, by)
     if damaged:
         yield f"  {counted(damaged, 'damaged line')}: the next start sets it aside and decodes that answer again"
 
@@ -129,27 +125,28 @@ def _of_journal(path: Path) -> Iterator[str]:
     files = [*beside(path), *([path] if path.is_file() else [])]
     found = [journal.read(file) for file in files if file.stat().st_size]
     done = len({key for each in found for key in each.entries})
-    parts = {path, *files, *_ranks(path)}
-    yield from _told(str(path), [Process.of(part) for part in sorted(parts)], done, "")
+    yield from _told(str(path), _processes(path, files), done, "")
 
 
-def _ranks(path: Path) -> set[Path]:
-    """The files of its ranks that have a live state."""
-    found = path.parent.glob(f".{glob.escape(path.stem)}_rank*{glob.escape(path.suffix)}.state")
-    return {each.with_name(each.name[1:].removesuffix(".state")) for each in found}
+def _processes(records: Path, files: Iterable[Path] = ()) -> list[Process]:
+    """Those whose files or states lie beside the records, and whoever writes the records alone."""
+    states = [found.name[1 : -len(STATE)] for found in records.parent.glob(f".*{STATE}")]
+    names = {records.name, *(file.name for file in files), *are_of(records, states)}
+    return [Process.of(records.with_name(name)) for name in sorted(names)]
 
 
 def _whole(processes: list[Process]) -> int:
     """How many answers the last start is to come to; 0 where its states do not say."""
-    by_start: dict[bool, list[RunState]] = {True: [], False: []}
-    for each in processes:
-        if each.state is not None:
-            by_start[each.is_rank].append(each.state)
-    ranks, alone = ([state.started for state in by_start[kind]] for kind in (True, False))
-    of_ranks = max(ranks, default=0.0) > max(alone, default=0.0)  # else ranks are of an earlier start
-    if of_ranks and any(each.is_rank and each.state is None for each in processes):
+    told = [(each.state, each.kind) for each in processes if each.state is not None]
+    if not told:
+        return 0
+    _, last = max(told, key=lambda each: each[0].started)  # other kinds of processes are of earlier starts
+    asked = [state.total + state.earlier for state, kind in told if kind == last]
+    if last == "joined":
+        return max(asked)  # each of them is asked for all answers, and a rank for its share
+    if last == "rank" and any(each.kind == "rank" and each.state is None for each in processes):
         return 0  # a rank that is done has no state any more
-    return sum(state.total + state.earlier for state in by_start[of_ranks])
+    return sum(asked)
 
 
 def _told(where: str, processes: list[Process], done: int, by: str) -> Iterator[str]:
@@ -164,6 +161,8 @@ def _told(where: str, processes: list[Process], done: int, by: str) -> Iterator[
         speed = sum(state.tokens_per_second for state in live)
         left = [state.seconds_left for state in live]
         ends = [seconds for seconds in left if seconds is not None]
+        if ends and all(each.kind == "joined" for each in alive):
+            ends = left = [(whole - done) / sum(state.decoded_per_second for state in live)]
         eta = f"about {duration(max(ends))} left" if len(ends) == len(left) and ends else "too early to say how long"
         yield f"  {counted(now, 'prompt')} in flight, {speed:,.0f} tokens/s, {eta}"
     elif by:

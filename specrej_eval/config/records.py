@@ -50,3 +50,11 @@ class RecordArguments:
         takes=(),
         private=True,
     )
+    join: bool = argument(
+        False,
+        as_bool,
+        "True: other processes started with it may work on the same ``journal`` (of `run`: the same folder) at the "
+        "same time, and share its prompts.",
+        decides=Decides.NOTHING,
+        private=True,
+    )

@@ -6,8 +6,9 @@ stop strings), so a rerun with other arguments finds nothing and decodes afresh.
 dropped; a damaged line is set aside (see ``jsonl``), and its request decoded anew. The memory that ``n=max`` was
 resolved with stands here too, so that a resumed run starts as many rows.
 
-Under several processes each writes a file of its own (``run_rank0.jsonl``, ...: ``trace.rank_path``), and reads those
-beside it, so that a rerun with another number of processes decodes nothing again.
+Under several processes each writes a file of its own (``run_rank0.jsonl``, ...: see ``parts``), and reads those beside
+it, so that a rerun with another number of processes decodes nothing again. Processes that join (``join=True``) also
+read what the others finish while they run, and claim a request before they decode it (see ``claims``).
 
 Schema 2: every line carries a checksum, and every entry the digest of the first line's fingerprint. Schema 1 has
 neither; such a journal is read and continued as it is.
@@ -15,13 +16,14 @@ neither; such a journal is read and continued as it is.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
 import os
-import re
+import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,10 +31,13 @@ from typing import Any
 from specrej_eval.checked import BadRecordError, an_object, as_whole
 from specrej_eval.core import GenerationResult, Prompt
 from specrej_eval.errors import ConfigError
+from specrej_eval.paths import check_path
 from specrej_eval.records import lock
+from specrej_eval.records.claims import Claims
 from specrej_eval.records.fingerprint import check_same
 from specrej_eval.records.jsonl import (
     RUN,
+    Appender,
     Line,
     Scan,
     check_writable,
@@ -41,12 +46,13 @@ from specrej_eval.records.jsonl import (
     describe_damage,
     digest,
     mend,
-    open_append,
     plain,
     replace_bytes,
     scan,
+    scanned,
 )
 from specrej_eval.records.lookup import look_up
+from specrej_eval.records.parts import beside, joined_paths, whole
 from specrej_eval.wording import counted
 
 logger = logging.getLogger(__name__)
@@ -55,19 +61,6 @@ SCHEMA_VERSION = 2
 CAPACITY = "capacity_tokens"
 _REMEDY = "name another file for this configuration, or delete this one to start over."
 _BEGINNING = b'{"journal":'
-
-
-def beside(path: str | Path) -> Iterator[Path]:
-    """The files that other processes, or another number of them, have written for the same ``journal=``."""
-    own = Path(path)
-    root = re.sub(r"_rank\d+$", "", own.stem)
-    family = re.compile(re.escape(root) + r"(_rank\d+)?" + re.escape(own.suffix))
-    if own.parent.is_dir():
-        yield from (
-            other
-            for other in sorted(own.parent.iterdir())
-            if family.fullmatch(other.name) and other.name != own.name and other.is_file()
-        )
 
 
 def request_key(prompt: Prompt, arguments: dict[str, Any], until: tuple[str, ...]) -> str:
@@ -224,7 +217,7 @@ def _take(found: Contents, line: Line) -> int | None:
     return as_whole(capacity, CAPACITY) if capacity is not None else None
 
 
-def check(path: str, fingerprint: Callable[[], dict[str, Any]]) -> None:
+def check(path: str, fingerprint: Callable[[], dict[str, Any]], *, join: bool = False) -> None:
     """Refuse now what ``Journal`` would refuse once the models are loaded; nothing is written.
 
     Args:
@@ -233,8 +226,11 @@ def check(path: str, fingerprint: Callable[[], dict[str, Any]]) -> None:
     Raises:
         ConfigError: as ``Journal``.
     """
+    if join:  # which file it goes on with is known when it begins
+        check_path(path, argument="journal")
+        path = str(next(joined_paths(os.path.realpath(path))))
     check_writable(path, argument="journal")
-    lock.check(path, argument="journal")
+    lock.check(path, argument="journal", joins=join)
     others = [*beside(path)]
     if others or Path(path).is_file():
         now = fingerprint()
@@ -279,21 +275,88 @@ def _of_this_run(path: Path, fingerprint: dict[str, Any]) -> Contents | None:
     return found
 
 
+@dataclass(frozen=True, slots=True)
+class _Other:
+    """The file of another process, as far as it has been read."""
+
+    contents: Contents | None
+    """What was read last; None if it is of no use."""
+    place: tuple[int, int] | None
+    """Device and inode: it may be replaced."""
+    num_bytes: int
+    num_lines: int = 0
+    """Those before the ones that have not been read."""
+
+    @classmethod
+    def read(cls, path: Path, fingerprint: dict[str, Any]) -> _Other:
+        """Raises:
+        ConfigError: it belongs to another configuration.
+        """
+        place: tuple[int, int] | None = None
+        size = 0
+        with contextlib.suppress(OSError):
+            about = os.stat(path)  # before it is read: what has grown by then is read twice, and not left out
+            place, size = (about.st_dev, about.st_ino), about.st_size
+        found = _of_this_run(path, fingerprint)
+        if found is not None:
+            return cls(found, place, found.scan.num_bytes, found.scan.num_ended)
+        return cls(None, place, size)
+
+    def now(self, path: Path, fingerprint: dict[str, Any]) -> _Other:
+        """With what has been added since in ``contents``; itself, if that is nothing.
+
+        Raises:
+            ConfigError: as ``read``.
+            OSError: it is gone.
+        """
+        with open(path, "rb") as file:  # opened anew: over a network, this is what shows the new lines
+            about = os.fstat(file.fileno())
+            replaced = (about.st_dev, about.st_ino) != self.place or about.st_size < self.num_bytes
+            if not replaced and about.st_size == self.num_bytes:
+                return self
+            if self.contents is None or replaced:
+                return self.read(path, fingerprint)
+            file.seek(self.num_bytes)
+            new = scanned(file.read(), after=self.num_lines)
+        run = self.contents
+        found = Contents(run.name, new, run.header, run.fingerprint, run.run)
+        _sort(found)
+        return _Other(found, self.place, self.num_bytes + new.num_bytes, new.num_ended)
+
+
 class Journal:
     """Reads what is there, then appends.
 
     Args:
         path: the file; made if missing.
         fingerprint: what must not have changed since it was begun.
+        join: other processes that join may write the journal at the same time, each a file of its own.
 
     Raises:
         ConfigError: the file belongs to another configuration (the message says what differs), is no journal, was
             written by a newer version, is in use by another process, or cannot be written. The file is as it was then.
     """
 
-    def __init__(self, path: str, fingerprint: dict[str, Any]) -> None:
+    def __init__(self, path: str, fingerprint: dict[str, Any], *, join: bool = False) -> None:
+        self.joined = join
+        self._claims = Claims(path)
+        with self._claims.beginning() if join else contextlib.nullcontext():
+            if join:
+                paths = joined_paths(os.path.realpath(path))
+                own, self._give_up_lock = lock.hold_first(self, paths, argument="journal")
+                weakref.finalize(self, self._claims.tidy)
+                path = str(own)
+            else:
+                self._give_up_lock = lock.hold(self, path, argument="journal")
+                self._claims.tidy()
+            try:
+                self._open(path, fingerprint)
+            except BaseException:
+                self._give_up_lock()
+                raise
+
+    def _open(self, path: str, fingerprint: dict[str, Any]) -> None:
         self.path = path
-        self._give_up_lock = lock.hold(self, path, argument="journal")
         self._name = Path(path).name
         self._entries: dict[str, Entry] = {}
         """By key, of this file and those beside it."""
@@ -303,11 +366,13 @@ class Journal:
         """What memory held when the run began (``n=max``)."""
         self._fingerprint = plain(fingerprint)
         self._run = digest(fingerprint)
-        others = [(other, found) for other in beside(path) if (found := _of_this_run(other, fingerprint)) is not None]
+        self._others: dict[str, _Other] = {}
+        """By name."""
+        others = [(other, _Other.read(other, self._fingerprint)) for other in beside(path)]
         has_header = Path(path).is_file() and self._read()
-        for other, found in others:
-            self._take_over(other, found)
-        self._file = open_append(path, argument="journal")
+        for beside_it, other in others:
+            self._take_over(beside_it, other)
+        self._file = Appender(path, argument="journal")
         if not has_header:
             self._write_header()
 
@@ -319,7 +384,7 @@ class Journal:
         entry = look_up(key, prompt, self._entries, self._later)
         if entry is None:
             return None
-        if entry.file not in self._told:
+        if entry.file not in self._told and not self.joined:
             self._told.add(entry.file)
             logger.warning(
                 "Answers are also taken from %s, written by a run with a different number of processes.", entry.file
@@ -328,7 +393,7 @@ class Journal:
         return entry.result
 
     def put(self, key: str, result: GenerationResult) -> None:
-        """Append a finished request and flush it to disk.
+        """Append a finished request and flush it to disk; then a claim on it ends.
 
         Raises:
             WriteError: it cannot be written; the entries before are intact.
@@ -338,6 +403,46 @@ class Journal:
             record[CAPACITY] = self.capacity_tokens
         self._write(record)
         self._file.sync()
+        self._claims.give_up(key)
+
+    def refresh(self) -> None:
+        """Read what other processes have finished since.
+
+        Raises:
+            ConfigError: a file of another configuration has appeared.
+        """
+        for path in beside(self.path):
+            known = self._others.get(path.name)
+            with contextlib.suppress(OSError):  # somebody has moved it away
+                now = _Other.read(path, self._fingerprint) if known is None else known.now(path, self._fingerprint)
+                if now is not known:
+                    self._take_over(path, now)
+
+    def claim(self, key: str) -> bool:
+        """Whether a request is for this process to decode. False: another has it, or has finished it.
+
+        Raises:
+            ConfigError: claims cannot be made there.
+        """
+        if key in self._entries or not self._claims.take(key):
+            return False
+        self.refresh()  # whoever had it before may have finished it
+        if key in self._entries:
+            self._claims.give_up(key)
+            return False
+        return True
+
+    def give_up_claims(self) -> None:
+        """On what is not finished: others may decode it."""
+        self._claims.give_up_all()
+
+    @property
+    def where(self) -> str:
+        """The file, or the files, for messages."""
+        if not self.joined:
+            return self.path
+        own = whole(self.path)
+        return str(own.with_name(f"{own.stem}_joined*{own.suffix}"))
 
     def put_capacity(self, tokens: int) -> None:
         """Remember what ``n=max`` was resolved with, so that a resumed run starts as many rows."""
@@ -356,6 +461,8 @@ class Journal:
 
     def close(self) -> None:
         self._file.close()
+        if self.joined:
+            self._claims.tidy()
         self._give_up_lock()
 
     def _read(self) -> bool:
@@ -376,8 +483,13 @@ class Journal:
             return True
         return found.fingerprint is not None
 
-    def _take_over(self, path: Path, found: Contents) -> None:
-        self._entries = {**found.entries, **self._entries}
+    def _take_over(self, path: Path, other: _Other) -> None:
+        self._others[path.name] = other
+        found = other.contents
+        if found is None:
+            return
+        for key, entry in found.entries.items():
+            self._entries.setdefault(key, entry)
         # where it has no answer yet, it is of this very run, whose processes measure for themselves
         if self.capacity_tokens is None and found.entries:
             self.capacity_tokens = found.capacity_tokens
@@ -434,7 +546,7 @@ class Journal:
         except OSError:
             empty = True
         self._file.close()
-        self._file = open_append(self.path, argument="journal")
+        self._file = Appender(self.path, argument="journal")
         if empty:
             self._write_header()
 

@@ -58,6 +58,10 @@ class Scan:
     """What follows the last line break, unless it is a whole record that lacks nothing else."""
     unended: bool = False
     """The last line is whole but for its line break."""
+    num_ended: int = 0
+    """Lines that end with a line break, whatever they hold."""
+    num_bytes: int = 0
+    """In those."""
 
     def damage(self, line: Line, reason: str) -> None:
         """A line that is well formed, but not what should stand there."""
@@ -149,14 +153,20 @@ def scan(path: str | Path, *, argument: str, checksums: bool = True) -> Scan:
         content = Path(path).read_bytes()
     except OSError as exc:
         raise ConfigError(f"{argument}={str(path)!r} cannot be read: {exc.strerror or exc}.") from exc
+    return scanned(content, checksums=checksums)
+
+
+def scanned(content: bytes, *, checksums: bool = True, after: int = 0) -> Scan:
+    """As ``scan``, of what a file holds after so many lines."""
     found = Scan()
     raws = content.split(b"\n")
     last = raws.pop()
-    for number, raw in enumerate(raws, 1):
+    found.num_ended, found.num_bytes = after + len(raws), len(content) - len(last)
+    for number, raw in enumerate(raws, after + 1):
         _take(found, number, raw + b"\n", checksums)
     if last:
         tail = Scan()
-        _take(tail, len(raws) + 1, last, checksums)
+        _take(tail, found.num_ended + 1, last, checksums)
         if tail.lines:
             found.lines += tail.lines
             found.unended = True
@@ -196,7 +206,7 @@ def set_aside(path: Path, damaged: Sequence[Damage]) -> None:
     """Append damaged lines to ``FILE.damaged``: one JSON object each, with number, reason and the line as it was."""
     if not damaged:
         return
-    with open_append(str(damaged_file(path)), argument="file") as file:
+    with Appender(str(damaged_file(path)), argument="file") as file:
         for item in sorted(damaged, key=lambda item: item.number):
             told: dict[str, Any] = {"file": path.name, "line": item.number, "reason": item.reason}
             try:
@@ -226,7 +236,8 @@ class WriteError(SpecRejError, OSError):
 
 
 class Appender:
-    """A file that grows by whole lines: what cannot be written to its end leaves no part of itself behind.
+    """A file that grows by whole lines: what cannot be written to its end leaves no part of itself behind. It and its
+    folder are made if need be.
 
     Raises:
         ConfigError: the file or its folder cannot be written.
@@ -289,17 +300,8 @@ class Appender:
         )
 
 
-def open_append(path: str, *, argument: str) -> Appender:
-    """Open a JSONL file for appending, its folder made if need be.
-
-    Raises:
-        ConfigError: the file or its folder cannot be written.
-    """
-    return Appender(path, argument=argument)
-
-
 def check_writable(path: str, *, argument: str) -> None:
-    """What ``open_append`` would refuse, as far as it can be said without writing.
+    """What ``Appender`` would refuse, as far as it can be said without writing.
 
     Raises:
         ConfigError: the file, or the folder it is to lie in, cannot be written.

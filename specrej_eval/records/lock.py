@@ -3,9 +3,11 @@
 The lock lies on a hidden file beside what it guards (``.run.jsonl.lock``), since that itself is replaced when it is
 mended. It says who holds it, and is removed at a regular end; what a killed process leaves is no lock, for the kernel
 has released it. Ranks of one run have files of their own, ``run_rank0.jsonl`` and so on, and do not lock each other
-out: a process of one rank is refused by a process without ranks on ``run.jsonl``, and the other way round.
+out, nor do processes that join, with ``run_joined0.jsonl`` and so on. Those of one kind refuse those of another, and
+both a process that writes ``run.jsonl`` alone, and the other way round.
 
-Within one process a lock may be taken again: what it writes, it writes in order.
+Within one process a lock may be taken again: what it writes, it writes in order. Not so ``take``, for what one of
+several is to have alone.
 """
 
 from __future__ import annotations
@@ -19,18 +21,18 @@ import importlib.util
 import json
 import logging
 import os
-import re
 import socket
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from specrej_eval.errors import ConfigError
 from specrej_eval.paths import check_path
+from specrej_eval.records import parts
 from specrej_eval.wording import inert
 
 fcntl: Any = importlib.import_module("fcntl") if importlib.util.find_spec("fcntl") else None
@@ -41,7 +43,7 @@ logger = logging.getLogger(__name__)
 PATIENCE = 1.0
 """Seconds for which a lock may still be held by a process that is just being killed, or that only looks."""
 _POLL = 0.05
-_RANK = re.compile(r"_rank\d+$")
+_OR_JOIN = "; or start each of them with join=True, and they share the prompts"
 _BUSY = (errno.EAGAIN, errno.EACCES)
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 
@@ -87,8 +89,57 @@ def holding(path: str | Path, *, argument: str) -> Iterator[None]:
             _release(os.path.realpath(path))
 
 
-def check(path: str | Path, *, argument: str) -> None:
+def hold_first(owner: object, paths: Iterable[Path], *, argument: str) -> tuple[Path, Callable[[], object]]:
+    """As ``hold``, of the first among paths that nobody has, this process included.
+
+    Returns:
+        The path, and what gives it up.
+
+    Raises:
+        ConfigError: as ``hold``, if a process of another kind holds the name; or files cannot be locked here.
+    """
+    for path in paths:
+        place = os.path.realpath(path)
+        with _guard:
+            if not take(path, argument=argument):
+                continue
+            _refuse_others(path, place, argument)
+        return path, weakref.finalize(owner, _release, place)
+    raise AssertionError("there is always another")
+
+
+def take(path: Path, *, argument: str) -> bool:
+    """Lock something at once, unless anybody has it, this process included; ``give_up`` ends it.
+
+    Raises:
+        ConfigError: its folder cannot be written, or files cannot be locked here.
+    """
+    place = os.path.realpath(path)
+    try:
+        with _guard:
+            return place not in _held and _acquire(place, patience=0)
+    except FileNotFoundError:
+        return False  # whoever tidied up has just removed its folder; the next time it is made again
+    except OSError as error:
+        if error.errno in _NO_LOCKS:
+            raise ConfigError(
+                f"{argument}={str(path)!r}: files cannot be locked there ({error.strerror}), and processes that join "
+                "share their work by locks.",
+                hint="name a file on another file system; or leave join out and start one process.",
+            ) from error
+        raise _not_writable(path, argument, error) from error
+
+
+def give_up(path: Path) -> None:
+    """End what ``take`` has taken."""
+    _release(os.path.realpath(path))
+
+
+def check(path: str | Path, *, argument: str, joins: bool = False) -> None:
     """Refuse now what ``hold`` would refuse; nothing is locked, and nothing is written.
+
+    Args:
+        joins: what ``hold_first`` would refuse, of paths such as this one.
 
     Raises:
         ConfigError: another process holds it.
@@ -97,9 +148,9 @@ def check(path: str | Path, *, argument: str) -> None:
     place = os.path.realpath(path)
     if fcntl is None or place in _held or _is_no_file(path):
         return
-    for other in (Path(place), *_others(Path(place))):
-        if _is_held(lock_file(other)):
-            raise _refusal(path, lock_file(other), argument)
+    if not joins and _is_held(lock_file(Path(place))):
+        raise _refusal(path, lock_file(Path(place)), argument)
+    _refuse_others(path, place, argument)
 
 
 def holder(path: str | Path) -> dict[str, Any] | None:
@@ -138,31 +189,48 @@ def _take(path: str | Path, argument: str) -> bool:
         if place in _held:
             _held[place].count += 1
             return True
-        file = lock_file(Path(place))
         try:
-            Path(place).parent.mkdir(parents=True, exist_ok=True)
-            descriptor = _locked(file)
+            if not _acquire(place, patience=PATIENCE):
+                raise _refusal(path, lock_file(Path(place)), argument)
         except OSError as error:
             if error.errno in _NO_LOCKS:
-                _say_once(f"{file.parent}: {error.strerror}")
+                _say_once(f"{os.path.dirname(place)}: {error.strerror}")
                 return False
-            raise ConfigError(f"{argument}={str(path)!r} cannot be written: {error.strerror or error}.") from error
-        if descriptor is None:
-            raise _refusal(path, file, argument)
-        _held[place] = _Held(descriptor, file)
-        for other in _others(Path(place)):
-            if _is_held(lock_file(other)):
-                _release(place)
-                raise _refusal(path, lock_file(other), argument)
-        with contextlib.suppress(OSError):  # a full disk: the lock holds, it only does not say who has it
-            os.ftruncate(descriptor, 0)
-            os.pwrite(descriptor, _this_process().encode(), 0)
+            raise _not_writable(path, argument, error) from error
+        _refuse_others(path, place, argument)
     return True
 
 
-def _locked(file: Path) -> int | None:
+def _acquire(place: str, *, patience: float) -> bool:
+    """Lock what this process does not hold yet; False if another does.
+
+    Raises:
+        OSError: it cannot be locked, or its folder cannot be written.
+    """
+    if fcntl is None:
+        raise OSError(errno.ENOSYS, "this system has no flock")
+    file = lock_file(Path(place))
+    file.parent.mkdir(parents=True, exist_ok=True)
+    descriptor = _locked(file, patience)
+    if descriptor is None:
+        return False
+    _held[place] = _Held(descriptor, file)
+    with contextlib.suppress(OSError):  # a full disk: the lock holds, it only does not say who has it
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, _this_process().encode(), 0)
+    return True
+
+
+def _refuse_others(path: str | Path, place: str, argument: str) -> None:
+    for other in _others(Path(place)):
+        if _is_held(lock_file(other)):
+            _release(place)
+            raise _refusal(path, lock_file(other), argument)
+
+
+def _locked(file: Path, patience: float) -> int | None:
     """A descriptor with the lock; None if somebody else has it."""
-    deadline = time.monotonic() + PATIENCE
+    deadline = time.monotonic() + patience
     while True:
         descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:
@@ -174,7 +242,7 @@ def _locked(file: Path) -> int | None:
                 os.close(descriptor)
                 raise
         os.close(descriptor)  # held, or removed by its holder between our opening and locking it
-        if time.monotonic() > deadline:
+        if time.monotonic() >= deadline:
             return None
         time.sleep(_POLL)
 
@@ -224,29 +292,31 @@ def _release(place: str) -> None:
 
 
 def _others(path: Path) -> Iterator[Path]:
-    """Files of the same name that only another run can be writing: without a rank, or with one where this has none."""
-    root, ranked = _RANK.subn("", path.stem)
-    if ranked:
-        yield path.with_name(f"{root}{path.suffix}")
-        return
-    family = re.compile(rf"\.({re.escape(root)}_rank\d+{re.escape(path.suffix)})\.lock")
+    """Files of the same name that only another run can be writing: those of another kind."""
+    mine = parts.kind(path)
+    if mine:
+        yield parts.whole(path)
     with contextlib.suppress(OSError):
-        for entry in sorted(os.listdir(path.parent)):
-            if found := family.fullmatch(entry):
-                yield path.with_name(found[1])
+        locked = [name[1:-5] for name in os.listdir(path.parent) if name.startswith(".") and name.endswith(".lock")]
+        yield from (path.with_name(name) for name in parts.are_of(path, locked) if parts.kind(name) not in ("", mine))
 
 
 def _refusal(path: str | Path, file: Path, argument: str) -> ConfigError:
     holder = _holder(file)
+    named = parts.whole(path) if parts.kind(path) == "joined" else path
     pid, host, since = (inert(str(holder.get(name, ""))) for name in ("pid", "host", "since"))
     here = host == socket.gethostname()
     who = f"process {pid} on {host or 'another machine'}, since {since}" if pid else "another process"
     stop = f"`kill {pid}` stops it{'' if here else f' on {host}'}" if pid.isdigit() else "stop it"
     return ConfigError(
-        f"{argument}={str(path)!r} is in use by {who}: two runs that write there would mix their answers.",
+        f"{argument}={str(named)!r} is in use by {who}: two runs that write there would mix their answers.",
         hint=f"wait until it ends; or {stop}, and this command goes on from what it has recorded; or give this run "
-        "a place of its own.",
+        f"a place of its own{_OR_JOIN if argument == 'journal' else ''}.",
     )
+
+
+def _not_writable(path: str | Path, argument: str, error: OSError) -> ConfigError:
+    return ConfigError(f"{argument}={str(path)!r} cannot be written: {error.strerror or error}.")
 
 
 def _holder(file: Path) -> dict[str, Any]:

@@ -35,6 +35,7 @@ from specrej_eval.checked import (
 from specrej_eval.core import Audit, GenerationResult, Ledger, Prompt, Round, Spent, called
 from specrej_eval.errors import ConfigError, SpecRejError
 from specrej_eval.records import lock
+from specrej_eval.records.claims import Claims
 from specrej_eval.records.fingerprint import check_same, is_demo
 from specrej_eval.records.jsonl import (
     RUN,
@@ -47,14 +48,13 @@ from specrej_eval.records.jsonl import (
     describe_damage,
     digest,
     mend,
-    open_append,
     parsed,
     scan,
     write_atomically,
 )
 from specrej_eval.records.lookup import look_up
+from specrej_eval.records.parts import files, joined_paths, kind, rank_path
 from specrej_eval.records.state import state_file
-from specrej_eval.records.trace import rank_path
 from specrej_eval.redaction import redacted_values
 from specrej_eval.wording import counted
 
@@ -269,12 +269,17 @@ class OutputsFolder:
         path: the folder; made by ``begin``.
         prefix: of the file names.
         rank, world_size: this process among those that write.
+        join: other processes that join may write at the same time, each a file of its own; what all of them share
+            is written by one at a time (``alone``).
     """
 
-    def __init__(self, path: str | Path, *, prefix: str = PREFIX, rank: int = 0, world_size: int = 1) -> None:
+    def __init__(
+        self, path: str | Path, *, prefix: str = PREFIX, rank: int = 0, world_size: int = 1, join: bool = False
+    ) -> None:
         self.path = Path(path)
         self.prefix = prefix
         self.rank = rank
+        self.join = join
         self.run_file = self.path / f"{prefix}_run.json"
         self.outputs_file = self.path / f"{prefix}_outputs.jsonl"
         self.trajectories_file = self.path / f"{prefix}_trajectories.jsonl"
@@ -378,7 +383,10 @@ class OutputsFolder:
             ConfigError: ``going_on``, and the folder belongs to another configuration (says what differs, what to do),
                 or holds answers of which nothing says how they were made; or another process is writing there.
         """
-        if not self._writing:
+        if not self._writing and self.join:
+            self._own_part, _ = lock.hold_first(self, joined_paths(self.outputs_file), argument="output")
+            self.state_file = state_file(self._own_part)
+        elif not self._writing:
             lock.hold(self, self._own_part, argument="output")
         before = self.record() if going_on else None
         self._is_new = before is None
@@ -409,6 +417,19 @@ class OutputsFolder:
                 self._mend(before)
             self.write_record(record)
         return record
+
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[None]:
+        """Of processes that join, one at a time is inside: for ``begin``, ``write_record`` and what merges."""
+        if not self.join:
+            yield
+            return
+        claims = Claims(self.outputs_file)
+        try:
+            with claims.beginning():
+                yield
+        finally:
+            claims.tidy()
 
     @contextlib.contextmanager
     def unless_refused(self) -> Iterator[None]:
@@ -444,8 +465,8 @@ class OutputsFolder:
         """Set damaged lines aside; give those of an older version their checksums."""
         old = 0
         for path in (*self._parts(), self.kept_file):
-            if not path.is_file():
-                continue
+            if not path.is_file() or (self.join and kind(path) == "joined" and path != self._own_part):
+                continue  # another process may be writing it
             found, answers = self._sorted_out(path, before)
             if found.damaged:
                 logger.warning(
@@ -490,7 +511,7 @@ class OutputsFolder:
             WriteError: it cannot be written; the answers before are intact.
         """
         if self._file is None:
-            self._file = open_append(str(self._own_part), argument="output")
+            self._file = Appender(str(self._own_part), argument="output")
         self._file.write(self._line(answer))
         self._file.sync()
         self._read()[answer.key] = answer
@@ -560,8 +581,7 @@ class OutputsFolder:
         write_atomically(path, "".join(map(self._line, answers)))
 
     def _parts(self) -> list[Path]:
-        ranks = sorted(self.path.glob(f"{self.prefix}_outputs_rank*.jsonl"))
-        return [path for path in (self.outputs_file, *ranks) if path.is_file()]
+        return files(self.outputs_file)
 
     def _sorted_out(self, path: Path, record: RunRecord | None) -> tuple[Scan, list[Answer]]:
         """The intact answers of one file, the first of each key; what is wrong with a line makes it damage."""

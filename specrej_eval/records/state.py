@@ -19,6 +19,7 @@ from typing import Any, Protocol, Self
 from specrej_eval.core import GenerationResult
 from specrej_eval.records.jsonl import write_atomically
 
+STATE = ".state"
 EVERY = 1.0
 """Seconds between two writes, at least."""
 
@@ -55,9 +56,13 @@ class RunState:
         return self.decode_tokens / max(1e-9, self.updated - self.started)
 
     @property
+    def decoded_per_second(self) -> float:
+        return self.decoded / max(1e-9, self.updated - self.started)
+
+    @property
     def seconds_left(self) -> float | None:
         """At the pace of this process so far; None before its first answer."""
-        return (self.updated - self.started) / self.decoded * (self.total - self.done) if self.decoded else None
+        return (self.total - self.done) / self.decoded_per_second if self.decoded else None
 
     @classmethod
     def read(cls, path: Path) -> Self | None:
@@ -78,7 +83,7 @@ def _is_like(example: Any, value: Any) -> bool:
 def state_file(records: str | Path) -> Path:
     """Where the state of the run lies that writes ``records``: ``.run.jsonl.state``."""
     path = Path(records)
-    return path.with_name(f".{path.name}.state")
+    return path.with_name(f".{path.name}{STATE}")
 
 
 class StateFile:

@@ -6,7 +6,6 @@ wrongly for unsorted sample lists.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from typing import Any
 from specrej_eval.core import GenerationResult, Prompt, Round
 from specrej_eval.errors import ConfigError
 from specrej_eval.records import lock
-from specrej_eval.records.jsonl import as_text, open_append, scan
+from specrej_eval.records.jsonl import Appender, as_text, scan
 from specrej_eval.redaction import redacted_values
 
 SCHEMA_VERSION = 1
@@ -31,7 +30,7 @@ class Tracer:
         self._give_up_lock: Callable[[], object] = (
             (lambda: None) if path is None else lock.hold(self, path, argument="trace_path")
         )
-        self._file = None if path is None else open_append(path, argument="trace_path")
+        self._file = None if path is None else Appender(path, argument="trace_path")
 
     def run(self, info: dict[str, Any]) -> None:
         self._write("run", {"schema_version": SCHEMA_VERSION, **redacted_values(info, put="")})
@@ -52,14 +51,6 @@ class Tracer:
     def _write(self, event: str, record: dict[str, Any]) -> None:
         if self._file is not None:
             self._file.write(as_text({"event": event, **record}) + "\n")
-
-
-def rank_path(path: str, rank: int, world_size: int) -> str:
-    """Each process writes a file of its own: ``trace.jsonl`` becomes ``trace_rank1.jsonl`` and so on."""
-    if world_size == 1:
-        return path
-    root, extension = os.path.splitext(path)
-    return f"{root}_rank{rank}{extension}"
 
 
 def is_trace(path: str | Path) -> bool:

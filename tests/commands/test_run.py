@@ -132,7 +132,11 @@ def test_a_rerun_does_nothing_and_another_configuration_is_refused(
     monkeypatch.undo()
     assert run("--prompts", prompts, "--output", out, *COMMON) == 0  # two answers are there already
     assert "2 of 6 answers are already recorded" in caplog.text
+    copies = [tmp_path / "out" / f"{name}_backup.jsonl" for name in ("specrej_trajectories", "specrej_outputs_rank0")]
+    for copy in copies:
+        copy.write_text("of the user's own\n")
     assert run("--prompts", prompts, "--output", out, *COMMON, "--seed", "1", "--force") == 0
+    assert [copy.read_text() for copy in copies] == ["of the user's own\n"] * 2
     assert {seed for item in open_run(out)[1] for seed in item.seeds} == {1}
 
 
@@ -194,6 +198,10 @@ def test_max_tokens_is_of_prompt_and_answer_together(prompts: str, tmp_path: Pat
         (["--max_gen_tokens", "5"], "did you mean --max_gen_toks"),
         (["--speculative_rejection"], "it is --strategy speculative_rejection"),
         (["--journal", "x"], "keeps its own journal"),
+        (["--join", "true", "--force"], "--force with --join"),
+        (["--join", "true", "--keep_trajectories", "false"], "--join needs the rows"),
+        (["--join", "true", "--n", "max"], "n=max with join=True"),
+        (["--join", "true", "--max_decode_tokens", "9"], "max_decode_tokens counts"),
         (["0.5"], "unexpected '0.5'"),
         (["--alpha", "2"], "alpha must be in"),
         (["--limit", "some"], "limit must be a whole number"),

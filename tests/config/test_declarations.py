@@ -74,6 +74,7 @@ VALUES: dict[str, Any] = {
     "batch_size": 3,
     "trace_path": "x.jsonl",
     "journal": "x.jsonl",
+    "join": True,
     "max_seconds": 5.0,
     "max_decode_tokens": 100,
     "plan": "only",

@@ -37,6 +37,8 @@ _MEMORY = "system/test_out_of_memory_anywhere.py::test_one_failure_anywhere_chan
 _FULL = "system/test_full_disks.py::test_a_journal_on_a_full_disk_keeps_what_it_has_and_goes_on_later"
 _FULL_RUN = "system/test_full_disks.py::test_a_run_whose_disk_is_full_says_so_once_and_is_completed_by_the_same_command"
 _RANKS = "system/test_ranks.py::test_whichever_rank_dies_whenever_the_others_name_it"
+_JOINED = "system/test_joined_runs.py::test_killed_whenever_something_reaches_the_disk_the_others_take_its_prompts_over"
+_JOINED_RUN = "system/test_joined_runs.py::test_commands_on_one_folder_leave_the_archive_of_one"
 _WORLDS = "system/test_ranks.py::test_a_stopped_run_goes_on_in_another_world_with_the_same_bits"
 _BACK = "system/test_servers_that_return.py::test_a_server_that_is_back_in_time_changes_nothing"
 _LATE = "system/test_servers_that_return.py::test_a_server_that_is_back_too_late_costs_no_finished_answer"
@@ -70,6 +72,10 @@ TABLE = (
     Fault(
         "one of several processes dies",
         {"run": (GOES_ON, _RANKS), "lm_eval": (GOES_ON, _RANKS)},
+    ),
+    Fault(
+        "one of several processes that join (`join=True`) dies",
+        {"run": (RECOVERS, _JOINED_RUN), "lm_eval": (RECOVERS, _JOINED), "Python": (RECOVERS, _JOINED)},
     ),
     Fault(
         "going on with another number of processes",

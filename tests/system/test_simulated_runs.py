@@ -28,7 +28,7 @@ from specrej_eval.core import GenerationResult
 from specrej_eval.errors import ConfigError, RewardError
 from specrej_eval.generator import Generator
 from specrej_eval.records.journal import Journal
-from specrej_eval.records.trace import rank_path
+from specrej_eval.records.parts import rank_path
 
 
 def config(**args) -> RunConfig:

@@ -51,6 +51,7 @@ HINTS = {
     "strategies": "did you mean --strategy?",
     "alphas": "did you mean --alpha?",
     "journal": "each cell keeps a journal of its own, in the folder of --output.",
+    "join": "one process makes a comparison; it is for `specrej-eval run`, and journal=FILE of lm_eval and Python.",
     "gen_kwargs": "its names are options here (--temperature, ...), and mean what they mean in --model_args.",
     "model_args": "its names are options here: --pretrained, --reward_model, ...",
 }
@@ -93,7 +94,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     prompts = parser.add_argument_group("prompts")
     add_options(prompts, _PROMPTS.values())
     ours = parser.add_argument_group("models and sampling (the names of --model_args)")
-    add_options(ours, (made for name, made in OURS.items() if name not in _GRID))
+    add_options(ours, (made for name, made in OURS.items() if name not in (*_GRID, "join")))
     host = parser.add_argument_group("of the language model's loader (as in lm-eval's --model hf)")
     add_options(host, HOST.values())
 

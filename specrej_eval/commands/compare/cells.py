@@ -25,7 +25,7 @@ from specrej_eval.errors import ConfigError, LimitReached, SpecRejError
 from specrej_eval.evidence.comparison import Cell, begins_as
 from specrej_eval.evidence.methods import BEST_OF_N, Method
 from specrej_eval.generator import Generator, Request
-from specrej_eval.records import journal
+from specrej_eval.records import journal, parts
 from specrej_eval.records.cell_scores import METRICS, PREFERENCES, CellMetrics, versioned
 from specrej_eval.records.fingerprint import differences, same
 from specrej_eval.records.outputs import Answer, OutputsFolder, RunRecord
@@ -134,7 +134,7 @@ class Decoder:
         store, record = place.store, self.record_of(place)
         store.begin(record, going_on=not self.anew, delete=self.anew, to_start_over="add --force")
         if self.anew:
-            for path in (*store.path.glob(f"{store.trajectories_file.stem}*.jsonl"), *_scores_of(store)):
+            for path in (*parts.files(store.trajectories_file), *_scores_of(store)):
                 path.unlink()
         with store.unless_refused():
             new = self._models is None

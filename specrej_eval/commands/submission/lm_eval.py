@@ -20,12 +20,11 @@ from specrej_eval.checked import object_or_empty
 from specrej_eval.commands.submission.tree import Tree
 from specrej_eval.errors import ConfigError
 from specrej_eval.paths import lies_in
-from specrej_eval.records import journal, trace
+from specrej_eval.records import journal, parts, trace
 from specrej_eval.records.fingerprint import BETWEEN, differences
 from specrej_eval.records.jsonl import as_text
 from specrej_eval.records.lm_eval_files import MARK, Results, check_samples, check_whole, find_results, remarks
 from specrej_eval.records.run_names import default_name
-from specrej_eval.records.trace import rank_path
 from specrej_eval.wording import inert, shortened, start_of
 
 SIDE_FILES = {"trace_path": "specrej_trace", "journal": "specrej_journal"}
@@ -144,8 +143,16 @@ def add_side_files(tree: Tree, results: Results, name: str, folder: Path) -> lis
             continue
         # each rank wrote a file of its own; the results file names the first one's
         first = Path(str(arguments[argument]))
-        for rank in range(ranks):
-            written = first.with_name(first.name.replace("_rank0", f"_rank{rank}"))
+        named = f"{copy}_{results.date_id}.jsonl"
+        both = {
+            first.name.replace("_rank0", f"_rank{rank}"): parts.rank_path(named, rank, ranks) for rank in range(ranks)
+        }
+        if argument == "journal" and arguments.get("join"):  # how many processes there were, nobody wrote down
+            places = (first, folder / first, folder / first.name)
+            known = sorted({file.name for place in places for file in parts.files(place)})
+            both = {file: parts.alike(named, file) for file in known} or both
+        for own, copied in both.items():
+            written = first.with_name(own)
             # what a file names is not all its reader's to publish: taken is a record of ours in the run's own folder
             there = [place for place in (written, folder / written, folder / written.name) if _is_file(place)]
             source = next((place for place in there if lies_in(place, folder)), None)
@@ -157,7 +164,7 @@ def add_side_files(tree: Tree, results: Results, name: str, folder: Path) -> lis
             if (wrong := _not_ours(argument, source)) is not None:
                 notes.append(f"{told} {wrong}: left out")
                 continue
-            tree.copy(f"{name}/{rank_path(f'{copy}_{results.date_id}.jsonl', rank, ranks)}", source)
+            tree.copy(f"{name}/{copied}", source)
     return notes
 
 

@@ -118,6 +118,12 @@ def _begin(
             f"{limits[0]} needs a folder: with --output_path null, what is answered by then would be lost.",
             hint="leave --output_path out, or name a folder; the same command then goes on from there.",
         )
+    if generation.plan.config.join:
+        raise ConfigError(
+            f"{name}: one process writes the folder of evaluate_from_model; join=True is for lm_eval, Python and "
+            "`specrej-eval run`.",
+            hint="leave it out.",
+        )
     generation.instructions = tuple(instructions)
     for place, instruction in enumerate(instructions):
         generation.places.setdefault(instruction, place)

@@ -95,6 +95,8 @@ class SpecRejLM(HFLM):
         if host_run is not None:
             lm_eval_run.checked_against(host_run, translate, config)
         check_host_arguments(host)
+        if config.join and host_run is not None and host_run.use_cache:
+            raise _cache_of_several()
         limits = [name for name in ("max_seconds", "max_decode_tokens") if getattr(config, name) is not None]
         if limits and config.journal is None:
             raise ConfigError(
@@ -441,6 +443,8 @@ class SpecRejLM(HFLM):
             ConfigError: the cache holds answers of another model, or of ours with other arguments.
         """
         if cache_hook.dbdict is not None:
+            if self.run_config.join:
+                raise _cache_of_several()
             ours = self.fingerprint()
             theirs = cache_hook.dbdict.get(FINGERPRINT)
             if theirs is None and len(cache_hook.dbdict):
@@ -542,6 +546,13 @@ class BestOfNLM(SpecRejLM):
     """The same with ``strategy=best_of_n``: n rows decoded to the end on the same engine, the best one returned."""
 
     default_strategy: ClassVar[str] = "best_of_n"
+
+
+def _cache_of_several() -> ConfigError:
+    return ConfigError(
+        "--use_cache with join=True: one process at a time writes such a cache.",
+        hint="leave it out: journal=FILE keeps every answer, of all processes.",
+    )
 
 
 def _stale_cache(reason: str) -> ConfigError:

@@ -45,6 +45,8 @@ class HostRun:
     """Those of the user alone, without the tasks' own."""
     tasks: Mapping[str, Mapping[str, Any]]
     """generation_kwargs of the tasks whose configuration is known before they are loaded."""
+    use_cache: bool = False
+    """Answers go to a cache of lm-eval's own."""
     device_given: bool = False
     """The user named a device: what the command passes may be its default."""
 
@@ -116,6 +118,7 @@ def _host_run(arguments: Mapping[str, Any], signature: inspect.Signature) -> Hos
         torch_seed=None if seed is None or seed == default else seed,
         gen_kwargs=dict(given or {}),
         tasks=dict(_known_tasks(arguments["tasks"] or (), arguments["task_manager"])),
+        use_cache=arguments.get("use_cache") is not None,
         device_given=not stopping.is_command() or "device" in options_of(sys.argv),
     )
 

@@ -13,7 +13,7 @@ from specrej_eval.checked import object_in
 from specrej_eval.checkpoint import DEMO_REWARD, is_hub_name
 from specrej_eval.config import HOST, RunConfig, reward_names
 from specrej_eval.paths import expanded, is_folder, is_there
-from specrej_eval.records import callable_sources, digests
+from specrej_eval.records import callable_sources, digests, parts
 from specrej_eval.redaction import without_passwords
 
 EMBEDDED = "embedded"
@@ -38,8 +38,9 @@ class Behind:
         self.uncovered: list[str] = []
         self._companions_seen: set[companions.Companion] = set()
         self._family = config.reward_family
-        self._records = {expanded(name).absolute() for name in (config.journal, config.trace_path) if name is not None}
-        """Files that the run itself writes, wherever they lie."""
+        written = (config.journal, config.trace_path)
+        self._records = {parts.whole(expanded(name).absolute()) for name in written if name is not None}
+        """Files that the run itself writes, wherever they lie; of several processes the name without theirs."""
 
     def checkpoint(
         self, name: str, *, revision: Any = None, policy: bool = False, weights: bool = True, role: str = ""
@@ -128,7 +129,9 @@ class Behind:
             sources = callable_sources.of_callable(name)
             self.distributions |= sources.distributions
             self.uncovered += [f"reward_model={name}: {text}" for text in sources.uncovered]
-            data = {file: path for file, path in sources.data.items() if path.absolute() not in self._records}
+            data = {
+                file: path for file, path in sources.data.items() if parts.whole(path.absolute()) not in self._records
+            }
             self.data = {**(self.data or {}), **digests.of_files(data, what=name)}
             return digests.of_files(sources.files, what=name) or None
         return self._reward_checkpoint(name)

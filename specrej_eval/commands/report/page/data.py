@@ -21,6 +21,7 @@ from specrej_eval.errors import ConfigError
 from specrej_eval.evidence.flops import Sizes, flops
 from specrej_eval.records import alpaca_eval_files, journal, lm_eval_files
 from specrej_eval.records.outputs import RUN_FILES, Answer, OutputsFolder
+from specrej_eval.records.parts import files
 from specrej_eval.wording import counted
 
 _OF_ONE_PROMPT = ("kv_budget_tokens", "first_look")
@@ -316,16 +317,15 @@ def _entries(places: Sequence[Path]) -> dict[str, journal.Entry]:
     """Everything in some journals and in those that other processes wrote beside them, by key; the first counts."""
     found: dict[str, journal.Entry] = {}
     for place in places:
-        for path in (place, *journal.beside(place)):
-            if path.is_file():
-                contents = journal.read(path)
-                if contents.scan.damaged:
-                    raise ConfigError(
-                        f"{str(path)!r} has {counted(len(contents.scan.damaged), 'damaged line')}.",
-                        hint="run the command that made it again: it sets them aside and decodes those answers again.",
-                    )
-                for key, entry in contents.entries.items():
-                    found.setdefault(key, entry)
+        for path in files(place):
+            contents = journal.read(path)
+            if contents.scan.damaged:
+                raise ConfigError(
+                    f"{str(path)!r} has {counted(len(contents.scan.damaged), 'damaged line')}.",
+                    hint="run the command that made it again: it sets them aside and decodes those answers again.",
+                )
+            for key, entry in contents.entries.items():
+                found.setdefault(key, entry)
     return found
 
 
