@@ -241,9 +241,10 @@ def _of_paper(report: Mapping[str, Any]) -> Table | None:
     def read(name: str, digits: int) -> Callable[[Mapping[str, Any]], str]:
         return lambda method: _interval((method["paper"] or {}).get(name), digits)
 
-    of = known[0]["paper"]
+    of, labels = known[0]["paper"], _labels(report)
     return _made(
-        f"The paper's numbers (improvement score and relative compute by {of['smallest']}, speedup by {of['largest']})",
+        f"The paper's numbers (improvement score and relative compute by {labels[of['smallest']]}, speedup by "
+        f"{labels[of['largest']]})",
         [
             ("method", lambda method: method["label"]),
             ("improvement score", read("improvement_score", 1)),
@@ -275,7 +276,7 @@ def _curve(report: Mapping[str, Any]) -> Table | None:
         for place in shown
     ]
     few = " († few subsets)" if any(curve["ks"][place] > curve["steady"] for place in shown) else ""
-    return Table(f"Best-of-k, from all subsets of the rows of {curve['pool']}{few}", headings, rows)
+    return Table(f"Best-of-k, from all subsets of the rows of {_labels(report)[curve['pool']]}{few}", headings, rows)
 
 
 def _judged(report: Mapping[str, Any]) -> Table | None:
@@ -349,6 +350,10 @@ def _shares(report: Mapping[str, Any]) -> set[str]:
             for name, of_prompts in cell["metrics"].items():
                 values.setdefault(name, []).extend(of_prompts)
     return {name for name, found in values.items() if found and all(0 <= value <= 1 for value in found)}
+
+
+def _labels(report: Mapping[str, Any]) -> dict[str, str]:
+    return {method["name"]: method["label"] for method in report["methods"]}
 
 
 def _score_of(report: Mapping[str, Any]) -> str:

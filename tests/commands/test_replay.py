@@ -143,8 +143,8 @@ def test_a_record_of_a_newer_version_is_refused(folders: dict[str, str], tmp_pat
 @pytest.mark.parametrize(
     "changes, told",
     [
-        ({"pretrained": "org/other"}, "pretrained: org/policy in one, org/other in another"),
-        ({"reward_model": "org/other"}, "reward_model: org/judge in one, org/other in another"),
+        ({"pretrained": "org/other"}, "pretrained: 'org/policy' in one, 'org/other' in another"),
+        ({"reward_model": "org/other"}, "reward_model: 'org/judge' in one, 'org/other' in another"),
         ({"asked": ["one", "two", "four"]}, "answered different prompts: they cannot be paired"),
         ({"asked": ["one", "two"]}, "answered different prompts: they cannot be paired"),
         ({"seed": 0}, "two of the runs have seed 0"),

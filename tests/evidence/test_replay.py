@@ -211,13 +211,16 @@ def of_scores(looks: Sequence[tuple[int, NDArray[Any]]], finals: NDArray[Any], l
 def one_round(
     rows: int, kept: int, rho: float, prompts: int, *, alpha: float | None = None, part: int = 0
 ) -> tuple[Replayed, NDArray[Any]]:
-    """P and F bivariate normal; one look, after the first of two tokens, at which the best ``kept`` by P stay."""
+    """P and F bivariate normal; one look, before the last token, at which the best ``kept`` by P stay."""
     rng = np.random.default_rng([rows, kept, int(100 * rho), part])
     partial = rng.normal(size=(prompts, rows))
     final = rho * partial + math.sqrt(1 - rho**2) * rng.normal(size=(prompts, rows))
     alpha = (rows - kept) / rows if alpha is None else alpha
-    config, _ = RunConfig.from_args({"alpha": alpha, "n": rows, "max_gen_toks": 2, "first_look": 1, "batch_size": 256})
-    return replay(of_scores([(1, partial)], final, 2), config), final
+    # long enough for the budget (first_look tokens of all rows) to hold those kept to their end
+    length = 2 if kept == rows else max(2, math.ceil(rows / (rows - kept)))
+    looks = {} if kept == rows else {"first_look": length - 1}
+    config, _ = RunConfig.from_args({"alpha": alpha, "n": rows, "max_gen_toks": length, "batch_size": 256, **looks})
+    return replay(of_scores([(length - 1, partial)], final, length), config), final
 
 
 @pytest.mark.parametrize(
