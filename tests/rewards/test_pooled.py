@@ -129,7 +129,8 @@ def test_several_numbers_for_one_answer_are_no_reward(folder: str, behaviour: vl
         reward.score(ASKED, rows_of("a", "b", "c", "d", "e"))
     behaviour.labels = 1
     inputs = reward.renderer.inputs(ASKED, rows_of("f"))  # type: ignore[attr-defined]
-    assert reward.score(ASKED, rows_of("f")) == [vllm_stand_in.raw_score(list(inputs[0].ids))], "nothing is left in it"
+    wanted = [vllm_stand_in.raw_score(list(inputs[0].ids))]
+    assert reward.score(ASKED, rows_of("f")) == pytest.approx(wanted), "nothing is left in it"
 
 
 def test_another_release_is_told_by_the_fingerprint(folder: str, behaviour: vllm_stand_in.Behaviour) -> None:
