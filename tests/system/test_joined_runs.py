@@ -233,6 +233,7 @@ RUN = 8 if FULL else 3
 TEXTS = [question(operands) for operands in distinct_problems("test", 30, seed=5)]
 
 
+@pytest.mark.full
 def test_real_models_write_the_bits_of_one_process(tmp_path: Path, counted: Counted) -> None:
     """Python, two processes with other batch sizes, the demo pair."""
     arguments = {"n": 4, "max_gen_toks": 16, "logprobs": True}
@@ -317,10 +318,10 @@ def test_the_folder_of_processes_that_join_is_theirs(tmp_path: Path, capsys: pyt
     held = OutputsFolder(tmp_path / "out", join=True)
     record = held.record()
     assert record is not None
-    pid = forked.start(lambda: held.begin(record) and time.sleep(600))
+    begun, says = os.pipe()
+    pid = forked.start(lambda: (held.begin(record), os.write(says, b"."), time.sleep(600)))
     try:
-        while not [*(tmp_path / "out").glob(".*joined0*.lock")]:
-            time.sleep(0.01)
+        assert os.read(begun, 1) == b"."
         before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
         for words in (["--seed", "0"], ["--force"]):
             assert run(tmp_path, *words, limit=2) == 1
