@@ -246,14 +246,18 @@ def _run(
         arguments={**plan.config.to_dict(), "prompts": str(own["prompts"]), "limit": limit},
     )
     anew = bool(own.get("force"))
+    nothing = f"nothing to do: {counted(len(questions), 'answer')} in {store.outputs_file} (--force draws them again)"
     if not anew and _is_complete(store, record, questions):
-        print(f"nothing to do: {counted(len(questions), 'answer')} in {store.outputs_file} (--force draws them again)")
+        print(nothing)
         return folder
     if as_bool("keep_trajectories", own.get("keep_trajectories", True)):
         plan = plan.replace(journal=str(store.trajectories_file), join=own["join"])
     _check_join(plan, own)
     if ranks.main:
         with store.alone():
+            if _is_completed(store, record, questions):
+                print(nothing)
+                return folder
             store.begin(record, going_on=not anew, delete=anew, to_start_over="add --force")
         if anew:
             for path in parts.files(store.trajectories_file):
@@ -277,7 +281,8 @@ def _run(
         record.described = {**generator.describe(), "world_size": ranks.world_size}
         if ranks.main:
             with store.alone():
-                store.write_record(record)
+                if not _is_completed(store, record, questions):
+                    store.write_record(record)
             keys = {request.key for request in requests}
             if not own["join"] and (kept := store.set_apart(lambda item: item.key in keys)):
                 told = counted(kept, "answer to another prompt is", "answers to other prompts are")
@@ -313,8 +318,8 @@ def _run(
     if stopped:
         if ranks.main:
             with store.alone():
-                if (now := store.record()) is None or not now.complete:
-                    record.stopped = stopped[0]
+                record.stopped = stopped[0]
+                if not _is_completed(store, record, questions):
                     store.write_record(record)
         ranks.wait()
         answers = OutputsFolder(folder)
@@ -324,7 +329,7 @@ def _run(
     ranks.wait()
     if ranks.main:
         with store.alone():
-            _finish(store.path, record, questions, requests, spent, known=answered if own["join"] else ())
+            _finish(store, record, questions, requests, spent, known=answered if own["join"] else ())
         if seed is None:
             print(f"next: specrej-eval export alpaca {folder} --output {folder.name}.json")
     ranks.wait()
@@ -431,8 +436,13 @@ def _is_complete(store: OutputsFolder, record: RunRecord, questions: Sequence[Qu
     return [item.instruction for item in answers] == [question.instruction for question in questions]
 
 
+def _is_completed(store: OutputsFolder, record: RunRecord, questions: Sequence[Question]) -> bool:
+    """Whether another of the processes that join has just made it."""
+    return store.join and _is_complete(OutputsFolder(store.path), record, questions)
+
+
 def _finish(
-    folder: Path,
+    writing: OutputsFolder,
     record: RunRecord,
     questions: Sequence[Question],
     requests: Sequence[Request],
@@ -445,9 +455,10 @@ def _finish(
     Args:
         known: answers that this process has; of several that join, another may have tidied up what it had written.
     """
-    store = OutputsFolder(folder)
-    if known:
-        store.write_record(record)
+    store = OutputsFolder(writing.path)
+    over = _is_completed(writing, record, questions)
+    if writing.join and not over:
+        store.write_record(record)  # whoever was refused may have taken it away
     have = {item.key: item for item in known}
     answers: list[Answer] = []
     for question, request in zip(questions, requests, strict=True):
@@ -455,7 +466,8 @@ def _finish(
         assert found is not None, f"{question.name} was not recorded"  # every rank records what it answers
         answers.append(dataclasses.replace(found, index=question.index, fields=dict(question.fields)))
     store.merge_parts(answers)
-    store.mark_complete(record, answers, spent)
+    if not over:
+        store.mark_complete(record, answers, spent)
     for line in summary(answers, spent, name=record.name):
         tqdm.write(line, file=sys.stderr)
     print(f"{counted(len(answers), 'answer')} in {store.outputs_file}")

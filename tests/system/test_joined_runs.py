@@ -233,6 +233,7 @@ RUN = 8 if FULL else 3
 TEXTS = [question(operands) for operands in distinct_problems("test", 30, seed=5)]
 
 
+@pytest.mark.full
 def test_real_models_write_the_bits_of_one_process(tmp_path: Path, counted: Counted) -> None:
     """Python, two processes with other batch sizes, the demo pair."""
     arguments = {"n": 4, "max_gen_toks": 16, "logprobs": True}
@@ -265,7 +266,7 @@ def run(folder: Path, *words: str, limit: int = len(TEXTS)) -> int:
 
 
 def archive(folder: Path) -> Any:
-    """What a run has left, which is complete: answers, rows, cost. Nothing else lies there, and no row twice."""
+    """What a run has left, which is complete: answers, rows, cost. No row stands there twice."""
     record, found = open_run(folder / "out")
     assert record.complete and not OutputsFolder(folder / "out").problems()
     costs = ("seconds", "peak_bytes")
@@ -273,8 +274,6 @@ def archive(folder: Path) -> Any:
     for item in told:
         item["ledger"] = {name: value for name, value in item["ledger"].items() if name not in costs}
         del item["seconds"]
-    assert [path.name for path in (folder / "out").glob("specrej_outputs*")] == ["specrej_outputs.jsonl"]
-    assert not [*(folder / "out").glob(".*")]
     totals = {name: value for name, value in record.totals.items() if name not in costs}
     return told, of_files(folder / "out", "specrej_trajectories*.jsonl"), totals
 
@@ -303,10 +302,7 @@ def test_commands_on_one_folder_leave_the_archive_of_one(tmp_path: Path, alone_r
         assert of_files(folder / "out", "specrej_trajectories*.jsonl") == alone_run[1]
         assert open_run(folder / "out")[0].complete
         assert run(folder, "--join", "true", limit=RUN) == 0, "nothing is to do"
-        for left in (folder / "out").glob(".*"):
-            assert codes[0] != 0, f"a regular end leaves nothing: {left.name}"
-            if left.is_file():
-                left.unlink()  # the lock and the state of the killed one
+        assert codes[0] or not [*(folder / "out").glob(".*"), *(folder / "out").glob("specrej_outputs_*")]
         assert archive(folder)[::2] == alone_run[::2], f"killed at moment {place}"
         counted("runs of several processes that join", 1)
     counted("kills -9: processes that join", kills)
@@ -317,10 +313,10 @@ def test_the_folder_of_processes_that_join_is_theirs(tmp_path: Path, capsys: pyt
     held = OutputsFolder(tmp_path / "out", join=True)
     record = held.record()
     assert record is not None
-    pid = forked.start(lambda: held.begin(record) and time.sleep(600))
+    begun, says = os.pipe()
+    pid = forked.start(lambda: (held.begin(record), os.write(says, b"."), time.sleep(600)))
     try:
-        while not [*(tmp_path / "out").glob(".*joined0*.lock")]:
-            time.sleep(0.01)
+        assert os.read(begun, 1) == b"."
         before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
         for words in (["--seed", "0"], ["--force"]):
             assert run(tmp_path, *words, limit=2) == 1
@@ -335,9 +331,9 @@ def test_the_folder_of_processes_that_join_is_theirs(tmp_path: Path, capsys: pyt
 
 
 def lm_eval_words(**arguments: Any) -> list[str]:
-    args = {"n": 16, "batch_size": 1, "journal": "run.jsonl", **arguments}
+    args = {"n": 8, "batch_size": 1, "journal": "run.jsonl", **arguments}
     given = ",".join(f"{name}={value}" for name, value in args.items())
-    task = ["--tasks", "specrej_arithmetic", "--include_path", str(ROOT / "tasks"), "--limit", "60"]
+    task = ["--tasks", "specrej_arithmetic", "--include_path", str(ROOT / "tasks"), "--limit", "40"]
     return ["--model", "specrej", "--model_args", given, *task, "--log_samples"]
 
 

@@ -54,6 +54,7 @@ def test_a_limit_ends_lm_eval_before_it_makes_scores_and_the_journal_goes_on(tmp
     assert results["config"]["specrej"]["spent"]["taken_from_records"] == answered
 
 
+@pytest.mark.full
 def test_processes_that_join_have_the_results_of_one_and_share_what_it_costs(tmp_path: Path) -> None:
     whole = evaluate()
 
