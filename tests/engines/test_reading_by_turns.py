@@ -45,7 +45,9 @@ class Watched:
     """A run of three prompts, with what the engine did in order, and all keys that were ever stored of prompts."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, path: Any = None, **arguments: Any) -> None:
-        config, _ = RunConfig.from_args({"n": 4, "first_look": 2, "batch_size": 2, "top_k": 0, **arguments})
+        config, _ = RunConfig.from_args(
+            {"n": 24, "first_look": 2, "batch_size": 2, "top_k": 0, "score_every": 2, **arguments}
+        )
         self.engine = make_engine(tiny_causal_lm(), path=path)
         self.generator = Generator(engine=self.engine, reward=HashReward(), config=config)
         texts = ("a short one", "another that is short", "x, y and z; " * (LONG // 12) + "?" * (LONG % 12 - 1))
@@ -244,9 +246,10 @@ def test_models_that_read_prompts_whole_do_so(monkeypatch: pytest.MonkeyPatch) -
 def test_a_turn_reads_about_so_many_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     engine: TransformersEngine = make_engine(tiny_causal_lm())
     config, _ = RunConfig.from_args({"n": 2, "max_gen_toks": 4})
-    prompt = engine.encode("x" * (LONG - 1))
-    opening = Opening(prompt=prompt, config=config, budget=resolve(config, LONG))
-    for tokens, turns in ((TURN, 6), (CHUNK, 12), (1, 12), (LONG - 1, 1), (LONG, 0), (10**6, 0)):
+    asked = ((TURN, 6), (CHUNK, 12), (1, 12), (LONG - 1, 1), (LONG, 0), (10**6, 0))
+    for letter, (tokens, turns) in zip("abcdef", asked, strict=True):
+        prompt = engine.encode(letter * (LONG - 1))  # nothing in common: what is held need not be read
+        opening = Opening(prompt=prompt, config=config, budget=resolve(config, LONG))
         reading = engine.open_by_turns([opening], tokens=tokens)
         found = 0
         while True:

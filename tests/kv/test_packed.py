@@ -161,10 +161,10 @@ def test_each_prompt_is_read_and_decoded_with_the_weights_of_its_time(
         return source(weight)
 
     monkeypatch.setattr(packed, "_source", counted)
-    engine, reward = make_engine(model_in()), make_reward()
+    engine, reward = make_engine(model_in(), path="shared_prefix"), make_reward()
 
     def answers() -> list[Any]:
-        config, _ = RunConfig.from_args({"n": 8, "max_gen_toks": 24, "first_look": 3})
+        config, _ = RunConfig.from_args({"n": 8, "max_gen_toks": 24, "first_look": 3, "batch_size": 2})
         return [outcome(each) for each in Generator(engine=engine, reward=reward, config=config).generate(["a", "bc"])]
 
     answers()
@@ -176,7 +176,7 @@ def test_each_prompt_is_read_and_decoded_with_the_weights_of_its_time(
         change(weight)  # type: ignore[arg-type]  # a Parameter
     after = answers()
     assert after != before
-    fresh = make_engine(engine.model), make_reward()
+    fresh = make_engine(engine.model, path="shared_prefix"), make_reward()
     fresh[1].body.load_state_dict(reward.body.state_dict())
     engine, reward = fresh
     assert answers() == after

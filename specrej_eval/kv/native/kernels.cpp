@@ -423,8 +423,6 @@ void take_in(Work &work, int first, int count, const uint32_t *keys, const uint3
     }
 }
 
-} // namespace
-
 // What a thread does of one request: some rows of one kv head.
 template <class T>
 void attend_rows(const Attention &a, Work &work, int64_t head, int64_t first_row, int rows, const uint32_t *packed_keys,

@@ -144,7 +144,8 @@ def test_groups_that_decode_at_once_get_the_bits_they_get_one_by_one(
         assert got.is_contiguous() and not bool(got[sum(rows) :].any())
         for (_, one), (_, other) in zip(mine, theirs, strict=True):
             assert one.noted.keys() == {0} and not other.noted
-            assert all(torch.equal(a, b) for a, b in zip(one.ready(0) or (), other.ready(0) or (), strict=True))
+            for kept, expected in zip(one.ready(0) or (), other.ready(0) or (), strict=True):
+                assert torch.equal(kept[:, :, : one.length + 1], expected[:, :, : one.length + 1])
             for pool in (one, other):
                 pool.advance()
                 if step == 1 and pool.rows > 1:  # a cut, and a finished row
