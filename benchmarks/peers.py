@@ -102,7 +102,8 @@ class Ours:
     def _many(self, prompts: Sequence[Any], config: Any) -> dict[str, Any]:
         from bench import seconds_of
 
-        from specrej_eval.generator import Generator, Request
+        from specrej_eval.generator import Generator
+        from specrej_eval.in_flight import Request
         from specrej_eval.rewards.choose import resolve_reward
 
         reward = resolve_reward(config).load(self.device)
@@ -245,7 +246,7 @@ class Engine:
 
     def run(self, job: Mapping[str, Any]) -> dict[str, Any]:
         from specrej_eval.core import Ledger, Prompt
-        from specrej_eval.generator import Request
+        from specrej_eval.in_flight import Request
 
         engine = self.generator.engine
         engine.eos_ids = self.eos_ids if job.get("eos") else ()

@@ -21,7 +21,8 @@ import numpy as np
 
 import specrej_eval
 from specrej_eval.config import RunConfig
-from specrej_eval.generator import Generator, Request
+from specrej_eval.generator import Generator
+from specrej_eval.in_flight import Request
 
 RESULTS = Path(__file__).parent / "results" / "variance_reduce.json"
 MAX_GEN_TOKS = 64

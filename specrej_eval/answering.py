@@ -17,7 +17,8 @@ from specrej_eval.config import AUTO, MAX, PromptArguments, RunConfig
 from specrej_eval.core import Message, Prompt, Question, Spent
 from specrej_eval.engines.base import Engine
 from specrej_eval.errors import ConfigError, LimitReached, PromptError
-from specrej_eval.generator import Generator, Request
+from specrej_eval.generator import Generator
+from specrej_eval.in_flight import Request
 from specrej_eval.progress import audit_line, summary_line
 from specrej_eval.records.outputs import Answer, OutputsFolder, audit_sample, total_cost
 from specrej_eval.special_tokens import ContentText

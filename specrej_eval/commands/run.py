@@ -40,7 +40,7 @@ from specrej_eval.config import (
 from specrej_eval.core import Question, Spent
 from specrej_eval.errors import ConfigError, LimitReached, SpecRejError
 from specrej_eval.forecast import duration
-from specrej_eval.generator import Request
+from specrej_eval.in_flight import Request
 from specrej_eval.options import add_options
 from specrej_eval.paths import below
 from specrej_eval.ranks import Watch, check_seen, started

@@ -17,7 +17,8 @@ from specrej_eval.config import RunConfig
 from specrej_eval.core import GenerationResult, Message, Prompt, RowView, Trajectory
 from specrej_eval.engines.base import Promise
 from specrej_eval.errors import ConfigError
-from specrej_eval.generator import Generator, Request
+from specrej_eval.generator import Generator
+from specrej_eval.in_flight import Request
 from specrej_eval.rewards.base import RewardModel
 
 OWN = "own"

@@ -24,7 +24,6 @@ from specrej_eval.commands.report.runs import find_runs
 from specrej_eval.config import PromptArguments
 from specrej_eval.core import Trajectory
 from specrej_eval.evidence.methods import Method
-from specrej_eval.generator import Generator
 from specrej_eval.harness.lm_eval.tasks import TaskPrompts
 from specrej_eval.records import jsonl
 from specrej_eval.records.outputs import OutputsFolder
@@ -302,15 +301,15 @@ def test_a_comparison_that_was_stopped_goes_on_and_comes_out_the_same(
 ) -> None:
     words = (*TASK_ARGUMENTS, "--timed", "2", "--score_every", "8", "--perplexity", "true")
     output = tmp_path / "again"
-    honest, count = Generator._look, itertools.count()
+    honest, count = InFlight.look, itertools.count()
 
-    def dies(self: Generator, *args: Any) -> bool:
+    def dies(self: InFlight, *args: Any) -> bool:
         if next(count) == 25:
             raise KeyboardInterrupt
         return honest(self, *args)
 
     with monkeypatch.context() as patched:
-        patched.setattr(Generator, "_look", dies)
+        patched.setattr(InFlight, "look", dies)
         assert cli.main(["compare", "--output", str(output), *words]) != 0
     assert not (output / "comparison.json").exists(), "nothing is written half"
     kept = sum(len(OutputsFolder(path.parent).answers()) for path in output.rglob("specrej_run.json"))

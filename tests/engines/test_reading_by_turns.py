@@ -14,15 +14,15 @@ from support.engine_models import prompt_of, shared_model
 from support.engine_runs import HashReward, make_engine, outcome
 from support.tiny_models import tiny_causal_lm
 
-from specrej_eval import generator as loop
-from specrej_eval import scheduler
+from specrej_eval import in_flight, scheduler
 from specrej_eval.budget import resolve
 from specrej_eval.config import RunConfig
 from specrej_eval.engines.base import Opening
 from specrej_eval.engines.transformers.engine import TransformersEngine
 from specrej_eval.engines.transformers.model import ModelRunner
 from specrej_eval.errors import LimitReached, OutOfMemoryError
-from specrej_eval.generator import Generator, Request
+from specrej_eval.generator import Generator
+from specrej_eval.in_flight import Request
 from specrej_eval.kv import prefill
 from specrej_eval.kv.cache import Prefix
 
@@ -37,7 +37,7 @@ ENDS = (4, 48, 8)
 @pytest.fixture(autouse=True)
 def _small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(prefill, "CPU_CHUNK", CHUNK)
-    monkeypatch.setattr(loop, "READ_A_TURN", TURN)
+    monkeypatch.setattr(in_flight, "READ_A_TURN", TURN)
     monkeypatch.setattr(scheduler, "READ_A_TURN", TURN)
 
 
@@ -109,7 +109,7 @@ def alone(watched: Watched) -> list[Any]:
             config=watched.generator.config.replace(batch_size=1),
         )
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(loop, "READ_A_TURN", 10**6)
+            patch.setattr(in_flight, "READ_A_TURN", 10**6)
             found += [outcome(result) for _, result in made.run([request], progress=False)]
     return found
 

@@ -31,8 +31,9 @@ from specrej_eval.core import GenerationResult, RowView, TokenStat
 from specrej_eval.engines.choose import resolve_engine
 from specrej_eval.engines.servers.engine import ServerEngine
 from specrej_eval.errors import ConfigError, ModelError, SpecRejError
-from specrej_eval.generator import Generator, Request
+from specrej_eval.generator import Generator
 from specrej_eval.http import JsonServer, Names, ServerError
+from specrej_eval.in_flight import Request
 from specrej_eval.rewards.base import RewardModel
 
 PROMPTS = ["a", "Tell me about rivers.", "One, two, three: " * 3]

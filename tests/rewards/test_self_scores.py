@@ -21,7 +21,8 @@ from specrej_eval.core import CONFIDENCE_TOKENS, GenerationResult, RowView
 from specrej_eval.engines.transformers import token_stats
 from specrej_eval.engines.transformers.groups import Group
 from specrej_eval.errors import ConfigError, RewardError
-from specrej_eval.generator import Generator, Request
+from specrej_eval.generator import Generator
+from specrej_eval.in_flight import Request
 from specrej_eval.rewards.kinds.self_scores import (
     FLOOR_PENALTY,
     DeepConf,

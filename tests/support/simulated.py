@@ -29,7 +29,8 @@ from specrej_eval.core import (
 )
 from specrej_eval.engines.base import Engine, EngineSession
 from specrej_eval.errors import KVBudgetExceededError
-from specrej_eval.generator import Generator, Request
+from specrej_eval.generator import Generator
+from specrej_eval.in_flight import Request
 from specrej_eval.rewards.base import RewardModel
 from specrej_eval.strategies.base import make_strategy
 

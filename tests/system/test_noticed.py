@@ -24,8 +24,8 @@ from specrej_eval.checkpoint import DEMO_POLICY, DEMO_REWARD
 from specrej_eval.config import HOST, NEUTRAL, PLACEMENT, Decides, RunConfig, names
 from specrej_eval.core import Prompt
 from specrej_eval.errors import ConfigError
-from specrej_eval.generator import Request
 from specrej_eval.harness.lm_eval.model import SpecRejLM
+from specrej_eval.in_flight import Request
 from specrej_eval.records import callable_sources, digests, fingerprint
 from specrej_eval.records.journal import Journal
 from specrej_eval.records.outputs import OutputsFolder, RunRecord

@@ -24,14 +24,15 @@ from support.engine_runs import HashReward, make_engine, outcome
 from support.failing_allocations import MemoryRunsOut
 from support.tiny_models import VOCAB_SIZE, tiny_causal_lm, tiny_reward_model, tiny_tokenizer
 
-from specrej_eval import generator as generator_module
+from specrej_eval import in_flight
 from specrej_eval.config import RunConfig
 from specrej_eval.core import Plan, RowView
 from specrej_eval.engines.transformers import decoding
 from specrej_eval.engines.transformers.engine import TransformersEngine
 from specrej_eval.engines.transformers.groups import Group
 from specrej_eval.errors import OutOfMemoryError
-from specrej_eval.generator import Generator, Request
+from specrej_eval.generator import Generator
+from specrej_eval.in_flight import Request
 from specrej_eval.kv import prefill
 from specrej_eval.rewards.families.sequence_classifier import SequenceClassifier
 from specrej_eval.rewards.kinds.self_scores import Likelihood
@@ -115,7 +116,7 @@ def _small_and_quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gc, "collect", lambda: 0)  # thousands of failures in here, and there is nothing to free
     monkeypatch.setattr(prefill, "CPU_CHUNK", CHUNK)
     monkeypatch.setattr(
-        generator_module, "make_strategy", lambda config: Forks() if config.seed >= FORKS else make_strategy(config)
+        in_flight, "make_strategy", lambda config: Forks() if config.seed >= FORKS else make_strategy(config)
     )
 
 

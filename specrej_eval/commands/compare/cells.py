@@ -24,7 +24,8 @@ from specrej_eval.core import GenerationResult, Ledger, Question, Spent
 from specrej_eval.errors import ConfigError, LimitReached, SpecRejError
 from specrej_eval.evidence.comparison import Cell, begins_as
 from specrej_eval.evidence.methods import BEST_OF_N, Method
-from specrej_eval.generator import Generator, Request
+from specrej_eval.generator import Generator
+from specrej_eval.in_flight import Request
 from specrej_eval.records import journal, parts
 from specrej_eval.records.cell_scores import METRICS, PREFERENCES, CellMetrics, versioned
 from specrej_eval.records.fingerprint import differences, same

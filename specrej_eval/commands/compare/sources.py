@@ -12,7 +12,7 @@ from specrej_eval.api import RunPlan
 from specrej_eval.commands.run import TASK
 from specrej_eval.config import PromptArguments, RunConfig
 from specrej_eval.core import Question, Trajectory
-from specrej_eval.generator import Request
+from specrej_eval.in_flight import Request
 
 if TYPE_CHECKING:
     from specrej_eval.engines.base import Engine

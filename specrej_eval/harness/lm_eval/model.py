@@ -26,7 +26,7 @@ from specrej_eval.config.engines import TRANSFORMERS, engine_of
 from specrej_eval.core import Prompt, finite_or_none, prompt_hash
 from specrej_eval.engines.base import Engine
 from specrej_eval.errors import ConfigError, PromptError
-from specrej_eval.generator import Generator, Request
+from specrej_eval.generator import Generator
 from specrej_eval.harness.lm_eval import run as lm_eval_run
 from specrej_eval.harness.lm_eval.no_model import NoModel, no_loglikelihoods
 from specrej_eval.harness.lm_eval.options import check_host_arguments, merge_options, name_of, seq2seq_refused
@@ -42,6 +42,7 @@ from specrej_eval.harness.lm_eval.requests import (
     translate,
 )
 from specrej_eval.harness.lm_eval.tally import Tally, strict_json
+from specrej_eval.in_flight import Request
 from specrej_eval.records import fingerprint
 from specrej_eval.redaction import opened, redacted_values
 from specrej_eval.special_tokens import ALLOW, Marked, SpecialTokenError, Tokeniser, check_text, concerned

@@ -15,9 +15,9 @@ from typing import Any
 from specrej_eval.config import RunConfig
 from specrej_eval.core import Question, Trajectory
 from specrej_eval.errors import ConfigError
-from specrej_eval.generator import Request
 from specrej_eval.harness.lm_eval.command import our_tasks, unknown_name
 from specrej_eval.harness.lm_eval.requests import ChatPrompt, ScoredText, conversation_of
+from specrej_eval.in_flight import Request
 from specrej_eval.paths import folder
 
 GENERATES = "generate_until"

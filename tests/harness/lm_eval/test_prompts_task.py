@@ -24,9 +24,9 @@ import specrej_eval
 from specrej_eval import cli, demo, paths
 from specrej_eval.core import Prompt, prompt_hash
 from specrej_eval.errors import ConfigError
-from specrej_eval.generator import Request
 from specrej_eval.harness.lm_eval.model import SpecRejLM
 from specrej_eval.harness.lm_eval.requests import ScoredText
+from specrej_eval.in_flight import Request
 
 SUMS = ["12 + 34 = ?", "50 + 17 + 23 = ?", "99 + 11 = ?", "20 + 30 + 40 + 50 = ?", "64 + 64 = ?", "71 + 13 + 11 = ?"]
 PROMPTS = [f"Q: {text}\nA:" for text in SUMS]
