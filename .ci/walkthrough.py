@@ -32,11 +32,11 @@ VARIES = (
     (re.compile(r"process \d+ on \S+"), "process # on #"),
     (re.compile(r"last heard of \d+ (s|min|h) ago"), "last heard of # s ago"),
     (re.compile(r"\d{4}-\d\d-\d\dT[\d:.-]+"), "#"),
-    # seconds and the share of scoring in a report's rows
-    (re.compile(r"(\d%\s+\|?\s*)\d[\d,]*\.\d(\s+\|?\s*)\d+%"), r"\1#\2#"),
     # seconds, their share and the peak of memory in a comparison's rows, and the paper's ratios of seconds
     (re.compile(r"(\s(?:\d+%|-)\s+)[\d.,e+]+(\s+)(?:\d+%|-)(\s+[\d,]+\s+)\d+\.\d\d$", re.M), r"\1#\2#\3#"),
     (re.compile(r"(\]\s+)\d+\.\d\d \[[\d., ]+\](\s+)\d+\.\d\d \[[\d., ]+\]$", re.M), r"\1#\2#"),
+    # seconds and the share of scoring in a report's rows
+    (re.compile(r"(\d%\s+\|?\s*)\d[\d,]*\.\d(\s+\|?\s*)\d+%"), r"\1#\2#"),
     (re.compile(r"-{2,}:?"), "--"),
     (re.compile(r"[ \t]+"), " "),
 )

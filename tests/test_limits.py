@@ -221,7 +221,7 @@ def test_status_knows_the_whole_of_ranks_until_one_is_done_and_never_tells_more_
     assert "8 of 12 answers" in "\n".join(status.lines(path))
     state_file(ranks[0]).unlink()  # as at its regular end
     told = "\n".join(status.lines(path))
-    assert "ended before it was complete, 8 answers" in told and "of 6" not in told
+    assert "ended before it was complete, 8 answers" in told and "of 6 answers" not in told
     # one process goes on from the journals of both
     a_state(ranks[0], total=6)
     answered(path, range(8, 9))

@@ -615,7 +615,7 @@ def test_what_a_task_holds_right_decides_its_scores() -> None:
 # limits
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_limits_hold_for_all_cells_together_and_the_comparison_goes_on(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
