@@ -240,6 +240,21 @@ def test_of_two_configurations_that_begin_at_once_one_is_refused(tmp_path: Path)
             path.unlink()
 
 
+def test_other_models_are_refused_before_weights_load_and_other_requests_are_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from specrej_eval import api
+    from specrej_eval.config import RunConfig
+
+    path = str(tmp_path / "run.jsonl")
+    held = Journal(path, api.resolve(RunConfig(n=2), {}).of_models(), join=True)
+    monkeypatch.setattr(api.RunPlan, "load", lambda *_, **__: pytest.fail("a model was loaded"))
+    with pytest.raises(ConfigError, match="reward_model was 'embedded', is now 'likelihood'"):
+        load(journal=path, join=True, reward_model="likelihood")
+    api.resolve(RunConfig(n=4, alpha=0.25, journal=path, join=True), {})
+    held.close()
+
+
 REFUSED = [
     ({}, "join=True needs journal=FILE"),
     ({"journal": "run.jsonl", "n": "max"}, "n=max with join=True"),

@@ -392,12 +392,3 @@ def test_commands_of_lm_eval_share_a_task_and_survive_each_other(tmp_path: Path,
             process.wait()
     assert shown(folder, "0") == shown(folder, "2") == shown(whole_folder, "0")
     assert of_files(folder) == of_files(whole_folder)
-    late = started(folder, "late", words)
-    before = {path: path.read_bytes() for path in folder.glob("run*.jsonl")}
-    assert late.wait(timeout=600) == 0
-    assert shown(folder, "late") == shown(whole_folder, "0")
-    content = {path: path.read_bytes() for path in folder.glob("run*.jsonl")}
-    assert {path: content[path] for path in before} == before, "a process that comes when all is done decodes nothing"
-    refused = started(folder, "other", lm_eval_words(join="true", reward_model="likelihood"))
-    assert refused.wait(timeout=600) == 1
-    assert "different configuration" in (folder / "errors other").read_text()
