@@ -1,5 +1,5 @@
-"""What becomes of a prompt in flight: it is read, its rows are scored at their looks and go on or not, it is finished, and
-perhaps audited. When each of these happens is up to the loop (``generator``).
+"""What becomes of a prompt in flight: it is read, its rows are scored at their looks and go on or not, it is finished,
+and perhaps audited. When each of these happens is up to the loop (``generator``).
 
 It holds no tensor and no arithmetic on scores: engines decode, rewards score, strategies decide.
 """

@@ -25,6 +25,7 @@ from specrej_eval.config import PromptArguments
 from specrej_eval.core import Trajectory
 from specrej_eval.evidence.methods import Method
 from specrej_eval.harness.lm_eval.tasks import TaskPrompts
+from specrej_eval.in_flight import InFlight
 from specrej_eval.records import jsonl
 from specrej_eval.records.outputs import OutputsFolder
 

@@ -15,6 +15,7 @@ from support.tiny_models import tiny_reward_model, tiny_tokenizer
 import specrej_eval
 from specrej_eval.core import RowView
 from specrej_eval.errors import RewardError
+from specrej_eval.in_flight import Request
 from specrej_eval.rewards.base import RewardModel, RewardSession
 from specrej_eval.rewards.checkpoints import session as session_module
 from specrej_eval.rewards.checkpoints.memory import Allowance
@@ -351,7 +352,7 @@ def test_runs_do_not_depend_on_how_many_prompts_are_scored_together(monkeypatch:
 def test_an_error_of_one_prompt_comes_after_the_answers_before_it(monkeypatch: pytest.MonkeyPatch) -> None:
     generator = specrej_eval.load(n=2, max_gen_toks=4, batch_size=3, strategy="best_of_n")
     requests = [
-        specrej_eval.generator.Request(prompt=generator.engine.encode(f"Add: {number} + 96 ="), config=generator.config)
+        Request(prompt=generator.engine.encode(f"Add: {number} + 96 ="), config=generator.config)
         for number in (21, 22, 23)
     ]
     inputs = generator.reward.renderer.inputs
