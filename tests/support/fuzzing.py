@@ -21,7 +21,7 @@ from typing import Any
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from specrej_eval import cli
+from specrej_eval import cli, paths
 from specrej_eval.errors import SpecRejError
 from support import FULL
 
@@ -283,14 +283,15 @@ _guard = _Guard()
 
 @contextlib.contextmanager
 def kept_inside(*folders: Path) -> Iterator[None]:
-    """Fails what writes, makes or removes anything outside of some folders, whoever's code does it.
+    """Fails what writes, makes or removes anything outside of some folders, whoever's code does it. (The package's own
+    cache, where digests of large files are remembered, is none of the user's files.)
 
     Raises:
         Outside: it did.
     """
     _guard.install()
     _guard.found.clear()
-    _guard.inside = tuple(str(folder) for folder in folders)
+    _guard.inside = tuple(str(folder) for folder in (*folders, paths.cache("")))
     try:
         yield
     finally:
