@@ -426,7 +426,8 @@ class InFlight:
             scoring.close()
         work.ledger.audit_reward_tokens = self._reward_counts()["reward_tokens"] - before
         worth = {row: -math.inf if reward is None else reward for row, reward in rewards.items()}
-        better = [row for row in rejected if worth[row] > worth[best.row]]
+        # one text is one answer: read in other company, its reward may differ in its last bits
+        better = [row for row in rejected if worth[row] > worth[best.row] and views[row].text != best.text]
         top = max((worth[row] for row in better), default=worth[best.row])
         rows = [
             replace(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,14 @@ import torch
 from hypothesis import given
 from support.engine_runs import PROMPTS, SMALL, HashReward, limit_rows, make_engine
 from support.properties import Case, cases
-from support.simulated import Process, make_generator, request, run_generator
+from support.simulated import (
+    Process,
+    SimulatedEngine,
+    SimulatedReward,
+    make_generator,
+    request,
+    run_generator,
+)
 from support.tiny_models import tiny_causal_lm
 
 import specrej_eval
@@ -101,6 +109,32 @@ def test_on_the_demo_pair_the_estimate_is_that_of_finishing_every_row() -> None:
     for ours, theirs in zip(audited, whole, strict=True):
         assert ours.audit is not None and ours.audit.regret is not None
         assert ours.audit.regret == pytest.approx((theirs.best.reward or 0) - (ours.best.reward or 0), abs=1e-4)
+
+
+class InOtherCompany(SimulatedReward):
+    """Each call's rewards differ from those of the one before in their last bits."""
+
+    def score(self, *args: Any, **kwargs: Any) -> list[float]:
+        return [reward + 1e-6 * self.num_calls for reward in super().score(*args, **kwargs)]
+
+
+class OneText(SimulatedEngine):
+    """All rows but the last say the same."""
+
+    def rows(self, session: Any) -> list[RowView]:
+        return [replace(row, text="7" if row.row < 7 else "8") for row in super().rows(session)]
+
+
+@pytest.mark.parametrize("last, better", [(0.5, 0), (2.0, 1)])
+def test_a_rejected_row_with_the_answers_own_text_is_no_loss_however_it_was_scored(last: float, better: int) -> None:
+    process = Process.of([1.0] * 7 + [last], partials=lambda row, tokens: float(-row))
+    config = RunConfig.from_args({"n": 8, "max_gen_toks": 12, "first_look": 3, "alpha": 0.5, "audit": 1.0})[0]
+    generator = Generator(engine=OneText(lambda *_: process), reward=InOtherCompany(lambda _: process), config=config)
+    ((_, result),) = generator.run([request(config)], progress=False)
+    assert result.text == "7" and result.audit is not None and result.audit.num_rows == 6
+    assert any((row.reward or 0) > (result.best.reward or 0) for row in result.audit.rows if row.text == "7")
+    assert result.audit.better == better
+    assert result.audit.regret == (pytest.approx(1.0, abs=1e-4) if better else 0.0)
 
 
 def test_a_row_keeps_the_tokens_it_had_where_company_may_change_the_last_bits() -> None:

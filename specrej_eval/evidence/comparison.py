@@ -376,20 +376,34 @@ def _against_pool(each: _Measured, pool: _Pool, bootstrap: Bootstrap) -> dict[st
         if whole.any():
             told["z_score"] = _of_prompts(bootstrap, whole).interval(z[whole]).to_dict()
     if n <= pool.method.n and each.method.strategy != BEST_OF_N and _same_rows(each, pool):
-        finals = pool.finals[..., :n]
+        finals = _by_text(pool, n)
         ended = np.array(
             [
                 [[row.finish_reason != "rejected" for row in result.trajectories] for result in cell.results]
                 for cell in each.cells
             ]
         ).transpose(1, 0, 2)
-        # as the pool scored the row chosen: rewards of one text in two batches may differ in their last bits
+        # as the pool scored the row chosen: in two batches a reward may differ in its last bits
         rows = np.array([[result.best.row for result in cell.results] for cell in each.cells]).T
         chosen = np.take_along_axis(finals, rows[..., None], -1)[..., 0]
         told["regret"] = bootstrap.interval(regret.regret(chosen, finals)).to_dict()
         told["best_survived"] = bootstrap.interval(regret.best_survived(ended, finals)).to_dict()
         told["partial_scores"] = _looks(each, pool)
     return told
+
+
+def _by_text(pool: _Pool, n: int) -> Array:
+    """(prompts, seeds, n): rewards at the rows' ends, the highest of each text: rows that say the same are one answer,
+    whatever the last bits of their rewards."""
+    found = pool.finals[..., :n].copy()
+    for seed, cell in enumerate(pool.measured.cells):
+        for prompt, result in enumerate(cell.results):
+            highest: dict[str, float] = {}
+            rows = list(zip((row.text for row in result.trajectories[:n]), found[prompt, seed], strict=True))
+            for text, reward in rows:
+                highest[text] = max(reward, highest.get(text, -math.inf))
+            found[prompt, seed] = [highest[text] for text, _ in rows]
+    return found
 
 
 def _same_rows(each: _Measured, pool: _Pool) -> bool:

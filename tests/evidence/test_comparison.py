@@ -97,6 +97,20 @@ def test_off_the_curve_there_is_no_efficiency() -> None:
         assert told["efficiency"] == {"decode_tokens": {"value": None, "low": None, "high": None}, "seconds": None}
 
 
+def test_rows_that_say_the_same_are_one_answer_to_what_was_lost() -> None:
+    def same(result: GenerationResult) -> GenerationResult:
+        rows = [replace(row, text="7") for row in result.trajectories]
+        return replace(result, best=next(row for row in rows if row.row == result.best.row), trajectories=rows)
+
+    def scored(result: GenerationResult) -> GenerationResult:
+        rows = [replace(row, reward=1 + 1e-7 * row.row) for row in result.trajectories]
+        return replace(result, best=rows[-1], trajectories=rows)
+
+    pool = with_results(with_results(cell(BO), same, range(12)), scored, range(12))
+    told = method_of(compared(pool, with_results(cell(HALF), same, range(12))), HALF)
+    assert told["best_survived"]["value"] == 1.0 and told["regret"]["value"] == 0.0
+
+
 def test_seconds_are_compared_on_the_prompts_that_were_decoded_for_both() -> None:
     def borrowed(result: GenerationResult) -> GenerationResult:
         return replace(result, resolved={**result.resolved, "rows_from": "records"})
