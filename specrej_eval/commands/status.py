@@ -160,10 +160,9 @@ def _told(where: str, processes: list[Process], done: int, by: str) -> Iterator[
         now = sum(state.in_flight for state in live)
         speed = sum(state.tokens_per_second for state in live)
         left = [state.seconds_left for state in live]
+        if all(each.kind == "joined" for each in alive) and (pace := sum(state.decoded_per_second for state in live)):
+            left = [(whole - done) / pace]
         ends = [seconds for seconds in left if seconds is not None]
-        if ends and all(each.kind == "joined" for each in alive):
-            ends = [(whole - done) / sum(state.decoded_per_second for state in live)]
-            left = [*ends]
         eta = f"about {duration(max(ends))} left" if len(ends) == len(left) and ends else "too early to say how long"
         yield f"  {counted(now, 'prompt')} in flight, {speed:,.0f} tokens/s, {eta}"
     elif by:

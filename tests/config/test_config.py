@@ -78,6 +78,7 @@ def test_the_defaults_are_the_documented_ones():
         "reward_dtype": "auto",
         "force_sampling_args": False,
         "logprobs": False,
+        "join": False,
         "audit": 0.0,
         "variance_reduce": False,
         "trust_remote_code": False,
