@@ -165,6 +165,7 @@ def test_a_fault_in_decoding_is_found(
         return whole(*changed, changed[3].shape[2])
 
     monkeypatch.setattr(backend, "_decode", faulty)
+    monkeypatch.setattr(backend, "_decode_groups", lambda *_: None)  # the same bits by another way, says test_cpp.py
     assert is_found(backend)
     counted("faults of attention planted and found")
 
