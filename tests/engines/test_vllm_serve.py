@@ -25,6 +25,7 @@ PROMPTS = [f"Prompt number {number}." for number in range(8)]
 
 pytestmark = [
     pytest.mark.full,
+    pytest.mark.timeout(1500),  # a server starts in 20 seconds, or in minutes on a busy machine, up to twice a test
     pytest.mark.skipif(
         vllm_serve.python() is None,
         reason="vLLM is not installed; `make test-vllm` has it, or SPECREJ_VLLM_PYTHON=PYTHON names one that does",
