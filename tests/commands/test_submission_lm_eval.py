@@ -215,6 +215,22 @@ def test_files_of_every_rank_are_collected(finished: Run) -> None:
     assert not list(finished.out.rglob("specrej_journal*"))
 
 
+def test_files_of_all_processes_that_joined_are_collected_and_none_of_the_users(finished: Run) -> None:
+    def joined(content: dict[str, Any]) -> None:
+        content["config"]["specrej"]["arguments"] |= {"journal": "run.jsonl", "join": True}
+
+    finished.change(joined)
+    whole = (finished.folder / "run.jsonl").read_bytes()
+    (finished.folder / "run.jsonl").unlink()
+    for name in ("run_joined0", "run_joined7", "run_backup"):
+        (finished.folder / f"{name}.jsonl").write_bytes(whole)
+    finished.submit()
+    assert [path.stem.rpartition("_")[2] for path in sorted(finished.out.rglob("specrej_journal*"))] == [
+        "joined0",
+        "joined7",
+    ]
+
+
 def test_side_files_that_are_gone_are_said(finished: Run) -> None:
     (finished.folder / "trace.jsonl").unlink()
     assert "trace.jsonl" in finished.submit().partition("note: ")[2]

@@ -114,7 +114,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], dic
     return found, of_files(folder)
 
 
-@pytest.mark.parametrize("number", [2, 3])
+@pytest.mark.parametrize("number", [pytest.param(2, marks=pytest.mark.full), 3])
 def test_several_have_the_records_of_one_and_decode_nothing_twice(
     number: int, tmp_path: Path, alone: tuple[dict[str, Any], dict[str, dict[str, Any]]], counted: Counted
 ) -> None:
@@ -139,7 +139,7 @@ def test_killed_whenever_something_reaches_the_disk_the_others_take_its_prompts_
     """One of three at every such moment, and another at some other one; a few of them in `make test`."""
     draw = random.Random(3)
     kills = 0
-    for place in range(24) if FULL else (4, 5):
+    for place in range(24) if FULL else (5,):
         folder = tmp_path / f"at {place}"
         folder.mkdir()
         moments = [forked.Moments(place), forked.Moments(draw.randrange(20)), None]
@@ -308,6 +308,7 @@ def test_commands_on_one_folder_leave_the_archive_of_one(tmp_path: Path, alone_r
     counted("kills -9: processes that join", kills)
 
 
+@pytest.mark.full
 def test_the_folder_of_processes_that_join_is_theirs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(tmp_path, limit=1) == 0
     held = OutputsFolder(tmp_path / "out", join=True)
