@@ -53,24 +53,17 @@ def test_another_name_of_the_journal_is_the_same_journal(tmp_path: Path) -> None
 
 def test_a_claim_ends_with_its_process_and_not_with_another_descriptor(tmp_path: Path) -> None:
     journal = tmp_path / "run.jsonl"
-    reader, writer = os.pipe()
 
-    def work() -> None:
+    def work() -> Claims:
         claims = Claims(journal)
         assert claims.take("a")
         for path in folder_of(journal).iterdir():
             path.read_bytes()  # what closes here would end a lock of fcntl's
         assert forked.ended(forked.start(lambda: None)) == 0, "nor does a forked process end it"
-        os.write(writer, b".")
-        time.sleep(600)
+        return claims
 
-    pid = forked.start(work)
-    try:
-        assert os.read(reader, 1) == b"."
+    with forked.living(work):
         assert not Claims(journal).take("a")
-    finally:
-        os.kill(pid, signal.SIGKILL)
-        os.waitpid(pid, 0)
     assert Claims(journal).take("a")
 
 

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -34,29 +31,6 @@ def has(journal: Journal, number: int) -> bool:
     found = journal.get(key_of(number), a_prompt(number))
     assert found is None or (found.to_dict() == a_result(number).to_dict() and found.taken)
     return found is not None
-
-
-@contextmanager
-def another_process(work: Callable[[], object]) -> Iterator[int]:
-    """A process that has done something and lives; its id."""
-    reader, writer = os.pipe()
-
-    def keep() -> None:
-        held = work()
-        os.write(writer, b".")
-        time.sleep(600)
-        assert held is not None
-
-    pid = forked.start(keep)
-    os.close(writer)
-    try:
-        assert os.read(reader, 1) == b"."
-        yield pid
-    finally:
-        with suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
-            os.waitpid(pid, 0)
-        os.close(reader)
 
 
 def test_each_writes_a_file_of_its_own_and_reads_what_the_others_finish(
@@ -193,7 +167,7 @@ def test_what_another_dropped_is_left_by_nobody(tmp_path: Path) -> None:
 def test_who_joins_and_who_writes_alone_refuse_each_other(before: str, tmp_path: Path) -> None:
     alone = tmp_path / ("run.jsonl" if before == "plain" else "run_rank1.jsonl")
     path = str(tmp_path / "run.jsonl")
-    with another_process(lambda: Journal(str(alone), FINGERPRINT)) as pid:
+    with forked.living(lambda: Journal(str(alone), FINGERPRINT)) as pid:
         for attempt in (
             lambda: check(path, lambda: FINGERPRINT, join=True),
             lambda: Journal(path, FINGERPRINT, join=True),
@@ -202,7 +176,7 @@ def test_who_joins_and_who_writes_alone_refuse_each_other(before: str, tmp_path:
                 attempt()
             assert "run.jsonl' is in use" in str(refused.value) and "join=True" in str(refused.value.hint)
     assert not [*tmp_path.glob("run_joined*")]
-    with another_process(lambda: joined(tmp_path)) as pid:
+    with forked.living(lambda: joined(tmp_path)) as pid:
         for attempt in (lambda: check(str(alone), lambda: FINGERPRINT), lambda: Journal(str(alone), FINGERPRINT)):
             with pytest.raises(ConfigError, match=f"in use by process {pid} "):
                 attempt()
@@ -295,6 +269,6 @@ def test_status_counts_prompts_once_however_many_share_them(tmp_path: Path) -> N
         state.__enter__()
         return journal
 
-    with another_process(work), another_process(work):
+    with forked.living(work), forked.living(work):
         told = "\n".join(status.lines(tmp_path / "run.jsonl"))
     assert "running, 1 of 8 answers" in told and told.count("alive, 2 of 8") == 2

@@ -8,8 +8,8 @@ import random
 import signal
 import socket
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
@@ -27,28 +27,16 @@ class Owner:
     """Something that lives."""
 
 
-@contextmanager
-def another_process(path: Path) -> Iterator[int]:
+def another_process(path: Path) -> AbstractContextManager[int]:
     """A process that holds a path; its id."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    reader, writer = os.pipe()
 
-    def work() -> None:
+    def work() -> Owner:
         owner = Owner()
         lock.hold(owner, path, argument="journal")
-        os.write(writer, b".")
-        time.sleep(600)
+        return owner
 
-    pid = forked.start(work)
-    try:
-        assert os.read(reader, 1) == b"."
-        yield pid
-    finally:
-        with suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
-            os.waitpid(pid, 0)
-        os.close(reader)
-        os.close(writer)
+    return forked.living(work)
 
 
 @pytest.fixture(autouse=True)

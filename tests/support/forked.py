@@ -12,8 +12,8 @@ import socket
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -75,6 +75,29 @@ def start(work: Callable[[], Any], *, moments: Moments | None = None, env: dict[
         os.write(2, traceback.format_exc().encode())
     finally:
         os._exit(code)
+
+
+@contextmanager
+def living(work: Callable[[], object]) -> Iterator[int]:
+    """A process that has done something, holds what came of it, and lives until the end of the block; its id."""
+    reader, writer = os.pipe()
+
+    def keep() -> None:
+        held = work()
+        os.write(writer, b".")
+        time.sleep(600)
+        assert held is not work, "it is held until here"
+
+    pid = start(keep)
+    os.close(writer)
+    try:
+        assert os.read(reader, 1) == b"."
+        yield pid
+    finally:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+        os.close(reader)
 
 
 def ended(pid: int) -> int:
