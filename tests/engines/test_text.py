@@ -17,6 +17,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import postprocess_generated_text
 from support import FULL
+from support.engine_runs import generate, make_engine
 from support.tiny_models import END, EOS, TURN, tiny_causal_lm, tiny_tokenizer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -455,3 +456,21 @@ REASONS: tuple[FinishReason | None, ...] = ("eos", "stop", "length", None)
 def test_visible_never_fails(ids: list[int], reason: FinishReason | None) -> None:
     text = Detokenizer(piece_tokenizer()).visible(ids, reason, ("ab",))
     assert piece_tokenizer().decode(ids).startswith(text)
+
+
+@pytest.mark.parametrize("until", [None, ["e", "7"]])
+def test_a_row_is_detokenised_once_at_each_look_and_not_again_when_it_is_rejected(
+    until: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    visible, calls = Detokenizer.visible, []
+
+    def counted(self: Detokenizer, *given: Any) -> str:
+        calls.append(given)
+        return visible(self, *given)
+
+    monkeypatch.setattr(Detokenizer, "visible", counted)
+    results = generate(make_engine(tiny_causal_lm()), until=until, alpha=0.5, logprobs=True)
+    assert len(calls) == sum(look.rows for result in results for look in result.rounds)
+    for result in results:
+        for row in result.trajectories:
+            assert row.logprobs is not None and len(row.logprobs) == row.num_tokens
