@@ -24,7 +24,7 @@ def default_name(fingerprint: Mapping[str, Any], *, n: int | None = None) -> str
         n: rows behind each answer, all seeds together; where only the run itself could tell (``n=max``).
     """
     seeds = fingerprint.get("seed")
-    draws = len(seeds) if isinstance(seeds, list) else 1
+    draws = max(1, len(seeds)) if isinstance(seeds, list) else 1  # a record may hold an empty list
     strategy = str(fingerprint.get("strategy"))
     if strategy == "best_of_n" or (strategy == "speculative_rejection" and fingerprint.get("alpha") is None):
         method = f"Bo{_rows(fingerprint, n, draws).removeprefix('n')}"

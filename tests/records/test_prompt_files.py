@@ -263,6 +263,13 @@ def test_default_names(changes: dict[str, Any], n: int | None, name: str) -> Non
     assert default_name({**RUN, **changes}, n=n) == name
 
 
+@pytest.mark.parametrize("seeds", [[], [3], [0, 1]])
+@pytest.mark.parametrize("strategy", ["best_of_n", "speculative_rejection"])
+@pytest.mark.parametrize("n", [None, 0, 6])
+def test_runs_of_any_number_of_seeds_have_names(seeds: list[int], strategy: str, n: int | None) -> None:
+    assert default_name({**RUN, "strategy": strategy, "alpha": 0.5, "seed": seeds}, n=n)
+
+
 @given(st.text())
 def test_a_name_can_be_a_folders(text: str) -> None:
     name = model_name(text)
