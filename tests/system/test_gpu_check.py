@@ -29,7 +29,8 @@ def test_gpu_check_without_a_gpu_says_so_and_writes_its_file(tmp_path: Path) -> 
     assert found["device"] == "cpu" and found["about"]["gpus"] == []
     assert {told["backend"]: told["right"] for told in found["attention"]}["sdpa"]
     tests = found["steps"].pop("tests")
-    assert tests["exit_code"] == 0 and "skipped" in tests["end_of_output"][-1]
+    # not always in the last line: a library may say something when the process ends
+    assert tests["exit_code"] == 0 and any("skipped" in line for line in tests["end_of_output"])
     assert found["steps"].keys() >= {"attention_backends", "decode_throughput"}
     assert all(step == {"left_out": "there is no GPU"} for step in found["steps"].values())
     assert "-m gpu" in file.with_suffix(".log").read_text()
