@@ -9,7 +9,6 @@ compiles chat templates in a sandbox, and ours computes nothing whose result wou
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import functools
 import os
@@ -17,8 +16,8 @@ import re
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sized
-from typing import Any
+from collections.abc import Callable, Sized
+from typing import Any, TypeVar
 
 from specrej_eval.errors import PromptError, SpecRejError
 from specrej_eval.wording import shortened
@@ -32,6 +31,7 @@ MOST_BITS = 10_000
 """Of a whole number; date arithmetic needs 64."""
 _THEIRS = "transformers.utils.chat_template_utils"
 _WIDTH = re.compile(r"\d{6,}")
+Result = TypeVar("Result")
 
 
 class EndlessTemplateError(SpecRejError, TimeoutError):
@@ -198,19 +198,20 @@ def _limit_operations() -> None:
             value.cache_clear()
 
 
-@contextlib.contextmanager
-def time_limit() -> Iterator[None]:
-    """What happens inside renders a template. Of limits within limits the inner one counts.
+def in_time(render: Callable[[], Result]) -> Result:
+    """What ``render`` gives, which renders a template. Of limits within limits the inner one counts.
+
+    It takes a function, for in a ``with`` block the exception could arrive in ``contextlib``, where nothing catches it.
 
     Raises:
         EndlessTemplateError: it has not ended in time.
     """
     _limit_operations()
     watch, thread = _watch, threading.get_ident()
-    watch.begin(thread)
     try:
         try:
-            yield
+            watch.begin(thread)
+            return render()
         finally:
             watch.end(thread)
     except _Late:
@@ -221,17 +222,15 @@ def time_limit() -> Iterator[None]:
         ) from None
 
 
-@contextlib.contextmanager
-def rendering(whose: str) -> Iterator[None]:
-    """As ``time_limit``; whatever the template raises becomes one error.
+def rendered(whose: str, render: Callable[[], Result]) -> Result:
+    """As ``in_time``; whatever the template raises becomes one error.
 
     Raises:
         PromptError: the template failed, or has not ended in time.
         SpecRejError: what was raised inside on purpose.
     """
     try:
-        with time_limit():
-            yield
+        return in_time(render)
     except EndlessTemplateError as error:
         raise PromptError(f"the chat template of {whose}: {error.args[0]}", hint=error.hint) from error
     except TooMuchError as error:

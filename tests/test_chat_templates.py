@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 import time
 from pathlib import Path
@@ -102,8 +103,8 @@ def test_what_templates_do_with_texts_and_numbers_gives_what_it_gave() -> None:
         "{{ messages[0].content + '!' }}{{ ', '.join(['l', 'm']) }}{{ [1, 2] + [3] }}{{ 7 % 4 }}{{ 'n' ~ 2 }}"
     )
     text = tiny_tokenizer(chat_template=template).apply_chat_template(MESSAGES, tokenize=False)
-    with chat_templates.time_limit():
-        found = tiny_tokenizer(chat_template=template).apply_chat_template(MESSAGES, tokenize=False)
+    tokenizer = tiny_tokenizer(chat_template=template)
+    found = chat_templates.in_time(lambda: tokenizer.apply_chat_template(MESSAGES, tokenize=False))
     want = "97aaa[1, 1]b     c  007x-1   1d, ei hj\n  kHello!l, m[1, 2, 3]3n2"
     assert found == text == want
 
@@ -117,8 +118,8 @@ def test_a_template_that_never_ends_is_one_error(kind: str) -> None:
         scored(ENDLESS[kind])
 
 
-@pytest.mark.usefixtures("short")
-def test_it_is_told_in_whichever_thread_and_process_and_in_no_other() -> None:
+def test_it_is_told_in_whichever_thread_and_process_and_in_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chat_templates, "SECONDS", 1.0)  # the good ones share a core with the endless one
     ended: list[str] = []
 
     def in_thread(template: str) -> None:
@@ -147,18 +148,44 @@ def test_it_is_told_in_whichever_thread_and_process_and_in_no_other() -> None:
 
 
 @pytest.mark.usefixtures("short")
-def test_what_is_rendered_in_time_is_not_hit_later() -> None:
-    for _ in range(50):  # ends around the moment the watch looks
+def test_what_is_rendered_in_time_is_not_hit_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chat_templates, "SECONDS", 0.04)
+    ended: list[str] = []
+    for time_taken in range(100):  # ends around the moment the watch looks
         began = time.monotonic()
         try:
-            with chat_templates.time_limit():
-                while time.monotonic() - began < 0.19 + (0.05 if _ % 2 else 0.0):
-                    pass
+            chat_templates.in_time(functools.partial(busy, began + 0.035 + 0.015 * (time_taken % 8) / 8))
+            ended.append("well")
         except chat_templates.EndlessTemplateError:
-            pass
-        until = time.monotonic() + 0.02
-        while time.monotonic() < until:  # nothing arrives here
-            pass
+            ended.append("late")
+        busy(time.monotonic() + 0.02)  # nothing arrives here
+    assert set(ended) == {"well", "late"}
+
+
+def busy(until: float) -> None:
+    while time.monotonic() < until:
+        pass
+
+
+@pytest.mark.usefixtures("short")
+@pytest.mark.parametrize("place", ["begin", "end"])
+def test_the_exception_may_come_while_the_watch_is_told_of_begin_and_end(
+    place: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = getattr(chat_templates._Watch, place)
+
+    def slow(watch: Any, thread: int) -> None:
+        if place == "begin":
+            original(watch, thread)
+        if thread in watch.deadlines:  # the first call of two
+            busy(time.monotonic() + 0.5)
+        if place == "end":
+            original(watch, thread)
+
+    monkeypatch.setattr(chat_templates._Watch, place, slow)
+    with pytest.raises(chat_templates.EndlessTemplateError):
+        chat_templates.in_time(lambda: None)
+    busy(time.monotonic() + 0.1)
 
 
 def test_lm_evals_way_of_rendering_is_guarded_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

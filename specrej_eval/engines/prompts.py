@@ -63,10 +63,10 @@ def encode_prompt(
         "continue_final_message": continued,
         **(chat_template_args or {}),
     }
-    with chat_templates.rendering("the language model"):
-        rendered = tokenizer.apply_chat_template(messages, tokenize=False, **options)
-    with chat_templates.time_limit():
-        token_ids = tuple(tokeniser.chat(messages, **options)["input_ids"])
+    rendered = chat_templates.rendered(
+        "the language model", lambda: tokenizer.apply_chat_template(messages, tokenize=False, **options)
+    )
+    token_ids = tuple(chat_templates.in_time(lambda: tokeniser.chat(messages, **options))["input_ids"])
     return Prompt(
         token_ids=token_ids,
         conversation=tuple(messages[:-1] if continued else messages),

@@ -376,10 +376,11 @@ class SpecRejLM(HFLM):
         if not self.tokeniser.check([message["content"] for message in context.messages]):
             return Marked(str(context), ())
 
+        theirs = super().apply_chat_template
+
         def render(contents: Sequence[str]) -> str:
             messages = [{**message, "content": text} for message, text in zip(context.messages, contents, strict=True)]
-            with chat_templates.time_limit():
-                return str(super(SpecRejLM, self).apply_chat_template(messages, context.add_generation_prompt))
+            return str(chat_templates.in_time(lambda: theirs(messages, context.add_generation_prompt)))
 
         return self.tokeniser.marked([message["content"] for message in context.messages], render, str(context))
 
@@ -422,8 +423,8 @@ class SpecRejLM(HFLM):
         """The rendered prompt, which keeps its messages for the reward model."""
         self._uses_chat_template = True
         messages = [dict(message) for message in chat_history]
-        with chat_templates.rendering("the language model"):
-            text = super().apply_chat_template(chat_history, add_generation_prompt)
+        theirs = super().apply_chat_template
+        text = chat_templates.rendered("the language model", lambda: theirs(chat_history, add_generation_prompt))
         return ChatPrompt(text, messages, add_generation_prompt)
 
     @property

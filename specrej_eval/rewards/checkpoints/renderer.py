@@ -8,6 +8,7 @@ long is cut on the left, so that the response stays.
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
@@ -254,8 +255,7 @@ class Renderer:
         refusal: Exception | None = None
         for turns in ways:
             try:
-                with chat_templates.time_limit():
-                    encoded = encode(turns, response, open_turn=open_turn)
+                encoded = chat_templates.in_time(functools.partial(encode, turns, response, open_turn=open_turn))
             except chat_templates.EndlessTemplateError as error:
                 raise self._template_error(error, row, response, open_turn) from error
             except SpecialTokenError as error:
