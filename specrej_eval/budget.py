@@ -65,6 +65,14 @@ def default_first_look(n: int, max_gen_toks: int) -> int:
     return min(max_gen_toks, max(8, max_gen_toks // 8, -(-max_gen_toks // n)))
 
 
+def _check_join(config: RunConfig) -> None:
+    if config.join and config.n == MAX and config.kv_budget_tokens is None:
+        raise ConfigError(
+            "n=max with join=True: each process would start as many rows as its own memory holds.",
+            hint="give n or kv_budget_tokens as a number.",
+        )
+
+
 def check_arguments(config: RunConfig, *, max_gen_toks_known: bool = True) -> None:
     """What can be said of the budget before any prompt is seen (a prompt holds at least one token).
 
@@ -75,11 +83,7 @@ def check_arguments(config: RunConfig, *, max_gen_toks_known: bool = True) -> No
         ConfigError: the arguments disagree, or cannot hold one row of max_gen_toks.
     """
     n, first_look, budget = config.n, config.first_look, config.kv_budget_tokens
-    if config.join and n == MAX and budget is None:
-        raise ConfigError(
-            "n=max with join=True: each process would start as many rows as its own memory holds.",
-            hint="give n or kv_budget_tokens as a number.",
-        )
+    _check_join(config)
     if n is None and budget is None:
         n = DEFAULT_N
     if isinstance(n, int) and budget is not None:
@@ -112,6 +116,7 @@ def resolve(config: RunConfig, prompt_tokens: int, *, capacity_tokens: int | Non
     """
     n, first_look, kv_tokens = config.n, config.first_look, config.kv_budget_tokens
     longest = config.max_gen_toks
+    _check_join(config)  # a task's own arguments may ask for n=max
     if n == MAX:
         if kv_tokens is None:
             if capacity_tokens is None:

@@ -308,3 +308,11 @@ def test_the_arithmetic_of_a_budget_is_that_of_whole_tokens(rows, tokens, suffix
     look = budget.next_look(rows)
     assert look == max_gen_toks or budget.kv_tokens(rows, look) <= 9 + suffix < budget.kv_tokens(rows, look + 1)
     assert look <= max_gen_toks and budget.kv_tokens(rows, look) <= 9 + suffix
+
+
+def test_processes_that_join_do_not_each_fill_their_own_memory_whoever_asks_for_it() -> None:
+    asked = config(n="max", join=True, journal="run.jsonl")
+    for refused in (check_arguments, lambda own: resolve(own, 20, capacity_tokens=10_000)):  # a task's own come later
+        with pytest.raises(ConfigError, match="n=max with join=True"):
+            refused(asked)
+    assert resolve(asked.replace(kv_budget_tokens=2000), 20).n > 1
