@@ -137,9 +137,9 @@ class RunPlan:
         return self._placed(fingerprint.of_models(self.config, self.host, loaded=self.objects))
 
     def _placed(self, found: dict[str, Any]) -> dict[str, Any]:
-        """With what the engine knows: what it decodes, and of this machine what ``auto`` came to."""
+        """With what engine and reward know: which model a server holds, and of this machine what ``auto`` came to."""
         placed = {**found["environment"], **self.engine.environment()}
-        return {**found, **self.engine.deciding(), "environment": placed}
+        return {**found, **self.engine.deciding(), **self.reward.deciding, "environment": placed}
 
     def load(self, *, content_rule: str = ENCODE_AS_TEXT) -> tuple[Engine, RewardModel]:
         """Load the engine, then the reward model beside it.

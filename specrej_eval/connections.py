@@ -25,6 +25,8 @@ class Used:
     them."""
 
     def __init__(self) -> None:
+        self.connected = False
+        """Whether a connection had to be made for them."""
         self.is_over = False
         """Whether it was ended by ``shut_down``. A connection that is made after that is shut down too."""
         self._connection: HTTPConnection | None = None
@@ -55,6 +57,7 @@ class Used:
         used: the connection's socket; None = it is being connected.
         """
         self._connection, self._socket = connection, used
+        self.connected = self.connected or used is None
         if self.is_over and used is not None:
             self.shut_down()
 

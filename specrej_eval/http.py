@@ -148,6 +148,8 @@ class JsonServer:
         self.retries = retries
         self.num_requests = 0
         """Requests that were answered as asked."""
+        self.num_breaks = 0
+        """Connections made, and tries that failed: as long as it stays the same, the server was not started anew."""
         self._names = names
         # a proxy has no part in what stays on this machine
         self._proxies = {"no_proxy": parts.hostname or ""} if is_loopback(parts.hostname) else None
@@ -251,6 +253,7 @@ class JsonServer:
                 looked_for = method == "GET" and error.status == 200
                 if error.hopeless or looked_for or number == retries:
                     raise self._final(error, number + 1) from error
+                self.count_break()
                 _logger.info("%s; trying again", error)
                 sleep(self.wait_after(error, number + 1))
         raise AssertionError("unreachable: the last try returns or raises")
@@ -276,6 +279,9 @@ class JsonServer:
                     what = "no end of the answer" if begun else "no answer"
                     raise ServerError(f"{where}: {what} within {timeout:g} s") from error
                 raise self._broken(where, error, begun=begun) from error
+            finally:
+                if deadline.connected:
+                    self.count_break()
             if deadline.passed:  # a connection that is cut may look like the end of an answer
                 raise ServerError(f"{where}: no end of the answer within {timeout:g} s")
         if reply.status_code != 200:
@@ -296,6 +302,11 @@ class JsonServer:
         with self._lock:
             self.num_requests += 1
         return answer
+
+    def count_break(self) -> None:
+        """The server may have been started anew."""
+        with self._lock:
+            self.num_breaks += 1
 
     def _sent(self, method: str, path: str, body: Any, read_timeout: float | None) -> requests.Response:
         return self._sessions.session.request(
@@ -510,6 +521,8 @@ class Stream:
         try:
             with self._used, server._sent("POST", self._path, self._body, None) as reply:
                 begun = True
+                if self._used.connected:
+                    server.count_break()
                 if self._used.is_over:
                     return
                 if reply.status_code != 200:

@@ -10,7 +10,7 @@ from specrej_eval import registry
 from specrej_eval.config import ARGUMENTS, HOST, Argument, RunConfig, Takes, names
 
 if TYPE_CHECKING:
-    from specrej_eval.rewards.base import RewardModel
+    from specrej_eval.rewards.base import RewardModel, RewardPlan
 
 
 def add_options(group: Any, arguments: Iterable[Argument], **more_flags: str) -> None:
@@ -54,8 +54,11 @@ def reward_config(options: Mapping[str, Any]) -> RunConfig:
     return config
 
 
-def load_reward(config: RunConfig, token: str | None = None) -> RewardModel:
+def load_reward(config: RunConfig, token: str | None = None, *, plan: RewardPlan | None = None) -> RewardModel:
     """The reward model, on a GPU if there is one and nothing else is said.
+
+    Args:
+        plan: ``resolve_reward(config)``, where that was asked already.
 
     Raises:
         ConfigError, CheckpointError, RewardError: as ``rewards.choose.resolve_reward``.
@@ -64,4 +67,4 @@ def load_reward(config: RunConfig, token: str | None = None) -> RewardModel:
     from specrej_eval.rewards.choose import resolve_reward
 
     device = device_of(config.device)
-    return resolve_reward(config, token=token).load(device)
+    return (plan or resolve_reward(config, token=token)).load(device)

@@ -95,7 +95,11 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _score(args: argparse.Namespace, config: RunConfig, source: Path, target: Path, entries: list[Entry]) -> int:
-    done = _begin(target, _fingerprint(config, source, args), overwrite=args.force)
+    from specrej_eval.rewards.choose import resolve_reward
+
+    plan = resolve_reward(config, token=vars(args).get("token"))
+    fingerprint = {**_fingerprint(config, source, args), **plan.deciding}
+    done = _begin(target, fingerprint, overwrite=args.force)
     by_rank = config.reward_ensemble == "rank"
     if by_rank and len(done) < len(entries):  # ranks are among all answers to a prompt, wherever they stand
         target.unlink(missing_ok=True)
@@ -103,7 +107,7 @@ def _score(args: argparse.Namespace, config: RunConfig, source: Path, target: Pa
     if len(done) < len(entries):
         if config.reward_model is None:
             tqdm.write("DEMO: the embedded demo reward scores; it knows nothing but small sums.", file=sys.stderr)
-        reward = load_reward(config, vars(args).get("token"))
+        reward = load_reward(config, plan=plan)
         if not reward.reads_text:
             raise ConfigError(
                 f"reward_model={reward.name!r} scores from numbers recorded while decoding, which a file lacks.",

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from specrej_eval.core import Message, RowView, TokenStat
@@ -182,6 +182,8 @@ class RewardPlan:
     load: Callable[[str], RewardModel]
     """``load(device)``, with the language model's device; ``reward_device`` wins. What can only be known from weights
     and tokenizers is found out here: CheckpointError, ConfigError, RewardError."""
+    deciding: Mapping[str, Any] = field(default_factory=dict)
+    """What decides its scores and no argument says: the model that a server says it holds."""
 
 
 class Pair(NamedTuple):

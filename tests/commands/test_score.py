@@ -326,3 +326,14 @@ def test_a_stopped_command_says_how_many_rows_are_on_disk(
         assert f"{rows} of 5 rows are kept in {target}" in capsys.readouterr().err
     assert run(pairs) == 0
     assert [row["reward"] for row in output(target)] == WANT
+
+
+def test_rows_scored_by_another_model_are_not_gone_on_with(pairs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with servers.tei(lambda pair: float(len(pair[1]))) as server:
+        options = ["score", "--input", str(pairs), "--reward_model", server.url]
+        assert main(options) == 0
+        told = server.routes["GET", "/info"](None)
+        server.routes["GET", "/info"] = lambda _: {**told, "model_id": "org/another"}
+        capsys.readouterr()
+        assert main(options) == 1
+    assert "reward_served_model was 'org/the-rm', is now 'org/another'" in capsys.readouterr().err

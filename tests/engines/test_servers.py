@@ -343,7 +343,8 @@ def test_a_request_that_fails_is_asked_for_again_from_where_it_was(
     kind: str, looks: str, fault: str, folder: Path, counted: Callable[..., None]
 ) -> None:
     with running(kind, faults={1: FAULTS[fault], 5: FAULTS[fault]}) as server:
-        [result] = answered(make(server, folder, engine_looks=looks, engine_timeout=0.5), ["a"])
+        seconds = 0.5 if fault == "falls silent" else 30
+        [result] = answered(make(server, folder, engine_looks=looks, engine_timeout=seconds), ["a"])
         drawn = rows_of(server)
         assert not server.paused
     first = prompt_ids("a")
@@ -415,6 +416,21 @@ def test_a_server_that_comes_back_with_another_model_is_refused_and_no_token_of_
         server.model = "the-lm"
         again = make(server, folder, engine_looks=looks, journal=str(journal), batch_size=1)
         assert [result.taken for result in answered(again)].count(True) == kept
+
+
+@pytest.mark.parametrize(("kind", "looks"), MOST_LOOKS)
+def test_a_server_that_holds_another_model_between_two_calls_is_refused_too(
+    kind: str, looks: str, folder: Path
+) -> None:
+    with running(kind) as server:
+        generator = make(server, folder, engine_looks=looks)
+        first = answered(generator, ["a"])
+        server.model = "another"  # nothing failed, and nobody was asked meanwhile
+        with pytest.raises(ServerError, match=r"another model: 'org/another', .* are of 'org/the-lm'"):
+            answered(generator, ["b"])
+        server.model = "the-lm"
+        again = answered(generator, ["a"])
+    assert [row.token_ids for row in again[0].trajectories] == [row.token_ids for row in first[0].trajectories]
 
 
 def answers_in(journal: Path) -> int:

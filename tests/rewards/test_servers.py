@@ -276,14 +276,14 @@ RETRIED: dict[str, tuple[servers.Fault, str]] = {
     "two labels": (servers.answer([{"embedding": [0.1, 0.9]}] * 2), r"one score was expected"),
     "another shape": (servers.answer({"error": "no model"}), "an object with .embedding. was expected"),
     "no list": (servers.answer("fine"), "a list of objects was expected"),
-    "a byte at a time": (servers.drip(b"[", head=servers.HEAD + b"\r\n"), r"no end of the answer within 0\.3 s"),
+    "a byte at a time": (servers.drip(b"[", head=servers.HEAD + b"\r\n"), r"no (end of the )?answer within 0\.3 s"),
     "a byte of many": (
         servers.drip(b"[", head=servers.HEAD + b"Content-Length: 999999\r\n\r\n"),
-        r"no end of the answer within 0\.3 s",
+        r"no (end of the )?answer within 0\.3 s",
     ),
     "a chunk at a time": (
         servers.drip(b"1\r\n[\r\n", head=servers.HEAD + b"Transfer-Encoding: chunked\r\n\r\n"),
-        r"no end of the answer within 0\.3 s",
+        r"no (end of the )?answer within 0\.3 s",
     ),
     "headers without end": (servers.drip(b"X-A: b\r\n", head=servers.HEAD), r"no (end of the )?answer within 0\.3 s"),
     "a status without end": (servers.drip(b"1"), r"no answer within 0\.3 s"),
@@ -334,30 +334,103 @@ def sglang(tokenizer_folder: str) -> Iterator[tuple[servers.Server, Callable[...
         yield server, lambda **more: reward_at(server.url, reward_tokenizer=tokenizer_folder, **more)
 
 
+def takes_for_ever(message: str) -> bool:
+    return r"0\.3 s" in message
+
+
 @pytest.mark.parametrize("name", RETRIED)
 def test_a_passing_fault_is_retried_and_changes_nothing(name: str, sglang: Any) -> None:
     server, connect = sglang
-    reward = connect(reward_timeout=0.3)
+    fault, message = RETRIED[name]
+    reward = connect(reward_timeout=0.3 if takes_for_ever(message) else 30, reward_retries=9)
     asked = len(server.requests)
-    server.faults.append(RETRIED[name][0])
+    server.faults.append(fault)
     assert reward.score(HELLO, rows("a", "b")) == [hashed(chat_ids("a")), hashed(chat_ids("b"))]
-    assert len(server.requests) - asked == 2
-    assert len(WAITS) == 1
+    if takes_for_ever(message):  # where the machine is busy, a good answer can take that long too
+        assert WAITS
+    else:
+        assert len(server.requests) - asked == 2
+        assert len(WAITS) == 1
 
 
 @pytest.mark.parametrize("name", RETRIED)
 def test_a_lasting_fault_is_one_clear_error(name: str, sglang: Any) -> None:
     server, connect = sglang
-    reward = connect(reward_timeout=0.3)
-    asked = len(server.requests)
     fault, message = RETRIED[name]
+    reward = connect(reward_timeout=0.3 if takes_for_ever(message) else 30)
+    asked = len(server.requests)
     server.faults.extend([fault] * 9)
     with pytest.raises(RewardError, match=message) as caught:
         reward.score(HELLO, rows("a", "b"))
-    assert len(server.requests) - asked == 3  # reward_retries=2
+    assert len(WAITS) == 2  # reward_retries=2
+    if not takes_for_ever(message):  # where the machine is busy, the server may hear of one too late
+        assert len(server.requests) - asked == 3
     assert f"POST {server.url}/classify" in str(caught.value)
     assert "after 3 tries" in str(caught.value)
     assert len(str(caught.value)) < 600
+
+
+IDENTITY: dict[str, tuple[str, Callable[[str], Any]]] = {
+    "vllm": ("/v1/models", lambda name: {"data": [{"id": "the-rm", "root": name, "max_model_len": 400}]}),
+    "sglang": ("/get_model_info", lambda name: {"model_path": name, "weight_version": "default"}),
+    "sglang, other weights": ("/get_model_info", lambda name: {"model_path": "org/the-rm", "weight_version": name}),
+    "tei": ("/info", lambda name: {"model_id": name, "model_type": {"reranker": {}}, "max_client_batch_size": 3}),
+    "tei, other weights": ("/info", lambda name: {"model_id": "a", "model_sha": name, "max_client_batch_size": 3}),
+}
+STOPS: dict[str, servers.Fault] = {"in a request": servers.hang_up, "between requests": servers.goodbye}
+
+
+@pytest.mark.parametrize("stop", STOPS)
+@pytest.mark.parametrize("kind", IDENTITY)
+def test_a_server_that_comes_back_with_another_model_is_refused_and_with_its_own_is_not(
+    kind: str, stop: str, tokenizer_folder: str
+) -> None:
+    family = kind.partition(",")[0]
+    path, told = IDENTITY[kind]
+    with getattr(servers, family)(hashed) as server:
+        server.routes["GET", path] = lambda _: told("org/the-rm")
+        reward = reward_at(server.url, reward_tokenizer=tokenizer_folder, reward_family=family)
+        right = reward.score(HELLO, rows("a"))
+        server.faults.append(STOPS[stop])
+        assert reward.score(HELLO, rows("a")) == right
+        assert reward.score(HELLO, rows("a")) == right
+        server.faults.append(STOPS[stop])
+        if stop == "between requests":
+            reward.score(HELLO, rows("b"))
+        server.routes["GET", path] = lambda _: told("org/another")
+        for _ in range(2):  # whoever goes on all the same is told again
+            with pytest.raises(RewardError, match=r"another model: '.*org/another.*', .* are of '.*org/the-rm.*'"):
+                reward.score(HELLO, rows("c"))
+        server.routes["GET", path] = lambda _: told("org/the-rm")
+        server.faults.append(servers.hang_up)
+        assert reward.score(HELLO, rows("a")) == right
+
+
+def test_a_model_is_asked_for_by_name_only_where_the_server_may_have_been_started_anew(sglang: Any) -> None:
+    server, connect = sglang
+    asked: list[str] = []
+    server.routes["GET", "/get_model_info"] = lambda _: (asked.append("now"), {"model_path": "org/the-rm"})[1]
+    reward = connect()
+    before = len(asked)
+    for text in "abcdefgh":
+        reward.score(HELLO, rows(text))
+    assert len(asked) == before
+
+
+@pytest.mark.parametrize("name", ["{}", "0.5*{} + likelihood"])
+def test_answers_scored_by_another_model_at_the_same_address_are_not_taken(
+    name: str, tmp_path: Path, tokenizer_folder: str
+) -> None:
+    journal = str(tmp_path / "journal.jsonl")
+    arguments = {"n": 2, "max_gen_toks": 8, "journal": journal, "device": "cpu"}
+    arguments["reward_tokenizer"] = tokenizer_folder
+    with servers.sglang(hashed) as server:
+        arguments["reward_model"] = name.format(server.url)
+        load(**arguments).generate(["Hello"])
+        assert [result.taken for result in load(**arguments).generate(["Hello"])] == [True]
+        server.routes["GET", "/get_model_info"] = lambda _: {"model_path": "org/another"}
+        with pytest.raises(SpecRejError, match=r"reward_served_model was .*org/the-rm.*, is now .*org/another"):
+            load(**arguments).generate(["Hello"])
 
 
 @pytest.mark.parametrize("name", REFUSED)

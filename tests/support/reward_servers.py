@@ -117,6 +117,12 @@ def hang_up(handler: Handler) -> None:
     handler.connection.close()
 
 
+def goodbye(handler: Handler) -> None:
+    """A good answer, after which the connection ends, as by a server that is stopped when nobody asks."""
+    handler._answer("POST", handler.state.requests[-1][1])
+    handler.close_connection = True
+
+
 def sleep(seconds: float) -> Fault:
     def fault(handler: Handler) -> None:
         time.sleep(seconds)

@@ -42,6 +42,9 @@ _JOINED_RUN = "system/test_joined_runs.py::test_commands_on_one_folder_leave_the
 _WORLDS = "system/test_ranks.py::test_a_stopped_run_goes_on_in_another_world_with_the_same_bits"
 _BACK = "system/test_servers_that_return.py::test_a_server_that_is_back_in_time_changes_nothing"
 _LATE = "system/test_servers_that_return.py::test_a_server_that_is_back_too_late_costs_no_finished_answer"
+_SERVERS = "rewards/test_servers.py::test"
+_OTHER_MODEL = f"{_SERVERS}_a_server_that_comes_back_with_another_model_is_refused_and_with_its_own_is_not"
+_OTHER_RECORDS = f"{_SERVERS}_answers_scored_by_another_model_at_the_same_address_are_not_taken"
 _NOTICED = "system/test_noticed.py::test_every_argument_is_noticed"
 _JOURNALS = "system/test_fuzzed_records.py::test_journals"
 _FOLDERS = "system/test_fuzzed_records.py::test_folders_of_answers"
@@ -119,6 +122,20 @@ TABLE = (
         {
             **{way: (GOES_ON, _LATE) for way in ("run", "lm_eval", "evaluate_from_model", "Python")},
             "score": (GOES_ON, "commands/test_score.py::test_a_server_that_goes_away_is_one_error_and_nothing_is_lost"),
+        },
+    ),
+    Fault(
+        "a reward server comes back with another model",
+        {
+            **{way: (GOES_ON, _OTHER_MODEL) for way in ("run", "lm_eval", "evaluate_from_model", "Python")},
+            "score": (GOES_ON, _OTHER_MODEL),
+        },
+    ),
+    Fault(
+        "records of a server that holds another model now",
+        {
+            **{way: (NOTICED, _OTHER_RECORDS) for way in ("run", "lm_eval", "evaluate_from_model", "Python")},
+            "score": (NOTICED, "commands/test_score.py::test_rows_scored_by_another_model_are_not_gone_on_with"),
         },
     ),
     Fault(

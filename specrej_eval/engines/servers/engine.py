@@ -91,8 +91,8 @@ class ServerEngine(Engine):
         """Whose every stream is."""
         self._sessions: weakref.WeakSet[Session] = weakref.WeakSet()
         self._told_paused = False
-        self._was_away = False
-        """Whether a request has failed since it was last asked which model it holds."""
+        self._breaks = self._server.num_breaks
+        """``JsonServer.num_breaks`` when it was last asked which model it holds."""
         weakref.finalize(self, self._pause.end_quietly)
         stopping.on_the_way_out(self._pause.end_quietly)
 
@@ -185,7 +185,7 @@ class ServerEngine(Engine):
                 self._take_news(LONGEST_NAP)
                 self._ask(sessions, num_tokens)
                 self._watch_silence(sessions, num_tokens)
-            if self._was_away:
+            if self._server.num_breaks != self._breaks:
                 self._check_model()
             for session in sessions:
                 session.advance(steps)
@@ -323,7 +323,7 @@ class ServerEngine(Engine):
 
     def _failed(self, session: Session, row: Row, error: ServerError) -> None:
         """A row's request came to nothing: it is asked for again, from where it is, or all is over."""
-        self._was_away = True
+        self._server.count_break()
         asking = session.of(row)
         asking.failures += 1
         if error.hopeless or asking.failures > self._server.retries:
@@ -332,7 +332,8 @@ class ServerEngine(Engine):
         asking.not_before = time.monotonic() + self._server.wait_after(error, asking.failures)
 
     def _check_model(self) -> None:
-        """After a failure, before any token that came since counts: a server may have been started anew.
+        """After a failure or a new connection, before any token that came since counts: a server may have been started
+        anew.
 
         Raises:
             ServerError: with another model.
@@ -346,7 +347,7 @@ class ServerEngine(Engine):
                 hint="start it with that model again, then the same command: with journal= or --output, answers that "
                 "were finished are kept.",
             )
-        self._was_away = False
+        self._breaks = self._server.num_breaks  # this question's own connection too; no server starts within a moment
 
     def _watch_silence(self, sessions: Sequence[Session], num_tokens: int) -> None:
         """No row got a token for long: whose pause is it, or is the server gone?

@@ -88,9 +88,14 @@ def identity(arguments: Mapping[str, Any]) -> dict[str, Any]:
 def _stamp(arguments: Mapping[str, Any]) -> dict[str, Any]:
     """What the annotation cache must know of the files; for a hub repository, its commit."""
     from specrej_eval.config import reward_names
+    from specrej_eval.rewards.choose import resolve_reward
 
     found = identity(arguments)
     name = found["reward_model"]
+    config, _ = _checked(arguments)
+    asked = reward_names.parts(config.reward_model) if config.reward_model is not None else []
+    if any(reward_names.is_address(part["reward_model"]) for part in asked):
+        found.update(resolve_reward(config).deciding)  # the model that a server holds now
     elsewhere = (reward_names.is_address, reward_names.is_judge, reward_names.is_ensemble)
     if found["reward_files"] is None and "/" in name and not any(claims(name) for claims in elsewhere):
         from huggingface_hub import try_to_load_from_cache

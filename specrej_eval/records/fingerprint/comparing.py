@@ -19,7 +19,7 @@ from specrej_eval.records import callable_sources, digests
 from specrej_eval.records.fingerprint.files import EMBEDDED, HOST_DEFAULTS, plain, text_or_digest
 
 _BESIDE = ("environment", "uncovered")
-_SINCE = ("companion_files", "reward_data_files")
+_SINCE = ("companion_files", "reward_data_files", "reward_served_model")
 """What records of this ``NUMBERS_VERSION`` may lack, since earlier ones did not look there."""
 _LOCAL = (*names(checkpoint, rewards), *names(checkpoint, among=HOST))
 """Arguments that may name a folder; where the folder lies decides nothing."""

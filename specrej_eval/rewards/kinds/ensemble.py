@@ -91,7 +91,8 @@ class Kind(RewardKind):
         def load(device: str) -> Ensemble:
             return Ensemble([plan.load(device) for plan in plans], weights, name=name, by_rank=by_rank)
 
-        return RewardPlan(asked.name, load)
+        held = [plan.deciding.get("reward_served_model") for plan in plans]
+        return RewardPlan(asked.name, load, deciding={"reward_served_model": held} if any(held) else {})
 
 
 class Ensemble(RewardModel):

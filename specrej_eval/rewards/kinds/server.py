@@ -17,7 +17,7 @@ from specrej_eval.core import Message, RowView
 from specrej_eval.errors import CheckpointError, ConfigError, suggest
 from specrej_eval.rewards.base import Pair, RewardModel, RewardPlan, readable
 from specrej_eval.rewards.checkpoints.renderer import Renderer, renderer_options
-from specrej_eval.rewards.http import JsonServer, address
+from specrej_eval.rewards.http import JsonServer, ServerError, address
 from specrej_eval.rewards.kinds.base import AUTO, Asked, RewardKind
 from specrej_eval.rewards.servers.base import Item, ServerProtocol, find_protocol, protocols
 from specrej_eval.special_tokens import ENCODE_AS_TEXT, ContentGuard
@@ -49,7 +49,8 @@ class Kind(RewardKind):
         """
         reward = _connected(asked.name, asked.config, asked.token)
         reward.check()
-        return RewardPlan(asked.name, lambda device: reward)
+        held = {} if reward.served_model is None else {"reward_served_model": reward.served_model}
+        return RewardPlan(asked.name, lambda device: reward, deciding=held)
 
 
 def _connected(name: str, config: RunConfig, token: str | bool | None) -> HttpReward:
@@ -119,6 +120,9 @@ class HttpReward(RewardModel):
         self.family = family
         self._server = server
         self._protocol = protocol
+        self.served_model = protocol.served_model()
+        """What the server says it holds; None where it does not say."""
+        self._breaks = server.num_breaks
         self._open_partials = config.partial_turn == "open"
         self.renderer: Renderer | None = None
         if tokenizer is not None:
@@ -176,10 +180,29 @@ class HttpReward(RewardModel):
         for start in range(0, len(unique), self._batch_size):
             batch = unique[start : start + self._batch_size]
             found = self._protocol.score(batch)
+            self._check_model()
             scores.update(zip(batch, found.scores, strict=True))
             self.tokens_scored += found.tokens
         self._notice_saturation(scores)
         return [scores[item] for item in items]
+
+    def _check_model(self) -> None:
+        """Before scores count: since the server was last asked it may have been started anew.
+
+        Raises:
+            ServerError: with another model.
+        """
+        if self.served_model is None or self._server.num_breaks == self._breaks:
+            return
+        now = self._protocol.served_model()
+        if now != self.served_model:
+            raise ServerError(
+                f"reward_model={self._server.shown_url} has come back with another model: {now!r}, where the scores so "
+                f"far are of {self.served_model!r}.",
+                hint="start it with that model again, then the same command: with journal= or --output, answers that "
+                "were finished are kept.",
+            )
+        self._breaks = self._server.num_breaks
 
     def _items(self, conversation: Sequence[Message], rows: Sequence[RowView], response_prefix: str) -> list[Item]:
         if self._form == "ids":

@@ -82,6 +82,14 @@ class ServerProtocol(ABC):
             ConfigError: it needs ``reward_tokenizer``.
         """
 
+    def served_model(self) -> str | None:
+        """What the server says it holds now; None where it does not say.
+
+        Raises:
+            ServerError: it fails.
+        """
+        return None
+
     def check(self, sample: Sequence[Item]) -> None:
         """Whether raw scores are to be had, tried out on two items.
 
@@ -182,6 +190,12 @@ def in_order(told: Sequence[Mapping[str, Any]], count: int) -> list[Mapping[str,
     if len(told) != count or sorted(found) != list(range(count)):
         raise BadAnswerError(f"{count} scores were expected, each with its index from 0, got {len(told)}")
     return [found[place] for place in range(count)]
+
+
+def text_of(told: Mapping[str, Any], *names: str) -> str | None:
+    """Names of what a server holds, joined; None where it says none of them."""
+    found = [told[name] for name in names if isinstance(told.get(name), str) and told[name]]
+    return " ".join(dict.fromkeys(found)) or None
 
 
 def count_or_none(value: Any) -> int | None:

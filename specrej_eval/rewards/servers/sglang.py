@@ -6,7 +6,7 @@ request and response types, late 2026.)
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from specrej_eval.checked import object_or_empty
@@ -19,6 +19,7 @@ from specrej_eval.rewards.servers.base import (
     entries,
     held,
     needs_tokenizer,
+    text_of,
     token_count,
 )
 
@@ -32,9 +33,15 @@ class Protocol(ServerProtocol):
     def form(self, has_tokenizer: bool, has_template: bool) -> Form:
         if has_tokenizer:
             return "ids"
-        told = object_or_empty(self._server.get("/get_model_info") or self._server.get("/model_info"))
+        told = self._info()
         named = [told[name] for name in ("tokenizer_path", "model_path") if isinstance(told.get(name), str)]
         raise needs_tokenizer("sglang", self._server, named[0] if named else None)
+
+    def served_model(self) -> str | None:
+        return text_of(self._info(), "model_path", "weight_version")
+
+    def _info(self) -> Mapping[str, Any]:
+        return object_or_empty(self._server.get("/get_model_info") or self._server.get("/model_info"))
 
     def score(self, items: Sequence[Item]) -> Scored:
         def parse(answer: Any) -> Scored:

@@ -13,7 +13,17 @@ from specrej_eval.checked import object_or_empty
 from specrej_eval.errors import ConfigError
 from specrej_eval.rewards.base import in_groups
 from specrej_eval.rewards.http import BadAnswerError, JsonServer, number, numbers
-from specrej_eval.rewards.servers.base import Form, Item, Scored, ServerProtocol, count_or_none, entries, held, in_order
+from specrej_eval.rewards.servers.base import (
+    Form,
+    Item,
+    Scored,
+    ServerProtocol,
+    count_or_none,
+    entries,
+    held,
+    in_order,
+    text_of,
+)
 
 
 class Protocol(ServerProtocol):
@@ -39,6 +49,9 @@ class Protocol(ServerProtocol):
     @classmethod
     def is_told_by(cls, info: Mapping[str, Any]) -> bool:
         return "model_type" in info and "max_client_batch_size" in info
+
+    def served_model(self) -> str | None:
+        return text_of(object_or_empty(self._server.get("/info")), "model_id", "model_sha")
 
     def form(self, has_tokenizer: bool, has_template: bool) -> Form:
         return "text" if has_tokenizer and has_template and self._endpoint != "/rerank" else "pair"

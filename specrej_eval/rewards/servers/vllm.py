@@ -7,7 +7,7 @@ by token: the last one is the score. Token ids are taken as they are. (From its 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from specrej_eval.checked import object_or_empty
@@ -22,6 +22,7 @@ from specrej_eval.rewards.servers.base import (
     entries,
     held,
     in_order,
+    text_of,
     token_count,
 )
 
@@ -35,14 +36,20 @@ class Protocol(ServerProtocol):
     def __init__(self, server: JsonServer, endpoint: str | None) -> None:
         super().__init__(server, endpoint)
         self._endpoints = [endpoint] if endpoint else list(self.ENDPOINTS)
-        listed = object_or_empty(server.get("/v1/models")).get("data")
-        served = object_or_empty(listed[0] if isinstance(listed, list) and listed else None)
+        served = self._info()
         model = served.get("id")
         self._model = model if isinstance(model, str) else None
         self.max_length = count_or_none(served.get("max_model_len"))
 
     def form(self, has_tokenizer: bool, has_template: bool) -> Form:
         return "ids" if has_tokenizer else "messages"
+
+    def served_model(self) -> str | None:
+        return text_of(self._info(), "id", "root")
+
+    def _info(self) -> Mapping[str, Any]:
+        listed = object_or_empty(self._server.get("/v1/models")).get("data")
+        return object_or_empty(listed[0] if isinstance(listed, list) and listed else None)
 
     def check(self, sample: Sequence[Item]) -> None:
         while True:

@@ -103,6 +103,17 @@ def test_a_server_judges_too_and_its_password_is_in_no_record(form: str) -> None
     assert stamp["reward_model"] == form.format(server.url) and "commit" not in stamp
 
 
+def test_cached_annotations_are_of_the_model_that_the_server_holds(tmp_path: Path) -> None:
+    stamp = specrej_reward_judge.stamp  # type: ignore[attr-defined]  # what the cache asks
+    with servers.tei(lambda pair: float(len(pair[1]))) as server:
+        for name in (server.url, f"0.5*{server.url}+{LENGTHS}"):
+            server.routes["GET", "/info"] = lambda _: {"model_id": "a", "model_type": {}, "max_client_batch_size": 4}
+            first = stamp({"reward_model": name})
+            assert stamp({"reward_model": name}) == first
+            server.routes["GET", "/info"] = lambda _: {"model_id": "b", "model_type": {}, "max_client_batch_size": 4}
+            assert stamp({"reward_model": name}) != first
+
+
 def test_the_embedded_reward_finds_the_right_sums(tmp_path: Path) -> None:
     """From the embedded model's own task, right solutions against ones with a slip, in both orders."""
     operands = arithmetic.distinct_problems("test", 8, seed=0)
