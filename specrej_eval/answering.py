@@ -20,7 +20,8 @@ from specrej_eval.errors import ConfigError, LimitReached, PromptError
 from specrej_eval.generator import Generator
 from specrej_eval.in_flight import Request
 from specrej_eval.progress import audit_line, summary_line
-from specrej_eval.records.outputs import Answer, OutputsFolder, audit_sample, total_cost
+from specrej_eval.records.answers import Answer, audit_sample, total_cost
+from specrej_eval.records.outputs import OutputsFolder
 from specrej_eval.special_tokens import ContentText
 from specrej_eval.wording import counted, inert
 

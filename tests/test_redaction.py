@@ -14,8 +14,8 @@ import pytest
 from specrej_eval import errors
 from specrej_eval.config import ARGUMENTS, HOST, RunConfig
 from specrej_eval.errors import SpecRejError
+from specrej_eval.records.answers import RunRecord
 from specrej_eval.records.fingerprint import of_run
-from specrej_eval.records.outputs import RunRecord
 from specrej_eval.records.run_names import default_name, model_name
 from specrej_eval.records.trace import Tracer
 from specrej_eval.redaction import (

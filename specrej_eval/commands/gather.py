@@ -23,16 +23,9 @@ from pathlib import Path
 from typing import Any
 
 from specrej_eval.errors import ConfigError
+from specrej_eval.records.answers import GATHERED, Answer, RunRecord, audited, total_cost
 from specrej_eval.records.fingerprint import BETWEEN, differences
-from specrej_eval.records.outputs import (
-    GATHERED,
-    Answer,
-    OutputsFolder,
-    RecordedRun,
-    RunRecord,
-    audited,
-    total_cost,
-)
+from specrej_eval.records.outputs import OutputsFolder, RecordedRun
 from specrej_eval.records.run_names import default_name
 from specrej_eval.wording import counted, inert
 

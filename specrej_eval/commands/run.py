@@ -46,8 +46,9 @@ from specrej_eval.paths import below
 from specrej_eval.ranks import Watch, check_seen, started
 from specrej_eval.ranks import watch as watch_ranks
 from specrej_eval.records import parts
+from specrej_eval.records.answers import Answer, RunRecord
 from specrej_eval.records.fingerprint import from_first_rank, same, warn_of_uncovered
-from specrej_eval.records.outputs import Answer, OutputsFolder, RunRecord
+from specrej_eval.records.outputs import OutputsFolder
 from specrej_eval.records.prompt_files import read_prompts
 from specrej_eval.records.run_names import default_name
 from specrej_eval.wording import counted

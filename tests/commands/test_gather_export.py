@@ -16,7 +16,8 @@ from specrej_eval import cli
 from specrej_eval.commands.gather import gather, write
 from specrej_eval.core import Audit, Ledger
 from specrej_eval.errors import ConfigError
-from specrej_eval.records.outputs import Answer, RecordedRun, audit_sample, open_run
+from specrej_eval.records.answers import Answer, audit_sample
+from specrej_eval.records.outputs import RecordedRun, open_run
 
 
 def gathered(*runs: str, **options: Any) -> list[Answer]:

@@ -24,7 +24,8 @@ from specrej_eval.commands.run import split
 from specrej_eval.core import GenerationResult
 from specrej_eval.errors import ConfigError
 from specrej_eval.generator import Generator
-from specrej_eval.records.outputs import Answer, OutputsFolder, open_run
+from specrej_eval.records.answers import Answer
+from specrej_eval.records.outputs import OutputsFolder, open_run
 
 PROMPTS = [question(operands) for operands in distinct_problems("test", 6, seed=3)]
 COMMON = ["--n", "4", "--max_gen_toks", "96", "--until", '["\\n"]']

@@ -19,8 +19,9 @@ from specrej_eval.commands.submission import alpaca_checks, leaderboard_rows
 from specrej_eval.commands.submission.alpaca_checks import JUDGE
 from specrej_eval.config import RunConfig
 from specrej_eval.harness.alpaca_eval import config as alpaca_config
+from specrej_eval.records.answers import Answer, RunRecord
 from specrej_eval.records.fingerprint import of_run
-from specrej_eval.records.outputs import Answer, OutputsFolder, RunRecord
+from specrej_eval.records.outputs import OutputsFolder
 
 NAME = "Small-SpR-Judge"
 TEMPLATE = "Q: {instruction}\nA:"

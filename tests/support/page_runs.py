@@ -12,8 +12,9 @@ from typing import Any
 
 from specrej_eval.config import SAMPLING, RunConfig
 from specrej_eval.core import GenerationResult, Ledger, Round, Trajectory, prompt_hash
+from specrej_eval.records.answers import Answer, RunRecord
 from specrej_eval.records.journal import Journal
-from specrej_eval.records.outputs import Answer, OutputsFolder, RunRecord
+from specrej_eval.records.outputs import OutputsFolder
 from support.run_folders import FINGERPRINT
 
 SIZES = {"parameters": 1000, "layers": 2, "attention_width": 8, "reward_parameters": 500}

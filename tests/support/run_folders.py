@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from specrej_eval.core import Ledger, prompt_hash
-from specrej_eval.records.outputs import Answer, OutputsFolder, RunRecord
+from specrej_eval.records.answers import Answer, RunRecord
+from specrej_eval.records.outputs import OutputsFolder
 
 FINGERPRINT: dict[str, Any] = {
     "pretrained": "org/policy",

@@ -25,9 +25,10 @@ from specrej_eval.commands.submission import alpaca as alpaca_submission
 from specrej_eval.commands.submission import alpaca_checks
 from specrej_eval.errors import SpecRejError
 from specrej_eval.records import journal, lock
+from specrej_eval.records.answers import RunRecord
 from specrej_eval.records.journal import Journal
 from specrej_eval.records.jsonl import checked_line, parsed
-from specrej_eval.records.outputs import OutputsFolder, RunRecord
+from specrej_eval.records.outputs import OutputsFolder
 from specrej_eval.records.trace import Tracer, is_trace
 
 Counted = Callable[[str, int], None]

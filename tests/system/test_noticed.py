@@ -27,8 +27,9 @@ from specrej_eval.errors import ConfigError
 from specrej_eval.harness.lm_eval.model import SpecRejLM
 from specrej_eval.in_flight import Request
 from specrej_eval.records import callable_sources, digests, fingerprint
+from specrej_eval.records.answers import RunRecord
 from specrej_eval.records.journal import Journal
-from specrej_eval.records.outputs import OutputsFolder, RunRecord
+from specrej_eval.records.outputs import OutputsFolder
 
 Counted = Callable[..., None]
 Host = Mapping[str, Any]

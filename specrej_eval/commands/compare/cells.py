@@ -27,9 +27,10 @@ from specrej_eval.evidence.methods import BEST_OF_N, Method
 from specrej_eval.generator import Generator
 from specrej_eval.in_flight import Request
 from specrej_eval.records import journal, parts
+from specrej_eval.records.answers import Answer, RunRecord
 from specrej_eval.records.cell_scores import METRICS, PREFERENCES, CellMetrics, versioned
 from specrej_eval.records.fingerprint import differences, same
-from specrej_eval.records.outputs import Answer, OutputsFolder, RunRecord
+from specrej_eval.records.outputs import OutputsFolder
 from specrej_eval.records.run_names import default_name
 
 if TYPE_CHECKING:

@@ -19,9 +19,10 @@ from specrej_eval.config import DECIDING, NEUTRAL, RecordArguments, declared
 from specrej_eval.core import ROWS_FROM
 from specrej_eval.errors import SpecRejError
 from specrej_eval.records import alpaca_eval_files, lm_eval_files
+from specrej_eval.records.answers import Answer, RunRecord, audit_sample, total_cost
 from specrej_eval.records.cell_scores import CellMetrics, CellPreferences
 from specrej_eval.records.fingerprint import EMBEDDED
-from specrej_eval.records.outputs import RUN_FILES, Answer, OutputsFolder, RunRecord, audit_sample, total_cost
+from specrej_eval.records.outputs import RUN_FILES, OutputsFolder
 from specrej_eval.records.run_names import model_name
 from specrej_eval.records.scores import Score, mean_score
 from specrej_eval.redaction import redacted_values

@@ -10,8 +10,9 @@ from typing import Any
 from specrej_eval.checkpoint import DEMO_POLICY, DEMO_REWARD
 from specrej_eval.commands.submission.tree import read_rows
 from specrej_eval.errors import ConfigError, SpecRejError
+from specrej_eval.records.answers import Answer, RunRecord
 from specrej_eval.records.fingerprint import has_files_of
-from specrej_eval.records.outputs import Answer, OutputsFolder, RunRecord
+from specrej_eval.records.outputs import OutputsFolder
 from specrej_eval.wording import counted, start_of
 
 COLUMNS = ("dataset", "instruction", "output", "generator")

@@ -17,8 +17,8 @@ from specrej_eval.config import ARGUMENTS, HOST, DecoderArguments, RunConfig, de
 from specrej_eval.config.argument import checkpoint, rewards
 from specrej_eval.errors import ConfigError
 from specrej_eval.paths import is_folder
+from specrej_eval.records.answers import Answer, RunRecord
 from specrej_eval.records.fingerprint import differences, of_run
-from specrej_eval.records.outputs import Answer, RunRecord
 from specrej_eval.redaction import redacted, redacted_values
 from specrej_eval.wording import inert
 from specrej_eval.yaml_files import read_yaml

@@ -26,7 +26,8 @@ from specrej_eval.errors import ConfigError, LimitReached
 from specrej_eval.generator import Generator
 from specrej_eval.harness.alpaca_eval.config import arguments_of
 from specrej_eval.kv.memory import release_memory
-from specrej_eval.records.outputs import Answer, OutputsFolder, RunRecord
+from specrej_eval.records.answers import Answer, RunRecord
+from specrej_eval.records.outputs import OutputsFolder
 from specrej_eval.rewards.base import RewardModel
 from specrej_eval.special_tokens import ALLOW, concerned
 

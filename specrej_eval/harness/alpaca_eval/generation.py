@@ -20,8 +20,9 @@ from specrej_eval import temporary
 from specrej_eval.errors import ConfigError
 from specrej_eval.harness.alpaca_eval import slips as alpaca_eval_slips
 from specrej_eval.paths import below, check_path
+from specrej_eval.records.answers import RunRecord
 from specrej_eval.records.fingerprint import warn_of_uncovered
-from specrej_eval.records.outputs import OutputsFolder, RunRecord
+from specrej_eval.records.outputs import OutputsFolder
 from specrej_eval.wording import counted
 
 logger = logging.getLogger(__name__)

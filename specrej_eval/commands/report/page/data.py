@@ -20,7 +20,8 @@ from specrej_eval.core import ROWS_FROM, GenerationResult, Ledger, Round, Trajec
 from specrej_eval.errors import ConfigError
 from specrej_eval.evidence.flops import Sizes, flops
 from specrej_eval.records import alpaca_eval_files, journal, lm_eval_files
-from specrej_eval.records.outputs import RUN_FILES, Answer, OutputsFolder
+from specrej_eval.records.answers import Answer
+from specrej_eval.records.outputs import RUN_FILES, OutputsFolder
 from specrej_eval.records.parts import files
 from specrej_eval.wording import counted
 
