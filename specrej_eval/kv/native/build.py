@@ -85,6 +85,8 @@ _SIGNATURES: dict[str, list[Any]] = {
     "gate": [_ADDRESS, _ADDRESS, _ADDRESS, _COUNT, _FLAG],
     "largest": [_ADDRESS, _COUNT, _COUNT, _COUNT, _COUNT, _ADDRESS],
     "logsumexp": [_ADDRESS, _COUNT, _COUNT, _COUNT, _ADDRESS],
+    "pack": [_ADDRESS, _COUNT, _COUNT, _ADDRESS],
+    "product": [_ADDRESS, _COUNT, _ADDRESS, _ADDRESS, _ADDRESS, _COUNT, _COUNT, _COUNT],
     "rotate": [_ADDRESS, _ADDRESS, _ADDRESS, _ADDRESS, _ADDRESS, _ADDRESS, *[_COUNT] * 5, _FLAG],
 }
 
@@ -240,6 +242,7 @@ def _loaded(built: Path) -> ctypes.CDLL:
         for name, arguments in _SIGNATURES.items():
             function = getattr(found, name)
             function.argtypes, function.restype = arguments, None
+        found.multiplies.restype = ctypes.c_int32
         found.scratch_bytes.restype = found.decode_bytes.restype = ctypes.c_int64
     except (OSError, AttributeError) as error:
         raise _Broken(f"what was compiled cannot be loaded ({error})") from error

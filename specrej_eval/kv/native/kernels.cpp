@@ -765,6 +765,114 @@ float log_sum_exp(const float *numbers, int64_t count) {
     return float(most + std::log(sum));
 }
 
+// Products of rows with the weight of a linear layer, in bfloat16. A weight (outputs, inputs) is laid out once: for LANES
+// outputs at a time, `words` vectors of two inputs each. A number of the answer is one sum over the inputs in their order,
+// rounded once, in a tile of any size.
+
+constexpr int OUTPUTS = 3; // vectors of outputs in a tile; of rows there are TALL, and their products fill the registers
+constexpr int TALL = 8;
+
+void lay_out(const uint16_t *weight, int64_t outputs, int64_t inputs, uint32_t *to) {
+    const int64_t words = (inputs + 1) / 2, vectors = (outputs + LANES - 1) / LANES;
+#pragma omp parallel for schedule(static) if (vectors * words > SMALL)
+    for (int64_t vector = 0; vector < vectors; vector++) {
+        const uint16_t *from = weight + vector * LANES * inputs;
+        uint32_t *mine = to + vector * words * LANES;
+        const int count = outputs - vector * LANES < LANES ? outputs - vector * LANES : LANES;
+        int64_t at = 0;
+        for (; count == LANES && inputs % 2 == 0 && at + LANES <= words; at += LANES)
+            transpose((const uint32_t *)from + at, words, mine + at * LANES, LANES);
+        for (; at < words; at++)
+            for (int i = 0; i < LANES; i++) {
+                uint16_t pair[2] = {0, 0};
+                if (i < count) std::memcpy(pair, from + i * inputs + 2 * at, 2 * (2 * at + 1 < inputs ? 2 : 1));
+                std::memcpy(mine + at * LANES + i, pair, 4);
+            }
+    }
+}
+
+// What a tile has to do. `next` are the weights that the thread reads afterwards, `ahead` lines of them for each word.
+struct Tile {
+    const uint16_t *x;
+    int64_t x_row, words;
+    const uint32_t *weights;
+    const Floats *bias;
+    uint16_t *out;
+    int64_t out_row, outputs; // of which there are so many in the tile
+    const char *next;
+    int ahead;
+};
+
+template <int ROWS, int VECTORS> void product_tile(const Tile &tile) {
+    const int64_t words = tile.words, x_row = tile.x_row;
+    const uint16_t *x = tile.x;
+    const uint32_t *weights = tile.weights;
+    const char *next = tile.next;
+    const int ahead = tile.ahead;
+    Floats sums[ROWS][VECTORS] = {};
+    for (int64_t at = 0; at < words; at++) {
+        for (int i = 0; i < ahead; i++, next += 64) __builtin_prefetch(next, 0, 2);
+        Words many[VECTORS];
+        for (int v = 0; v < VECTORS; v++) many[v] = load(weights + (v * words + at) * LANES);
+        for (int row = 0; row < ROWS; row++) {
+            uint32_t one;
+            std::memcpy(&one, x + row * x_row + 2 * at, 4);
+            for (int v = 0; v < VECTORS; v++) sums[row][v] = Half::products(sums[row][v], one, many[v]);
+        }
+    }
+    for (int row = 0; row < ROWS; row++)
+        for (int v = 0; v < VECTORS; v++) {
+            uint16_t *to = tile.out + row * tile.out_row + v * LANES;
+            const Floats found = round_to<Half>(sums[row][v] + tile.bias[v]);
+            if (tile.outputs - v * LANES >= LANES) narrow<Half>(to, found);
+            else {
+                uint16_t numbers[LANES];
+                narrow<Half>(numbers, found);
+                std::memcpy(to, numbers, 2 * (tile.outputs - v * LANES));
+            }
+        }
+}
+
+template <int ROWS, int VECTORS> void product_tile(int rows, int vectors, const Tile &tile) {
+    if constexpr (ROWS > 1)
+        if (rows < ROWS) return product_tile<ROWS - 1, VECTORS>(rows, vectors, tile);
+    if constexpr (VECTORS > 1)
+        if (vectors < VECTORS) return product_tile<ROWS, VECTORS - 1>(rows, vectors, tile);
+    product_tile<ROWS, VECTORS>(tile);
+}
+
+// x (rows, 2 * words), rows `x_row` apart -> out (rows, outputs), contiguous. Each thread has outputs of its own, so that
+// it reads its part of the weights from memory once, and while it computes with some asks for the next.
+void multiply(const uint16_t *x, int64_t x_row, const uint32_t *weights, const uint16_t *bias, uint16_t *out,
+              int64_t rows, int64_t words, int64_t outputs) {
+    const int64_t all_vectors = (outputs + LANES - 1) / LANES, tiles = (rows + TALL - 1) / TALL;
+    if (!rows) return;
+#pragma omp parallel if (all_vectors * words > SMALL)
+    {
+        const int64_t threads = omp_get_num_threads(), thread = omp_get_thread_num();
+        const int64_t end = all_vectors * (thread + 1) / threads;
+        for (int64_t first = all_vectors * thread / threads; first < end; first += OUTPUTS) {
+            const int vectors = end - first < OUTPUTS ? end - first : OUTPUTS;
+            uint16_t of_tile[OUTPUTS * LANES] = {};
+            const int64_t left = outputs - first * LANES, count = left < vectors * LANES ? left : vectors * LANES;
+            if (bias) std::memcpy(of_tile, bias + first * LANES, 2 * count);
+            Floats biases[OUTPUTS];
+            for (int v = 0; v < OUTPUTS; v++) biases[v] = wide<Half>(of_tile + v * LANES);
+            const int64_t ahead = (OUTPUTS + tiles - 1) / tiles;
+            const uint32_t *mine = weights + first * words * LANES;
+            const char *next = (const char *)(mine + vectors * words * LANES);
+            for (int64_t tile = 0, row = 0; tile < tiles; tile++) {
+                const int tall = rows * (tile + 1) / tiles - row;
+                const int64_t asked = tile * ahead < OUTPUTS ? ahead : 0;
+                product_tile<TALL, OUTPUTS>(tall, vectors, {x + row * x_row, x_row, words, mine, biases,
+                                                            out + row * outputs + first * LANES, outputs, count,
+                                                            next + tile * ahead * words * 64, int(asked)});
+                row += tall;
+            }
+        }
+    }
+}
+
 } // namespace
 
 extern "C" {
@@ -827,6 +935,26 @@ void largest(const float *numbers, int64_t stride, int64_t rows, int64_t count, 
 void logsumexp(const float *numbers, int64_t stride, int64_t rows, int64_t count, float *out) {
 #pragma omp parallel for schedule(static) if (rows > 1)
     for (int64_t row = 0; row < rows; row++) out[row] = log_sum_exp(numbers + row * stride, count);
+}
+
+// Whether rows are multiplied with weights as fast here as by torch: it takes products of pairs. (With tiles of AMX
+// torch's may be faster.)
+int32_t multiplies() {
+#if defined(__AVX512BF16__) && !defined(__AMX_BF16__)
+    return 1;
+#else
+    return 0;
+#endif
+}
+
+void pack(const void *weight, int64_t outputs, int64_t inputs, void *to) {
+    lay_out((const uint16_t *)weight, outputs, inputs, (uint32_t *)to);
+}
+
+void product(const void *x, int64_t x_row, const void *weights, const void *bias, void *out, int64_t rows,
+             int64_t words, int64_t outputs) {
+    multiply((const uint16_t *)x, x_row, (const uint32_t *)weights, (const uint16_t *)bias, (uint16_t *)out, rows,
+             words, outputs);
 }
 
 int32_t threads() { return omp_get_max_threads(); }
