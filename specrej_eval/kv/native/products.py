@@ -104,9 +104,8 @@ def mistake(kernels: ctypes.CDLL) -> str | None:
     """What is wrong with a few products of all kinds; None if nothing is."""
     for seed, (rows, inputs, outputs) in enumerate(_TRIED):
         generator = torch.Generator().manual_seed(seed)
-        x, weight, bias = (
-            torch.randn(*shape, generator=generator).to(DTYPE) for shape in ((rows, inputs), (outputs, inputs), (outputs,))
-        )
+        shapes = (rows, inputs), (outputs, inputs), (outputs,)
+        x, weight, bias = (torch.randn(*shape, generator=generator).to(DTYPE) for shape in shapes)
         packed = Packed(weight, kernels)
         with torch.inference_mode():
             out = packed.product(x, bias)
