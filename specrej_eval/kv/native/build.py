@@ -75,6 +75,12 @@ class Decode(ctypes.Structure):
     )
 
 
+class Weights(ctypes.Structure):
+    """What ``product`` of kernels.cpp is given of a linear layer."""
+
+    _fields_ = (("numbers", ctypes.c_void_p), ("words", ctypes.c_int64), ("outputs", ctypes.c_int64))
+
+
 _ADDRESS, _COUNT, _FLAG = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
 _SIGNATURES: dict[str, list[Any]] = {
     "attention": [ctypes.POINTER(Attention)],
@@ -86,7 +92,7 @@ _SIGNATURES: dict[str, list[Any]] = {
     "largest": [_ADDRESS, _COUNT, _COUNT, _COUNT, _COUNT, _ADDRESS],
     "logsumexp": [_ADDRESS, _COUNT, _COUNT, _COUNT, _ADDRESS],
     "pack": [_ADDRESS, _COUNT, _COUNT, _ADDRESS],
-    "product": [_ADDRESS, _COUNT, _ADDRESS, _ADDRESS, _ADDRESS, _COUNT, _COUNT, _COUNT],
+    "product": [_ADDRESS, _COUNT, ctypes.POINTER(Weights), _ADDRESS, _ADDRESS, _COUNT],
     "rotate": [_ADDRESS, _ADDRESS, _ADDRESS, _ADDRESS, _ADDRESS, _ADDRESS, *[_COUNT] * 5, _FLAG],
 }
 

@@ -58,6 +58,12 @@ struct Decode {
     float scale, softcap;
 };
 
+// The weight of a linear layer, laid out. The same fields as build.Weights.
+struct Weights {
+    const void *numbers;                                   // for LANES outputs at a time, `words` vectors of two inputs
+    int64_t words, outputs;
+};
+
 } // extern "C"
 
 namespace {
@@ -841,32 +847,39 @@ template <int ROWS, int VECTORS> void product_tile(int rows, int vectors, const 
     product_tile<ROWS, VECTORS>(tile);
 }
 
+// The first of a thread's vectors of outputs.
+inline int64_t first_vector(const Weights &w, int64_t thread, int64_t threads) {
+    return (w.outputs + LANES - 1) / LANES * thread / threads;
+}
+inline const uint32_t *vector_of(const Weights &w, int64_t vector) {
+    return (const uint32_t *)w.numbers + vector * w.words * LANES;
+}
+
 // x (rows, 2 * words), rows `x_row` apart -> out (rows, outputs), contiguous. Each thread has outputs of its own, so that
-// it reads its part of the weights from memory once, and while it computes with some asks for the next.
-void multiply(const uint16_t *x, int64_t x_row, const uint32_t *weights, const uint16_t *bias, uint16_t *out,
-              int64_t rows, int64_t words, int64_t outputs) {
-    const int64_t all_vectors = (outputs + LANES - 1) / LANES, tiles = (rows + TALL - 1) / TALL;
+// it reads its part of the weights from memory once, and while it computes with some it asks for the next.
+void multiply(const uint16_t *x, int64_t x_row, const Weights &w, const uint16_t *bias, uint16_t *out, int64_t rows) {
     if (!rows) return;
-#pragma omp parallel if (all_vectors * words > SMALL)
+    const int64_t tiles = (rows + TALL - 1) / TALL;
+#pragma omp parallel if (first_vector(w, 1, 1) * w.words > SMALL)
     {
         const int64_t threads = omp_get_num_threads(), thread = omp_get_thread_num();
-        const int64_t end = all_vectors * (thread + 1) / threads;
-        for (int64_t first = all_vectors * thread / threads; first < end; first += OUTPUTS) {
+        const int64_t end = first_vector(w, thread + 1, threads);
+        for (int64_t first = first_vector(w, thread, threads); first < end; first += OUTPUTS) {
             const int vectors = end - first < OUTPUTS ? end - first : OUTPUTS;
-            uint16_t of_tile[OUTPUTS * LANES] = {};
-            const int64_t left = outputs - first * LANES, count = left < vectors * LANES ? left : vectors * LANES;
-            if (bias) std::memcpy(of_tile, bias + first * LANES, 2 * count);
-            Floats biases[OUTPUTS];
-            for (int v = 0; v < OUTPUTS; v++) biases[v] = wide<Half>(of_tile + v * LANES);
-            const int64_t ahead = (OUTPUTS + tiles - 1) / tiles;
-            const uint32_t *mine = weights + first * words * LANES;
-            const char *next = (const char *)(mine + vectors * words * LANES);
+            const int64_t left = w.outputs - first * LANES, count = left < vectors * LANES ? left : vectors * LANES;
+            uint16_t biases[OUTPUTS * LANES] = {};
+            if (bias) std::memcpy(biases, bias + first * LANES, 2 * count);
+            Floats wide_biases[OUTPUTS];
+            for (int v = 0; v < OUTPUTS; v++) wide_biases[v] = wide<Half>(biases + v * LANES);
+            const int64_t lines = (end - first > OUTPUTS ? OUTPUTS : 0) * w.words; // of 64 bytes: a vector
+            const int64_t ahead = (lines + tiles * w.words - 1) / (tiles * w.words);
             for (int64_t tile = 0, row = 0; tile < tiles; tile++) {
                 const int tall = rows * (tile + 1) / tiles - row;
-                const int64_t asked = tile * ahead < OUTPUTS ? ahead : 0;
-                product_tile<TALL, OUTPUTS>(tall, vectors, {x + row * x_row, x_row, words, mine, biases,
-                                                            out + row * outputs + first * LANES, outputs, count,
-                                                            next + tile * ahead * words * 64, int(asked)});
+                const int64_t asked = tile * ahead * w.words;
+                const char *next = (const char *)vector_of(w, first + OUTPUTS) + 64 * asked;
+                product_tile<TALL, OUTPUTS>(tall, vectors, {x + row * x_row, x_row, w.words, vector_of(w, first),
+                                                            wide_biases, out + row * w.outputs + first * LANES,
+                                                            w.outputs, count, next, int(asked < lines ? ahead : 0)});
                 row += tall;
             }
         }
@@ -951,10 +964,8 @@ void pack(const void *weight, int64_t outputs, int64_t inputs, void *to) {
     lay_out((const uint16_t *)weight, outputs, inputs, (uint32_t *)to);
 }
 
-void product(const void *x, int64_t x_row, const void *weights, const void *bias, void *out, int64_t rows,
-             int64_t words, int64_t outputs) {
-    multiply((const uint16_t *)x, x_row, (const uint32_t *)weights, (const uint16_t *)bias, (uint16_t *)out, rows,
-             words, outputs);
+void product(const void *x, int64_t x_row, const Weights *weights, const void *bias, void *out, int64_t rows) {
+    multiply((const uint16_t *)x, x_row, *weights, (const uint16_t *)bias, (uint16_t *)out, rows);
 }
 
 int32_t threads() { return omp_get_max_threads(); }

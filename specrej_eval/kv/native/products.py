@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import logging
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,10 +44,9 @@ class Packed:
         self._kernels = kernels
         self._outputs, self._inputs = weight.shape
         vectors, words = _laid_out(weight)
-        self._words = words
         self._numbers = torch.empty(vectors, words, 2 * _LANES, dtype=DTYPE)
-        self._address = self._numbers.data_ptr()
-        kernels.pack(weight.data_ptr(), self._outputs, self._inputs, self._address)
+        kernels.pack(weight.data_ptr(), self._outputs, self._inputs, self._numbers.data_ptr())
+        self._told: Any = build.Weights(self._numbers.data_ptr(), words, self._outputs)
 
     def takes(self, x: Tensor, bias: Tensor | None) -> bool:
         """Whether these are plain tensors on a CPU, bfloat16 and of its sizes."""
@@ -68,8 +68,8 @@ class Packed:
             rows = rows.contiguous()
         out = torch.empty(*x.shape[:-1], self._outputs, dtype=DTYPE)
         self._kernels.product(
-            *(rows.data_ptr(), rows.stride(0), self._address, None if bias is None else bias.data_ptr()),
-            *(out.data_ptr(), rows.shape[0], self._words, self._outputs),
+            *(rows.data_ptr(), rows.stride(0), self._told, None if bias is None else bias.data_ptr()),
+            *(out.data_ptr(), rows.shape[0]),
         )
         return out
 

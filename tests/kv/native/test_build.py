@@ -177,7 +177,7 @@ def test_threads_follow_torch() -> None:
 
 
 @needs_compiler
-@pytest.mark.parametrize("told", [build.Attention, build.Decode])
+@pytest.mark.parametrize("told", [build.Attention, build.Decode, build.Weights])
 def test_both_sides_mean_the_same_by_a_request(told: Any) -> None:
     """The fields of the two structures, by name and order."""
     source = build.SOURCE.read_text(encoding="utf-8")

@@ -191,8 +191,7 @@ def test_memory_is_counted_and_nothing_around_an_answer_is_written(sizes: tuple[
     x, out = whole_numbers(1, 5, inputs), torch.full((7, outputs), 7.0, dtype=DTYPE)
     given_rows = functional.pad(x, (0, inputs % 2))
     build.library().product(
-        *(given_rows.data_ptr(), given_rows.stride(0), mine._address, None, out[1].data_ptr()),
-        *(5, mine._words, outputs),
+        *(given_rows.data_ptr(), given_rows.stride(0), mine._told, None, out[1].data_ptr(), 5),
     )
     assert torch.equal(out[1:6], mine.product(x, None))
     assert bool((out[[0, 6]] == 7).all())
@@ -327,8 +326,8 @@ FAULTS = (
     ("round_to<Half>(sums[row][v] + tile.bias[v])", "sums[row][v] + tile.bias[v]"),
     ("round_to<Half>(sums[row][v] + tile.bias[v])", "round_to<Half>(round_to<Half>(sums[row][v]) + tile.bias[v])"),
     ("2 * (tile.outputs - v * LANES)", "0"),
-    ("bias + first * LANES, 2 * count", "bias, 2 * count"),
-    ("int(asked)});", "int(asked)}), tall > 6 ? void() : void(out[row * outputs] ^= 1);"),
+    ("biases, bias + first * LANES, 2 * count", "biases, bias, 2 * count"),
+    ("row += tall;", "if (tall < 7) out[row * w.outputs] ^= 1;\n                row += tall;"),
     ("[VECTORS] = {};\n    for (int64_t at = 0", "[VECTORS] = {};\n    for (int64_t at = 1"),
 )  # fmt: skip
 
