@@ -775,8 +775,10 @@ float log_sum_exp(const float *numbers, int64_t count) {
 // outputs at a time, `words` vectors of two inputs each. A number of the answer is one sum over the inputs in their order,
 // rounded once, in a tile of any size.
 
-constexpr int OUTPUTS = 3; // vectors of outputs in a tile; of rows there are TALL, and their products fill the registers
+constexpr int OUTPUTS = 3; // vectors of outputs in a tile; of rows there are TALL, and their sums fill the registers
 constexpr int TALL = 8;
+constexpr int64_t TOGETHER = 256; // rows that are taken through all weights, with `DEEP` words of a tile's at a time:
+constexpr int64_t DEEP = 1024;    // so much of both stays in the second cache
 
 void lay_out(const uint16_t *weight, int64_t outputs, int64_t inputs, uint32_t *to) {
     const int64_t words = (inputs + 1) / 2, vectors = (outputs + LANES - 1) / LANES;
@@ -797,27 +799,29 @@ void lay_out(const uint16_t *weight, int64_t outputs, int64_t inputs, uint32_t *
     }
 }
 
-// What a tile has to do. `next` are the weights that the thread reads afterwards, `ahead` lines of them for each word.
+// What a tile has to do: words [begin, end) of its weights; earlier ones are in `sums`, and later ones come.
 struct Tile {
     const uint16_t *x;
-    int64_t x_row, words;
+    int64_t x_row, words, begin, end;
     const uint32_t *weights;
-    const Floats *bias;
+    Floats *sums;             // (ROWS, OUTPUTS)
+    const Floats *bias;       // (OUTPUTS,)
     uint16_t *out;
     int64_t out_row, outputs; // of which there are so many in the tile
-    const char *next;
+    const uint32_t *next;     // what is read afterwards: word by word, and vector by vector `ahead` of them
     int ahead;
 };
 
 template <int ROWS, int VECTORS> void product_tile(const Tile &tile) {
-    const int64_t words = tile.words, x_row = tile.x_row;
+    const int64_t words = tile.words, x_row = tile.x_row, begin = tile.begin, end = tile.end;
     const uint16_t *x = tile.x;
-    const uint32_t *weights = tile.weights;
-    const char *next = tile.next;
+    const uint32_t *weights = tile.weights, *next = tile.next;
     const int ahead = tile.ahead;
     Floats sums[ROWS][VECTORS] = {};
-    for (int64_t at = 0; at < words; at++) {
-        for (int i = 0; i < ahead; i++, next += 64) __builtin_prefetch(next, 0, 2);
+    for (int row = 0; begin > 0 && row < ROWS; row++)
+        for (int v = 0; v < VECTORS; v++) sums[row][v] = tile.sums[row * OUTPUTS + v];
+    for (int64_t at = begin; at < end; at++, next += LANES) {
+        for (int i = 0; i < ahead; i++) __builtin_prefetch(next + i * words * LANES, 0, 2);
         Words many[VECTORS];
         for (int v = 0; v < VECTORS; v++) many[v] = load(weights + (v * words + at) * LANES);
         for (int row = 0; row < ROWS; row++) {
@@ -828,6 +832,10 @@ template <int ROWS, int VECTORS> void product_tile(const Tile &tile) {
     }
     for (int row = 0; row < ROWS; row++)
         for (int v = 0; v < VECTORS; v++) {
+            if (end < words) {
+                tile.sums[row * OUTPUTS + v] = sums[row][v];
+                continue;
+            }
             uint16_t *to = tile.out + row * tile.out_row + v * LANES;
             const Floats found = round_to<Half>(sums[row][v] + tile.bias[v]);
             if (tile.outputs - v * LANES >= LANES) narrow<Half>(to, found);
@@ -847,42 +855,51 @@ template <int ROWS, int VECTORS> void product_tile(int rows, int vectors, const 
     product_tile<ROWS, VECTORS>(tile);
 }
 
-// The first of a thread's vectors of outputs.
-inline int64_t first_vector(const Weights &w, int64_t thread, int64_t threads) {
-    return (w.outputs + LANES - 1) / LANES * thread / threads;
-}
 inline const uint32_t *vector_of(const Weights &w, int64_t vector) {
     return (const uint32_t *)w.numbers + vector * w.words * LANES;
+}
+
+// Some rows times vectors [first, first + vectors) of outputs. `after`: those that the thread takes then.
+void multiply_tiles(const uint16_t *x, int64_t x_row, const Weights &w, const uint16_t *bias, uint16_t *out, int64_t rows,
+                    int64_t first, int vectors, int64_t after, Floats *sums) {
+    const int64_t left = w.outputs - first * LANES, count = left < vectors * LANES ? left : vectors * LANES;
+    uint16_t biases[OUTPUTS * LANES] = {};
+    if (bias) std::memcpy(biases, bias + first * LANES, 2 * count);
+    Floats wide_biases[OUTPUTS];
+    for (int v = 0; v < OUTPUTS; v++) wide_biases[v] = wide<Half>(biases + v * LANES);
+    const int64_t parts = (w.words + DEEP - 1) / DEEP, tiles = (rows + TALL - 1) / TALL;
+    const int64_t ahead = (OUTPUTS + tiles - 1) / tiles;
+    for (int64_t part = 0; part < parts; part++) {
+        const int64_t begin = w.words * part / parts, end = w.words * (part + 1) / parts;
+        const uint32_t *next = part + 1 < parts ? vector_of(w, first) + end * LANES : vector_of(w, after);
+        for (int64_t tile = 0, row = 0; tile < tiles; tile++) {
+            const int tall = rows * (tile + 1) / tiles - row;
+            const int64_t asked = tile * ahead;
+            product_tile<TALL, OUTPUTS>(tall, vectors, {x + row * x_row, x_row, w.words, begin, end, vector_of(w, first),
+                                                        sums + row * OUTPUTS, wide_biases,
+                                                        out + row * w.outputs + first * LANES, w.outputs, count,
+                                                        next + asked * w.words * LANES,
+                                                        int(asked < OUTPUTS ? ahead : 0)});
+            row += tall;
+        }
+    }
 }
 
 // x (rows, 2 * words), rows `x_row` apart -> out (rows, outputs), contiguous. Each thread has outputs of its own, so that
 // it reads its part of the weights from memory once, and while it computes with some it asks for the next.
 void multiply(const uint16_t *x, int64_t x_row, const Weights &w, const uint16_t *bias, uint16_t *out, int64_t rows) {
-    if (!rows) return;
-    const int64_t tiles = (rows + TALL - 1) / TALL;
-#pragma omp parallel if (first_vector(w, 1, 1) * w.words > SMALL)
+    const int64_t vectors = (w.outputs + LANES - 1) / LANES;
+#pragma omp parallel if (vectors * w.words > SMALL)
     {
         const int64_t threads = omp_get_num_threads(), thread = omp_get_thread_num();
-        const int64_t end = first_vector(w, thread + 1, threads);
-        for (int64_t first = first_vector(w, thread, threads); first < end; first += OUTPUTS) {
-            const int vectors = end - first < OUTPUTS ? end - first : OUTPUTS;
-            const int64_t left = w.outputs - first * LANES, count = left < vectors * LANES ? left : vectors * LANES;
-            uint16_t biases[OUTPUTS * LANES] = {};
-            if (bias) std::memcpy(biases, bias + first * LANES, 2 * count);
-            Floats wide_biases[OUTPUTS];
-            for (int v = 0; v < OUTPUTS; v++) wide_biases[v] = wide<Half>(biases + v * LANES);
-            const int64_t lines = (end - first > OUTPUTS ? OUTPUTS : 0) * w.words; // of 64 bytes: a vector
-            const int64_t ahead = (lines + tiles * w.words - 1) / (tiles * w.words);
-            for (int64_t tile = 0, row = 0; tile < tiles; tile++) {
-                const int tall = rows * (tile + 1) / tiles - row;
-                const int64_t asked = tile * ahead * w.words;
-                const char *next = (const char *)vector_of(w, first + OUTPUTS) + 64 * asked;
-                product_tile<TALL, OUTPUTS>(tall, vectors, {x + row * x_row, x_row, w.words, vector_of(w, first),
-                                                            wide_biases, out + row * w.outputs + first * LANES,
-                                                            w.outputs, count, next, int(asked < lines ? ahead : 0)});
-                row += tall;
-            }
-        }
+        const int64_t begin = vectors * thread / threads, end = vectors * (thread + 1) / threads;
+        Floats sums[TOGETHER * OUTPUTS];
+        for (int64_t row = 0; row < rows; row += TOGETHER)
+            for (int64_t first = begin; first < end; first += OUTPUTS)
+                multiply_tiles(x + row * x_row, x_row, w, bias, out + row * w.outputs,
+                               rows - row < TOGETHER ? rows - row : TOGETHER, first,
+                               end - first < OUTPUTS ? end - first : OUTPUTS,
+                               first + OUTPUTS < end ? first + OUTPUTS : begin, sums);
     }
 }
 

@@ -25,7 +25,7 @@ _TENSORS = (Tensor, torch.nn.Parameter)
 """What has its numbers where it says: subclasses (quantised, sharded) need not."""
 _LANES = 16
 """Outputs that lie side by side, as in kernels.cpp."""
-_TRIED = ((1, 64, 48), (24, 96, 80), (11, 33, 21), (3, 1, 1), (40, 130, 200))
+_TRIED = ((1, 64, 48), (24, 96, 80), (11, 33, 21), (3, 1, 1), (40, 130, 200), (5, 2101, 40), (270, 32, 33))
 """Rows, inputs and outputs of products that are compared with float64 before the first that counts."""
 
 

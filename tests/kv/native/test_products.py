@@ -51,9 +51,9 @@ def drawn(seed: int, *shape: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(DTYPE)
 
 
-def whole_numbers(seed: int, *shape: int) -> Tensor:
+def whole_numbers(seed: int, *shape: int, most: int = 100) -> Tensor:
     """Whose sums of products are exact in float32."""
-    return torch.randint(-100, 101, shape, generator=torch.Generator().manual_seed(seed)).to(DTYPE)
+    return torch.randint(-most, most + 1, shape, generator=torch.Generator().manual_seed(seed)).to(DTYPE)
 
 
 def packed(weight: Tensor) -> products.Packed:
@@ -81,6 +81,21 @@ def test_a_product_that_threads_share_is_exact_too(threads: int, biased: bool) -
     want = functional.linear(x.double(), weight.double(), None if bias is None else bias.double()).to(DTYPE)
     with on_threads(threads):
         assert torch.equal(packed(weight).product(x, bias), want)
+
+
+@pytest.mark.parametrize("rows", [3, 256, 257, 600])
+@pytest.mark.parametrize("inputs", [2048, 2049, 2050, 4100, 6001])
+def test_products_that_are_cut_into_parts_are_exact_and_do_not_depend_on_company(rows: int, inputs: int) -> None:
+    """Weights that a cache does not hold, and rows that it does not."""
+    x, weight, bias = (
+        whole_numbers(i, *shape, most=50) for i, shape in enumerate(((rows, inputs), (70, inputs), (70,)))
+    )
+    want = functional.linear(x.float(), weight.float(), bias.float()).to(DTYPE)
+    assert torch.equal(packed(weight).product(x, bias), want)
+    x, mine = drawn(0, rows, inputs), packed(drawn(1, 70, inputs))
+    together = mine.product(x, None)
+    for few in (slice(0, 1), slice(rows // 2, rows), slice(rows - 2, rows)):
+        assert torch.equal(mine.product(x[few], None), together[few])
 
 
 @given(rows=st.integers(1, 70), inputs=SIZES, outputs=SIZES, biased=st.booleans(), seed=st.integers(0, 10**6))
@@ -327,8 +342,11 @@ FAULTS = (
     ("round_to<Half>(sums[row][v] + tile.bias[v])", "round_to<Half>(round_to<Half>(sums[row][v]) + tile.bias[v])"),
     ("2 * (tile.outputs - v * LANES)", "0"),
     ("biases, bias + first * LANES, 2 * count", "biases, bias, 2 * count"),
-    ("row += tall;", "if (tall < 7) out[row * w.outputs] ^= 1;\n                row += tall;"),
-    ("[VECTORS] = {};\n    for (int64_t at = 0", "[VECTORS] = {};\n    for (int64_t at = 1"),
+    ("row += tall;", "if (tall < 7) out[row * w.outputs] ^= 1;\n            row += tall;"),
+    ("begin > 0 && row < ROWS", "false && row < ROWS"),
+    ("w.words * (part + 1) / parts", "w.words * (part + 1) / parts - (part + 1 < parts)"),
+    ("multiply_tiles(x + row * x_row", "multiply_tiles(x"),
+    ("int64_t at = begin;", "int64_t at = begin + 1;"),
 )  # fmt: skip
 
 
