@@ -329,6 +329,36 @@ def test_records_say_who_multiplied_where_that_changes_bits() -> None:
     assert "products" not in environment(), "the embedded model is float32"
 
 
+def test_a_processor_without_products_of_pairs_keeps_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Kernels:
+        def multiplies(self) -> int:
+            return 0
+
+    monkeypatch.setattr(build, "library", Kernels)
+    products.why_not.cache_clear()
+    try:
+        assert "AVX512-BF16" in str(products.why_not())
+        layer = torch.nn.Linear(8, 8).bfloat16()
+        assert PackedWeights(layer, kernels=True).by == PackedWeights(layer).by != "cpp"
+    finally:
+        products.why_not.cache_clear()
+
+
+@pytest.mark.full
+def test_kernels_compiled_for_such_a_processor_say_so_and_are_right(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(build, "_FLAGS", (*build._FLAGS, "-mno-avx512bf16"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    build._found.cache_clear()
+    try:
+        kernels = build.library()
+        assert not kernels.multiplies()
+        assert products.mistake(kernels) is None
+    finally:
+        build._found.cache_clear()
+
+
 # ---- faults of the kernels' text -------------------------------------------------------------------------------------
 
 FAULTS = (
