@@ -49,11 +49,12 @@ class Packed:
         self._told: Any = build.Weights(self._numbers.data_ptr(), words, self._outputs)
 
     def takes(self, x: Tensor, bias: Tensor | None) -> bool:
-        """Whether these are plain tensors on a CPU, bfloat16 and of its sizes."""
+        """Whether these are plain tensors on a CPU, bfloat16, of its sizes and not empty."""
         for each in (x,) if bias is None else (x, bias):
             if type(each) not in _TENSORS or each.dtype != DTYPE or not each.is_cpu:
                 return False
-        return x.dim() > 0 and x.shape[-1] == self._inputs and (bias is None or bias.is_contiguous())
+        sized = x.dim() > 0 and x.shape[-1] == self._inputs and x.numel() > 0
+        return sized and (bias is None or bias.is_contiguous())
 
     def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """(..., inputs) -> (..., outputs).

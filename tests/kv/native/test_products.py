@@ -267,6 +267,18 @@ def test_what_is_not_for_them_is_torchs() -> None:
 
 
 @needs_pairs
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+@pytest.mark.parametrize("sizes", [(0, 3), (3, 0), (5, 4)])
+def test_what_is_empty_is_torchs(sizes: tuple[int, int]) -> None:
+    layer = torch.nn.Linear(*sizes).bfloat16()
+    for rows in (0, 2) if 0 in sizes else (0,):
+        x = drawn(0, rows, sizes[0])
+        want = layer(x)
+        with PackedWeights(layer, kernels=True).active():
+            assert torch.equal(layer(x), want)
+
+
+@needs_pairs
 def test_wrong_products_are_never_used(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     whole = products.Packed.product
     layer = torch.nn.Linear(8, 8).bfloat16()
