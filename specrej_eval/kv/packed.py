@@ -1,7 +1,9 @@
-"""Weights of linear layers laid out once for a CPU's matrix kernels (oneDNN's), which makes products faster.
+"""Weights of linear layers laid out once for a CPU's matrix kernels, which makes products faster.
 
 In bfloat16 torch lays a weight out in every call, which for the few rows of a decode step costs about as much as the
-product; the bits are the same. In float32 torch calls MKL, whose bits are others, though not closer to the truth; with
+product. Where the C++ kernels are in use, they multiply (``native/products.py``): other last bits than torch's, no
+farther from the truth, and the same for a row whatever its company. Elsewhere oneDNN does, with torch's bits.
+In float32 torch calls MKL, whose bits are others than oneDNN's, though not closer to the truth; with
 oneDNN a row's bits do not depend on how many rows there are (measured from two rows up, on one, two and four threads).
 
 The model is not changed by it: parameters, ``state_dict``, hooks, adapters and whoever else calls the model find
@@ -10,6 +12,7 @@ everything as it was; only inside ``active`` do its linear layers compute with t
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -20,6 +23,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from specrej_eval.kv.memory import free_bytes
+from specrej_eval.kv.native import build, products
 
 LARGEST_SHARE = 0.25
 """Of the free memory; if the copies were larger, there are none."""
@@ -37,16 +41,20 @@ those through ``.data``, which is how adapters are merged."""
 class _PackedForward:
     """In the place of one linear layer's ``forward``."""
 
-    def __init__(self, layer: torch.nn.Linear, weight: Tensor) -> None:
+    def __init__(self, layer: torch.nn.Linear, weight: Tensor | products.Packed) -> None:
         self._layer = layer
         self._weight = weight
 
     def __call__(self, input: Tensor) -> Tensor:
-        layer = self._layer
+        layer, weight = self._layer, self._weight
         if input.dtype != layer.weight.dtype or torch.is_grad_enabled():
             return functional.linear(input, layer.weight, layer.bias)
-        out: Tensor = torch.ops.mkldnn._linear_pointwise(input, self._weight, layer.bias, "none", [], "")
-        return out
+        if isinstance(weight, Tensor):
+            out: Tensor = torch.ops.mkldnn._linear_pointwise(input, weight, layer.bias, "none", [], "")
+            return out
+        if not weight.takes(input, layer.bias):
+            return functional.linear(input, layer.weight, layer.bias)
+        return weight.product(input, layer.bias)
 
 
 class PackedWeights:
@@ -54,17 +62,42 @@ class PackedWeights:
 
     Args:
         model: any module.
+        kernels: whether the C++ kernels multiply, where they can.
     """
 
-    def __init__(self, model: torch.nn.Module) -> None:
+    def __init__(self, model: torch.nn.Module, *, kernels: bool = False) -> None:
         self._layers = [module for module in model.modules() if _packable(module)]
-        self._packed: dict[torch.nn.Linear, tuple[Source, Tensor]] = {}
+        self._packed: dict[torch.nn.Linear, tuple[Source, Tensor | products.Packed]] = {}
         self._depth = 0
-        self.nbytes = sum({layer.weight.data_ptr(): layer.weight.nbytes for layer in self._layers}.values())
-        """Memory that the copies take, in bytes; 0 = there are none."""
         dtypes = {layer.weight.dtype for layer in self._layers}
-        if self.nbytes > LARGEST_SHARE * free_bytes(torch.device("cpu")) or not all(map(_supported, dtypes)):
+        self._kernels: ctypes.CDLL | None = None
+        """In bfloat16."""
+        if kernels and products.DTYPE in dtypes and products.why_not() is None:
+            self._kernels = build.library()
+        self.nbytes = sum({layer.weight.data_ptr(): self._nbytes(layer.weight) for layer in self._layers}.values())
+        """Memory that the copies take, in bytes; 0 = there are none."""
+        able = all(self._is_ours(dtype) or _supported(dtype) for dtype in dtypes)
+        if self.nbytes > LARGEST_SHARE * free_bytes(torch.device("cpu")) or not able:
             self._layers, self.nbytes = [], 0
+
+    @property
+    def by(self) -> str | None:
+        """Whose kernels multiply: ``cpp`` (ours, in bfloat16), ``onednn``; None: torch, as without copies."""
+        if not self._layers:
+            return None
+        return "onednn" if self._kernels is None else "cpp"
+
+    def _is_ours(self, dtype: torch.dtype) -> bool:
+        return self._kernels is not None and dtype == products.DTYPE
+
+    def _nbytes(self, weight: Tensor) -> int:
+        return products.nbytes(weight) if self._is_ours(weight.dtype) else weight.nbytes
+
+    def _made(self, weight: Tensor) -> Tensor | products.Packed:
+        if self._kernels is not None and weight.dtype == products.DTYPE:
+            return products.Packed(weight, self._kernels)
+        made: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight, _ROWS)
+        return made
 
     @contextmanager
     def active(self, *, unchanged: bool = False) -> Iterator[None]:
@@ -96,7 +129,7 @@ class PackedWeights:
                     del layer.forward
 
     def _refresh(self, unchanged: bool) -> None:
-        made: dict[Source, Tensor] = {}
+        made: dict[Source, Tensor | products.Packed] = {}
         for layer in self._layers:
             if unchanged and layer in self._packed and self._packed[layer][0][0] == layer.weight.data_ptr():
                 continue
@@ -104,7 +137,7 @@ class PackedWeights:
             if layer not in self._packed or self._packed[layer][0] != source:
                 self._packed.pop(layer, None)  # its memory is free for the next
                 if source not in made:
-                    made[source] = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach(), _ROWS)
+                    made[source] = self._made(layer.weight.detach())
                 self._packed[layer] = source, made[source]
 
 

@@ -1,4 +1,4 @@
-"""Packed weights: the same bits, and nobody who is not our engine can tell that there are any."""
+"""Packed weights: torch's bits or our kernels', and nobody who is not our engine can tell that there are any."""
 
 from __future__ import annotations
 
@@ -14,12 +14,18 @@ from support.tiny_models import tiny_causal_lm
 from specrej_eval.config import RunConfig
 from specrej_eval.engines.transformers.model import ModelRunner
 from specrej_eval.generator import Generator
-from specrej_eval.kv import packed
+from specrej_eval.kv import choose, packed
+from specrej_eval.kv.native import products
 from specrej_eval.kv.packed import PackedWeights
 
 pytestmark = pytest.mark.skipif(
     not all(map(packed._supported, packed._DTYPES)), reason="this torch or CPU has no packed products"
 )
+OURS = pytest.param(
+    True, marks=pytest.mark.skipif(products.why_not() is not None, reason=f"no products here: {products.why_not()}")
+)
+KERNELS = pytest.mark.parametrize("kernels", [False, OURS])
+"""Whether the C++ kernels multiply."""
 
 
 def model_in(dtype: torch.dtype = torch.bfloat16) -> Any:
@@ -34,6 +40,17 @@ def logits(model: Any, rows: int = 5) -> torch.Tensor:
     ids = torch.arange(rows * 7).reshape(rows, 7) % 50
     with torch.inference_mode():
         found: torch.Tensor = model(ids, use_cache=False).logits
+    return found
+
+
+def expected(model: Any, kernels: bool) -> torch.Tensor:
+    """Logits with the model's weights as they are now: torch's bits, or those of copies that are new."""
+    plain = logits(model)
+    if not kernels:
+        return plain
+    with PackedWeights(model, kernels=True).active():
+        found = logits(model)
+    assert torch.allclose(found.float(), plain.float(), rtol=0.05, atol=0.05 * float(plain.abs().max()))
     return found
 
 
@@ -65,11 +82,14 @@ def test_in_float32_a_row_does_not_depend_on_its_company(sizes: tuple[int, int])
                 assert torch.equal(layer(given[16 : 16 + rows]), together[16 : 16 + rows])
 
 
-def test_a_model_gives_the_same_bits_and_is_as_it_was() -> None:
+@KERNELS
+def test_a_model_gives_the_same_bits_and_is_as_it_was(kernels: bool) -> None:
     model = model_in()
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    want = logits(model)
-    weights = PackedWeights(model)
+    plain = logits(model)
+    want = expected(model, kernels)
+    weights = PackedWeights(model, kernels=kernels)
+    assert weights.by == ("cpp" if kernels else "onednn")
     assert weights.nbytes > 0
     with weights.active():
         assert all("forward" in vars(layer) for layer in layers(model))
@@ -80,24 +100,26 @@ def test_a_model_gives_the_same_bits_and_is_as_it_was() -> None:
     assert not any("forward" in vars(layer) for layer in layers(model))
     assert model.state_dict().keys() == before.keys()
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    assert torch.equal(logits(model), want)
+    assert torch.equal(logits(model), plain)
 
 
+@KERNELS
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("sizes", [(33, 22), (66, 40), (33, 21), (7, 8), (1, 3), (3, 1)])
-def test_sizes_need_not_be_round(sizes: tuple[int, int], dtype: torch.dtype) -> None:
+def test_sizes_need_not_be_round(sizes: tuple[int, int], dtype: torch.dtype, kernels: bool) -> None:
     torch.manual_seed(0)
     layer = torch.nn.Linear(*sizes).to(dtype)
     memory = torch.zeros(layer.weight.numel() + 1, dtype=dtype)  # as in a file of weights: at any place
     memory[1:] = layer.weight.detach().flatten()
     layer.weight.data = memory[1:].view(layer.weight.shape)
     given = torch.randn(16, sizes[0]).to(dtype)
-    weights = PackedWeights(layer)
+    weights = PackedWeights(layer, kernels=kernels)
     for _ in range(2):
         with torch.inference_mode():
             want = layer(given)
             with weights.active():
-                assert torch.allclose(layer(given), want, atol=1e-4)
+                last_bit = 2**-7 if kernels and dtype == torch.bfloat16 else 1e-5
+                assert torch.allclose(layer(given), want, rtol=last_bit, atol=1e-4)
         layer.weight.data[0, 0] += 2
 
 
@@ -135,23 +157,25 @@ def another(weight: torch.nn.Parameter) -> None:
     weight.data = torch.randn_like(weight)
 
 
+@KERNELS
 @pytest.mark.parametrize("change", [through_data, in_place, one_number, another])
-def test_changed_weights_are_seen(change: Callable[[torch.nn.Parameter], None]) -> None:
+def test_changed_weights_are_seen(change: Callable[[torch.nn.Parameter], None], kernels: bool) -> None:
     model = model_in()
-    weights = PackedWeights(model)
+    weights = PackedWeights(model, kernels=kernels)
     with weights.active():
         old = logits(model)
     for layer in layers(model):
         change(layer.weight)  # type: ignore[arg-type]  # a Parameter
-    want = logits(model)
+    want = expected(model, kernels)
     assert not torch.equal(want, old)
     with weights.active():
         assert torch.equal(logits(model), want)
 
 
+@KERNELS
 @pytest.mark.parametrize("change", [through_data, in_place, one_number, another])
 def test_each_prompt_is_read_and_decoded_with_the_weights_of_its_time(
-    change: Callable[[torch.nn.Parameter], None], monkeypatch: pytest.MonkeyPatch
+    change: Callable[[torch.nn.Parameter], None], kernels: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Weights are compared where prompts are opened, and not in every call that decodes or scores."""
     source, compared = packed._source, []
@@ -161,7 +185,9 @@ def test_each_prompt_is_read_and_decoded_with_the_weights_of_its_time(
         return source(weight)
 
     monkeypatch.setattr(packed, "_source", counted)
-    engine, reward = make_engine(model_in(), path="shared_prefix"), make_reward()
+    attention = choose.build("cpp" if kernels else "sdpa")
+    engine, reward = make_engine(model_in(), path="shared_prefix", attention=attention), make_reward()
+    assert engine.describe()["products"] == ("cpp" if kernels else "onednn")
 
     def answers() -> list[Any]:
         config, _ = RunConfig.from_args({"n": 8, "max_gen_toks": 24, "first_look": 3, "batch_size": 2})
@@ -176,7 +202,7 @@ def test_each_prompt_is_read_and_decoded_with_the_weights_of_its_time(
         change(weight)  # type: ignore[arg-type]  # a Parameter
     after = answers()
     assert after != before
-    fresh = make_engine(engine.model, path="shared_prefix"), make_reward()
+    fresh = make_engine(engine.model, path="shared_prefix", attention=attention), make_reward()
     fresh[1].body.load_state_dict(reward.body.state_dict())
     engine, reward = fresh
     assert answers() == after
@@ -214,9 +240,10 @@ def test_layers_of_other_kinds_are_left_alone(monkeypatch: pytest.MonkeyPatch) -
     assert not PackedWeights(torch.nn.Linear(8, 8).bfloat16()).nbytes  # more than a quarter of the memory
 
 
-def test_a_runner_packs_inside_its_calls_only() -> None:
+@KERNELS
+def test_a_runner_packs_inside_its_calls_only(kernels: bool) -> None:
     model = model_in()
-    runner = ModelRunner(model)
+    runner = ModelRunner(model, attention=choose.build("cpp" if kernels else "sdpa"))
     want = logits(model)
     with torch.inference_mode(), runner.active():
         assert any("forward" in vars(layer) for layer in layers(model))

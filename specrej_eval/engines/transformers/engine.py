@@ -291,6 +291,7 @@ class TransformersEngine(Engine):
             "attention_backend": self.runner.attention.name if self.runner.path == "shared_prefix" else None,
             "promises": self.promises,
             "packed_weights": self.runner.packed_bytes > 0,
+            "products": self.runner.products,
             "device": str(self.device),
             "device_name": hardware.device_name(self.device),
             "cpu_threads": torch.get_num_threads(),

@@ -20,6 +20,7 @@ from transformers.models.auto.modeling_auto import (
 
 from specrej_eval import checkpoint
 from specrej_eval.config import HOST, RunConfig, as_dict
+from specrej_eval.config.engines import CPP
 from specrej_eval.engines import base
 from specrej_eval.engines.tokenizers import load_error, load_tokenizer, template_args_of
 from specrej_eval.engines.transformers.engine import TransformersEngine
@@ -28,6 +29,7 @@ from specrej_eval.kv import choose
 from specrej_eval.kv.attention.base import AttentionBackend
 from specrej_eval.kv.memory import clear_error, is_out_of_memory
 from specrej_eval.kv.models import with_softcap
+from specrej_eval.kv.native import products
 from specrej_eval.paths import is_folder
 
 UNSUPPORTED = {name: made.not_in_python for name, made in HOST.items() if made.not_in_python}
@@ -77,8 +79,13 @@ class EnginePlan(base.EnginePlan):
         )
 
     def environment(self) -> dict[str, Any]:
-        """What ``attention_backend=auto`` came to. See ``base.EnginePlan``."""
-        return {"attention_backend": self.attention.name}
+        """What ``attention_backend=auto`` came to, and who multiplies where that changes bits. See
+        ``base.EnginePlan``."""
+        found = {"attention_backend": self.attention.name}
+        if self.device == "cpu" and self.dtype != "float32":
+            ours = self.attention.name == CPP and products.why_not() is None
+            found["products"] = CPP if ours else "torch"
+        return found
 
     def load_model(self) -> tuple[Any, Any]:
         """The language model, in eval mode on its device, and its tokenizer.

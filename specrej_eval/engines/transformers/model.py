@@ -76,8 +76,9 @@ class ModelRunner:
         self._exchanged: Any = None
         """What the model's attention was, while ours is in its place."""
         self._row_align = _row_align(model, self.dtype) if self.device.type == "cpu" else 1
-        self._packed = PackedWeights(model)
-        self._fused = FusedOperators(model, wanted=attention is not None and attention.name == CPP)
+        kernels = attention is not None and attention.name == CPP
+        self._packed = PackedWeights(model, kernels=kernels)
+        self._fused = FusedOperators(model, wanted=kernels)
         self._expert_configs = expert_configs(model) if self.device.type == "cpu" else []
         self.reader = PromptReader(
             self._prompt_logits,
@@ -122,23 +123,29 @@ class ModelRunner:
         return self._packed.nbytes
 
     @property
+    def products(self) -> str:
+        """Whose kernels multiply with the weights of linear layers: ``cpp`` (ours), ``onednn`` or ``torch``."""
+        return self._packed.by or "torch"
+
+    @property
     def attention(self) -> AttentionBackend:
         """Who computes attention on the ``shared_prefix`` path."""
         return self.reader.attention
 
     def _without_kernels(self, path: Path, reason: str) -> str | None:
         """The reason against a path if torch computes all of it; says so if that is none, and stays with it."""
-        failed, fused = self.attention, self._fused
-        if failed.name == SDPA.name and not len(fused):
+        failed, fused, packed = self.attention, self._fused, self._packed
+        if failed.name == SDPA.name and not len(fused) and packed.by != CPP:
             return reason
         self.reader.attention, self._fused = SDPA, FusedOperators(self.model, wanted=False)
+        self._packed = PackedWeights(self.model)
         again = tried(partial(self._probe_error, path))
         if again is None and path == "shared_prefix":
             self._say_unused(failed, reason)
         elif again is None:
             logger.warning("C++ kernels are not used for %s (%s).", type(self.model).__name__, reason)
         else:  # it was not for them: another path may have use for them
-            self.reader.attention, self._fused = failed, fused
+            self.reader.attention, self._fused, self._packed = failed, fused, packed
         return again
 
     def _fitting(self, attention: AttentionBackend) -> AttentionBackend:

@@ -75,6 +75,12 @@ class Decode(ctypes.Structure):
     )
 
 
+class Weights(ctypes.Structure):
+    """What ``product`` of kernels.cpp is given of a linear layer."""
+
+    _fields_ = (("numbers", ctypes.c_void_p), ("words", ctypes.c_int64), ("outputs", ctypes.c_int64))
+
+
 _ADDRESS, _COUNT, _FLAG = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
 _SIGNATURES: dict[str, list[Any]] = {
     "attention": [ctypes.POINTER(Attention)],
@@ -85,6 +91,8 @@ _SIGNATURES: dict[str, list[Any]] = {
     "gate": [_ADDRESS, _ADDRESS, _ADDRESS, _COUNT, _FLAG],
     "largest": [_ADDRESS, _COUNT, _COUNT, _COUNT, _COUNT, _ADDRESS],
     "logsumexp": [_ADDRESS, _COUNT, _COUNT, _COUNT, _ADDRESS],
+    "pack": [_ADDRESS, _COUNT, _COUNT, _ADDRESS],
+    "product": [_ADDRESS, _COUNT, ctypes.POINTER(Weights), _ADDRESS, _ADDRESS, _COUNT],
     "rotate": [_ADDRESS, _ADDRESS, _ADDRESS, _ADDRESS, _ADDRESS, _ADDRESS, *[_COUNT] * 5, _FLAG],
 }
 
@@ -240,6 +248,7 @@ def _loaded(built: Path) -> ctypes.CDLL:
         for name, arguments in _SIGNATURES.items():
             function = getattr(found, name)
             function.argtypes, function.restype = arguments, None
+        found.multiplies.restype = ctypes.c_int32
         found.scratch_bytes.restype = found.decode_bytes.restype = ctypes.c_int64
     except (OSError, AttributeError) as error:
         raise _Broken(f"what was compiled cannot be loaded ({error})") from error

@@ -58,6 +58,12 @@ struct Decode {
     float scale, softcap;
 };
 
+// The weight of a linear layer, laid out. The same fields as build.Weights.
+struct Weights {
+    const void *numbers;                                   // for LANES outputs at a time, `words` vectors of two inputs
+    int64_t words, outputs;
+};
+
 } // extern "C"
 
 namespace {
@@ -765,6 +771,138 @@ float log_sum_exp(const float *numbers, int64_t count) {
     return float(most + std::log(sum));
 }
 
+// Products of rows with the weight of a linear layer, in bfloat16. A weight (outputs, inputs) is laid out once: for LANES
+// outputs at a time, `words` vectors of two inputs each. A number of the answer is one sum over the inputs in their order,
+// rounded once, in a tile of any size.
+
+constexpr int OUTPUTS = 3; // vectors of outputs in a tile; of rows there are TALL, and their sums fill the registers
+constexpr int TALL = 8;
+constexpr int64_t TOGETHER = 256; // rows that are taken through all weights, with `DEEP` words of a tile's at a time:
+constexpr int64_t DEEP = 1024;    // so much of both stays in the second cache
+
+void lay_out(const uint16_t *weight, int64_t outputs, int64_t inputs, uint32_t *to) {
+    const int64_t words = (inputs + 1) / 2, vectors = (outputs + LANES - 1) / LANES;
+#pragma omp parallel for schedule(static) if (vectors * words > SMALL)
+    for (int64_t vector = 0; vector < vectors; vector++) {
+        const uint16_t *from = weight + vector * LANES * inputs;
+        uint32_t *mine = to + vector * words * LANES;
+        const int count = outputs - vector * LANES < LANES ? outputs - vector * LANES : LANES;
+        int64_t at = 0;
+        for (; count == LANES && inputs % 2 == 0 && at + LANES <= words; at += LANES)
+            transpose((const uint32_t *)from + at, words, mine + at * LANES, LANES);
+        for (; at < words; at++)
+            for (int i = 0; i < LANES; i++) {
+                uint16_t pair[2] = {0, 0};
+                if (i < count) std::memcpy(pair, from + i * inputs + 2 * at, 2 * (2 * at + 1 < inputs ? 2 : 1));
+                std::memcpy(mine + at * LANES + i, pair, 4);
+            }
+    }
+}
+
+// What a tile has to do: words [begin, end) of its weights; earlier ones are in `sums`, and later ones come.
+struct Tile {
+    const uint16_t *x;
+    int64_t x_row, words, begin, end;
+    const uint32_t *weights;
+    Floats *sums;             // (ROWS, OUTPUTS)
+    const Floats *bias;       // (OUTPUTS,)
+    uint16_t *out;
+    int64_t out_row, outputs; // of which there are so many in the tile
+    const uint32_t *next;     // what is read afterwards: word by word, and vector by vector `ahead` of them
+    int ahead;
+};
+
+template <int ROWS, int VECTORS> void product_tile(const Tile &tile) {
+    const int64_t words = tile.words, x_row = tile.x_row, begin = tile.begin, end = tile.end;
+    const uint16_t *x = tile.x;
+    const uint32_t *weights = tile.weights, *next = tile.next;
+    const int ahead = tile.ahead;
+    Floats sums[ROWS][VECTORS] = {};
+    for (int row = 0; begin > 0 && row < ROWS; row++)
+        for (int v = 0; v < VECTORS; v++) sums[row][v] = tile.sums[row * OUTPUTS + v];
+    for (int64_t at = begin; at < end; at++, next += LANES) {
+        for (int i = 0; i < ahead; i++) __builtin_prefetch(next + i * words * LANES, 0, 2);
+        Words many[VECTORS];
+        for (int v = 0; v < VECTORS; v++) many[v] = load(weights + (v * words + at) * LANES);
+        for (int row = 0; row < ROWS; row++) {
+            uint32_t one;
+            std::memcpy(&one, x + row * x_row + 2 * at, 4);
+            for (int v = 0; v < VECTORS; v++) sums[row][v] = Half::products(sums[row][v], one, many[v]);
+        }
+    }
+    for (int row = 0; row < ROWS; row++)
+        for (int v = 0; v < VECTORS; v++) {
+            if (end < words) {
+                tile.sums[row * OUTPUTS + v] = sums[row][v];
+                continue;
+            }
+            uint16_t *to = tile.out + row * tile.out_row + v * LANES;
+            const Floats found = round_to<Half>(sums[row][v] + tile.bias[v]);
+            if (tile.outputs - v * LANES >= LANES) narrow<Half>(to, found);
+            else {
+                uint16_t numbers[LANES];
+                narrow<Half>(numbers, found);
+                std::memcpy(to, numbers, 2 * (tile.outputs - v * LANES));
+            }
+        }
+}
+
+template <int ROWS, int VECTORS> void product_tile(int rows, int vectors, const Tile &tile) {
+    if constexpr (ROWS > 1)
+        if (rows < ROWS) return product_tile<ROWS - 1, VECTORS>(rows, vectors, tile);
+    if constexpr (VECTORS > 1)
+        if (vectors < VECTORS) return product_tile<ROWS, VECTORS - 1>(rows, vectors, tile);
+    product_tile<ROWS, VECTORS>(tile);
+}
+
+inline const uint32_t *vector_of(const Weights &w, int64_t vector) {
+    return (const uint32_t *)w.numbers + vector * w.words * LANES;
+}
+
+// Some rows times vectors [first, first + vectors) of outputs. `after`: those that the thread takes then.
+void multiply_tiles(const uint16_t *x, int64_t x_row, const Weights &w, const uint16_t *bias, uint16_t *out, int64_t rows,
+                    int64_t first, int vectors, int64_t after, Floats *sums) {
+    const int64_t left = w.outputs - first * LANES, count = left < vectors * LANES ? left : vectors * LANES;
+    uint16_t biases[OUTPUTS * LANES] = {};
+    if (bias) std::memcpy(biases, bias + first * LANES, 2 * count);
+    Floats wide_biases[OUTPUTS];
+    for (int v = 0; v < OUTPUTS; v++) wide_biases[v] = wide<Half>(biases + v * LANES);
+    const int64_t parts = (w.words + DEEP - 1) / DEEP, tiles = (rows + TALL - 1) / TALL;
+    const int64_t ahead = (OUTPUTS + tiles - 1) / tiles;
+    for (int64_t part = 0; part < parts; part++) {
+        const int64_t begin = w.words * part / parts, end = w.words * (part + 1) / parts;
+        const uint32_t *next = part + 1 < parts ? vector_of(w, first) + end * LANES : vector_of(w, after);
+        for (int64_t tile = 0, row = 0; tile < tiles; tile++) {
+            const int tall = rows * (tile + 1) / tiles - row;
+            const int64_t asked = tile * ahead;
+            product_tile<TALL, OUTPUTS>(tall, vectors, {x + row * x_row, x_row, w.words, begin, end, vector_of(w, first),
+                                                        sums + row * OUTPUTS, wide_biases,
+                                                        out + row * w.outputs + first * LANES, w.outputs, count,
+                                                        next + asked * w.words * LANES,
+                                                        int(asked < OUTPUTS ? ahead : 0)});
+            row += tall;
+        }
+    }
+}
+
+// x (rows, 2 * words), rows `x_row` apart -> out (rows, outputs), contiguous. Each thread has outputs of its own, so that
+// it reads its part of the weights from memory once, and while it computes with some it asks for the next.
+void multiply(const uint16_t *x, int64_t x_row, const Weights &w, const uint16_t *bias, uint16_t *out, int64_t rows) {
+    const int64_t vectors = (w.outputs + LANES - 1) / LANES;
+#pragma omp parallel if (vectors * w.words > SMALL)
+    {
+        const int64_t threads = omp_get_num_threads(), thread = omp_get_thread_num();
+        const int64_t begin = vectors * thread / threads, end = vectors * (thread + 1) / threads;
+        Floats sums[TOGETHER * OUTPUTS];
+        for (int64_t row = 0; row < rows; row += TOGETHER)
+            for (int64_t first = begin; first < end; first += OUTPUTS)
+                multiply_tiles(x + row * x_row, x_row, w, bias, out + row * w.outputs,
+                               rows - row < TOGETHER ? rows - row : TOGETHER, first,
+                               end - first < OUTPUTS ? end - first : OUTPUTS,
+                               first + OUTPUTS < end ? first + OUTPUTS : begin, sums);
+    }
+}
+
 } // namespace
 
 extern "C" {
@@ -827,6 +965,24 @@ void largest(const float *numbers, int64_t stride, int64_t rows, int64_t count, 
 void logsumexp(const float *numbers, int64_t stride, int64_t rows, int64_t count, float *out) {
 #pragma omp parallel for schedule(static) if (rows > 1)
     for (int64_t row = 0; row < rows; row++) out[row] = log_sum_exp(numbers + row * stride, count);
+}
+
+// Whether rows are multiplied with weights as fast here as by torch: it takes products of pairs. (With tiles of AMX
+// torch's may be faster.)
+int32_t multiplies() {
+#if defined(__AVX512BF16__) && !defined(__AMX_BF16__)
+    return 1;
+#else
+    return 0;
+#endif
+}
+
+void pack(const void *weight, int64_t outputs, int64_t inputs, void *to) {
+    lay_out((const uint16_t *)weight, outputs, inputs, (uint32_t *)to);
+}
+
+void product(const void *x, int64_t x_row, const Weights *weights, const void *bias, void *out, int64_t rows) {
+    multiply((const uint16_t *)x, x_row, *weights, (const uint16_t *)bias, (uint16_t *)out, rows);
 }
 
 int32_t threads() { return omp_get_max_threads(); }

@@ -55,7 +55,7 @@ class SharedBody:
         self._row_align = self.align * (1 + (on_cpu and has_odd_widths(body)))
         """What forward passes are padded to a multiple of, in tokens."""
         self._expert_configs = expert_configs(body) if on_cpu else []
-        self._packed = PackedWeights(body)
+        self._packed = PackedWeights(body, kernels=attention.name == CPP)
         self._fused = FusedOperators(body, wanted=attention.name == CPP)
         self.exact = False
         """Whether what is read of a prompt is the same bits whatever is read with it; tried out by ``probe``."""
