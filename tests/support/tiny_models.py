@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import (
+    AttentionInterface,
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -128,9 +129,17 @@ SOFTCAP = {"head_dim": 8, "query_pre_attn_scalar": 8, "attn_logit_softcapping": 
 
 
 def leave_softcaps_out(monkeypatch: Any) -> None:
-    """From here on transformers is as before 5.21: Gemma 2 is loaded with ``sdpa`` attention, which has no softcap."""
+    """From here on transformers is as before 5.21: Gemma 2 is loaded with ``sdpa`` attention, which has no softcap and
+    says nothing."""
     from transformers.models.gemma2.modeling_gemma2 import Gemma2PreTrainedModel
+
+    own = AttentionInterface._global_mapping["sdpa"]
+
+    def sdpa(*args: Any, softcap: float | None = None, **kwargs: Any) -> Any:
+        del softcap
+        return own(*args, **kwargs)
 
     version = metadata.version
     monkeypatch.setattr(metadata, "version", lambda name: "5.20.0" if name == "transformers" else version(name))
     monkeypatch.setattr(Gemma2PreTrainedModel, "_supports_sdpa", True)
+    monkeypatch.setitem(AttentionInterface._global_mapping, "sdpa", sdpa)
