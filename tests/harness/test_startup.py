@@ -72,8 +72,8 @@ class Environment:
         )
 
     def output(self, *python: object, env: dict[str, str] | None = None, quiet: bool = True) -> str:
-        """What `python ...` prints; it must succeed, and say on stderr what it says without us (old ``requests`` warn of
-        new ``chardet``), nothing else."""
+        """What `python ...` prints; it must succeed, and say on stderr what it says without us, nothing else (old
+        ``requests`` warn of new ``chardet``)."""
         done = self.run(self.bin / "python", *python, env=env)
         assert done.returncode == 0, done.stderr
         if quiet and done.stderr:
