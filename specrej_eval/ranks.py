@@ -220,6 +220,22 @@ def check_seen(started: int, seen: int, *, command: str) -> None:
         )
 
 
+@contextlib.contextmanager
+def asking_accelerate(started: int, *, command: str) -> Iterator[None]:
+    """Where accelerate first looks at the processes. Of a WORLD_SIZE that no launcher has set newer releases see one
+    process; older ones, and all of them on a CPU that they are told to take, miss the others' address.
+
+    Raises:
+        ConfigError: they miss it (see ``check_seen``).
+    """
+    try:
+        yield
+    except ValueError as error:
+        if "MASTER_ADDR" in str(error):
+            check_seen(started, 1, command=command)
+        raise
+
+
 def watch(rank: int, world_size: int) -> Watch | None:
     """Watch the ranks of the process group there is; None for a single process, or where there is no group.
 

@@ -43,7 +43,7 @@ from specrej_eval.forecast import duration
 from specrej_eval.in_flight import Request
 from specrej_eval.options import add_options
 from specrej_eval.paths import below
-from specrej_eval.ranks import Watch, check_seen, started
+from specrej_eval.ranks import Watch, asking_accelerate, check_seen, started
 from specrej_eval.ranks import watch as watch_ranks
 from specrej_eval.records import parts
 from specrej_eval.records.answers import Answer, RunRecord
@@ -411,11 +411,8 @@ def _ranks(device: str | None) -> Ranks:
     import torch
     from accelerate import PartialState
 
-    try:
+    with asking_accelerate(started(), command="specrej_eval run"):
         state = PartialState(cpu=device == "cpu" or not torch.cuda.is_available())
-    except ValueError:  # no address of the others: whatever has set WORLD_SIZE, it was no launcher
-        check_seen(started(), 1, command="specrej_eval run")
-        raise
     check_seen(started(), state.num_processes, command="specrej_eval run")
     watch = watch_ranks(state.process_index, state.num_processes)
     return Ranks(state.process_index, state.num_processes, state.local_process_index, state, watch)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib import metadata
@@ -11,6 +12,8 @@ import torch
 from packaging.version import Version
 
 from specrej_eval.kv import shared_prefix
+
+logger = logging.getLogger(__name__)
 
 
 def obstacle(model: Any) -> str | None:
@@ -25,14 +28,25 @@ def obstacle(model: Any) -> str | None:
     return None
 
 
-def with_softcap(model: Any) -> Any:
+def with_softcap(model: Any, *, asked: bool = False) -> Any:
     """The model, with attention that heeds its softcap (Gemma 2): before 5.21 transformers takes ``sdpa``, which leaves
-    it out and gives other logits; ``eager`` does not, and is taken from 5.21 on."""
+    it out and gives other logits; ``eager`` does not, and is taken from 5.21 on.
+
+    Args:
+        asked: whether the user has named the attention: then a warning says that it is another.
+    """
     text_config = model.config.get_text_config(decoder=True)
     capped = getattr(text_config, "attn_logit_softcapping", None) is not None
-    old = Version(metadata.version("transformers")) < Version("5.21.0.dev0")
-    if capped and old and text_config._attn_implementation == "sdpa":
+    version = metadata.version("transformers")
+    if capped and Version(version) < Version("5.21.0.dev0") and text_config._attn_implementation == "sdpa":
         model.set_attn_implementation("eager")
+        logger.log(
+            logging.WARNING if asked else logging.INFO,
+            "The sdpa attention of transformers %s leaves out the softcap of %s, which gives other logits: eager "
+            "attention is taken instead.",
+            version,
+            text_config.model_type,
+        )
     return model
 
 

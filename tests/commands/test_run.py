@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 from arithmetic import distinct_problems, question
 from support import reward_servers as servers
-from support.rank_runs import numbers, records
+from support.rank_runs import free_port, numbers, records
 
 from specrej_eval import cli
 from specrej_eval.commands.run import split
@@ -333,8 +333,10 @@ def test_two_processes_write_the_archive_of_one(
     assert run("--prompts", prompts, "--output", one, *words) == 0
     assert run("--prompts", prompts, "--output", two, *words, "--limit", "2") == 0
     accelerate = str(Path(sys.executable).with_name("accelerate"))
-    # with --cpu, accelerate starts one process whatever num_processes says; --multi_gpu starts them without a GPU too
-    launcher = (accelerate, "launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0")
+    # with --cpu, accelerate starts one process whatever num_processes says; --multi_gpu starts them without a GPU too;
+    # its older releases do not look for a port of their own where they are given 0
+    port = ("--main_process_port", str(free_port()))
+    launcher = (accelerate, "launch", "--multi_gpu", "--num_processes", "2", *port)
     done = specrej_eval("--prompts", prompts, "--output", two, *words, launcher=launcher)
     assert done.returncode == 0, done.stderr
     assert without_costs(open_run(two)[1]) == without_costs(open_run(one)[1])

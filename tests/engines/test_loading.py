@@ -13,8 +13,10 @@ import pytest
 import torch
 from support.tiny_models import (
     CHAT_TEMPLATE,
+    SOFTCAP,
     SPECIAL_TOKENS,
     VOCAB_SIZE,
+    leave_softcaps_out,
     save,
     tiny_causal_lm,
     tiny_config,
@@ -115,6 +117,20 @@ def test_subfolder_tokenizer_and_attention_reach_transformers(model: PreTrainedM
     assert tokenizer.chat_template == "other"
     assert loaded.config._attn_implementation == "eager"
     assert torch.allclose(logits(loaded), logits(model), atol=1e-4)
+
+
+@pytest.mark.parametrize("attention", [None, "sdpa", "eager"])
+def test_a_softcap_is_heeded_whatever_attention_is_asked_for(
+    attention: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    capped = tiny_causal_lm("gemma2", **SOFTCAP)
+    folder = save(capped, tiny_tokenizer(), tmp_path / "gemma2")
+    leave_softcaps_out(monkeypatch)
+    loaded, _ = load(folder, attn_implementation=attention)
+    assert torch.equal(logits(loaded), logits(capped))
+    assert caplog.text.count("leaves out the softcap of gemma2") == (attention == "sdpa")
+    loaded.set_attn_implementation("sdpa")
+    assert not torch.allclose(logits(loaded), logits(capped), atol=1e-2)
 
 
 def test_a_tokenizer_object_is_taken_as_it_is(folder: Path) -> None:

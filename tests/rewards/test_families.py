@@ -18,7 +18,7 @@ from support import GOLDEN
 from support.published import PUBLISHED
 from support.reward_checkpoints import CASES, HELLO, QUESTION, TEXTS, Case, build, ids_of, llama3_tokenizer, read
 from support.rewards import check_reward, make_reward
-from support.tiny_models import save, tiny_reward_model, tiny_tokenizer
+from support.tiny_models import SOFTCAP, leave_softcaps_out, save, tiny_reward_model, tiny_tokenizer
 
 from specrej_eval.cli import main
 from specrej_eval.config import RunConfig
@@ -520,6 +520,32 @@ def test_plain_classifiers_score_as_transformers_own_classes_do(arch: str, tmp_p
     reward = make_reward(RunConfig(pretrained="x", reward_model=str(folder)), device="cpu")
     assert reward.score(HELLO, rows(*TEXTS)) == pytest.approx(expected, rel=1e-5, abs=1e-5)
     assert max(expected) - min(expected) > 1e-3
+
+
+@pytest.mark.parametrize("kind", ["classifier", "value head"])
+def test_a_softcap_that_old_transformers_leave_out_is_heeded(
+    kind: str, folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of bodies that transformers loads with their head, and of bodies that get a head of ours."""
+    folder = tmp_path / "gemma2"
+    if kind == "classifier":
+        save(tiny_reward_model("gemma2", **SOFTCAP), tiny_tokenizer(), folder)
+    else:
+        config = json.loads((shutil.copytree(folders["grm-linear"], folder) / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**config, **SOFTCAP}))
+
+    def load() -> CheckpointReward:
+        reward = make_reward(RunConfig(pretrained="x", reward_model=str(folder)), device="cpu")
+        assert isinstance(reward, CheckpointReward)
+        return reward
+
+    expected = load().score(HELLO, rows(*TEXTS))
+    leave_softcaps_out(monkeypatch)
+    reward = load()
+    assert reward.score(HELLO, rows(*TEXTS)) == expected
+    reward.body.set_attn_implementation("sdpa")
+    wrong = reward.score(HELLO, rows(*TEXTS))
+    assert max(abs(one - other) for one, other in zip(wrong, expected, strict=True)) > 1e-2
 
 
 # the listing

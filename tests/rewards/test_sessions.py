@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from contextlib import closing
 from typing import Any
 
@@ -343,6 +344,18 @@ def test_a_probe_that_differs_is_not_trusted(monkeypatch: pytest.MonkeyPatch, ca
     session = reward.open(CONVERSATION)
     assert read(reward, session, views("one")) == length(reward, "one")
     assert "hidden states differ by 5.0e-01" in caplog.text
+
+
+def test_hidden_states_that_are_no_numbers_are_not_trusted(monkeypatch: pytest.MonkeyPatch) -> None:
+    body = SharedBody(make_reward("llama", "bytes").body)
+    extend = SharedBody.extend
+
+    def broken(self: SharedBody, parts: Any) -> list[tuple[torch.Tensor, ...]]:
+        return [(*rows[:-1], rows[-1] * math.nan) for rows in extend(self, parts)]
+
+    assert body.probe() is None
+    monkeypatch.setattr(SharedBody, "extend", broken)
+    assert body.probe() == "hidden states differ by nan"
 
 
 def test_a_window_that_never_arrives_is_not_trusted() -> None:

@@ -301,13 +301,13 @@ def worst_error(seen: list[Seen], reference: Reference, *, causal: bool = True) 
     for item in sorted(seen, key=lambda item: -len(item.tokens)):
         whole = next((end for end in ends if causal and list(end[: len(item.tokens)]) == item.tokens), None)
         ends.setdefault(whole or tuple(item.tokens), []).append(item)
-    error = largest = 0.0
+    error = largest = torch.zeros(())
     for whole, items in ends.items():
         want = reference(whole)
-        largest = max(largest, float(want.abs().max()))
+        largest = torch.maximum(largest, want.abs().max())
         for item in items:
-            error = max(error, float((item.logits - want[len(item.tokens) - 1]).abs().max()))
-    return error / largest
+            error = torch.maximum(error, (item.logits - want[len(item.tokens) - 1]).abs().max())  # a NaN stays
+    return float(error / largest)
 
 
 def skip_unless_known(arch: Architecture) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import traceback
 from collections.abc import Collection
 from typing import Any
@@ -42,7 +43,8 @@ class MemoryRunsOut(TorchDispatchMode):
 
 def where() -> str:
     """The innermost line of the package on the stack, as ``engine/groups.py:drop``."""
-    for frame, _ in reversed(list(traceback.walk_stack(None))[::-1]):
+    # from a frame of our own: by itself ``walk_stack`` leaves out four, and older torch has fewer between
+    for frame, _ in traceback.walk_stack(sys._getframe(1)):
         name = frame.f_code.co_filename
         if name.startswith(PACKAGE):
             return f"{name[len(PACKAGE) + 1 :]}:{frame.f_code.co_name}:{frame.f_lineno}"

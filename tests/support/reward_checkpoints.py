@@ -19,6 +19,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from torch import Tensor
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from specrej_eval.kv.models import with_softcap
+
 LLAMA3 = ("<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "[PAD]")
 LLAMA3_TEMPLATE = (
     "{% for message in messages %}{% set content = '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n'"
@@ -154,7 +156,7 @@ def body_of(folder: Path, *, kind: str | None = None, prefix: str = "model.") ->
     model = AutoModel.from_config(AutoConfig.for_model(kind or config["model_type"], **settings), dtype=torch.float32)
     own = {key.removeprefix(prefix): value.float() for key, value in tensors.items() if key.startswith(prefix)}
     model.load_state_dict(own)
-    return model.eval()
+    return with_softcap(model.eval())
 
 
 @torch.no_grad()

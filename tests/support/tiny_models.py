@@ -5,18 +5,22 @@ folder = save(tiny_causal_lm("llama"), tiny_tokenizer(), tmp_path / "policy")
 
 from __future__ import annotations
 
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import (
+    AttentionInterface,
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
+
+from specrej_eval.kv.models import with_softcap
 
 SPECIAL_TOKENS = ("<pad>", "<bos>", "<eos>", "<|turn|>", "<|end|>")
 PAD, BOS, EOS, TURN, END = range(5)
@@ -108,6 +112,7 @@ def _scaled(auto_class: Any, config: Any, seed: int) -> PreTrainedModel:
             for parameter in model.parameters():
                 if parameter.dim() > 1:
                     parameter.normal_(std=0.3)
+    with_softcap(model)  # as when we load it
     return model.eval()
 
 
@@ -117,3 +122,24 @@ def save(model: PreTrainedModel | None, tokenizer: PreTrainedTokenizerFast | Non
         if part is not None:
             part.save_pretrained(folder)
     return folder
+
+
+SOFTCAP = {"head_dim": 8, "query_pre_attn_scalar": 8, "attn_logit_softcapping": 1.0}
+"""Of a Gemma 2 that shows it in every number."""
+
+
+def leave_softcaps_out(monkeypatch: Any) -> None:
+    """From here on transformers is as before 5.21: Gemma 2 is loaded with ``sdpa`` attention, which has no softcap and
+    says nothing."""
+    from transformers.models.gemma2.modeling_gemma2 import Gemma2PreTrainedModel
+
+    own = AttentionInterface._global_mapping["sdpa"]
+
+    def sdpa(*args: Any, softcap: float | None = None, **kwargs: Any) -> Any:
+        del softcap
+        return own(*args, **kwargs)
+
+    version = metadata.version
+    monkeypatch.setattr(metadata, "version", lambda name: "5.20.0" if name == "transformers" else version(name))
+    monkeypatch.setattr(Gemma2PreTrainedModel, "_supports_sdpa", True)
+    monkeypatch.setitem(AttentionInterface._global_mapping, "sdpa", sdpa)

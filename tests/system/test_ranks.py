@@ -417,8 +417,18 @@ def test_a_run_that_went_well_never_ends_with_an_abort(tmp_path: Path, counted: 
     counted("processes ended while their watch was busy", processes)
 
 
-@pytest.mark.parametrize("command", ["run", "lm-eval"])
-def test_a_world_of_which_accelerate_sees_one_process_is_refused(command: str, tmp_path: Path) -> None:
+ON_A_CPU = {"ACCELERATE_USE_CPU": "true"}
+"""Accelerate then takes WORLD_SIZE at its word, as its older releases do by themselves, and misses an address."""
+
+
+@pytest.mark.parametrize(
+    ("command", "told"),
+    [("run", {}), ("lm-eval", {}), pytest.param("lm-eval", ON_A_CPU, marks=pytest.mark.full)],
+    ids=["run", "lm-eval", "lm-eval-on-a-cpu"],
+)
+def test_a_world_of_which_accelerate_sees_one_process_is_refused(
+    command: str, told: dict[str, str], tmp_path: Path
+) -> None:
     """WORLD_SIZE left in the environment, or a launcher that accelerate does not know: each would answer everything."""
     (tmp_path / "prompts.json").write_text(json.dumps(PROMPTS[:2]))
     words = {
@@ -434,7 +444,7 @@ def test_a_world_of_which_accelerate_sees_one_process_is_refused(command: str, t
     done = subprocess.run(
         [sys.executable, "-m", "specrej_eval", command, *words[command]],
         cwd=tmp_path,
-        env={**here, "WORLD_SIZE": "2"},
+        env={**here, **told, "WORLD_SIZE": "2"},
         capture_output=True,
         text=True,
     )

@@ -116,6 +116,7 @@ class EnginePlan(base.EnginePlan):
 def engine_of_model(plan: base.EnginePlan, model: Any, tokenizer: Any, **text: Any) -> TransformersEngine:
     """The engine over a model that somebody else has loaded by ``plan``; ``text`` as in ``TransformersEngine``."""
     assert isinstance(plan, EnginePlan)
+    model = with_softcap(model, asked=plan.config.attn_implementation is not None)
     return TransformersEngine(model, tokenizer, attention=plan.attention, **text)
 
 
@@ -196,7 +197,7 @@ def _load_model(plan: EnginePlan, shared: Mapping[str, Any]) -> Any:
             "they would be random.",
             hint="a shard is missing, or the checkpoint was saved without its language-model head.",
         )
-    return model if config.attn_implementation else with_softcap(model)
+    return with_softcap(model, asked=config.attn_implementation is not None)
 
 
 def _placed(model: Any, device: str, name: str) -> Any:

@@ -62,8 +62,8 @@ class SpecRejLM(HFLM):
     ``batch_size`` is the number of prompts decoded at the same time; results never depend on it. lm-eval passes its
     own ``--batch_size`` (1 unless you say otherwise), so: in ``--model_args`` it means what it says, 1 included; as
     ``--batch_size`` 1 counts as not given, and so does ``auto``, our own default. Log-likelihood requests take
-    lm-eval's ``--batch_size`` as they would with ``--model hf``, whose numbers they reproduce; the reward model has no
-    part in them.
+    lm-eval's ``--batch_size`` as they would with ``--model hf``, whose numbers they reproduce (but those of Gemma 2 on
+    transformers before 5.21, which leaves out its softcap there); the reward model has no part in them.
 
     ``max_gen_toks`` holds for tasks that set none of their own; ``--gen_kwargs max_gen_toks=...`` overrides those too.
 
@@ -116,14 +116,15 @@ class SpecRejLM(HFLM):
         if started > 1 and "LOCAL_RANK" in os.environ and plan.engine.device == "cpu":
             # torchrun alone: without this, accelerate takes every rank on a CPU for the only one
             os.environ.setdefault("ACCELERATE_USE_CPU", "true")
-        super().__init__(
-            pretrained=plan.engine.name if loaded is None else loaded,
-            device=plan.engine.device,
-            dtype=plan.engine.dtype,
-            trust_remote_code=config.trust_remote_code,
-            batch_size=host_batch_size,
-            **host,
-        )
+        with ranks.asking_accelerate(started, command="lm_eval"):
+            super().__init__(
+                pretrained=plan.engine.name if loaded is None else loaded,
+                device=plan.engine.device,
+                dtype=plan.engine.dtype,
+                trust_remote_code=config.trust_remote_code,
+                batch_size=host_batch_size,
+                **host,
+            )
         if hasattr(self, "accelerator"):  # HFLM leaves CPU ranks at 0 of 1, and takes the local index for the rank
             self._rank = self.accelerator.process_index
             self._world_size = self.accelerator.num_processes

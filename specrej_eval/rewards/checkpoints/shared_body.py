@@ -153,16 +153,16 @@ class SharedBody:
             Largest error and largest value of the last hidden states.
         """
         prompts = self._probe_prompts()
-        error = largest = 0.0
+        error = largest = torch.zeros((), device=self.device)
         found = self._probe_looks(prompts)
         for place, (shared, first, stay, second) in enumerate(prompts):
             for row, (got_first, got_second) in enumerate(zip(*found[place], strict=True)):
                 whole = [*shared, *first[row]], [*shared, *first[row][: stay[row]], *second[row]]
                 for got, ids in zip((got_first, got_second), whole, strict=True):
                     want = self.body(input_ids=torch.tensor([ids], device=self.device), use_cache=False)[0][0, -1]
-                    error = max(error, float((got[-1] - want).abs().max()))
-                    largest = max(largest, float(want.abs().max()))
-        return error, largest
+                    error = torch.maximum(error, (got[-1] - want).abs().max())  # unlike ``max``, it keeps a NaN
+                    largest = torch.maximum(largest, want.abs().max())
+        return float(error), float(largest)
 
     def _company(self) -> str | None:
         prompts = self._probe_prompts()

@@ -23,10 +23,12 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from support import TESTS
 from support.lm_eval_tasks import QUESTIONS, task
+from support.tiny_models import SOFTCAP, leave_softcaps_out, save, tiny_causal_lm
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from specrej_eval import demo
 from specrej_eval.core import prompt_hash
+from specrej_eval.engines.transformers.engine import TransformersEngine
 from specrej_eval.errors import ConfigError, PromptError
 from specrej_eval.harness.lm_eval.model import BestOfNLM, SpecRejLM
 
@@ -440,6 +442,22 @@ def test_log_likelihoods_are_hflms_bit_for_bit_with_one_warning(tiny: str, warni
     for name in ("choices", "rolling"):
         assert answers(ours, name) == answers(theirs, name)
     assert len([message for message in warnings if "reward model is not used" in message]) == 1
+
+
+@pytest.mark.parametrize("given", ["name", "object"])
+def test_a_softcap_that_hflm_leaves_out_is_heeded(given: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    capped = tiny_causal_lm("gemma2", vocab_size=VOCAB_SIZE, **SOFTCAP)
+    folder = str(save(capped, build_tokenizer(), tmp_path / "gemma2"))
+    leave_softcaps_out(monkeypatch)
+    theirs = HFLM(pretrained=folder, device="cpu").model
+    lm = make(folder) if given == "name" else make(folder, pretrained=theirs, tokenizer=build_tokenizer())
+    engine = lm.generator.engine
+    assert isinstance(engine, TransformersEngine) and engine.runner.path == "shared_prefix"
+    ids = torch.tensor([[70, 80, 90, 100]])
+    want = capped(ids).logits
+    assert torch.equal(lm.model(ids).logits, want)
+    theirs.set_attn_implementation("sdpa")
+    assert not torch.allclose(theirs(ids).logits, want, atol=1e-2)
 
 
 # model_args
