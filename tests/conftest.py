@@ -26,6 +26,7 @@ if not list(Path("/dev").glob("nvidia[0-9]*")):
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from support import FULL
+from support.lm_eval_package import with_few_tasks
 
 # derandomize: examples depend on the test alone; no deadline: two shared cores are no stop watch
 _ALWAYS = {"derandomize": True, "database": None, "deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
@@ -60,6 +61,21 @@ def temporary_files(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     os.environ.pop("TMPDIR")
     os.environ.update({} if before is None else {"TMPDIR": before})
     tempfile.tempdir = None
+
+
+@pytest.fixture(scope="session")
+def few_tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder for ``PYTHONPATH``: lm-eval finds fewer bundled tasks, which spares each process of it five seconds.
+    ``make test-slow`` has them all."""
+    folder = tmp_path_factory.mktemp("few_tasks")
+    return folder if FULL else with_few_tasks(folder)
+
+
+@pytest.fixture
+def few_tasks_here(few_tasks: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same for lm-eval in this process."""
+    if not FULL:
+        monkeypatch.setattr("lm_eval.tasks.manager.__file__", str(few_tasks / "lm_eval" / "tasks" / "manager.py"))
 
 
 @pytest.fixture(scope="module")

@@ -503,6 +503,7 @@ OF_LM_EVAL: list[tuple[Callable[[Path], list[str]], str]] = [
 """lm-eval reads all of its tasks for these."""
 
 
+@pytest.mark.usefixtures("few_tasks_here")
 @pytest.mark.parametrize(
     "words, told",
     [*REFUSED, *(pytest.param(*each, marks=pytest.mark.slow) for each in OF_LM_EVAL)],

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from support import ROOT
+from support.caches import own_cache
 
 HANG = 60
 """Seconds after which a process that should have ended counts as one that hangs, on however busy a machine."""
@@ -60,7 +61,7 @@ def start(words: Sequence[str], *, ranks: int, cwd: Path) -> list[subprocess.Pop
             "OMP_NUM_THREADS": "1",
             "PYTHONPATH": os.pathsep.join(map(str, (watching.parent, ROOT, ROOT / "autoload"))),
             "HF_HOME": str(cwd / f"hf{rank}"),
-            "XDG_CACHE_HOME": str(cwd / "cache"),
+            "XDG_CACHE_HOME": own_cache(cwd / "cache"),
             "SPECREJ_TEST_OPENS": str(cwd),
         }
         # to files: a full pipe would stop a process that nobody reads from

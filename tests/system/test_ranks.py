@@ -17,7 +17,8 @@ from pathlib import Path
 
 import pytest
 from arithmetic import distinct_problems, question
-from support import FULL
+from support import FULL, forked
+from support.caches import own_cache
 from support.rank_runs import HANG, ROOT, finish, free_port, lines, numbers, opened, records, start, stop, wait_for
 
 from specrej_eval import cli
@@ -59,7 +60,7 @@ def lm_eval_words(folder: Path) -> tuple[list[str], Callable[[int], Path]]:
 def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Digests of these tests' files are none of the user's."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        patch.setenv("XDG_CACHE_HOME", own_cache(tmp_path_factory.mktemp("cache")))
         yield
 
 
@@ -417,6 +418,7 @@ def test_a_run_that_went_well_never_ends_with_an_abort(tmp_path: Path, counted: 
     counted("processes ended while their watch was busy", processes)
 
 
+@pytest.mark.usefixtures("few_tasks_here")
 @pytest.mark.parametrize("command", ["run", "lm-eval"])
 def test_a_world_of_which_accelerate_sees_one_process_is_refused(command: str, tmp_path: Path) -> None:
     """WORLD_SIZE left in the environment, or a launcher that accelerate does not know: each would answer everything."""
@@ -430,14 +432,9 @@ def test_a_world_of_which_accelerate_sees_one_process_is_refused(command: str, t
     files = {"dataset_kwargs": {"data_files": {"test": str(tmp_path / "data.jsonl")}}, "doc_to_text": "q"}
     (tmp_path / "data.jsonl").write_text('{"q": "1 + 1 =", "a": "2"}\n')
     (tmp_path / "tasks" / "tiny.yaml").write_text(json.dumps({**task, **files, "doc_to_target": "a"}))
-    here = {name: value for name, value in os.environ.items() if name not in ("RANK", "LOCAL_RANK", "MASTER_ADDR")}
-    done = subprocess.run(
-        [sys.executable, "-m", "specrej_eval", command, *words[command]],
-        cwd=tmp_path,
-        env={**here, "WORLD_SIZE": "2"},
-        capture_output=True,
-        text=True,
-    )
+    assert not {"RANK", "LOCAL_RANK", "MASTER_ADDR"} & os.environ.keys()
+    argv = ["specrej-eval", command, *words[command]]
+    done = forked.output(lambda: cli.main(argv[1:]), folder=tmp_path, env={"WORLD_SIZE": "2"}, argv=argv)
     assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
     assert "2 processes were started (WORLD_SIZE), but to accelerate this is the only one" in done.stderr
     assert "or unset WORLD_SIZE" in done.stderr and not (tmp_path / "out").exists()
@@ -445,8 +442,8 @@ def test_a_world_of_which_accelerate_sees_one_process_is_refused(command: str, t
 
 def test_a_limit_ends_all_ranks_at_a_requests_boundary_and_one_process_goes_on(tmp_path: Path) -> None:
     words, _ = run_words(tmp_path, FEW)
-    processes = start([*words, "--max_decode_tokens", "300"], ranks=2, cwd=tmp_path)
-    assert [process.wait(timeout=800) for process in processes] == [75, 75], (tmp_path / "errors0").read_text()[-3000:]
+    codes = forked.together(lambda: cli.main([*words[2:], "--max_decode_tokens", "300"]), 2, said=tmp_path)
+    assert codes == [75, 75], (tmp_path / "errors0").read_text()[-3000:]
     for rank in range(2):
         assert "this is not the result of the whole run" in (tmp_path / f"errors{rank}").read_text()
     store = OutputsFolder(tmp_path / "out")
@@ -457,6 +454,6 @@ def test_a_limit_ends_all_ranks_at_a_requests_boundary_and_one_process_goes_on(t
     assert 2 <= some < len(FEW)
     told = "\n".join(status.lines(tmp_path / "out"))
     assert f"{some} of {len(FEW)} answers" in told and told.count("dead") == 2
-    finish(start(words, ranks=1, cwd=tmp_path), cwd=tmp_path)
+    assert cli.main(words[2:]) == 0
     record = OutputsFolder(tmp_path / "out").record()
     assert record is not None and record.complete and record.num_prompts == len(FEW) and not record.stopped

@@ -30,10 +30,12 @@ Measured = Callable[[str, float], None]
 pytestmark = pytest.mark.usefixtures("ctrl_c_is_not_ignored")
 
 
-def start(*words: str, cwd: Path, ready: Callable[[], bool]) -> subprocess.Popen[str]:
+def start(
+    *words: str, cwd: Path, ready: Callable[[], bool], few_tasks: Path | None = None
+) -> subprocess.Popen[str]:
     """A process, once it is ready to be stopped."""
     # the checkout's own startup module, whatever is installed
-    path = f"{ROOT}{os.pathsep}{ROOT / 'autoload'}"
+    path = os.pathsep.join(map(str, (*([few_tasks] if few_tasks else []), ROOT, ROOT / "autoload")))
     env = {**os.environ, "PYTHONPATH": path, "HF_HOME": str(cwd / "hf"), "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
         [sys.executable, *words], cwd=cwd, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -90,9 +92,11 @@ def test_sigterm_ends_a_run_with_its_answers_kept_and_told(
     assert "python -m specrej_eval run --prompts" in errors
 
 
-def test_ctrl_c_under_lm_eval_is_one_message(tmp_path: Path, counted: Counted, measured: Measured) -> None:
+def test_ctrl_c_under_lm_eval_is_one_message(
+    tmp_path: Path, few_tasks: Path, counted: Counted, measured: Measured
+) -> None:
     journal = tmp_path / "run.jsonl"
-    process = start(*lm_eval_words(), cwd=tmp_path, ready=lambda: lines(journal) >= 4)
+    process = start(*lm_eval_words(), cwd=tmp_path, ready=lambda: lines(journal) >= 4, few_tasks=few_tasks)
     errors, seconds = stop(process, signal.SIGINT)
     counted("signals sent", 1)
     assert process.returncode == 130

@@ -18,6 +18,7 @@ import pytest
 from lm_eval.loggers import EvaluationTracker
 from lm_eval.tasks import TaskManager
 from support import reward_servers as servers
+from support.lm_eval_package import first_on_path
 from support.lm_eval_tasks import task
 
 from specrej_eval import paths
@@ -115,7 +116,7 @@ def test_nothing_that_simple_evaluate_keeps_holds_a_secret(
 @pytest.mark.slow
 @pytest.mark.parametrize("where", ["line", pytest.param("file", marks=pytest.mark.full)])
 def test_nothing_that_the_command_prints_or_writes_holds_a_secret(
-    where: str, judge: servers.Server, own_folder: Path
+    where: str, judge: servers.Server, own_folder: Path, few_tasks: Path
 ) -> None:
     given = ",".join(f"{name}={value}" for name, value in arguments(judge).items())
     words = ["-m", "lm_eval", "run", "--tasks", "specrej_arithmetic", "--include_path", str(paths.folder("tasks"))]
@@ -128,7 +129,8 @@ def test_nothing_that_the_command_prints_or_writes_holds_a_secret(
         outside = own_folder.parent / f"{own_folder.name}.yaml"
         outside.write_text(f"model: specrej\nmodel_args:\n{lines}")
         words += ["--config", str(outside)]
-    env = {**os.environ, "LMEVAL_LOG_LEVEL": "DEBUG", "LM_HARNESS_CACHE_PATH": str(own_folder / "requests")}
+    env = {**os.environ, **first_on_path(few_tasks)}
+    env |= {"LMEVAL_LOG_LEVEL": "DEBUG", "LM_HARNESS_CACHE_PATH": str(own_folder / "requests")}
     done = subprocess.run([sys.executable, *words], env=env, capture_output=True, text=True, timeout=250, check=False)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     assert "exact_match" in done.stdout and "specrej (" in done.stdout and "token" in done.stdout

@@ -1,0 +1,39 @@
+"""The command ``lm_eval``: in a forked process that has imported everything already, and in one of its own in full."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import lm_eval.__main__
+import lm_eval.tasks.manager
+from support import FULL, forked
+
+from specrej_eval.harness.lm_eval import command
+
+OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+
+
+def lm_eval_command(*words: str, cwd: Path, few_tasks: Path) -> str:
+    """Run it offline, on the CPU, with one thread; what it prints.
+
+    Args:
+        few_tasks: the fixture.
+    """
+    if FULL:
+        env = {**os.environ, **OFFLINE, "HF_HOME": str(cwd / "hf")}
+        argv = [sys.executable, "-m", "lm_eval", *words]
+        done = subprocess.run(argv, cwd=cwd, env=env, capture_output=True, text=True, timeout=250, check=False)
+    else:
+
+        def work() -> None:
+            lm_eval.tasks.manager.__file__ = str(few_tasks / "lm_eval" / "tasks" / "manager.py")
+            lm_eval.evaluator.add_env_info = lambda results: None  # it asks pip for all installed packages
+            command.wrap_command(lm_eval.__main__)
+            lm_eval.__main__.cli_evaluate()
+
+        done = forked.output(work, folder=cwd, env=OFFLINE, argv=["lm_eval", *words])
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    return done.stdout
