@@ -77,14 +77,31 @@ class Killed:
 
 
 def kill_one(
-    words: list[str], kept: Callable[[int], Path], *, victim: int, ranks: int, after: int, cwd: Path
+    words: list[str],
+    kept: Callable[[int], Path],
+    *,
+    victim: int,
+    ranks: int,
+    after: int,
+    cwd: Path,
+    itself: bool = False,
 ) -> Killed:
-    """Start ranks, kill one; the others must end by themselves, and not with 0."""
-    processes = start(words, ranks=ranks, cwd=cwd)
+    """Start ranks, kill one; the others must end by themselves, and not with 0.
+
+    Args:
+        after: so many lines are kept by each.
+        itself: it is the victim that does it: where few prompts are left, who watches on a busy machine is too late.
+    """
+    others = [kept(rank) for rank in range(ranks) if rank != victim]
+    dies = {victim: (after, kept(victim), *others)} if itself else None
+    processes = start(words, ranks=ranks, cwd=cwd, dies=dies)
     found = Killed(cwd, victim)
     try:
-        wait_for(lambda: all(lines(kept(rank)) >= after for rank in range(ranks)), processes, cwd=cwd)
-        processes[victim].send_signal(signal.SIGKILL)
+        if itself:
+            assert processes[victim].wait(timeout=600) == -signal.SIGKILL, (cwd / f"errors{victim}").read_text()[-3000:]
+        else:
+            wait_for(lambda: all(lines(kept(rank)) >= after for rank in range(ranks)), processes, cwd=cwd)
+            processes[victim].send_signal(signal.SIGKILL)
         began = time.monotonic()
         for rank, process in enumerate(processes):
             process.wait(timeout=HANG)
@@ -123,7 +140,7 @@ def check(killed: Killed, counted: Counted, measured: Measured) -> None:
 def killed(tmp_path_factory: pytest.TempPathFactory) -> Killed:
     folder = tmp_path_factory.mktemp("killed")
     words, kept = run_words(folder, FEW)
-    return kill_one(words, kept, victim=1, ranks=2, after=1, cwd=folder)
+    return kill_one(words, kept, victim=1, ranks=2, after=1, cwd=folder, itself=True)
 
 
 def test_a_dead_rank_is_named_by_the_other(killed: Killed, counted: Counted, measured: Measured) -> None:
