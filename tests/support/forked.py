@@ -96,6 +96,10 @@ def output(
             os.dup2(os.open(said / name, os.O_WRONLY | os.O_CREAT), number)
             setattr(sys, name, os.fdopen(number, "w", buffering=1))
         logging.root.handlers.clear()  # pytest's
+        for name in logging.root.manager.loggerDict:
+            for handler in logging.getLogger(name).handlers:
+                if type(handler) is logging.StreamHandler:
+                    handler.setStream(sys.stderr)
         PartialState._reset_state()  # of whatever this test process has used accelerate for
         os.chdir(folder)
         sys.argv = list(argv)

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import lm_eval.__main__
 import lm_eval.tasks.manager
-from support import FULL, forked
 
 from specrej_eval.harness.lm_eval import command
+from support import FULL, forked
 
 OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
 

@@ -57,7 +57,7 @@ def lm_eval_words(folder: Path) -> tuple[list[str], Callable[[int], Path]]:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+def cache_of_ones_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Digests of these tests' files are none of the user's."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", own_cache(tmp_path_factory.mktemp("cache")))

@@ -30,9 +30,7 @@ Measured = Callable[[str, float], None]
 pytestmark = pytest.mark.usefixtures("ctrl_c_is_not_ignored")
 
 
-def start(
-    *words: str, cwd: Path, ready: Callable[[], bool], few_tasks: Path | None = None
-) -> subprocess.Popen[str]:
+def start(*words: str, cwd: Path, ready: Callable[[], bool], few_tasks: Path | None = None) -> subprocess.Popen[str]:
     """A process, once it is ready to be stopped."""
     # the checkout's own startup module, whatever is installed
     path = os.pathsep.join(map(str, (*([few_tasks] if few_tasks else []), ROOT, ROOT / "autoload")))

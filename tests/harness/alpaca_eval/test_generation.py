@@ -629,7 +629,8 @@ def test_the_bare_literal_command_with_alpaca_evals_own_data_and_judge(tmp_path:
     )
     # a chain of sums is longer than "I do not know", so the judge prefers it
     assert table.loc[name, "win_rate"] == pytest.approx(90, abs=0.1)
-    assert table.loc[name, "n_total"] == len(instructions) and len(table) > 100, "the public leaderboard's rows are shown beside it"
+    assert table.loc[name, "n_total"] == len(instructions)
+    assert len(table) > 100, "the public leaderboard's rows are shown beside it"
     assert name in done.stdout and "length_controlled_winrate" in done.stdout
     assert package_digest() == before, "alpaca_eval's installed files were written to"
 

@@ -731,9 +731,7 @@ def test_the_digest_is_the_same_in_another_process(tmp_path: Path, monkeypatch: 
         "    print(digest_of(annotators.PairwiseAnnotator(annotators_config=name), {}))"
     )
     monkeypatch.setenv("OPENAI_BASE_URL", "x")
-    here = [
-        alpaca_eval_cache.digest_of(annotators.PairwiseAnnotator(annotators_config=name), {}) for name in judges
-    ]
+    here = [alpaca_eval_cache.digest_of(annotators.PairwiseAnnotator(annotators_config=name), {}) for name in judges]
     assert python(program, tmp_path, {"PYTHONHASHSEED": "1"}).split() == here and len(set(here)) == 3
 
 

