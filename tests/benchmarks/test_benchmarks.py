@@ -179,7 +179,7 @@ def test_the_ablation_ends_where_ours_begins(written: Callable[..., Any]) -> Non
         assert [one["reward"] for one in ours] == pytest.approx([ours[0]["reward"]] * 3, abs=1e-4)
 
 
-@pytest.mark.slow
+@pytest.mark.full  # test_peers_... has processes of peers in `make test`, and what follows the comparison of engines
 def test_engines_do_the_same_work_and_vllm_is_left_out_by_name_without_its_python(
     written: Callable[..., Any], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -6,25 +6,25 @@ import math
 import os
 import signal
 import socket
-import subprocess
 import sys
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
 import pytest
-from support import ROOT, toy
 from support import decoding_servers as servers
+from support import forked, toy
 from support.decoding_servers import draws
 from support.engine_contract import CHECKS, Subject, log_probs_are_the_models_own
 from support.engine_runs import HashReward
 from support.tiny_models import EOS, save, tiny_causal_lm, tiny_tokenizer
 from urllib3.connection import HTTPConnection
 
+from specrej_eval import cli, stopping
 from specrej_eval import http as _http
 from specrej_eval.config import RunConfig
 from specrej_eval.core import GenerationResult, RowView, TokenStat
@@ -537,27 +537,34 @@ def test_a_signal_leaves_no_pause(number: signal.Signals, ends: bool, folder: Pa
     (tmp_path / "prompts.json").write_text('[{"instruction": "a"}]')
     with running("vllm") as server:
         given = {**arguments(server, folder), "reward_model": "slow:score", "batch_size": 1}
-        command = [sys.executable, "-m", "specrej_eval", "run", "--prompts", "prompts.json", "--output", "out"]
+        command = ["run", "--prompts", "prompts.json", "--output", "out"]
         command += [word for name, value in given.items() for word in (f"--{name}", str(value))]
-        path = os.pathsep.join([str(tmp_path), str(ROOT), os.environ.get("PYTHONPATH", "")])
-        options: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-        environment = {**os.environ, "PYTHONPATH": path}
-        with subprocess.Popen(command, cwd=tmp_path, env=environment, **options) as process:
-            assert process.stdout is not None
-            too_long = threading.Timer(60, process.kill)
-            too_long.start()
-            try:
-                lines = []
-                for line in process.stdout:
+        reader, writer = os.pipe()
+
+        def work() -> int:
+            os.dup2(writer, 1)
+            sys.stdout = os.fdopen(1, "w", buffering=1)
+            os.chdir(tmp_path)
+            sys.path.insert(0, str(tmp_path))
+            sys.argv = ["specrej-eval", *command]
+            stopping.PATIENCE = 0.5
+            return cli.main()
+
+        pid = forked.start(work)
+        os.close(writer)
+        try:
+            lines = []
+            with os.fdopen(reader) as said:
+                for line in said:
                     lines.append(line)
                     if "scoring" in line and server.paused:
                         break
                 assert server.paused, "".join(lines)
-                process.send_signal(number)
-                assert process.wait(30) == 128 + number
-            finally:
-                too_long.cancel()
-                process.kill()  # else a failure waits for its end here, however long that takes
+                os.kill(pid, number)
+                assert forked.ended(pid) == 128 + number
+        finally:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
         assert not server.paused
 
 

@@ -82,12 +82,13 @@ def start(work: Callable[[], Any], *, moments: Moments | None = None, env: dict[
         os._exit(code)
 
 
-def output(
-    work: Callable[[], Any], *, folder: Path, env: dict[str, str] | None = None, argv: Sequence[str] = ()
-) -> subprocess.CompletedProcess[str]:
-    """What a command says and how it ends: ``work`` in a working folder of its own, as a new process finds it.
+def speaking(
+    work: Callable[[], Any], *, said: Path, folder: Path, env: dict[str, str] | None = None, argv: Sequence[str] = ()
+) -> int:
+    """As ``start``, in a working folder of its own, as a command finds it.
 
     Args:
+        said: a folder for ``stdout`` and ``stderr``.
         argv: what ``sys.argv`` is there.
     """
 
@@ -114,9 +115,16 @@ def output(
             sys.stdout.flush()
             sys.stderr.flush()
 
+    return start(alone, env=env)
+
+
+def output(
+    work: Callable[[], Any], *, folder: Path, env: dict[str, str] | None = None, argv: Sequence[str] = ()
+) -> subprocess.CompletedProcess[str]:
+    """What a command says and how it ends; see ``speaking``."""
     with tempfile.TemporaryDirectory() as made:
         said = Path(made)
-        code = ended(start(alone, env=env))
+        code = ended(speaking(work, said=said, folder=folder, env=env, argv=argv))
         return subprocess.CompletedProcess(argv, code, *((said / name).read_text() for name in ("stdout", "stderr")))
 
 
