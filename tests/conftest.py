@@ -44,8 +44,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         items.sort(key=lambda item: item.path not in slow)
 
 
-def pytest_collection_finish() -> None:
-    """What is imported by now stays: each ``gc.collect()``, as after memory ran out, need not go through it again."""
+@pytest.fixture(scope="module", autouse=True)
+def what_is_alive_stays() -> None:
+    """What was imported and kept by now: no ``gc.collect()``, as after memory ran out, need go through it again."""
     gc.collect()
     gc.freeze()
 

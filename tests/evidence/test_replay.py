@@ -59,7 +59,7 @@ def test_scoring_between_looks_changes_no_answer_and_no_cost(pool: list[Generati
             assert [tokens for tokens, _ in row.look_scores or []] == list(range(1, row.num_tokens + 1))
 
 
-@pytest.mark.parametrize("alpha", [0.1, 0.5, 0.9])
+@pytest.mark.parametrize("alpha", [pytest.param(0.1, marks=pytest.mark.full), 0.5, 0.9])
 @pytest.mark.parametrize("n", [5, 12])
 def test_a_replay_keeps_the_rows_and_gives_the_answers_of_the_real_engine(
     pool: list[GenerationResult], alpha: float, n: int

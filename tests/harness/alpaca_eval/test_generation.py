@@ -209,14 +209,14 @@ def test_models_are_loaded_once_for_all_chunks_and_both_strategies(
     original = api.RunPlan.load
     monkeypatch.setattr(alpaca_eval_decoder, "_loaded", {})
     monkeypatch.setattr(api.RunPlan, "load", lambda *args, **options: loads.append(args) or original(*args, **options))
-    dataset(tmp_path)
+    dataset(tmp_path, INSTRUCTIONS[:4])
     evaluate(config(tmp_path), chunksize=2)
     bon = config(tmp_path, "bon", fn_completions="specrej_best_of_n")
     evaluate(config(tmp_path, "spr2"), reference_model_configs=bon, chunksize=3)
     assert len(loads) == 1
     assert [row["output"] for row in outputs(tmp_path, "spr2")] == [row["output"] for row in outputs(tmp_path)]
     reference = OutputsFolder(tmp_path / "results" / "spr2", prefix="specrej_reference")
-    assert [item.instruction for item in reference.answers()] == INSTRUCTIONS
+    assert [item.instruction for item in reference.answers()] == INSTRUCTIONS[:4]
     assert {item.resolved["strategy"] for item in reference.answers()} == {"best_of_n"}
     assert {row["generator"] for row in outputs(tmp_path, "spr2", "reference_outputs.json")} == {"bon"}
 
