@@ -30,7 +30,7 @@ from specrej_eval.records import jsonl
 from specrej_eval.records.outputs import OutputsFolder
 
 GRID = ("--alpha", "0.5", "--n", "2,4", "--seeds", "0,1", "--device", "cpu")
-TASK = ("--tasks", "specrej_arithmetic", "--limit", "4", "--resamples", "500")
+TASK = ("--tasks", "specrej_arithmetic", "--limit", "5", "--resamples", "500")
 TASK_ARGUMENTS = (*TASK, *GRID)
 
 
@@ -73,7 +73,7 @@ def best_row(result: dict[str, Any]) -> dict[str, Any]:
 
 
 METHODS = ("bo2", "bo4", "spr_n2_a0.5", "spr_n4_a0.5")
-PROBLEMS = 4
+PROBLEMS = 5
 
 
 def answers_of(problems: int) -> list[str]:
