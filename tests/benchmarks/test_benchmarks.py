@@ -164,7 +164,8 @@ def test_memory_beyond_the_formula_fails_the_run(
 
 
 def test_the_ablation_ends_where_ours_begins(written: Callable[..., Any]) -> None:
-    words = ["--dtype", "float32", "--rows", "8", "--looks", "2", "4", "8", "--prompt_tokens", "900", "--pairs", "2"]
+    words = ["--dtype", "float32", "--rows", "8", "--looks", "2", "4", "8"]
+    words += ["--prompt_tokens", *(["900", "--pairs", "2"] if FULL else ["300"])]
     result, _ = written("specrej_vs_reference", *words)
     assert result["largest_score_difference"] < 1e-4
     names = list(result["variants"])

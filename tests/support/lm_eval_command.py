@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import lm_eval.__main__
 import lm_eval.evaluator
@@ -36,17 +38,19 @@ def work(few_tasks: Path) -> None:
     lm_eval.__main__.cli_evaluate()
 
 
-def lm_eval_command(*words: str, cwd: Path, few_tasks: Path) -> str:
-    """Run it offline, on the CPU, with one thread; what it prints.
+def lm_eval_command(
+    *words: str, cwd: Path, few_tasks: Path, env: Mapping[str, str] = MappingProxyType({})
+) -> subprocess.CompletedProcess[str]:
+    """Run it offline, on the CPU, with one thread; what it says. It must succeed.
 
     Args:
         few_tasks: the fixture.
     """
     if FULL:
-        env = {**os.environ, **OFFLINE, "HF_HOME": str(cwd / "hf")}
+        whole = {**os.environ, **OFFLINE, "HF_HOME": str(cwd / "hf"), **env}
         argv = [sys.executable, "-m", "lm_eval", *words]
-        done = subprocess.run(argv, cwd=cwd, env=env, capture_output=True, text=True, timeout=250, check=False)
+        done = subprocess.run(argv, cwd=cwd, env=whole, capture_output=True, text=True, timeout=250, check=False)
     else:
-        done = forked.output(lambda: work(few_tasks), folder=cwd, env=OFFLINE, argv=[*ARGV, *words])
+        done = forked.output(lambda: work(few_tasks), folder=cwd, env={**OFFLINE, **env}, argv=[*ARGV, *words])
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    return done.stdout
+    return done

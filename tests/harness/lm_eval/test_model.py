@@ -628,7 +628,7 @@ def test_stock_gsm8k_offline_from_the_command_line(tmp_path: Path, few_tasks: Pa
         datasets.Dataset.from_list(rows).to_parquet(data / "main" / f"{split}.parquet")
     words = ["--model", "specrej", "--model_args", "alpha=0.5,n=4,max_gen_toks=32", "--tasks", "gsm8k", "--limit", "3"]
     words += ["--output_path", "out", "--log_samples"]
-    printed = lm_eval_command(*words, cwd=tmp_path, few_tasks=few_tasks)
+    printed = lm_eval_command(*words, cwd=tmp_path, few_tasks=few_tasks).stdout
     assert "strict-match" in printed and "flexible-extract" in printed
     results, samples = output(tmp_path / "out")
     assert len(samples) == 6  # three documents, two filters

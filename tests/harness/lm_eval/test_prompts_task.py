@@ -240,7 +240,7 @@ def test_the_command_and_its_report(
     capsys.readouterr()
     words = ["--model", "specrej", "--tasks", TASK, "--include_path", "tasks", "--metadata", metadata]
     words += ["--model_args", "n=4,max_gen_toks=40", "--apply_chat_template", "--log_samples", "--output_path", "out"]
-    printed = lm_eval_command(*words, cwd=tmp_path, few_tasks=few_tasks)
+    printed = lm_eval_command(*words, cwd=tmp_path, few_tasks=few_tasks).stdout
     assert "reward" in printed and "answer_tokens" in printed
     (path,) = (tmp_path / "out").rglob("results_*.json")
     scores = json.loads(path.read_text())["results"][TASK]
