@@ -35,13 +35,17 @@ settings.register_profile("full", max_examples=1000, **_ALWAYS)
 settings.load_profile("full" if FULL else "fast")
 
 
+LONG = ("test_chat_templates.py", "test_generator.py", "test_repairs.py")
+"""Files of ten seconds and more, beside those with tests that are marked slow or full."""
+
+
 @pytest.hookimpl(tryfirst=True)  # before -m takes tests away
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files with slow tests first, so that with several processes no long one is left for the end (needs
-    ``--no-loadscope-reorder``: xdist would begin with the files of the most tests, which are short ones)."""
+    """Long files first, so that with several processes none is left for the end (needs ``--no-loadscope-reorder``:
+    xdist would begin with the files of the most tests, which are short ones)."""
     if "PYTEST_XDIST_WORKER" in os.environ:
-        slow = {item.path for item in items if any(map(item.get_closest_marker, ("slow", "full")))}
-        items.sort(key=lambda item: item.path not in slow)
+        long = {item.path for item in items if any(map(item.get_closest_marker, ("slow", "full")))}
+        items.sort(key=lambda item: item.path not in long and item.path.name not in LONG)
 
 
 @pytest.fixture(scope="module", autouse=True)
