@@ -52,7 +52,7 @@ def runs(fence: Fence) -> bool:
     return not fence.note.startswith("not run: ")
 
 
-ALWAYS = (ROOT / "README.md", ROOT / "docs/arguments.md")
+ALWAYS = ROOT / "README.md"
 WITH_CODE = [page for page in PAGES if any(runs(fence) for fence in fences(page))]
 
 
@@ -95,9 +95,9 @@ def short(code: str) -> str:
 @pytest.mark.parametrize(
     "page",
     [
-        pytest.param(page, marks=[] if page in ALWAYS else [pytest.mark.full])
+        pytest.param(page, marks=[] if page == ALWAYS else [pytest.mark.full])
         for page in WITH_CODE
-        if FULL or page in ALWAYS
+        if FULL or page == ALWAYS
     ],
     ids=lambda page: str(page.relative_to(ROOT)),
 )

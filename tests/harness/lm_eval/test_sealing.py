@@ -110,8 +110,7 @@ def test_nothing_that_simple_evaluate_keeps_holds_a_secret(
     assert "***" in str(results["config"]["model_args"]) and "Initializing specrej" in caplog.text
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("where", ["line", pytest.param("file", marks=pytest.mark.full)])
+@pytest.mark.parametrize("where", ["line", "file"])
 def test_nothing_that_the_command_prints_or_writes_holds_a_secret(
     where: str, judge: servers.Server, own_folder: Path, few_tasks: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
