@@ -26,6 +26,7 @@ if not list(Path("/dev").glob("nvidia[0-9]*")):
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from support import FULL
+from support.lm_eval_package import with_few_tasks
 
 # derandomize: examples depend on the test alone; no deadline: two shared cores are no stop watch
 _ALWAYS = {"derandomize": True, "database": None, "deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
@@ -34,17 +35,22 @@ settings.register_profile("full", max_examples=1000, **_ALWAYS)
 settings.load_profile("full" if FULL else "fast")
 
 
+LONG = ("test_chat_templates.py", "test_generator.py", "test_repairs.py")
+"""Files of ten seconds and more, beside those with tests that are marked slow or full."""
+
+
 @pytest.hookimpl(tryfirst=True)  # before -m takes tests away
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files with slow tests first, so that with several processes no long one is left for the end (needs
-    ``--no-loadscope-reorder``: xdist would begin with the files of the most tests, which are short ones)."""
+    """Long files first, so that with several processes none is left for the end (needs ``--no-loadscope-reorder``:
+    xdist would begin with the files of the most tests, which are short ones)."""
     if "PYTEST_XDIST_WORKER" in os.environ:
-        slow = {item.path for item in items if any(map(item.get_closest_marker, ("slow", "full")))}
-        items.sort(key=lambda item: item.path not in slow)
+        long = {item.path for item in items if any(map(item.get_closest_marker, ("slow", "full")))}
+        items.sort(key=lambda item: item.path not in long and item.path.name not in LONG)
 
 
-def pytest_collection_finish() -> None:
-    """What is imported by now stays: each ``gc.collect()``, as after memory ran out, need not go through it again."""
+@pytest.fixture(scope="module", autouse=True)
+def what_is_alive_stays() -> None:
+    """What was imported and kept by now: no ``gc.collect()``, as after memory ran out, need go through it again."""
     gc.collect()
     gc.freeze()
 
@@ -60,6 +66,21 @@ def temporary_files(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     os.environ.pop("TMPDIR")
     os.environ.update({} if before is None else {"TMPDIR": before})
     tempfile.tempdir = None
+
+
+@pytest.fixture(scope="session")
+def few_tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder for ``PYTHONPATH``: lm-eval finds fewer bundled tasks, which spares each process of it five seconds.
+    ``make test-slow`` has them all."""
+    folder = tmp_path_factory.mktemp("few_tasks")
+    return folder if FULL else with_few_tasks(folder)
+
+
+@pytest.fixture
+def few_tasks_here(few_tasks: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same for lm-eval in this process."""
+    if not FULL:
+        monkeypatch.setattr("lm_eval.tasks.manager.__file__", str(few_tasks / "lm_eval" / "tasks" / "manager.py"))
 
 
 @pytest.fixture(scope="module")

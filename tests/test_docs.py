@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import pytest
 from support import FULL, ROOT
+from support.lm_eval_package import first_on_path
 
 PAGES = sorted(
     [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("*/README.md"), *ROOT.glob("specrej_eval/*/README.md")]
@@ -51,7 +52,7 @@ def runs(fence: Fence) -> bool:
     return not fence.note.startswith("not run: ")
 
 
-ALWAYS = (ROOT / "README.md", ROOT / "docs/arguments.md")
+ALWAYS = ROOT / "README.md"
 WITH_CODE = [page for page in PAGES if any(runs(fence) for fence in fences(page))]
 
 
@@ -94,18 +95,21 @@ def short(code: str) -> str:
 @pytest.mark.parametrize(
     "page",
     [
-        pytest.param(page, marks=[] if page in ALWAYS else [pytest.mark.full])
+        pytest.param(page, marks=[] if page == ALWAYS else [pytest.mark.full])
         for page in WITH_CODE
-        if FULL or page in ALWAYS
+        if FULL or page == ALWAYS
     ],
     ids=lambda page: str(page.relative_to(ROOT)),
 )
-def test_the_commands_of_a_page_run(page: Path, tmp_path: Path, counted: Callable[[str, int], None]) -> None:
+def test_the_commands_of_a_page_run(
+    page: Path, tmp_path: Path, few_tasks: Path, counted: Callable[[str, int], None]
+) -> None:
     for name in ("tasks", "model_configs"):
         shutil.copytree(ROOT / name, tmp_path / name)
     for name, content in FILES.items():
         (tmp_path / name).write_text(content)
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    environment |= first_on_path(few_tasks)
     number = 0
     for fence in filter(runs, fences(page)):
         if fence.language == "python":

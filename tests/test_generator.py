@@ -18,6 +18,7 @@ from specrej_eval.core import Ledger
 from specrej_eval.errors import ConfigError, PromptError, RewardError
 from specrej_eval.generator import Generator
 
+LENGTH = 32
 PROMPTS = ["Q: 39 + 16 + 60 = ?\nA:", "Q: 15 + 53 + 65 + 91 = ?\nA:", "Q: 27 + 72 = ?\nA:"]
 
 
@@ -28,7 +29,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def load(**args: Any) -> Generator:
-    return specrej_eval.load(**{"max_gen_toks": 48, "device": "cpu", **args})
+    return specrej_eval.load(**{"max_gen_toks": LENGTH, "device": "cpu", **args})
 
 
 def length_reward(conversation: list[dict[str, str]], responses: list[str]) -> list[float]:
@@ -83,7 +84,7 @@ def test_to_dict_is_strict_json_and_tells_everything() -> None:
 
 
 @pytest.mark.parametrize(
-    "budget", [{}, {"kv_budget_tokens": 5 * 48 + 30}], ids=["no budget", "five of sixteen rows fit"]
+    "budget", [{}, {"kv_budget_tokens": 5 * LENGTH + 30}], ids=["no budget", "five of sixteen rows fit"]
 )
 def test_alpha_zero_is_best_of_n_row_by_row(budget: dict[str, int]) -> None:
     zero = load(strategy="speculative_rejection", alpha=0.0, n=16, **budget).generate(PROMPTS, until="\n")

@@ -6,13 +6,12 @@ import gc
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+from support import forked
 from support.simulated import Process, make_generator, request
 from test_auditing import SUMS
 
@@ -162,25 +161,27 @@ def test_a_forecast_of_equal_prompts_is_exact_in_all_but_time() -> None:
 
 
 def test_status_of_a_run_that_runs_and_of_one_that_was_killed(tmp_path: Path) -> None:
-    run = [sys.executable, "-m", "specrej_eval", *words(tmp_path, "--n", "64", "--max_gen_toks", "250")]
+    run = words(tmp_path, "--n", "64", "--max_gen_toks", "250")
+    prompts = [*SUMS] * 10  # more than are answered before it is stopped, whatever the machine does
+    (tmp_path / "prompts.json").write_text(json.dumps(prompts))
     out = tmp_path / "out"
-    process = subprocess.Popen(run, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    pid = forked.start(lambda: cli.main(run))
     try:
         state = state_file(out / "specrej_outputs.jsonl")
         while (RunState.read(state) or RunState()).done < 1:
-            assert process.poll() is None, "it was to be killed before its end"
+            assert os.waitpid(pid, os.WNOHANG) == (0, 0), "it was to be killed before its end"
             time.sleep(0.05)
+        os.kill(pid, signal.SIGSTOP)
         told = "\n".join(status.lines(out))
-        assert "running" in told and f"of {len(SUMS)} answers" in told and f"process {process.pid}" in told
+        assert "running" in told and f"of {len(prompts)} answers" in told and f"process {pid}" in told
         assert "tokens/s" in told and "alive" in told
-        os.kill(process.pid, signal.SIGSTOP)  # so that it is killed before its end, whatever the machine does
     finally:
-        process.kill()
-        process.wait()
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
     told = "\n".join(status.lines(out))
     assert "ended before it was complete" in told and "dead" in told and "same command" in told
     again = OutputsFolder(out)
-    assert f"{len(again.answers())} of {len(SUMS)} answers" in told
+    assert f"{len(again.answers())} of {len(prompts)} answers" in told
 
 
 def test_status_of_a_journal_counts_what_is_there(tmp_path: Path) -> None:

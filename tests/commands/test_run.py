@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 from arithmetic import distinct_problems, question
+from support import FULL, forked
 from support import reward_servers as servers
 from support.rank_runs import free_port, numbers, records
 
@@ -327,18 +328,21 @@ def specrej_eval(*words: str, launcher: tuple[str, ...] = ()) -> subprocess.Comp
 def test_two_processes_write_the_archive_of_one(
     prompts: str, tmp_path: Path, counted: Callable[[str, int], None]
 ) -> None:
-    """Under accelerate's own launcher, bit by bit; what one process had answered before stays its."""
+    """Bit by bit, in full under accelerate's own launcher; what one process had answered before stays its."""
     one, two = str(tmp_path / "one"), str(tmp_path / "two")
     words = [*COMMON, "--logprobs", "true"]
     assert run("--prompts", prompts, "--output", one, *words) == 0
     assert run("--prompts", prompts, "--output", two, *words, "--limit", "2") == 0
-    accelerate = str(Path(sys.executable).with_name("accelerate"))
-    # with --cpu, accelerate starts one process whatever num_processes says; --multi_gpu starts them without a GPU too;
-    # its older releases do not look for a port of their own where they are given 0
-    port = ("--main_process_port", str(free_port()))
-    launcher = (accelerate, "launch", "--multi_gpu", "--num_processes", "2", *port)
-    done = specrej_eval("--prompts", prompts, "--output", two, *words, launcher=launcher)
-    assert done.returncode == 0, done.stderr
+    if FULL:
+        accelerate = str(Path(sys.executable).with_name("accelerate"))
+        # with --cpu, accelerate starts one process whatever num_processes says; --multi_gpu starts them without a GPU
+        # too; its older releases do not look for a port of their own where they are given 0
+        port = ("--main_process_port", str(free_port()))
+        launcher = (accelerate, "launch", "--multi_gpu", "--num_processes", "2", *port)
+        done = specrej_eval("--prompts", prompts, "--output", two, *words, launcher=launcher)
+        assert done.returncode == 0, done.stderr
+    else:
+        assert forked.together(lambda: run("--prompts", prompts, "--output", two, *words), 2) == [0, 0]
     assert without_costs(open_run(two)[1]) == without_costs(open_run(one)[1])
     assert not list(Path(two).glob("specrej_outputs_rank*"))
     rows = [len(path.read_text().splitlines()) - 1 for path in sorted(Path(two).glob("specrej_trajectories_rank*"))]
@@ -347,8 +351,9 @@ def test_two_processes_write_the_archive_of_one(
     counted("numbers of several processes compared bitwise with one's", numbers(records(Path(two))))
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_a_killed_run_goes_on_and_ends_with_the_same_answers(prompts: str, tmp_path: Path) -> None:
+    """As a process of its own; system/test_kills.py has the same at chosen moments, in `make test` too."""
     words = ["--prompts", prompts, *COMMON, "--batch_size", "1", "--n", "16"]
     whole, killed = str(tmp_path / "whole"), str(tmp_path / "killed")
     assert run(*words, "--output", whole) == 0

@@ -87,12 +87,14 @@ class Environment:
 
 
 @pytest.fixture(scope="session")
-def dependencies(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def dependencies(tmp_path_factory: pytest.TempPathFactory, few_tasks: Path) -> Path:
     """Links to every installed package but ours. Startup files below a path entry are not read."""
     folder = tmp_path_factory.mktemp("dependencies")
+    for path in few_tasks.iterdir():
+        (folder / path.name).symlink_to(path)
     for source in {Path(sysconfig.get_path(kind)) for kind in ("purelib", "platlib")}:
         for path in source.iterdir():
-            if not path.name.startswith(OURS) and path.suffix != ".pth":
+            if not path.name.startswith(OURS) and path.suffix != ".pth" and not (folder / path.name).exists():
                 (folder / path.name).symlink_to(path)
     return folder
 
@@ -382,8 +384,16 @@ LAUNCHERS = {
 }
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("launcher", ["torchrun", pytest.param("accelerate launch", marks=pytest.mark.full)])
+def test_a_launchers_processes_pass_the_hook(installed: Environment) -> None:
+    script = installed.folder / "registry.py"
+    script.write_text(REGISTRY + SHOW)
+    done = installed.run("python", "-m", *LAUNCHERS["torchrun"][:-1], script)
+    assert done.returncode == 0, done.stderr
+    assert {"hf", *NAMES} <= set(json.loads(done.stdout))
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_launchers_know_our_models(installed: Environment, tmp_path: Path, launcher: str) -> None:
     tasks = installed.output("-m", "specrej_eval", "path", "tasks").strip()
     # fmt: off

@@ -133,6 +133,8 @@ class Server:
     """By the number of the request, from 0."""
     dies_after: int | None = None
     """Tokens after which the server is gone; ``revive`` brings it back."""
+    dies_when: Callable[[], bool] = lambda: False
+    """Asked after each step: whether the server is gone now, before it decodes another token."""
     requests: list[dict[str, Any]] = field(default_factory=list)
     """Bodies of requests for tokens."""
     told: list[str] = field(default_factory=list)
@@ -166,7 +168,7 @@ class Server:
 
     def revive(self) -> None:
         with self.lock:
-            self.dead, self.paused, self.dies_after = False, False, None
+            self.dead, self.paused, self.dies_after, self.dies_when = False, False, None, lambda: False
 
     def kill(self) -> None:
         """All connections break; nothing that ran is there any more."""
@@ -207,7 +209,7 @@ class Server:
                     self._step(job)
                 self.lock.notify_all()
                 dies = self.dies_after is not None and self.decoded >= self.dies_after
-            if dies:
+            if dies or self.dies_when():
                 self.kill()
 
     def _step(self, job: Job) -> None:
@@ -231,6 +233,7 @@ class Server:
 
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # else what is sent in two parts takes 40 ms
     state: Server
 
     def log_message(self, *args: Any) -> None: ...

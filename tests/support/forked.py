@@ -6,14 +6,19 @@ A run survives a kill by what has reached the disk. So the moments that matter a
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import socket
+import subprocess
+import sys
+import tempfile
 import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -77,6 +82,52 @@ def start(work: Callable[[], Any], *, moments: Moments | None = None, env: dict[
         os._exit(code)
 
 
+def speaking(
+    work: Callable[[], Any], *, said: Path, folder: Path, env: dict[str, str] | None = None, argv: Sequence[str] = ()
+) -> int:
+    """As ``start``, in a working folder of its own, as a command finds it.
+
+    Args:
+        said: a folder for ``stdout`` and ``stderr``.
+        argv: what ``sys.argv`` is there.
+    """
+
+    def alone() -> Any:
+        for number, name in ((1, "stdout"), (2, "stderr")):
+            os.dup2(os.open(said / name, os.O_WRONLY | os.O_CREAT), number)
+            setattr(sys, name, os.fdopen(number, "w", buffering=1))
+        logging.root.handlers.clear()  # pytest's
+        for name in logging.root.manager.loggerDict:
+            for handler in logging.getLogger(name).handlers:
+                if type(handler) is logging.StreamHandler:
+                    handler.setStream(sys.stderr)
+        PartialState._reset_state()  # of whatever this test process has used accelerate for
+        os.chdir(folder)
+        sys.argv = list(argv)
+        try:
+            return work()
+        except SystemExit as ended:
+            return ended.code
+        except BaseException:
+            traceback.print_exc()
+            return 70
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+
+    return start(alone, env=env)
+
+
+def output(
+    work: Callable[[], Any], *, folder: Path, env: dict[str, str] | None = None, argv: Sequence[str] = ()
+) -> subprocess.CompletedProcess[str]:
+    """What a command says and how it ends; see ``speaking``."""
+    with tempfile.TemporaryDirectory() as made:
+        said = Path(made)
+        code = ended(speaking(work, said=said, folder=folder, env=env, argv=argv))
+        return subprocess.CompletedProcess(argv, code, *((said / name).read_text() for name in ("stdout", "stderr")))
+
+
 @contextmanager
 def living(work: Callable[[], object]) -> Iterator[int]:
     """A process that has done something, holds what came of it, and lives until the end of the block; its id."""
@@ -120,11 +171,14 @@ def killed(work: Callable[[], Any], place: int, *, torn: int = 0) -> bool:
     return code != 0
 
 
-def together(work: Callable[[], Any], ranks: int, *, killed_at: int | None = None) -> Sequence[int]:
+def together(
+    work: Callable[[], Any], ranks: int, *, killed_at: int | None = None, said: Path | None = None
+) -> Sequence[int]:
     """A run of several processes: their exit codes.
 
     Args:
         killed_at: kill the first of them at this moment, and then all the others, as when a machine is gone.
+        said: each writes its standard error to ``errorsRANK`` in this folder.
     """
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
@@ -132,6 +186,9 @@ def together(work: Callable[[], Any], ranks: int, *, killed_at: int | None = Non
 
     def alone() -> Any:
         PartialState._reset_state()  # of whatever this test process has used accelerate for
+        if said is not None:
+            os.dup2(os.open(said / f"errors{os.environ['RANK']}", os.O_WRONLY | os.O_CREAT), 2)
+            sys.stderr = os.fdopen(2, "w", buffering=1)
         return work()
 
     pids = []

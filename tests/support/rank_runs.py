@@ -9,10 +9,11 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from support import ROOT
+from support.caches import own_cache
 
 HANG = 60
 """Seconds after which a process that should have ended counts as one that hangs, on however busy a machine."""
@@ -31,8 +32,31 @@ def hook(event, arguments, folder=os.environ.get("SPECREJ_TEST_OPENS"), rank=os.
             file.write(f"{by} {arguments[0]}\\n")
 
 sys.addaudithook(hook)
+
+if os.environ.get("SPECREJ_TEST_DIES"):
+    import signal, time
+
+    after, *kept = os.environ["SPECREJ_TEST_DIES"].split(os.pathsep)
+    fsync = os.fsync
+
+    def enough(path):
+        with open(path, "rb") as file:
+            return file.read().count(b"\\n") >= int(after)
+
+    def dies(descriptor):
+        fsync(descriptor)
+        if os.path.exists(kept[0]) and enough(kept[0]):
+            while not all(os.path.exists(path) and enough(path) for path in kept):
+                time.sleep(0.01)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    os.fsync = dies
 """
-"""A ``sitecustomize`` that writes down which weight files Python code opens, and whether for their digests."""
+"""A ``sitecustomize`` that writes down which weight files Python code opens, and whether for their digests.
+
+``SPECREJ_TEST_DIES=LINES:FILE:FILE...``: the process kills itself where something reaches the disk, once each of these
+files has so many lines; the first one is its own.
+"""
 
 
 def free_port() -> int:
@@ -41,10 +65,15 @@ def free_port() -> int:
         return int(found.getsockname()[1])
 
 
-def start(words: Sequence[str], *, ranks: int, cwd: Path) -> list[subprocess.Popen[str]]:
+def start(
+    words: Sequence[str], *, ranks: int, cwd: Path, dies: Mapping[int, Sequence[object]] | None = None
+) -> list[subprocess.Popen[str]]:
     """Processes that find each other by their environment: nothing but they themselves watches them.
 
     They have caches of their own below ``cwd``, and note in ``cwd/opensRANK`` which weight files they open.
+
+    Args:
+        dies: rank -> when it kills itself, as ``WATCHING`` says.
     """
     port, processes = free_port(), []
     watching = cwd / "watching" / "sitecustomize.py"
@@ -60,8 +89,9 @@ def start(words: Sequence[str], *, ranks: int, cwd: Path) -> list[subprocess.Pop
             "OMP_NUM_THREADS": "1",
             "PYTHONPATH": os.pathsep.join(map(str, (watching.parent, ROOT, ROOT / "autoload"))),
             "HF_HOME": str(cwd / f"hf{rank}"),
-            "XDG_CACHE_HOME": str(cwd / "cache"),
+            "XDG_CACHE_HOME": own_cache(cwd / "cache"),
             "SPECREJ_TEST_OPENS": str(cwd),
+            "SPECREJ_TEST_DIES": os.pathsep.join(map(str, (dies or {}).get(rank, ()))),
         }
         # to files: a full pipe would stop a process that nobody reads from
         with (cwd / f"errors{rank}").open("w") as errors:

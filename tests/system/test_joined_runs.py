@@ -205,12 +205,15 @@ def test_who_has_a_prompt_and_fails_leaves_it_to_the_others(tmp_path: Path) -> N
 def test_a_limit_of_time_ends_who_waits_for_others(tmp_path: Path) -> None:
     from specrej_eval.records.claims import Claims
 
-    config = settings(tmp_path, join=True, max_seconds=0.3)
+    config = settings(tmp_path, join=True, max_seconds=600)
     generator = make_generator(processes(), config)
     others = Claims(tmp_path / "run.jsonl")
     assert others.take(request(config, PROMPTS[0]).key)
+    running = generator.run([request(config, text) for text in PROMPTS[:2]], progress=False)
+    assert next(running)[0] == 1
+    generator.started -= 601
     with pytest.raises(LimitReached, match=r"1 of 2 prompts are answered.*run_joined\*.jsonl"):
-        list(generator.run([request(config, text) for text in PROMPTS[:2]], progress=False))
+        next(running)
     others.give_up_all()
 
 

@@ -17,7 +17,8 @@ from pathlib import Path
 
 import pytest
 from arithmetic import distinct_problems, question
-from support import FULL
+from support import FULL, forked
+from support.caches import own_cache
 from support.rank_runs import HANG, ROOT, finish, free_port, lines, numbers, opened, records, start, stop, wait_for
 
 from specrej_eval import cli
@@ -56,10 +57,10 @@ def lm_eval_words(folder: Path) -> tuple[list[str], Callable[[int], Path]]:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+def cache_of_ones_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Digests of these tests' files are none of the user's."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        patch.setenv("XDG_CACHE_HOME", own_cache(tmp_path_factory.mktemp("cache")))
         yield
 
 
@@ -76,14 +77,31 @@ class Killed:
 
 
 def kill_one(
-    words: list[str], kept: Callable[[int], Path], *, victim: int, ranks: int, after: int, cwd: Path
+    words: list[str],
+    kept: Callable[[int], Path],
+    *,
+    victim: int,
+    ranks: int,
+    after: int,
+    cwd: Path,
+    itself: bool = False,
 ) -> Killed:
-    """Start ranks, kill one; the others must end by themselves, and not with 0."""
-    processes = start(words, ranks=ranks, cwd=cwd)
+    """Start ranks, kill one; the others must end by themselves, and not with 0.
+
+    Args:
+        after: so many lines are kept by each.
+        itself: it is the victim that does it: where few prompts are left, who watches on a busy machine is too late.
+    """
+    others = [kept(rank) for rank in range(ranks) if rank != victim]
+    dies = {victim: (after, kept(victim), *others)} if itself else None
+    processes = start(words, ranks=ranks, cwd=cwd, dies=dies)
     found = Killed(cwd, victim)
     try:
-        wait_for(lambda: all(lines(kept(rank)) >= after for rank in range(ranks)), processes, cwd=cwd)
-        processes[victim].send_signal(signal.SIGKILL)
+        if itself:
+            assert processes[victim].wait(timeout=600) == -signal.SIGKILL, (cwd / f"errors{victim}").read_text()[-3000:]
+        else:
+            wait_for(lambda: all(lines(kept(rank)) >= after for rank in range(ranks)), processes, cwd=cwd)
+            processes[victim].send_signal(signal.SIGKILL)
         began = time.monotonic()
         for rank, process in enumerate(processes):
             process.wait(timeout=HANG)
@@ -122,7 +140,7 @@ def check(killed: Killed, counted: Counted, measured: Measured) -> None:
 def killed(tmp_path_factory: pytest.TempPathFactory) -> Killed:
     folder = tmp_path_factory.mktemp("killed")
     words, kept = run_words(folder, FEW)
-    return kill_one(words, kept, victim=1, ranks=2, after=1, cwd=folder)
+    return kill_one(words, kept, victim=1, ranks=2, after=1, cwd=folder, itself=True)
 
 
 def test_a_dead_rank_is_named_by_the_other(killed: Killed, counted: Counted, measured: Measured) -> None:
@@ -421,6 +439,7 @@ ON_A_CPU = {"ACCELERATE_USE_CPU": "true"}
 """Accelerate then takes WORLD_SIZE at its word, as its older releases do by themselves, and misses an address."""
 
 
+@pytest.mark.usefixtures("few_tasks_here")
 @pytest.mark.parametrize(
     ("command", "told"),
     [("run", {}), ("lm-eval", {}), pytest.param("lm-eval", ON_A_CPU, marks=pytest.mark.full)],
@@ -440,14 +459,9 @@ def test_a_world_of_which_accelerate_sees_one_process_is_refused(
     files = {"dataset_kwargs": {"data_files": {"test": str(tmp_path / "data.jsonl")}}, "doc_to_text": "q"}
     (tmp_path / "data.jsonl").write_text('{"q": "1 + 1 =", "a": "2"}\n')
     (tmp_path / "tasks" / "tiny.yaml").write_text(json.dumps({**task, **files, "doc_to_target": "a"}))
-    here = {name: value for name, value in os.environ.items() if name not in ("RANK", "LOCAL_RANK", "MASTER_ADDR")}
-    done = subprocess.run(
-        [sys.executable, "-m", "specrej_eval", command, *words[command]],
-        cwd=tmp_path,
-        env={**here, **told, "WORLD_SIZE": "2"},
-        capture_output=True,
-        text=True,
-    )
+    assert not {"RANK", "LOCAL_RANK", "MASTER_ADDR"} & os.environ.keys()
+    argv = ["specrej-eval", command, *words[command]]
+    done = forked.output(lambda: cli.main(argv[1:]), folder=tmp_path, env={**told, "WORLD_SIZE": "2"}, argv=argv)
     assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
     assert "2 processes were started (WORLD_SIZE), but to accelerate this is the only one" in done.stderr
     assert "or unset WORLD_SIZE" in done.stderr and not (tmp_path / "out").exists()
@@ -455,8 +469,8 @@ def test_a_world_of_which_accelerate_sees_one_process_is_refused(
 
 def test_a_limit_ends_all_ranks_at_a_requests_boundary_and_one_process_goes_on(tmp_path: Path) -> None:
     words, _ = run_words(tmp_path, FEW)
-    processes = start([*words, "--max_decode_tokens", "300"], ranks=2, cwd=tmp_path)
-    assert [process.wait(timeout=800) for process in processes] == [75, 75], (tmp_path / "errors0").read_text()[-3000:]
+    codes = forked.together(lambda: cli.main([*words[2:], "--max_decode_tokens", "300"]), 2, said=tmp_path)
+    assert codes == [75, 75], (tmp_path / "errors0").read_text()[-3000:]
     for rank in range(2):
         assert "this is not the result of the whole run" in (tmp_path / f"errors{rank}").read_text()
     store = OutputsFolder(tmp_path / "out")
@@ -467,6 +481,6 @@ def test_a_limit_ends_all_ranks_at_a_requests_boundary_and_one_process_goes_on(t
     assert 2 <= some < len(FEW)
     told = "\n".join(status.lines(tmp_path / "out"))
     assert f"{some} of {len(FEW)} answers" in told and told.count("dead") == 2
-    finish(start(words, ranks=1, cwd=tmp_path), cwd=tmp_path)
+    assert cli.main(words[2:]) == 0
     record = OutputsFolder(tmp_path / "out").record()
     assert record is not None and record.complete and record.num_prompts == len(FEW) and not record.stopped

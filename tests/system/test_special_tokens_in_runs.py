@@ -132,7 +132,7 @@ def family(name: str) -> str:
     return str(build(CASES[name], Path(tempfile.mkdtemp(prefix="special-"))))
 
 
-SOME = {("qwen_math_prm", "full"), ("grm", "off"), ("math_shepherd", "full"), ("starling-7b", "off")}
+SOME = {("qwen_math_prm", "full"), ("starling-7b", "off")}
 
 
 @pytest.mark.parametrize(

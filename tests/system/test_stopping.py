@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 from arithmetic import distinct_problems, question
-from support import ROOT
+from support import ROOT, forked, lm_eval_command
 from support.rank_runs import HANG, lines
 
 from specrej_eval import stopping
@@ -90,13 +90,21 @@ def test_sigterm_ends_a_run_with_its_answers_kept_and_told(
     assert "python -m specrej_eval run --prompts" in errors
 
 
-def test_ctrl_c_under_lm_eval_is_one_message(tmp_path: Path, counted: Counted, measured: Measured) -> None:
-    journal = tmp_path / "run.jsonl"
-    process = start(*lm_eval_words(), cwd=tmp_path, ready=lambda: lines(journal) >= 4)
-    errors, seconds = stop(process, signal.SIGINT)
+def test_ctrl_c_under_lm_eval_is_one_message(
+    tmp_path: Path, few_tasks: Path, counted: Counted, measured: Measured
+) -> None:
+    """In a forked process; test_at_any_moment has it in one of its own."""
+    journal, argv = tmp_path / "run.jsonl", [*lm_eval_command.ARGV, *lm_eval_words()[2:]]
+    pid = forked.speaking(lambda: lm_eval_command.work(few_tasks), said=tmp_path, folder=tmp_path, argv=argv)
+    while lines(journal) < 4:
+        assert os.waitpid(pid, os.WNOHANG) == (0, 0), (tmp_path / "stderr").read_text()[-3000:]
+        time.sleep(0.005)
+    began = time.monotonic()
+    os.kill(pid, signal.SIGINT)
+    assert forked.ended(pid) == 130
+    measured("seconds from SIGINT to the end: lm_eval", time.monotonic() - began)
     counted("signals sent", 1)
-    assert process.returncode == 130
-    measured("seconds from SIGINT to the end: lm_eval", seconds)
+    errors = (tmp_path / "stderr").read_text()
     assert "Traceback" not in errors
     assert f"stopped by Ctrl-C: {lines(journal) - 1} of 60 answers are kept in run.jsonl" in errors
     assert "python -m lm_eval" in errors

@@ -209,14 +209,14 @@ def test_models_are_loaded_once_for_all_chunks_and_both_strategies(
     original = api.RunPlan.load
     monkeypatch.setattr(alpaca_eval_decoder, "_loaded", {})
     monkeypatch.setattr(api.RunPlan, "load", lambda *args, **options: loads.append(args) or original(*args, **options))
-    dataset(tmp_path)
+    dataset(tmp_path, INSTRUCTIONS[:4])
     evaluate(config(tmp_path), chunksize=2)
     bon = config(tmp_path, "bon", fn_completions="specrej_best_of_n")
     evaluate(config(tmp_path, "spr2"), reference_model_configs=bon, chunksize=3)
     assert len(loads) == 1
     assert [row["output"] for row in outputs(tmp_path, "spr2")] == [row["output"] for row in outputs(tmp_path)]
     reference = OutputsFolder(tmp_path / "results" / "spr2", prefix="specrej_reference")
-    assert [item.instruction for item in reference.answers()] == INSTRUCTIONS
+    assert [item.instruction for item in reference.answers()] == INSTRUCTIONS[:4]
     assert {item.resolved["strategy"] for item in reference.answers()} == {"best_of_n"}
     assert {row["generator"] for row in outputs(tmp_path, "spr2", "reference_outputs.json")} == {"bon"}
 
@@ -314,8 +314,14 @@ ASKED_AGAIN: dict[str, tuple[list[str], dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("asked", ASKED_AGAIN)
-@pytest.mark.parametrize("place", [None, *(range(2, 30, 3) if FULL else (13,))])
+@pytest.mark.parametrize(
+    ("place", "asked"),
+    [
+        pytest.param(place, asked, marks=[] if place == (None, 13)[number % 2] else [pytest.mark.full])
+        for number, asked in enumerate(ASKED_AGAIN)
+        for place in (None, 13, *(range(2, 30, 3) if FULL else ()))
+    ],
+)
 def test_no_second_command_removes_an_answer(
     evaluate: Callable[..., Any],
     tmp_path: Path,
@@ -602,27 +608,30 @@ def test_the_bare_literal_command_with_alpaca_evals_own_data_and_judge(tmp_path:
     """`alpaca_eval evaluate_from_model model_configs/spr.yaml` and nothing else: its data set comes out of the hub's
     cache, its GPT judge answers over HTTP."""
     shutil.copytree(ROOT / "model_configs", tmp_path / "model_configs")
-    rows = json.loads((tmp_path / dataset(tmp_path, INSTRUCTIONS[:4])).read_text())
+    instructions = INSTRUCTIONS[: 4 if FULL else 2]
+    rows = json.loads((tmp_path / dataset(tmp_path, instructions)).read_text())
     environment = add_dataset_files(tmp_path / "hub", {"alpaca_eval_gpt4_baseline.json": rows})
+    name = next(iter(yaml.safe_load((ROOT / "model_configs" / "spr.yaml").read_text())))
     before = package_digest()
     with JudgeServer(lambda first, second: 0.9 if len(first) > len(second) else 0.1) as server:
         command = ("evaluate_from_model", "model_configs/spr.yaml")
         done = alpaca_eval(*command, cwd=tmp_path, env={**environment, **server.environment})
         assert done.returncode == 0, done.stderr
-        assert len(server.requests) == 4
-        again = alpaca_eval(*command, cwd=tmp_path, env={**environment, **server.environment})
-        assert again.returncode == 0, again.stderr
-        assert len(server.requests) == 4, "judged again what was judged already"
-    name = next(iter(yaml.safe_load((ROOT / "model_configs" / "spr.yaml").read_text())))
-    assert [row["instruction"] for row in outputs(tmp_path, name)] == INSTRUCTIONS[:4]
+        assert len(server.requests) == len(instructions)
+        if FULL:  # test_repairs.py has the same of a plain evaluate
+            again = alpaca_eval(*command, cwd=tmp_path, env={**environment, **server.environment})
+            assert again.returncode == 0, again.stderr
+            assert name in again.stdout and "length_controlled_winrate" in again.stdout
+            assert len(server.requests) == len(instructions), "judged again what was judged already"
+    assert [row["instruction"] for row in outputs(tmp_path, name)] == instructions
     table = pd.read_csv(
         tmp_path / "results" / name / "weighted_alpaca_eval_gpt4_turbo" / "leaderboard.csv", index_col=0
     )
     # a chain of sums is longer than "I do not know", so the judge prefers it
     assert table.loc[name, "win_rate"] == pytest.approx(90, abs=0.1)
-    assert table.loc[name, "n_total"] == 4 and len(table) > 100, "the public leaderboard's rows are shown beside it"
-    for shown in (done, again):
-        assert name in shown.stdout and "length_controlled_winrate" in shown.stdout
+    assert table.loc[name, "n_total"] == len(instructions)
+    assert len(table) > 100, "the public leaderboard's rows are shown beside it"
+    assert name in done.stdout and "length_controlled_winrate" in done.stdout
     assert package_digest() == before, "alpaca_eval's installed files were written to"
 
 
@@ -656,13 +665,14 @@ def test_the_literal_command_in_a_users_folder(tmp_path: Path) -> None:
         assert json.loads((tmp_path / place / "model_outputs.json").read_text()) == expected
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_kill_in_the_middle_and_rerun_give_the_same_bytes(tmp_path: Path) -> None:
-    instructions = [question(operands) for operands in distinct_problems("test", 24 if FULL else 14, seed=5)]
+    """As a process of its own; system/test_kills.py has the same at chosen moments, in `make test` too."""
+    instructions = [question(operands) for operands in distinct_problems("test", 24, seed=5)]
     data = dataset(tmp_path, instructions)
     path = config(tmp_path, completions_kwargs={"n": 16, "batch_size": 1})
     words = ["evaluate_from_model", path, "--evaluation_dataset", data, "--annotators_config", JUDGE]
-    chunk = 10 if FULL else 6
+    chunk = 10
     words += ["--chunksize", str(chunk)]
     whole = alpaca_eval(*words, "--output_path", "undisturbed", cwd=tmp_path)
     assert whole.returncode == 0, whole.stderr
@@ -670,7 +680,7 @@ def test_kill_in_the_middle_and_rerun_give_the_same_bytes(tmp_path: Path) -> Non
     script = Path(sys.executable).with_name("alpaca_eval")
     sidecar = tmp_path / "killed" / "specrej_outputs.jsonl"
     killed_at = []
-    for wanted in (4, 15) if FULL else (7,):  # in the first chunk, and in the second
+    for wanted in (4, 15):  # in the first chunk, and in the second
         process = subprocess.Popen(
             [str(script), *words, "--output_path", "killed"],
             cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,

@@ -15,6 +15,7 @@ import huggingface_hub.constants
 import pandas as pd
 import pytest
 from alpaca_eval import annotators, utils
+from support import FULL, forked
 from support import reward_servers as servers
 from support.alpaca_runs import LITERAL, sums, write
 from support.alpaca_runs import alpaca_eval as run_alpaca_eval
@@ -291,7 +292,12 @@ def test_the_literal_leaderboard_command_with_the_reward_judge(tmp_path: Path) -
     write(tmp_path / "Y.json", sums("ref", wrong_by=1))
     chosen_by = {"reward_model": "embedded", "reward_files": checkpoint.stamp(str(checkpoint.DEMO_REWARD))}
     write(tmp_path / "X.specrej.json", {"generators": {"right": chosen_by}})
-    done = run_alpaca_eval(*LITERAL, "--annotators_config", "specrej_reward_judge", cwd=tmp_path)
+    words = [*LITERAL, "--annotators_config", "specrej_reward_judge"]
+    done = (
+        run_alpaca_eval(*words, cwd=tmp_path)
+        if FULL  # a process of its own has to import everything
+        else forked.output(alpaca_eval.main.main, folder=tmp_path, argv=["alpaca_eval", *words])
+    )
     assert done.returncode == 0, done.stderr
     board = pd.read_csv(tmp_path / "leader_board.csv", index_col=0)
     assert sorted(board.index) == ["ref", "right", "wordy"]

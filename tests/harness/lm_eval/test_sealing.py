@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import sqlite3
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +15,7 @@ import pytest
 from lm_eval.loggers import EvaluationTracker
 from lm_eval.tasks import TaskManager
 from support import reward_servers as servers
+from support.lm_eval_command import lm_eval_command
 from support.lm_eval_tasks import task
 
 from specrej_eval import paths
@@ -112,13 +110,12 @@ def test_nothing_that_simple_evaluate_keeps_holds_a_secret(
     assert "***" in str(results["config"]["model_args"]) and "Initializing specrej" in caplog.text
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("where", ["line", pytest.param("file", marks=pytest.mark.full)])
+@pytest.mark.parametrize("where", ["line", "file"])
 def test_nothing_that_the_command_prints_or_writes_holds_a_secret(
-    where: str, judge: servers.Server, own_folder: Path
+    where: str, judge: servers.Server, own_folder: Path, few_tasks: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     given = ",".join(f"{name}={value}" for name, value in arguments(judge).items())
-    words = ["-m", "lm_eval", "run", "--tasks", "specrej_arithmetic", "--include_path", str(paths.folder("tasks"))]
+    words = ["run", "--tasks", "specrej_arithmetic", "--include_path", str(paths.folder("tasks"))]
     words += ["--limit", "1", "--log_samples", "--output_path", "out", "--use_cache", "cache/answers"]
     words += ["--gen_kwargs", "max_gen_toks=8", "--cache_requests", "refresh"]
     if where == "line":
@@ -128,9 +125,10 @@ def test_nothing_that_the_command_prints_or_writes_holds_a_secret(
         outside = own_folder.parent / f"{own_folder.name}.yaml"
         outside.write_text(f"model: specrej\nmodel_args:\n{lines}")
         words += ["--config", str(outside)]
-    env = {**os.environ, "LMEVAL_LOG_LEVEL": "DEBUG", "LM_HARNESS_CACHE_PATH": str(own_folder / "requests")}
-    done = subprocess.run([sys.executable, *words], env=env, capture_output=True, text=True, timeout=250, check=False)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    env = {"LMEVAL_LOG_LEVEL": "DEBUG", "LM_HARNESS_CACHE_PATH": str(own_folder / "requests")}
+    monkeypatch.setattr("lm_eval.caching.cache.PATH", env["LM_HARNESS_CACHE_PATH"])  # read when it was imported
+    done = lm_eval_command(*words, cwd=own_folder, few_tasks=few_tasks, env=env)
+    assert "DEBUG" in done.stderr
     assert "exact_match" in done.stdout and "specrej (" in done.stdout and "token" in done.stdout
     assert [*(own_folder / "requests").iterdir()]
     check(judge, [TOKEN], own_folder, done.stdout, done.stderr)

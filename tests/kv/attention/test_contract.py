@@ -351,7 +351,7 @@ KERNEL_FAULTS = (
 @pytest.mark.skipif(build.why_not() is not None, reason=f"no kernels here: {build.why_not()}")
 @pytest.mark.parametrize(
     ("old", "new"),
-    [pytest.param(*fault, marks=[pytest.mark.full] if place % 3 else []) for place, fault in enumerate(KERNEL_FAULTS)],
+    [pytest.param(*fault, marks=[pytest.mark.full] if place % 6 else []) for place, fault in enumerate(KERNEL_FAULTS)],
 )
 def test_a_fault_in_the_cpp_kernels_is_found(
     old: str, new: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, counted: Counted
