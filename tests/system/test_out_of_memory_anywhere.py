@@ -149,7 +149,7 @@ CASES = [
         "a long prompt read beside rows",
         reward="full",
         compile="off",
-        prompts=("a", "Tell", "Tell us of a river."),
+        prompts=("a", "Tell", "Tell us of it."),
         layers=1,
         arguments=REJECTING,
         ends=(1, 6, 2),
@@ -179,7 +179,7 @@ CASES = [
         "audited",
         reward="prompt",
         layers=1,
-        arguments={**REJECTING, "audit": 1, "score_every": 1, "variance_reduce": True},
+        arguments={**REJECTING, "audit": 1, "score_every": 3, "variance_reduce": True},
         seed=9,
     ),
     Case(
@@ -216,6 +216,11 @@ def _small_and_quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @cache
+def tokenizer() -> Any:
+    return tiny_tokenizer()
+
+
+@cache
 def scorer() -> Any:
     return tiny_reward_model("llama", num_hidden_layers=1, **TINY)
 
@@ -223,7 +228,7 @@ def scorer() -> Any:
 @cache
 def tried_out(compiled: str) -> SharedBody:
     """A reward model's body that has been tried out."""
-    reward = SequenceClassifier(scorer(), tiny_tokenizer(), compile=compiled)
+    reward = SequenceClassifier(scorer(), tokenizer(), compile=compiled)
     assert reward.shared_body is not None
     return reward.shared_body
 
@@ -254,7 +259,7 @@ SELF_SCORES = {"likelihood": Likelihood, "self_certainty": SelfCertainty, "deepc
 def reward_of(case: Case) -> Any:
     if case.reward in SELF_SCORES:
         return SELF_SCORES[case.reward]()
-    reward = SequenceClassifier(scorer(), tiny_tokenizer(), name="tiny", cache=case.reward, compile=case.compile)
+    reward = SequenceClassifier(scorer(), tokenizer(), name="tiny", cache=case.reward, compile=case.compile)
     if not case.reward_is_new and case.reward != "off":
         reward.shared_body = tried_out(case.compile)
     return reward
@@ -310,8 +315,11 @@ def live_bytes() -> int:
     stores = {}
     for each in gc.get_objects():
         if issubclass(type(each), torch.Tensor):
-            store = each.untyped_storage()
-            stores[store.data_ptr()] = store.nbytes()
+            if each.is_mkldnn:  # packed weights show no storage
+                stores[id(each)] = each.numel() * each.element_size()
+            else:
+                store = each.untyped_storage()
+                stores[store.data_ptr()] = store.nbytes()
     return sum(stores.values())
 
 
