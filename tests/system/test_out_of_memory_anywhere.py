@@ -39,7 +39,7 @@ import torch
 from support import FULL
 from support.engine_models import build as build_model
 from support.engine_runs import HashReward, make_engine, outcome
-from support.failing_allocations import MemoryRunsOut, Operation, first_middle_last, one_of_each
+from support.failing_allocations import MemoryRunsOut, Operation, classes, first_middle_last, one_of_each
 from support.tiny_models import VOCAB_SIZE, tiny_causal_lm, tiny_reward_model, tiny_tokenizer
 
 from specrej_eval import in_flight, scheduler
@@ -48,12 +48,14 @@ from specrej_eval.core import Plan, RowView
 from specrej_eval.engines.transformers import decoding, groups
 from specrej_eval.engines.transformers.engine import TransformersEngine
 from specrej_eval.engines.transformers.groups import Group
+from specrej_eval.engines.transformers.session import Session
 from specrej_eval.errors import OutOfMemoryError
 from specrej_eval.generator import Generator
 from specrej_eval.in_flight import Request
 from specrej_eval.kv import choose, experts, packed, prefill, shared_prefix
 from specrej_eval.kv.memory import droppable
 from specrej_eval.kv.native import build
+from specrej_eval.kv.prefill import PromptReader
 from specrej_eval.rewards.checkpoints.shared_body import SharedBody
 from specrej_eval.rewards.families.sequence_classifier import SequenceClassifier
 from specrej_eval.rewards.kinds.self_scores import DeepConf, Likelihood, SelfCertainty
@@ -576,13 +578,29 @@ def rounded(value: Any) -> Any:
     return [rounded(item) for item in value] if isinstance(value, list) else value
 
 
+@EACH
+def test_of_what_is_alike_the_first_the_last_and_one_between_fail_and_every_way_is_gone(case: Case) -> None:
+    skip_unless_it_runs(case)
+    operations = undisturbed(case)[1]
+    alike = classes(operations)
+    chosen = set(first_middle_last(operations, seed=SEED))
+    assert sorted(number for numbers in alike for number in numbers) == list(range(len(operations)))
+    for numbers in alike:
+        assert {numbers[0], numbers[-1]} <= chosen
+        assert len(numbers) < 3 or chosen & set(numbers[1:-1])
+    assert {(each.name, each.path) for each in operations} == {
+        (operations[number].name, operations[number].path) for number in chosen
+    }
+    assert len(one_of_each(operations, seed=SEED)) == len(alike)
+
+
 def test_a_drop_within_the_step_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     """The defect that was: rows left as part of a step that had counted already and was then taken again."""
     want, operations = undisturbed(CASES[0])
     monkeypatch.setattr(decoding, "let_go", Group.drop)
     changed = 0
-    for number, operation in enumerate(operations):
-        if ":moved:" in operation.line or ":move:" in operation.line:
+    for number in first_middle_last(operations, seed=SEED):
+        if ":moved:" in operations[number].line or ":move:" in operations[number].line:
             try:
                 changed += run(CASES[0], MemoryRunsOut([number])) != want
             except Exception:  # what comes of it may be anything
@@ -590,6 +608,31 @@ def test_a_drop_within_the_step_is_caught(monkeypatch: pytest.MonkeyPatch) -> No
         if changed:
             break
     assert changed
+
+
+def test_memory_that_is_kept_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    kept: list[Any] = []
+    original = PromptReader._run
+
+    def keeping(reader: PromptReader, *given: Any) -> Any:
+        found = original(reader, *given)
+        kept.append(found)
+        return found
+
+    with monkeypatch.context() as patch, pytest.raises(AssertionError), as_it_was(CASES[0], weighed=True):
+        patch.setattr(PromptReader, "_run", keeping)
+    assert kept
+
+
+def test_a_prompt_that_stays_open_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(Session, "close", lambda session: None)
+        patch.setattr(TransformersEngine, "close", lambda engine, session: kept.append(session))
+        kept: list[Session] = []
+        with pytest.raises(AssertionError, match="_open_sessions"):
+            run(CASES[0], MemoryRunsOut())
+        kept.clear()
+    run(CASES[0], MemoryRunsOut())
 
 
 # while an engine is made
