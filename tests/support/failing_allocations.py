@@ -7,6 +7,7 @@ import sys
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from types import FrameType
 from typing import Any
 
 import torch
@@ -81,12 +82,12 @@ class MemoryRunsOut(TorchDispatchMode):
 def _ours() -> tuple[str, ...]:
     """The lines of the package on the stack, innermost first."""
     found = []
-    frame = sys._getframe(1)
+    frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         name = frame.f_code.co_filename
         if name.startswith(PACKAGE):
             found.append(f"{name[len(PACKAGE) :]}:{frame.f_code.co_name}:{frame.f_lineno}")
-        frame = frame.f_back  # type: ignore[assignment]  # None ends the loop
+        frame = frame.f_back
     return tuple(found)
 
 
