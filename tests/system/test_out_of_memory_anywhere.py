@@ -644,7 +644,7 @@ def test_a_prompt_that_stays_open_is_seen(monkeypatch: pytest.MonkeyPatch) -> No
         patch.setattr(Session, "close", lambda session: None)
         patch.setattr(TransformersEngine, "close", lambda engine, session: kept.append(session))
         kept: list[Session] = []
-        with pytest.raises(AssertionError, match="_open_sessions"):
+        with pytest.raises(AssertionError, match="check_nothing_is_left"):
             run(CASES[0], MemoryRunsOut())
         kept.clear()
     run(CASES[0], MemoryRunsOut())
