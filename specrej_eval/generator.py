@@ -372,11 +372,14 @@ class Generator:
         seconds = 0.0
         for _ in range(2):
             session = self.engine.open(request.prompt, request.config, budget, until=request.until)
-            self.engine.follow(session, Plan(keep=(), fresh=min(budget.n, budget.max_rows(tokens)), num_tokens=tokens))
-            started = time.perf_counter()
-            self.engine.decode([session], tokens)
-            seconds = (time.perf_counter() - started) / max(1, session.decode_tokens)
-            self.engine.close(session)
+            try:
+                fresh = min(budget.n, budget.max_rows(tokens))
+                self.engine.follow(session, Plan(keep=(), fresh=fresh, num_tokens=tokens))
+                started = time.perf_counter()
+                self.engine.decode([session], tokens)
+                seconds = (time.perf_counter() - started) / max(1, session.decode_tokens)
+            finally:
+                self.engine.close(session)
         return seconds
 
     def _in_flight(self, work: Sequence[Admitted]) -> int:

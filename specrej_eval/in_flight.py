@@ -396,7 +396,8 @@ class InFlight:
                 return True
             result.audit = self._audited(work, audit.rejected)
         except (OutOfMemoryError, RewardError) as error:
-            logger.warning("The audit of a prompt failed, which its answer does not depend on: %s", error)
+            # its text: who keeps log records would keep the error, and with it the failed step's tensors
+            logger.warning("The audit of a prompt failed, which its answer does not depend on: %s", str(error))
             result.audit = Audit(rows=[], num_rows=0, regret=None, error=str(error.args[0]))
         work.ledger.audit_rows = result.audit.num_rows
         work.ledger.audit_tokens = session.decode_tokens - audit.tokens

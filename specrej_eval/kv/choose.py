@@ -24,6 +24,7 @@ from specrej_eval.config.engines import AUTO_BACKEND, CPP, SDPA
 from specrej_eval.errors import ConfigError, MissingDependencyError
 from specrej_eval.kv import contract
 from specrej_eval.kv.attention.base import AttentionBackend
+from specrej_eval.kv.memory import clear_error, twice
 
 logger = logging.getLogger(__name__)
 
@@ -60,6 +61,7 @@ def resolve(asked: str, device: str, compiled: str = "auto") -> AttentionBackend
     Raises:
         MissingDependencyError: its package, or a compiler, is not installed or fails.
         ConfigError: it does not run on the device, or is not allowed to be compiled.
+        OutOfMemoryError: no memory to try C++ kernels out.
     """
     place = torch.device(device)
     if compiled == "on" and (reason := build(CPP).why_not_on(place)):
@@ -105,8 +107,14 @@ def _verified(backend: AttentionBackend, device: torch.device) -> bool:
     """``is_verified``; where that is not known and takes less than a second, it is found out."""
     if is_verified(backend, device) or device.type != "cpu" or backend.name != CPP:
         return is_verified(backend, device)
-    outcomes = contract.check(backend, device, dtypes=backend.dtypes)
-    if wrong := next((found for found in outcomes if not found.kept), None):
+
+    def first_wrong() -> contract.Outcome | None:
+        outcomes = contract.check(backend, device, dtypes=backend.dtypes)
+        return next((found for found in outcomes if not found.kept), None)
+
+    with clear_error(f"attention_backend={backend.name} was tried out", "compile=off takes no C++ kernels."):
+        wrong = twice(first_wrong)
+    if wrong is not None:
         logger.warning("attention_backend=%s is wrong on this machine and is not used: %s", backend.name, wrong)
         return False
     with contextlib.suppress(OSError):  # then it is tried again next time

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from specrej_eval.kv.attention.base import AttentionBackend, AttentionParams
 from specrej_eval.kv.cache import Prefix, SuffixPool
+from specrej_eval.kv.memory import is_out_of_memory
 from specrej_eval.kv.steps import DecodeStep, PrefillStep, PromptPart
 
 TOLERANCES = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 3e-2}
@@ -147,7 +148,11 @@ def check(
 
 
 def outcome(backend: AttentionBackend, case: Case, dtype: torch.dtype, device: torch.device) -> Outcome:
-    """Run one case. A backend that raises is an outcome too."""
+    """Run one case. A backend that raises is an outcome too.
+
+    Raises:
+        RuntimeError: memory ran out, which says nothing of the backend.
+    """
     left_to = backend.why_not(device, dtype, case.head_dim, case.value_dim)
     if left_to is None and case.prompt and not backend.reads_prompts:
         left_to = "it has no kernel for prompts"
@@ -158,6 +163,8 @@ def outcome(backend: AttentionBackend, case: Case, dtype: torch.dtype, device: t
             waits = device.type == "cuda" and not case.prompt and _waits(backend, drawn)
         want = _expected(drawn)
     except Exception as raised:  # kernels fail in many ways
+        if is_out_of_memory(raised):
+            raise
         return Outcome(case, dtype, math.inf, left_to, f"{type(raised).__name__}: {raised}")
     if got.shape != want.shape or got.dtype != dtype:
         wrong = f"{tuple(got.shape)} {got.dtype}, not {tuple(want.shape)} {dtype}"

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from specrej_eval.kv.memory import free_bytes
+from specrej_eval.kv.memory import free_bytes, is_out_of_memory
 from specrej_eval.kv.native import build, products
 
 LARGEST_SHARE = 0.25
@@ -63,6 +63,9 @@ class PackedWeights:
     Args:
         model: any module.
         kernels: whether the C++ kernels multiply, where they can.
+
+    Raises:
+        RuntimeError: no memory to try the operators out.
     """
 
     def __init__(self, model: torch.nn.Module, *, kernels: bool = False) -> None:
@@ -166,7 +169,9 @@ def _supported(dtype: torch.dtype) -> bool:
         with torch.inference_mode():
             packed = torch.ops.mkldnn._reorder_linear_weight(weight, _ROWS)
             out = torch.ops.mkldnn._linear_pointwise(rows, packed, None, "none", [], "")
-    except (RuntimeError, AttributeError, NotImplementedError):
+    except (RuntimeError, AttributeError, NotImplementedError) as error:
+        if is_out_of_memory(error):
+            raise  # it says nothing of the operators, and what is found out here holds for the whole process
         return False
     plain = functional.linear(rows, weight)
     return torch.allclose(out, plain, atol=1e-4) if dtype == torch.float32 else torch.equal(out, plain)

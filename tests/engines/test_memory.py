@@ -208,6 +208,27 @@ def test_paths_that_show_no_kv_say_that_n_max_needs_a_number(path: Any) -> None:
         generate(engine, PROMPTS[:1], n=MAX)
 
 
+@pytest.mark.parametrize("failures", [1, 2])
+def test_memory_that_runs_out_while_memory_is_measured_is_one_clear_error(
+    failures: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = make_engine(model())
+    want = engine.bytes_per_token()
+    prefill, left = engine.runner.prefill, [None] * failures
+
+    def failing(*arguments: Any) -> Any:
+        if left:
+            left.pop()
+            raise torch.OutOfMemoryError
+        return prefill(*arguments)
+
+    monkeypatch.setattr(engine.runner, "prefill", failing)
+    if failures == 2:
+        with pytest.raises(OutOfMemoryError, match="a prompt of 12 tokens, to find out what its KV cache takes"):
+            engine.capacity_tokens(12)
+    assert engine.bytes_per_token() == want > 0
+
+
 @pytest.mark.parametrize("message", ["CUDA out of memory", "DefaultCPUAllocator: can't allocate memory"])
 def test_what_failed_is_let_go_before_another_way_is_tried(message: str) -> None:
     class Held:

@@ -17,8 +17,8 @@ from specrej_eval import registry
 from specrej_eval.api import resolve
 from specrej_eval.commands.doctor import attention as doctor
 from specrej_eval.config import RunConfig
-from specrej_eval.errors import ConfigError, MissingDependencyError
-from specrej_eval.kv import choose
+from specrej_eval.errors import ConfigError, MissingDependencyError, OutOfMemoryError
+from specrej_eval.kv import choose, contract
 from specrej_eval.kv.native import build
 from specrej_eval.records import fingerprint
 
@@ -240,3 +240,23 @@ def test_a_folder_that_cannot_be_written_does_not_stop_doctor(
     cache.parent.write_text("a file where the folder should be")
     assert any(report.right for report in doctor.examine(torch.device("cpu")))
     assert "cannot be kept" in caplog.text
+
+
+@pytest.mark.skipif(build.why_not() is not None, reason="there are no C++ kernels")
+def test_memory_that_runs_out_while_a_backend_is_tried_out_is_no_verdict_on_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    attended = contract._attended
+    failures = [True, True, True]
+
+    def failing(*given: Any) -> Any:
+        if failures:
+            failures.pop()
+            raise torch.OutOfMemoryError
+        return attended(*given)
+
+    monkeypatch.setattr(contract, "_attended", failing)
+    with pytest.raises(OutOfMemoryError, match="cpp was tried out"):
+        choose.resolve("auto", "cpu")
+    assert not choose.is_verified(choose.build("cpp"), torch.device("cpu"))
+    assert len(failures) == 1
+    assert choose.resolve("auto", "cpu").name == "cpp"
+    assert choose.is_verified(choose.build("cpp"), torch.device("cpu"))

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from support.engine_runs import make_engine, outcome
+from support.failing_allocations import MemoryRunsOut
 from support.reward_sessions import make_reward
 from support.tiny_models import tiny_causal_lm
 
@@ -249,3 +250,19 @@ def test_a_runner_packs_inside_its_calls_only(kernels: bool) -> None:
         assert any("forward" in vars(layer) for layer in layers(model))
     assert torch.equal(logits(model), want)
     assert not any("forward" in vars(layer) for layer in layers(model))
+
+
+@pytest.mark.parametrize("dtype", packed._DTYPES)
+def test_memory_that_runs_out_while_packing_is_tried_out_is_no_verdict_on_it(dtype: torch.dtype) -> None:
+    """In float32 it decides bits, and holds for the whole process."""
+    layer = torch.nn.Linear(16, 16).to(dtype)
+    packed._supported.cache_clear()
+    with MemoryRunsOut() as whole:
+        want = PackedWeights(layer).nbytes
+    assert want
+    for number in range(whole.num_ops):
+        packed._supported.cache_clear()
+        with pytest.raises(torch.OutOfMemoryError), MemoryRunsOut([number]):
+            PackedWeights(layer)
+        assert PackedWeights(layer).nbytes == want
+    assert whole.num_ops > 3

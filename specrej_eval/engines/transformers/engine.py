@@ -258,10 +258,15 @@ class TransformersEngine(Engine):
 
     def bytes_per_token(self, prompt_tokens: int = 1) -> int:
         """2 x layers x kv heads x head dim x itemsize, of a prompt that is read. See ``base.Engine``."""
-        with torch.inference_mode(), self.runner.active():
-            path: Path | None = "shared_prefix" if self.runner.path == "shared_prefix" else None
+        path: Path | None = "shared_prefix" if self.runner.path == "shared_prefix" else None
+
+        def measured() -> int:
             prefix = self.runner.prefill([0] * prompt_tokens, path)
             return bytes_per_token(prefix) if prefix.keys else 0
+
+        doing = f"reading a prompt of {prompt_tokens} tokens, to find out what its KV cache takes"
+        with torch.inference_mode(), clear_error(doing, SMALLER), self._active():
+            return twice(measured)
 
     def parameters_per_token(self) -> int:
         """See ``base.Engine.parameters_per_token``."""

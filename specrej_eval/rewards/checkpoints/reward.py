@@ -10,6 +10,7 @@ import torch
 
 from specrej_eval.core import Message, RowView
 from specrej_eval.kv import choose
+from specrej_eval.kv.attention.base import AttentionBackend
 from specrej_eval.kv.memory import clear_error, twice
 from specrej_eval.kv.models import parameters_per_token
 from specrej_eval.kv.steps import SDPA
@@ -41,18 +42,20 @@ class CheckpointReward(Forward, RewardModel):
             return None
         attention = choose.of_rewards(self.device, self.compile)
         with clear_error(f"reward_model={self.name!r} was tried out", SMALLER):
-            shared = SharedBody(self.body, attention)
-            reason = twice(shared.probe)
-            if (
-                reason is not None
-                and attention.name != SDPA.name
-                and twice((plain := SharedBody(self.body)).probe) is None
-            ):
-                self.renderer.warn("kernels", f"C++ kernels are not used for it ({reason}).")
-                shared, reason = plain, None
+            shared, reason = twice(lambda: self._tried_out(attention))
+            if reason is not None and attention.name != SDPA.name:
+                plain, still = twice(lambda: self._tried_out(SDPA))
+                if still is None:
+                    self.renderer.warn("kernels", f"C++ kernels are not used for it ({reason}).")
+                    shared, reason = plain, None
         if reason is not None:
             self.renderer.warn("cache", f"every look is read in full, which is slower ({reason}).")
         return shared if reason is None else None
+
+    def _tried_out(self, attention: AttentionBackend) -> tuple[SharedBody, str | None]:
+        """The body, and why it cannot be cached; None if it can."""
+        shared = SharedBody(self.body, attention)
+        return shared, shared.probe()
 
     def open(self, conversation: Sequence[Message], response_prefix: str = "") -> RewardSession:
         """A session that reads only what is new at each look, where the body allows it."""
