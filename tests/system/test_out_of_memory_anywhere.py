@@ -55,7 +55,7 @@ from specrej_eval.generator import Generator
 from specrej_eval.in_flight import Request
 from specrej_eval.kv import choose, experts, packed, prefill, shared_prefix
 from specrej_eval.kv.memory import droppable
-from specrej_eval.kv.native import build
+from specrej_eval.kv.native import build, products
 from specrej_eval.kv.prefill import PromptReader
 from specrej_eval.rewards.checkpoints.shared_body import SharedBody
 from specrej_eval.rewards.families.sequence_classifier import SequenceClassifier
@@ -115,6 +115,8 @@ class Case:
     reward_is_new: bool = False
     """The reward model is tried out in each run."""
     attention: str = "sdpa"
+    dtype: torch.dtype = torch.float32
+    """Of the language model."""
     compile: str = "auto"
     """Of the reward model: its kernels are C++ where there is a compiler, or are not."""
     ends: tuple[int, ...] = ()
@@ -124,6 +126,8 @@ class Case:
 
     @property
     def runs_here(self) -> bool:
+        if self.dtype == products.DTYPE:  # by others' products a row's bits may depend on its company
+            return products.why_not() is None
         return self.attention != "cpp" or build.why_not() is None
 
 
@@ -168,6 +172,7 @@ CASES = [
         seed=1,
     ),
     Case("cpp", reward="full", attention="cpp", arguments=REJECTING, seed=9),
+    Case("bfloat16 by cpp", attention="cpp", dtype=torch.bfloat16, layers=1, arguments=REJECTING, seed=9),
     Case(
         "forks by cpp",
         reward="full",
@@ -253,9 +258,10 @@ def parts(case: Case) -> tuple[TransformersEngine, list[Request], RunConfig]:
     else:
         model = build_model(case.policy, num_hidden_layers=case.layers, vocab_size=VOCAB_SIZE, **case.options)
     length = {"max_length": 64} if case.options else {}
-    engine = make_engine(model, path=case.path, attention=choose.build(case.attention), **length)
+    engine = make_engine(model.to(case.dtype), path=case.path, attention=choose.build(case.attention), **length)
     if case.path == "shared_prefix":
         assert engine.runner.attention.name == case.attention
+        assert (engine.describe()["products"] == "cpp") == (case.dtype == products.DTYPE)
     ends = case.ends or (config.max_gen_toks,) * len(case.prompts)
     requests = [
         Request(prompt=engine.encode(prompt), config=config.replace(max_gen_toks=end), until=UNTIL)
