@@ -74,9 +74,9 @@ class Stores:
 
     def use_cache(self, config: RunConfig, host: Host) -> tuple[str, ...]:
         lm = SpecRejLM.__new__(SpecRejLM)
-        nothing: Any = None  # no model is looked at
+        reward: Any = SimpleNamespace(deciding={})  # no model is looked at
         engine: Any = SimpleNamespace(environment=dict, deciding=dict)
-        plan = RunPlan(config=config, host=host, engine=engine, reward=nothing)
+        plan = RunPlan(config=config, host=host, engine=engine, reward=reward)
         lm.__dict__.update(run_config=config, plan=plan, _rank=0, _world_size=1)
         lm.__dict__["_warn"] = lambda *_, **__: None
         database = self.caches.setdefault("cache", {})
