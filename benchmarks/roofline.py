@@ -20,6 +20,8 @@ from __future__ import annotations
 
 import argparse
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -32,6 +34,7 @@ from specrej_eval.config import RunConfig
 from specrej_eval.core import Plan, Prompt
 from specrej_eval.engines.transformers.engine import TransformersEngine
 from specrej_eval.kv import choose
+from specrej_eval.kv.native import build
 
 SHAPES = {
     "cpu": ("311x64", "900x24", "40x200", "1900x64"),
@@ -230,12 +233,35 @@ def profiled(milliseconds: Any, options: argparse.Namespace) -> list[list[object
     if on_gpu:
         activities.append(torch.profiler.ProfilerActivity.CUDA)
     profiler = torch.profiler.profile(activities=activities)
-    milliseconds((), profiler)
+    with kernels_seen():
+        milliseconds((), profiler)
     own = "self_device_time_total" if on_gpu else "self_cpu_time_total"
     events = sorted(profiler.key_averages(), key=lambda event: -getattr(event, own))[:20]
     lines = [[event.key, getattr(event, own) / 1000 / options.steps, event.count / options.steps] for event in events]
     print(table(["operation", "ms a step", "calls a step"], lines), flush=True)
     return lines
+
+
+@contextmanager
+def kernels_seen() -> Iterator[None]:
+    """Inside, torch's profiler sees calls of our C++ kernels, which are no operations of torch's: ``cpp::NAME``."""
+    kernels = None if build.why_not() else build.library()
+    own = {name: getattr(kernels, name) for name in build.KERNELS} if kernels is not None else {}
+
+    def seen(name: str) -> Any:
+        def call(*arguments: Any) -> Any:
+            with torch.profiler.record_function(f"cpp::{name}"):
+                return own[name](*arguments)
+
+        return call
+
+    for name in own:
+        setattr(kernels, name, seen(name))
+    try:
+        yield
+    finally:
+        for name, kernel in own.items():
+            setattr(kernels, name, kernel)
 
 
 def ratios(found: dict[str, Any], ceilings: Ceilings) -> dict[str, float]:

@@ -95,6 +95,8 @@ _SIGNATURES: dict[str, list[Any]] = {
     "product": [_ADDRESS, _COUNT, ctypes.POINTER(Weights), _ADDRESS, _ADDRESS, _COUNT],
     "rotate": [_ADDRESS, _ADDRESS, _ADDRESS, _ADDRESS, _ADDRESS, _ADDRESS, *[_COUNT] * 5, _FLAG],
 }
+KERNELS = tuple(_SIGNATURES)
+"""Names of the functions of a library."""
 
 
 class Unavailable(Exception):
