@@ -100,7 +100,7 @@ def speaking(
         for name in logging.root.manager.loggerDict:
             for handler in logging.getLogger(name).handlers:
                 if type(handler) is logging.StreamHandler:
-                    handler.setStream(sys.stderr)
+                    handler.stream = sys.stderr  # setStream flushes the one before, which a test may have closed
         PartialState._reset_state()  # of whatever this test process has used accelerate for
         os.chdir(folder)
         sys.argv = list(argv)
