@@ -153,6 +153,15 @@ class SuffixPool:
         keys, values = (store[layer][: self.rows, :, :stored] for store in self._stores)
         return keys, values
 
+    def memory(self) -> list[Tensor]:
+        """All that it lies in; the same tensors as long as nothing moves."""
+        return [tensor for store in self._stores for tensor in store.values()]
+
+    def clear(self, first: int, end: int) -> None:
+        """Zeros at the positions [first, end) of every row, none of which holds a token that counts."""
+        for tensor in self.memory():
+            tensor[: self.rows, :, first:end] = 0
+
     def advance(self) -> None:
         self.length += 1
         self.capacity = max(self.capacity, self._aligned(self.capacity))

@@ -322,7 +322,7 @@ def _waits(backend: AttentionBackend, drawn: _Drawn) -> bool:
     keys, values = _new_tokens(drawn)
     decoding.attend(0, drawn.query, keys, values, drawn.params)
     try:
-        with _no_waiting():
+        with no_waiting():
             decoding.attend(0, drawn.query, keys, values, drawn.params)
     except RuntimeError as error:
         if "synchroniz" not in str(error):
@@ -332,7 +332,12 @@ def _waits(backend: AttentionBackend, drawn: _Drawn) -> bool:
 
 
 @contextmanager
-def _no_waiting() -> Iterator[None]:
+def no_waiting() -> Iterator[None]:
+    """On a CUDA device: what makes the host wait for it is an error in here, for every thread.
+
+    Raises:
+        RuntimeError: something did.
+    """
     before = torch.cuda.get_sync_debug_mode()
     torch.cuda.set_sync_debug_mode("error")
     try:

@@ -50,6 +50,7 @@ class TransformersEngine(Engine):
         max_length: context length in tokens; None = read from the config.
         path: force one of the runner's paths; None = the best that gives the model's own logits.
         attention: who computes attention behind a shared prefix; None = ``sdpa``.
+        graphs: replay decode steps as CUDA graphs, where that can be done and pays.
         text: the arguments of ``Engine`` that say how prompts are made and answers cut.
     """
 
@@ -64,12 +65,13 @@ class TransformersEngine(Engine):
         max_length: int | None = None,
         path: Path | None = None,
         attention: AttentionBackend | None = None,
+        graphs: bool = False,
         **text: Any,
     ) -> None:
         super().__init__(tokenizer, max_length=max_length or context_length(model, tokenizer), **text)
         self.model = model
         with clear_error("trying out the model", SMALLER):
-            self.runner = twice(lambda: ModelRunner(model, path=path, attention=attention))
+            self.runner = twice(lambda: ModelRunner(model, path=path, attention=attention, graphs=graphs))
         self.promises = self.runner.promises
         self.device = self.runner.device
         self.most_rows_unasked = MOST_ROWS_ON_A_CPU if self.device.type == "cpu" else None
@@ -294,6 +296,7 @@ class TransformersEngine(Engine):
             "attention_width": attention_width,
             "attention": self.runner.path,
             "attention_backend": self.runner.attention.name if self.runner.path == "shared_prefix" else None,
+            "cuda_graphs": self.runner.replays,
             "promises": self.promises,
             "packed_weights": self.runner.packed_bytes > 0,
             "products": self.runner.products,

@@ -17,7 +17,7 @@ import copy
 import inspect
 import logging
 from collections.abc import Generator, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any, Literal
 
@@ -32,13 +32,14 @@ from specrej_eval.kv import shared_prefix
 from specrej_eval.kv.attention.base import AttentionBackend
 from specrej_eval.kv.cache import Prefix
 from specrej_eval.kv.experts import expert_configs, padded_experts
+from specrej_eval.kv.graphs import WORTH, DecodeGraphs
 from specrej_eval.kv.models import has_odd_widths, obstacle, our_attention, reset_rotary, rope_limit, windows_missing
 from specrej_eval.kv.native.fused import FusedOperators
 from specrej_eval.kv.packed import PackedWeights
 from specrej_eval.kv.prefill import PromptReader, drained
 from specrej_eval.kv.probe import difference, may_be_bits, probe_ids, tried
 from specrej_eval.kv.shared_prefix import ROW_ALIGN
-from specrej_eval.kv.steps import SDPA, DecodeStep
+from specrej_eval.kv.steps import SDPA, DecodeStep, Step
 
 logger = logging.getLogger(__name__)
 
@@ -59,9 +60,17 @@ class ModelRunner:
         path: force a path; None = the first that the probe finds right.
         attention: who computes attention on the ``shared_prefix`` path; None = ``sdpa``, which also stands in where
             the probe finds that its logits are not the model's.
+        graphs: replay decode steps as CUDA graphs, where the model and its attention can (``kv/graphs.py``).
     """
 
-    def __init__(self, model: Any, *, path: Path | None = None, attention: AttentionBackend | None = None) -> None:
+    def __init__(
+        self,
+        model: Any,
+        *,
+        path: Path | None = None,
+        attention: AttentionBackend | None = None,
+        graphs: bool = False,
+    ) -> None:
         self.model = model
         self.device: torch.device = model.get_input_embeddings().weight.device
         self.dtype: torch.dtype = model.get_input_embeddings().weight.dtype
@@ -76,6 +85,7 @@ class ModelRunner:
         self._exchanged: Any = None
         """What the model's attention was, while ours is in its place."""
         self._row_align = _row_align(model, self.dtype) if self.device.type == "cpu" else 1
+        self._graphs: DecodeGraphs | None = None
         kernels = attention is not None and attention.name == CPP
         self._packed = PackedWeights(model, kernels=kernels)
         self._fused = FusedOperators(model, wanted=kernels)
@@ -94,6 +104,8 @@ class ModelRunner:
         self.promises: Promise = self._probe_promise()
         """What holds for this model on this device, dtype and number of threads."""
         self.reader.packs = self.path == "shared_prefix" and self._takes_positions and tried(self._packed_error) is None
+        if graphs:
+            self._probe_graphs()
 
     # which path, and what it promises
 
@@ -116,6 +128,31 @@ class ModelRunner:
                 return path
             reasons.append(f"{path}: {reason}")
         raise RuntimeError(f"cannot decode {type(self.model).__name__}: {'; '.join(reasons)}")
+
+    def _probe_graphs(self) -> None:
+        """Replay steps of this model from here on, if that gives its logits; says so if it cannot be done."""
+        positions = getattr(self._text_config, "max_position_embeddings", None) or 0
+        self._graphs = DecodeGraphs(self._within, name=type(self.model).__name__, positions=positions)
+        reason = None
+        if self.path != "shared_prefix":
+            reason = f"it is decoded on the {self.path} path"
+        elif self.attention.name != SDPA.name:
+            reason = f"its attention is computed by {self.attention.name}"
+        elif not self._takes_positions:
+            reason = "it takes no position_ids"
+        elif {each.device for each in self.model.parameters()} != {self.device}:
+            reason = "it does not lie on one device as a whole"
+        if reason is None:
+            reason = tried(partial(self._probe_error, "shared_prefix", ahead=WORTH))
+            if reason is None and self._graphs.off is None and not self._graphs.replays:
+                reason = "none was replayed when the model was tried"
+        if self._graphs.off is None:
+            self._graphs.refuse(reason)
+
+    @property
+    def replays(self) -> bool:
+        """Whether decode steps are replayed as CUDA graphs where that pays."""
+        return self._graphs is not None and self._graphs.off is None
 
     @property
     def packed_bytes(self) -> int:
@@ -164,8 +201,12 @@ class ModelRunner:
         told = "attention_backend=%s is not used for %s (%s): sdpa computes its attention."
         logger.warning(told, attention.name, type(self.model).__name__, reason)
 
-    def _probe_error(self, path: Path) -> str | None:
-        """Decode a few forced tokens on ``path`` with a row dropped on the way; None if the logits are the model's."""
+    def _probe_error(self, path: Path, *, ahead: int = 0) -> str | None:
+        """Decode a few forced tokens on ``path`` with a row dropped on the way; None if the logits are the model's.
+
+        Args:
+            ahead: tokens that seem to lie ahead.
+        """
         rows, steps = 3, 4
         ids = torch.tensor(probe_ids(_PROBE_TOKENS + rows * steps, self._vocab), device=self.device)
         head, forced = ids[:_PROBE_TOKENS], ids[_PROBE_TOKENS:].reshape(rows, steps)
@@ -175,7 +216,8 @@ class ModelRunner:
         with self.active():
             prefix = self.prefill(head.tolist())
             assert prefix.logits is not None
-            group = Group(prefix, list(range(rows)), capacity=steps, device=self.device)
+            group = Group(prefix, list(range(rows)), capacity=steps + ahead, device=self.device)
+            group.target = ahead
             error = (prefix.logits - want[:1, 0]).abs().max()
             for step in range(steps):
                 if step == 2:
@@ -262,7 +304,8 @@ class ModelRunner:
         """
         reset_rotary(self.model, self.device)
         packed = self._packed.active(unchanged=unchanged)
-        with padded_experts(self._expert_configs), packed, self._fused.active():
+        graphs = nullcontext() if self._graphs is None else self._graphs.active()
+        with padded_experts(self._expert_configs), packed, self._fused.active(), graphs:
             if self.path != "shared_prefix":
                 yield
                 return
@@ -348,9 +391,8 @@ class ModelRunner:
         Returns:
             (rows, vocab) logits in the model's dtype.
         """
-        shared = [group for group in groups if group.pool is not None]
-        if len(shared) == len(groups):
-            return self._step_shared(groups, tokens)
+        if all(group.pool is not None for group in groups):
+            return self._step_together(groups, tokens)
         parts = []
         first = 0
         for group in groups:
@@ -359,15 +401,25 @@ class ModelRunner:
             first += group.num_rows
         return torch.cat(parts)
 
+    def _step_together(self, groups: Sequence[Group], tokens: Tensor) -> Tensor:
+        """All that decodes is in one step, which may be replayed."""
+        if self._graphs is None:
+            return self._step_shared(groups, tokens)
+        pools = [(group.prefix, group.pool) for group in groups if group.pool is not None]
+        ahead = min(group.target - group.num_sampled for group in groups)
+        return self._graphs.step(pools, tokens, ahead, lambda: self._step_shared(groups, tokens))
+
     def _step_shared(self, groups: Sequence[Group], tokens: Tensor) -> Tensor:
         rows = tokens.shape[0]
         positions = padded(torch.cat([group.positions() for group in groups]), self._row_align)
         tokens = padded(tokens, self._row_align)
         pools = [(group.prefix, group.pool) for group in groups if group.pool is not None]
-        cache = shared_prefix.SharedPrefixCache(self._num_layers)
-        with shared_prefix.running(DecodeStep(pools, self.attention)):
-            logits = self._forward(tokens[:, None], cache, positions[:, None])
-        return logits[:rows]
+        return self._within(DecodeStep(pools, self.attention), tokens[:, None], positions[:, None])[:rows]
+
+    def _within(self, step: Step, tokens: Tensor, positions: Tensor) -> Tensor:
+        """(rows, vocab) logits of a step; tokens and positions are (rows, 1)."""
+        with shared_prefix.running(step):
+            return self._forward(tokens, shared_prefix.SharedPrefixCache(self._num_layers), positions)
 
     def _step_plain(self, group: Group, tokens: Tensor) -> Tensor:
         rows, tokens = tokens.shape[0], padded(tokens, self._row_align)

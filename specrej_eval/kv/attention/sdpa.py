@@ -180,16 +180,80 @@ def decode(
     Returns:
         (rows, kv_heads, groups, head_dim of the values), in the values' dtype.
     """
-    if way is None:
-        fused = query.is_cuda and query.dtype in (torch.float16, torch.bfloat16)
-        same = query.shape[-1] == suffix_value.shape[-1]
-        way = "flash" if fused and same and query.shape[-1] % 8 == 0 and query.shape[-1] <= 256 else "math"
+    way = way or _way(query, suffix_value)
     tokens = suffix_key.shape[2] if tokens is None else tokens
     if way == "math" or params.softcap is not None:
         return _decode_math(query, prefix_key, prefix_value, suffix_key, suffix_value, params, tokens)
     return _decode_flash(
         query, prefix_key, prefix_value, suffix_key[:, :, :tokens], suffix_value[:, :, :tokens], params
     )
+
+
+def _way(query: Tensor, value: Tensor) -> str:
+    """``flash`` where torch's fused kernel takes queries and values like these, else ``math``."""
+    fused = query.is_cuda and query.dtype in (torch.float16, torch.bfloat16)
+    same = query.shape[-1] == value.shape[-1]
+    return "flash" if fused and same and query.shape[-1] % 8 == 0 and query.shape[-1] <= 256 else "math"
+
+
+def decode_masked(
+    query: Tensor,
+    prefix_key: Tensor,
+    prefix_value: Tensor,
+    suffix_key: Tensor,
+    suffix_value: Tensor,
+    params: AttentionParams,
+    *,
+    prefix_seen: Tensor | None,
+    suffix_seen: Tensor,
+    way: str | None = None,
+) -> Tensor:
+    """``decode`` where masks say which keys count: no shape depends on how long the suffix is (``kv/graphs.py``).
+
+    Args:
+        query: (rows, kv_heads, groups, head_dim).
+        prefix_key, prefix_value: (kv_heads, prefix tokens, head_dim); may hold no token.
+        suffix_key, suffix_value: (rows, kv_heads, stored, head_dim), finite where no token is.
+        prefix_seen: bool, (prefix tokens,); None = all.
+        suffix_seen: bool, (stored,); at least one.
+        way: of the prefix, as in ``decode``. The suffix has no fused kernel with a mask and a log-sum-exp.
+
+    Returns:
+        (rows, kv_heads, groups, head_dim of the values), in the values' dtype.
+    """
+    rows, kv_heads, groups, _ = query.shape
+    scaled = query * params.scale
+    own = torch.matmul(scaled, suffix_key.transpose(2, 3))  # (rows, kv_heads, groups, stored)
+    out, lse = _masked_part(own, suffix_value, suffix_seen, params)
+    if prefix_key.shape[1]:
+        way = way or _way(query, prefix_value)
+        if way == "flash" and params.softcap is None and prefix_seen is None:
+            packed = _packed(query)[None]  # (1, kv_heads, rows * groups, head_dim)
+            shared, shared_lse = (
+                part[0] for part in _attend(packed, prefix_key[None], prefix_value[None], params.scale)
+            )
+        else:
+            products = torch.bmm(_packed(scaled), prefix_key.transpose(1, 2))  # (kv_heads, rows * groups, prefix)
+            shared, shared_lse = _masked_part(products, prefix_value, prefix_seen, params)
+        unpacked = _unpack(shared, rows, groups), _unpack(shared_lse[..., None], rows, groups)[..., 0]
+        out, lse = merge(out, lse, *unpacked)
+    if params.sinks is not None:
+        out = with_sinks(out, lse, params.sinks.view(1, kv_heads, groups))
+    return out.to(suffix_value.dtype)
+
+
+def _masked_part(products: Tensor, value: Tensor, seen: Tensor | None, params: AttentionParams) -> tuple[Tensor, Tensor]:
+    """Attention over some of the keys and its log-sum-exp. Where no key is seen that is so low that it weighs nothing.
+
+    Args:
+        products: (..., queries, keys), scaled.
+        value: (..., keys, head_dim of the values).
+        seen: bool, (keys,); None = all.
+    """
+    scores = _capped(products.float(), params)
+    if seen is not None:
+        scores = scores.masked_fill(~seen, torch.finfo(torch.float32).min)  # not infinite: no NaN where none is seen
+    return torch.matmul(scores.softmax(-1).to(value.dtype), value).float(), scores.logsumexp(-1)
 
 
 def _decode_math(
