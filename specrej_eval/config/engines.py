@@ -101,8 +101,9 @@ class EngineArguments:
     compile: str = argument(
         "auto",
         on_off("auto", "on", "off"),
-        "C++ kernels for a CPU, compiled once on this machine (2 seconds): ``auto`` = where g++ is there, ``on`` = or "
-        "an error, ``off`` = never. They differ from PyTorch's in last bits.",
+        "On a CPU, C++ kernels that are compiled once (2 seconds): ``auto`` = where g++ is there, ``on`` = or an error. "
+        "On a GPU, decode steps replayed as CUDA graphs: ``auto`` = where ``doctor --attention`` found them right, "
+        "``on`` = untried too. ``off`` = neither. Last bits differ.",
         decides=Decides.PLACE,
         takes=(Takes.RUN, Takes.POLICY),
         engines=(TRANSFORMERS,),

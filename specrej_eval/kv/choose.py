@@ -24,6 +24,7 @@ from specrej_eval.config.engines import AUTO_BACKEND, CPP, SDPA
 from specrej_eval.errors import ConfigError, MissingDependencyError
 from specrej_eval.kv import contract
 from specrej_eval.kv.attention.base import AttentionBackend
+from specrej_eval.kv.graphs import RecordedAttention
 from specrej_eval.kv.memory import clear_error, twice
 
 logger = logging.getLogger(__name__)
@@ -50,31 +51,61 @@ def all_backends() -> list[AttentionBackend]:
     return sorted(map(build, registry.names(_PACKAGE)), key=lambda backend: -backend.preference)
 
 
+def graphs() -> RecordedAttention:
+    """What CUDA graphs of decode steps attend with: it is found right on a device as a backend is, and kept as one."""
+    return RecordedAttention(build(SDPA))
+
+
+def replays(attention: AttentionBackend, device: str, compiled: str = "auto") -> bool:
+    """Whether decode steps with this backend are replayed as CUDA graphs: under ``compile=auto`` where `specrej-eval
+    doctor --attention` found them right on the device. Says once where ``compile=on`` asks for what was never tried."""
+    place = torch.device(device)
+    if place.type not in RecordedAttention.devices or attention.name != SDPA or compiled == "off":
+        return False
+    verified = is_verified(graphs(), place)
+    if compiled == "on" and not verified and graphs().name not in _said:
+        _said.add(graphs().name)
+        logger.warning(
+            "compile=on: CUDA graphs were never found right on this device (%s) with these versions; "
+            "`specrej-eval doctor --attention` finds out in a minute or two.",
+            device_name(place),
+        )
+    return verified or compiled == "on"
+
+
 def resolve(asked: str, device: str, compiled: str = "auto") -> AttentionBackend:
     """The backend for a value of ``attention_backend``, before a weight is loaded.
 
     Says once where one that is asked for was never found right on this device.
 
     Args:
-        compiled: ``compile``: whether C++ kernels may, must or must not be compiled for a CPU.
+        compiled: ``compile``: whether C++ kernels may, must or must not be compiled for a CPU, and decode steps be
+            replayed as CUDA graphs. Where they are, ``auto`` is ``sdpa``, whose attention they know.
 
     Raises:
         MissingDependencyError: its package, or a compiler, is not installed or fails.
-        ConfigError: it does not run on the device, or is not allowed to be compiled.
+        ConfigError: it does not run on the device, is not allowed to be compiled, or not what must be.
         OutOfMemoryError: no memory to try C++ kernels out.
     """
     place = torch.device(device)
-    if compiled == "on" and (reason := build(CPP).why_not_on(place)):
+    graphed = place.type in RecordedAttention.devices
+    if compiled == "on" and not graphed and (reason := build(CPP).why_not_on(place)):
         raise MissingDependencyError(
             f"compile=on: C++ kernels cannot be had: {reason}.",
             hint=f"install with: {build(CPP).install}" if place.type == "cpu" else "compile=auto fits every device.",
         )
+    if asked == AUTO_BACKEND and replays(build(SDPA), device, compiled):
+        return build(SDPA)
     if asked == AUTO_BACKEND:
         able = (each for each in all_backends() if each.name != CPP or compiled != "off")
         return next((backend for backend in able if _trusted(backend, place)), build(SDPA))
     if asked == CPP and compiled == "off":
         raise ConfigError(f"attention_backend={CPP} needs kernels that compile=off forbids.", hint="leave one out.")
     backend = build(asked)
+    if compiled == "on" and graphed and asked != SDPA:
+        raise ConfigError(
+            f"compile=on: CUDA graphs are made with the attention of {SDPA}, not of {asked}.", hint="leave one out."
+        )
     if reason := backend.why_not_on(place):
         if backend.missing() and place.type in backend.devices:
             raise MissingDependencyError(

@@ -353,6 +353,7 @@ class RecordedAttention(AttentionBackend):
     """Attention of a recorded step, for the contract: recorded with other tokens at another length, then replayed."""
 
     name = "cuda_graphs"
+    prepares = True
     dtypes = (torch.float16, torch.bfloat16, torch.float32)
 
     def _decode_groups(

@@ -39,7 +39,7 @@ _WAITS = {
     "unique_consecutive",
     "bincount",
     "histc",
-    "repeat_interleave",
+    "repeat_interleave.Tensor",
     "_index_put_impl_",
     "_pin_memory",
 }
@@ -78,7 +78,7 @@ class _Recording(TorchDispatchMode):
         kwargs = kwargs or {}
         name = function._schema.name.removeprefix("aten::")
         given = [each for each in tree_leaves((args, kwargs)) if isinstance(each, Tensor)]
-        self._refuse(name, args, given)
+        self._refuse(name, function._overloadname, args, given)
         if function._schema.is_mutable:
             written = [
                 value
@@ -100,14 +100,14 @@ class _Recording(TorchDispatchMode):
             self._made.operators.append((function, args, kwargs, results))
         return out
 
-    def _refuse(self, name: str, args: Any, given: list[Tensor]) -> None:
+    def _refuse(self, name: str, overload: str, args: Any, given: list[Tensor]) -> None:
         scalars = all(each.dim() == 0 for each in given)
         by_mask = name in ("index", "index_put", "index_put_") and any(
             isinstance(each, Tensor) and each.dtype in (torch.bool, torch.uint8) for each in args[1]
         )
         copied = name in ("lift_fresh", "lift_fresh_copy") and not scalars  # the host's memory; a number is passed along
-        if name in _WAITS or by_mask or copied:
-            raise RuntimeError(f"CUDA error: {ERROR} (aten::{name})")
+        if name in _WAITS or f"{name}.{overload}" in _WAITS or by_mask or copied:
+            raise RuntimeError(f"CUDA error: {ERROR} (aten::{name}.{overload})")
 
 
 def record(region: Callable[[], Tensor], device: torch.device) -> tuple[Replay, Tensor]:

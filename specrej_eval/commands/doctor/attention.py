@@ -113,10 +113,10 @@ def run(args: argparse.Namespace) -> int:
 
 
 def examine(device: torch.device) -> Iterator[Report]:
-    """Try every backend, and keep what is right; ``sdpa`` last."""
+    """Try every backend, and keep what is right; ``sdpa`` last, and attention that is replayed as CUDA graphs."""
     from specrej_eval.kv import choose
 
-    for backend in choose.all_backends():
+    for backend in (*choose.all_backends(), choose.graphs()):
         stamp = choose.stamp(backend, device)
         if reason := backend.why_not_on(device):
             yield Report(backend.name, stamp, reason)
@@ -146,8 +146,9 @@ def _findings(device: torch.device) -> Iterator[Finding]:
 
     for report in examine(device):
         yield from _told(report)
-    chosen = choose.resolve(AUTO_BACKEND, str(device)).name
-    yield Finding("ok", "attention_backend", f"auto is {chosen} here; kept in {choose.store()}")
+    chosen = choose.resolve(AUTO_BACKEND, str(device))
+    replayed = ", replayed as CUDA graphs" if choose.replays(chosen, str(device)) else ""
+    yield Finding("ok", "attention_backend", f"auto is {chosen.name}{replayed} here; kept in {choose.store()}")
 
 
 def _told(report: Report) -> Iterator[Finding]:

@@ -53,6 +53,8 @@ class EnginePlan(base.EnginePlan):
     all but ``UNSUPPORTED``; ``dtype`` is never ``auto`` of the embedded model."""
 
     attention: AttentionBackend
+    graphs: bool
+    """Whether decode steps are replayed as CUDA graphs, where the model lets them."""
     template_args: Mapping[str, Any]
     """Of the chat template."""
 
@@ -72,6 +74,7 @@ class EnginePlan(base.EnginePlan):
             tokenizer,
             max_length=host.get("max_length"),
             attention=self.attention,
+            graphs=self.graphs,
             think_end_token=host.get("think_end_token"),
             add_bos_token=host.get("add_bos_token"),
             chat_template_args=self.template_args,
@@ -79,9 +82,11 @@ class EnginePlan(base.EnginePlan):
         )
 
     def environment(self) -> dict[str, Any]:
-        """What ``attention_backend=auto`` came to, and who multiplies where that changes bits. See
-        ``base.EnginePlan``."""
-        found = {"attention_backend": self.attention.name}
+        """What ``attention_backend=auto`` came to, who multiplies where that changes bits, and on a GPU whether CUDA
+        graphs are replayed. See ``base.EnginePlan``."""
+        found: dict[str, Any] = {"attention_backend": self.attention.name}
+        if self.device.startswith("cuda"):
+            found["cuda_graphs"] = self.graphs
         if self.device == "cpu" and self.dtype != "float32":
             ours = self.attention.name == CPP and products.why_not() is None
             found["products"] = CPP if ours else "torch"
@@ -117,7 +122,7 @@ def engine_of_model(plan: base.EnginePlan, model: Any, tokenizer: Any, **text: A
     """The engine over a model that somebody else has loaded by ``plan``; ``text`` as in ``TransformersEngine``."""
     assert isinstance(plan, EnginePlan)
     model = with_softcap(model, asked=plan.config.attn_implementation is not None)
-    return TransformersEngine(model, tokenizer, attention=plan.attention, **text)
+    return TransformersEngine(model, tokenizer, attention=plan.attention, graphs=plan.graphs, **text)
 
 
 def resolve_engine(config: RunConfig, host: Mapping[str, Any], *, check: bool = True) -> EnginePlan:
@@ -141,11 +146,13 @@ def resolve_engine(config: RunConfig, host: Mapping[str, Any], *, check: bool = 
     template_args = template_args_of(host)
     # a model that is there already lies where it lies
     device = checkpoint.device_of(config.device) if check else config.device or checkpoint.device_of(None)
+    attention = choose.resolve(config.attention_backend, device, config.compile)
     return EnginePlan(
         name=name,
         dtype="float32" if config.dtype == "auto" and config.pretrained is None else config.dtype,
         device=device,
-        attention=choose.resolve(config.attention_backend, device, config.compile),
+        attention=attention,
+        graphs=choose.replays(attention, device, config.compile),
         template_args=template_args,
         config=config,
         host=host,

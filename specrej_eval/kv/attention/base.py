@@ -50,6 +50,8 @@ class AttentionBackend(ABC):
     dtypes: ClassVar[tuple[torch.dtype, ...]] = (torch.float16, torch.bfloat16)
     reads_behind: ClassVar[bool] = False
     """It takes suffixes with memory behind their tokens, and multiplies that by 0: faster where it saves a copy."""
+    prepares: ClassVar[bool] = False
+    """Each call makes something ready first, for which the host may wait."""
     preference: ClassVar[int] = 0
     """``attention_backend=auto`` takes the one with the highest, of those that are verified on the device."""
 
