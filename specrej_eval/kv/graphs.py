@@ -244,9 +244,13 @@ class DecodeGraphs:
         self._pauses = False
         self.off: str | None = None
         """Why no graph is used any more; None while one may be."""
-        self.replays = 0
-        """Steps that were taken from a graph."""
+        self.taken = 0
+        """Steps that were replayed, after a first one."""
         droppable.add(self)
+
+    def forget(self) -> None:
+        """Let a graph go."""
+        self._held = None
 
     @contextmanager
     def active(self) -> Iterator[None]:
@@ -281,7 +285,7 @@ class DecodeGraphs:
             return plain()  # the step that was recorded, taken again: what a recording holds fast shows only later
         if not held.compared:
             return self._compared(held, groups, tokens, plain)
-        self.replays += 1
+        self.taken += 1
         return held.replay(groups, tokens)
 
     def _pays(self, groups: Groups, ahead: int) -> bool:

@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 from collections.abc import Callable, Iterator
+from functools import cache
 from typing import Any
 
 import pytest
@@ -18,9 +20,13 @@ from specrej_eval.engines.transformers.groups import Group
 from specrej_eval.engines.transformers.model import ModelRunner
 from specrej_eval.kv import choose, graphs
 from specrej_eval.kv.cache import SuffixPool
+from specrej_eval.kv.probe import difference
 
-FAMILIES = ("llama", "qwen3", "mistral", "gemma2", "gemma3_text", "phi3", "cohere2", "stablelm")
-"""Plain; norms of queries; windows; windows and softcap; two rotary embeddings; one weight for all; and others."""
+FAMILIES = [
+    *("llama", "qwen3", "mistral", "gemma2"),
+    *(pytest.param(name, marks=pytest.mark.full) for name in ("gemma3_text", "phi3", "cohere2", "stablelm", "gpt_neox")),
+]
+"""Plain; norms of queries; windows; windows and softcap; and others."""
 Counted = Callable[..., None]
 
 
@@ -87,6 +93,12 @@ def script(runner: ModelRunner) -> list[Tensor]:
     return found
 
 
+@cache
+def plain(name: str) -> list[Tensor]:
+    """What the script must give."""
+    return script(ModelRunner(shared_model(name), path="shared_prefix"))
+
+
 def equal(found: list[Tensor], wanted: list[Tensor]) -> bool:
     assert len(found) == len(wanted)
     largest = max(float(each.abs().max()) for each in wanted)
@@ -102,7 +114,7 @@ def replays(recorded: list[Replay]) -> int:
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_logits_are_those_of_plain_steps(name: str, recorded: list[Replay], counted: Counted) -> None:
-    wanted = script(ModelRunner(shared_model(name), path="shared_prefix"))
+    wanted = plain(name)
     runner = with_graphs(name)
     recorded.clear()
     assert equal(script(runner), wanted)
@@ -275,7 +287,7 @@ SEEN = (
 
 def _with_fault(fault: Any, monkeypatch: pytest.MonkeyPatch) -> tuple[ModelRunner, bool]:
     """The runner, and whether logits are right all the same."""
-    wanted = script(ModelRunner(shared_model("mistral"), path="shared_prefix"))
+    wanted = plain("mistral")
     runner = with_graphs("mistral")
     fault(monkeypatch)  # only now: the probe would have found it
     try:
@@ -301,3 +313,175 @@ def test_the_numbers_show_the_other_faults(fault: Any, monkeypatch: pytest.Monke
     _, right = _with_fault(fault, monkeypatch)
     assert not right
     counted("planted faults of CUDA graphs found")
+
+
+# ---- whole runs ------------------------------------------------------------------------------------------------------
+
+LONG = {"n": 6, "max_gen_toks": 60, "first_look": 20}
+
+
+@cache
+def undisturbed(name: str) -> list[Any]:
+    return list(map(outcome, generate(make_engine(build(name, vocab_size=261)), **LONG)))
+
+
+def run(engine: Any) -> list[Any]:
+    return list(map(outcome, generate(engine, **LONG)))
+
+
+def engine_of(name: str) -> Any:
+    return make_engine(build(name, vocab_size=261), graphs=True)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2"])
+def test_answers_are_those_without_graphs(name: str, recorded: list[Replay]) -> None:
+    wanted = undisturbed(name)
+    engine = engine_of(name)
+    assert engine.describe()["cuda_graphs"] is True
+    recorded.clear()
+    assert run(engine) == wanted
+    assert len(recorded) > 2 and replays(recorded) > 10 and engine.describe()["cuda_graphs"] is True
+    assert make_engine(build(name, vocab_size=261)).describe()["cuda_graphs"] is False
+
+
+def test_no_graph_outlives_the_call_it_was_made_in(recorded: list[Replay]) -> None:
+    engine = engine_of("llama")
+    run(engine)
+    assert recorded and engine.runner._graphs._held is None
+
+
+@pytest.mark.parametrize("name", ["mixtral", "gpt2", "bloom"])
+def test_what_cannot_be_recorded_runs_as_before_and_is_said_once(
+    name: str, recorded: list[Replay], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Experts that ask the host, a model that looks at its tokens, and one on another path."""
+    with caplog.at_level(logging.WARNING, "specrej_eval.kv"):
+        engine = engine_of(name)
+        assert run(engine) == undisturbed(name)
+    [said] = [record.getMessage() for record in caplog.records if record.name == graphs.__name__]
+    assert "are not replayed as CUDA graphs" in said
+    assert engine.describe()["cuda_graphs"] is False and not recorded
+
+
+def test_a_model_that_asks_the_cache_where_it_is_is_not_recorded(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = build("llama")
+    whole = model.forward
+
+    def forward(input_ids: Tensor, position_ids: Any = None, **given: Any) -> Any:
+        cache = given.get("past_key_values") or given.get("cache")
+        if cache is not None and input_ids.shape[1] == 1:  # right in plain steps
+            position_ids = torch.full_like(input_ids, cache.get_seq_length())
+        return whole(input_ids, position_ids=position_ids, **given)
+
+    forward.__signature__ = inspect.signature(whole)  # type: ignore[attr-defined]  # what the runner asks it for
+    monkeypatch.setattr(model, "forward", forward)
+    with caplog.at_level(logging.WARNING, "specrej_eval.kv"):
+        runner = ModelRunner(model, path="shared_prefix", graphs=True)
+    assert not runner.replays and "takes its place in the text from a number" in caplog.text
+
+
+def test_attention_of_another_backend_is_not_recorded(caplog: pytest.LogCaptureFixture) -> None:
+    other = choose.build("flash_attn")
+    other.why_not = lambda *given: None  # type: ignore[method-assign]
+    other._of = lambda query, value: other._fallback()  # type: ignore[method-assign]
+    runner = ModelRunner(shared_model("llama"), attention=other, graphs=True)
+    assert runner.attention is other and not runner.replays
+    assert "its attention is computed by flash_attn" in caplog.text
+
+
+@pytest.mark.parametrize("when", ["recording", "comparing"])
+def test_memory_that_runs_out_costs_the_graph_and_nothing_else(
+    when: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    engine = engine_of("llama")
+    failed: list[int] = []
+
+    def fails(whole: Any, *given: Any) -> Any:
+        out = whole(*given)  # so late that all it does is done
+        failed.append(1)
+        if len(failed) == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return out
+
+    if when == "recording":
+        recorder = graphs.RECORDERS["cpu"]
+        monkeypatch.setitem(graphs.RECORDERS, "cpu", lambda *given: fails(recorder, *given))
+    else:
+        replay = graphs._Recorded.replay
+        monkeypatch.setattr(graphs._Recorded, "replay", lambda *given: fails(replay, *given))
+    with caplog.at_level(logging.WARNING, "specrej_eval"):
+        assert run(engine) == undisturbed("llama")
+    assert len(failed) > 2, "graphs are made again later"
+    assert not engine.oom_splits and engine.runner.replays and not caplog.records
+
+
+def test_a_wrong_replay_is_not_used_and_said_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    engine = engine_of("llama")
+
+    def wrong(region: Any, device: torch.device) -> tuple[Replay, Tensor]:
+        graph, out = record(region, device)
+        whole = graph.replay
+
+        def replay() -> None:
+            whole()
+            out[-1, 0] += 0.05 * out.abs().max()
+
+        monkeypatch.setattr(graph, "replay", replay)
+        return graph, out
+
+    monkeypatch.setitem(graphs.RECORDERS, "cpu", wrong)
+    with caplog.at_level(logging.WARNING, "specrej_eval"):
+        assert run(engine) == undisturbed("llama")
+    [said] = [record.getMessage() for record in caplog.records]
+    assert "LlamaForCausalLM are not replayed as CUDA graphs (its logits differ by" in said
+    assert engine.describe()["cuda_graphs"] is False
+
+
+def test_a_replay_that_fails_is_a_plain_step(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    engine = engine_of("llama")
+
+    def replay(self: Replay) -> None:
+        raise RuntimeError("CUDA error: invalid argument")
+
+    monkeypatch.setattr(Replay, "replay", replay)
+    assert run(engine) == undisturbed("llama")
+    assert caplog.text.count("(RuntimeError: CUDA error: invalid argument)") == 1
+
+
+def test_few_tokens_ahead_are_not_worth_a_graph(monkeypatch: pytest.MonkeyPatch, recorded: list[Replay]) -> None:
+    engine = engine_of("llama")
+    recorded.clear()
+    monkeypatch.setattr(graphs, "WORTH", 61)
+    assert run(engine) == undisturbed("llama")
+    assert not recorded
+
+
+# ---- on a GPU --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ["llama", "qwen3", "mistral", "gemma2"])
+def test_logits_are_those_of_plain_steps_on_the_gpu(name: str, dtype: torch.dtype) -> None:
+    model = build(name, head_dim=64).to("cuda", dtype)
+    wanted = script(ModelRunner(model, path="shared_prefix"))
+    runner = ModelRunner(model, path="shared_prefix", graphs=True)
+    assert runner.replays
+    found = script(runner)
+    assert runner.replays
+    assert runner._graphs is not None and runner._graphs.taken > len(wanted) / 3
+    for one, two in zip(found, wanted, strict=True):
+        error, largest = float((one - two).abs().max()), float(two.abs().max())
+        assert difference(error, largest, dtype, "logits") is None
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_experts_on_the_gpu_are_replayed_or_left_alone() -> None:
+    engine = make_engine(build("mixtral", vocab_size=261).cuda(), graphs=True)
+    assert generate(engine, **LONG)

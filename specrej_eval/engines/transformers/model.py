@@ -144,7 +144,7 @@ class ModelRunner:
             reason = "it does not lie on one device as a whole"
         if reason is None:
             reason = tried(partial(self._probe_error, "shared_prefix", ahead=WORTH))
-            if reason is None and self._graphs.off is None and not self._graphs.replays:
+            if reason is None and self._graphs.off is None and not self._graphs.taken:
                 reason = "none was replayed when the model was tried"
         if self._graphs.off is None:
             self._graphs.refuse(reason)
@@ -393,6 +393,8 @@ class ModelRunner:
         """
         if all(group.pool is not None for group in groups):
             return self._step_together(groups, tokens)
+        if self._graphs is not None:
+            self._graphs.forget()  # a prompt that is recomputed has its rotary embedding made anew
         parts = []
         first = 0
         for group in groups:

@@ -397,8 +397,7 @@ def _attend(
         if query.is_cuda
         else torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     )
-    if query.is_cuda:
-        query, key, value = map(last_dim_contiguous, (query, key, value))
+    query, key, value = map(last_dim_contiguous, (query, key, value))  # a CPU's kernel does not look
     out, lse = fused(query, key, value, is_causal=is_causal, scale=scale)[:2]
     return out.float(), lse.reshape(query.shape[:3]).float()
 
