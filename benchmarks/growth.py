@@ -51,7 +51,9 @@ def measure(options: argparse.Namespace) -> bool:
     """True if memory was within the tolerance everywhere."""
     torch.set_num_threads(options.threads)
     model, tokenizer = load_model(options.model, options.dtype, options.device, seed=options.seed)
-    engine = TransformersEngine(model, tokenizer, attention=choose.resolve("auto", options.device))
+    attention = choose.resolve("auto", options.device)
+    graphs = choose.replays(attention, options.device)
+    engine = TransformersEngine(model, tokenizer, attention=attention, graphs=graphs)
     engine.eos_ids = ()
     result: dict[str, Any] = header("growth", options)
     config = model.config.get_text_config(decoder=True)

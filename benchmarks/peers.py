@@ -65,7 +65,10 @@ class Ours:
         except ImportError:
             return {}
         asked = [self.config.attention_backend, self.device, *filter(None, [getattr(self.config, "compile", None)])]
-        return {"attention": choose.resolve(*asked)}
+        found: dict[str, Any] = {"attention": choose.resolve(*asked)}
+        if hasattr(choose, "replays"):
+            found["graphs"] = choose.replays(found["attention"], *asked[1:])
+        return found
 
     def run(self, job: Mapping[str, Any]) -> dict[str, Any]:
         from specrej_eval.core import Prompt

@@ -55,6 +55,9 @@ def main() -> None:
     made.add_argument(
         "--token_stats", nargs="*", default=["logprob"], help="timed apart: recording these of each token"
     )
+    made.add_argument(
+        "--compile", default="auto", choices=["auto", "on", "off"], help="on a GPU: CUDA graphs; default: %(default)s"
+    )
     made.add_argument("--profile", action="store_true", help="for each shape, say which operations take the time")
     options = made.parse_args()
     kind = options.device.partition(":")[0]
@@ -64,7 +67,9 @@ def main() -> None:
 
     result: dict[str, Any] = {**header("roofline", options), "steps": options.steps, "shapes": {}}
     model, tokenizer = load_model(options.model, options.dtype, options.device, seed=options.seed)
-    engine = TransformersEngine(model, tokenizer, attention=choose.resolve("auto", options.device))
+    attention = choose.resolve("auto", options.device, options.compile)
+    graphs = choose.replays(attention, options.device, options.compile)
+    engine = TransformersEngine(model, tokenizer, attention=attention, graphs=graphs)
     engine.eos_ids = ()
     result["engine"] = engine.describe()
     ceilings = Ceilings(model, options)

@@ -101,9 +101,9 @@ class EngineArguments:
     compile: str = argument(
         "auto",
         on_off("auto", "on", "off"),
-        "On a CPU, C++ kernels that are compiled once (2 seconds): ``auto`` = where g++ is there, ``on`` = or an error. "
-        "On a GPU, decode steps replayed as CUDA graphs: ``auto`` = where ``doctor --attention`` found them right, "
-        "``on`` = untried too. ``off`` = neither. Last bits differ.",
+        "On a CPU, C++ kernels, compiled once on this machine (2 seconds): ``auto`` = where g++ is there, ``on`` = or "
+        "an error. On a GPU, decode steps replayed as CUDA graphs: ``auto`` = where ``doctor --attention`` found them "
+        "right, ``on`` = untried too. ``off`` = neither. They differ from PyTorch's own in last bits.",
         decides=Decides.PLACE,
         takes=(Takes.RUN, Takes.POLICY),
         engines=(TRANSFORMERS,),

@@ -89,7 +89,7 @@ class _Member:
         """Keys and values, (rows, kv_heads, end, head_dim)."""
         for layer in prefix.keys:
             stored = pool.ready(layer)
-            assert stored is not None, "a pool's first step is a plain one"
+            assert stored is not None, "a group's first step makes the pool"
             self.layers[layer] = stored[0][:, :, :end], stored[1][:, :, :end]
         device = next(iter(prefix.keys.values())).device
         self.length = torch.full((1,), pool.length, device=device)
@@ -291,7 +291,8 @@ class DecodeGraphs:
     def _pays(self, groups: Groups, ahead: int) -> bool:
         if self.off is not None or self._pauses or ahead < WORTH:
             return False
-        return all(pool.memory() and pool.length + WORTH <= pool.capacity for _, pool in groups)
+        # a group's first step is a plain one: it makes the pool
+        return all(0 < pool.length <= pool.capacity - WORTH for _, pool in groups)
 
     def _record(self, groups: Groups, tokens: Tensor, span: int) -> str | None:
         """Hold the graph of a step, or say why there is none. ``plain`` writes the step's keys and values again."""
@@ -378,7 +379,7 @@ class RecordedAttention(AttentionBackend):
         for member in members:
             member.length.fill_(min(member.start + 1, member.end - 1))
         graph, out = RECORDERS[query.device.type](
-            lambda: RecordedStep(members, 0).attend(layer, *fed, params), query.device
+            lambda: RecordedStep(members, 0).attend(layer, fed[0], fed[1], fed[2], params), query.device
         )
         for member in members:
             member.pool.clear(member.start, member.end)

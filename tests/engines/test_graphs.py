@@ -24,7 +24,10 @@ from specrej_eval.kv.probe import difference
 
 FAMILIES = [
     *("llama", "qwen3", "mistral", "gemma2"),
-    *(pytest.param(name, marks=pytest.mark.full) for name in ("gemma3_text", "phi3", "cohere2", "stablelm", "gpt_neox")),
+    *(
+        pytest.param(name, marks=pytest.mark.full)
+        for name in ("gemma3_text", "phi3", "cohere2", "stablelm", "gpt_neox")
+    ),
 ]
 """Plain; norms of queries; windows; windows and softcap; and others."""
 Counted = Callable[..., None]

@@ -11,14 +11,16 @@ from typing import Any
 import pytest
 import torch
 from support.attention_kernels import on_the_cpu, packages
+from support.recorded_graphs import record
 
 import specrej_eval
 from specrej_eval import registry
 from specrej_eval.api import resolve
 from specrej_eval.commands.doctor import attention as doctor
 from specrej_eval.config import RunConfig
+from specrej_eval.engines.transformers.loading import EnginePlan, resolve_engine
 from specrej_eval.errors import ConfigError, MissingDependencyError, OutOfMemoryError
-from specrej_eval.kv import choose, contract
+from specrej_eval.kv import choose, contract, graphs
 from specrej_eval.kv.native import build
 from specrej_eval.records import fingerprint
 
@@ -154,6 +156,65 @@ def test_a_store_that_cannot_be_read_is_an_empty_one(text: str, cache: Path) -> 
     assert [file.name for file in cache.parent.iterdir()] == [cache.name], "nothing half-written is left"
 
 
+# ---- CUDA graphs -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def verified_graphs(gpu: None) -> None:
+    choose.record(choose.graphs(), GPU, right=True)
+
+
+def plan_on_a_gpu(**arguments: Any) -> EnginePlan:
+    """With a model that is there already, so that nobody looks for the device."""
+    return resolve_engine(*RunConfig.from_args({"device": "cuda:0", **arguments}), check=False)
+
+
+@pytest.mark.usefixtures("gpu")
+def test_graphs_that_were_never_verified_are_used_only_where_asked_for_and_say_so_once(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    assert not plan_on_a_gpu().graphs and not plan_on_a_gpu(compile="off").graphs
+    assert not caplog.records
+    for _ in range(3):
+        assert plan_on_a_gpu(compile="on").graphs
+    [said] = [record.getMessage() for record in caplog.records]
+    assert "never found right on this device (a GPU)" in said and "doctor --attention" in said
+
+
+@pytest.mark.usefixtures("verified_graphs")
+def test_graphs_that_are_verified_are_used_unless_compile_is_off_or_a_backend_is_named(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    verify("flash_attn")
+    assert plan_on_a_gpu().graphs and plan_on_a_gpu(compile="on").graphs
+    assert plan_on_a_gpu().attention.name == "sdpa", "whose attention they know"
+    assert not plan_on_a_gpu(compile="off").graphs
+    assert plan_on_a_gpu(compile="off").attention.name == "flash_attn"
+    assert not plan_on_a_gpu(attention_backend="flash_attn").graphs
+    assert plan_on_a_gpu(attention_backend="sdpa").graphs
+    assert not caplog.records
+    with pytest.raises(ConfigError, match="attention of sdpa, not of flash_attn"):
+        plan_on_a_gpu(attention_backend="flash_attn", compile="on")
+    choose.record(choose.graphs(), GPU, right=False)
+    assert not plan_on_a_gpu().graphs
+
+
+@pytest.mark.usefixtures("verified_graphs")
+def test_graphs_of_another_version_are_not_verified(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "__version__", "0.0")
+    assert not plan_on_a_gpu().graphs
+
+
+@pytest.mark.usefixtures("verified_graphs")
+def test_records_tell_of_graphs_and_a_resumed_run_is_told_of_a_change() -> None:
+    found = {each: plan_on_a_gpu(compile=each).environment() for each in ("auto", "off")}
+    assert found["auto"] == {"attention_backend": "sdpa", "cuda_graphs": True}
+    assert found["off"] == {"attention_backend": "sdpa", "cuda_graphs": False}
+    before, now = ({"environment": each} for each in found.values())
+    assert fingerprint.compare(before, now).environment == ["cuda_graphs was True, is now False"]
+    assert "cuda_graphs" not in resolve_engine(*RunConfig.from_args({"device": "cpu"})).environment()
+
+
 # ---- what records say ------------------------------------------------------------------------------------------------
 
 
@@ -196,6 +257,8 @@ def test_doctor_tries_every_backend_and_keeps_what_is_right(
 ) -> None:
     on_the_cpu(choose.build("flash_attn"), monkeypatch)
     on_the_cpu(choose.build("flashinfer"), monkeypatch)
+    monkeypatch.setitem(graphs.RECORDERS, "cpu", record)
+    monkeypatch.setattr(graphs.RecordedAttention, "devices", ("cpu",))
     from specrej_eval.cli import main
 
     assert main(["doctor", "--attention", "--device", "cpu"]) == 0
@@ -203,8 +266,11 @@ def test_doctor_tries_every_backend_and_keeps_what_is_right(
     for name in ("flash_attn", "flashinfer", "sdpa"):
         assert choose.is_verified(choose.build(name), torch.device("cpu")), name
         assert name in said
+    assert choose.is_verified(choose.graphs(), torch.device("cpu")) and "cuda_graphs" in said
     assert "it computes float16 and bfloat16 only, not float32" in said and "not tried: left out here" in said
-    assert f"auto is {choose.resolve('auto', 'cpu').name} here" in said and str(choose.store()) in said
+    assert "auto is sdpa, replayed as CUDA graphs here" in said and str(choose.store()) in said
+    choose.record(choose.graphs(), torch.device("cpu"), right=False)
+    assert choose.resolve("auto", "cpu").name == "flash_attn", "the first of those that were found right"
 
 
 @pytest.mark.usefixtures("without_triton")
@@ -227,7 +293,7 @@ def test_doctor_says_what_is_wrong_and_forgets_that_it_was_right(
 @pytest.mark.usefixtures("without_triton")
 def test_what_doctor_found_is_plain_json() -> None:
     reports = [report.to_dict() for report in doctor.examine(torch.device("cpu"))]
-    assert {report["backend"] for report in reports} == {*OTHERS, "sdpa"}
+    assert {report["backend"] for report in reports} == {*OTHERS, "sdpa", "cuda_graphs"}
     assert json.loads(json.dumps(reports, allow_nan=False)) == reports
     assert next(report for report in reports if report["backend"] == "sdpa")["right"]
 

@@ -105,7 +105,9 @@ class _Recording(TorchDispatchMode):
         by_mask = name in ("index", "index_put", "index_put_") and any(
             isinstance(each, Tensor) and each.dtype in (torch.bool, torch.uint8) for each in args[1]
         )
-        copied = name in ("lift_fresh", "lift_fresh_copy") and not scalars  # the host's memory; a number is passed along
+        copied = (
+            name in ("lift_fresh", "lift_fresh_copy") and not scalars
+        )  # the host's memory; a number is passed along
         if name in _WAITS or f"{name}.{overload}" in _WAITS or by_mask or copied:
             raise RuntimeError(f"CUDA error: {ERROR} (aten::{name}.{overload})")
 
@@ -152,5 +154,3 @@ def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Replay]]:
         patched.setitem(graphs.RECORDERS, "cpu", kept)
         patched.setattr(engine_groups, "SuffixPool", PoisonedPool)
         yield made
-
-

@@ -222,9 +222,9 @@ def decode_masked(
         (rows, kv_heads, groups, head_dim of the values), in the values' dtype.
     """
     rows, kv_heads, groups, _ = query.shape
-    scaled = query * params.scale
-    own = torch.matmul(scaled, suffix_key.transpose(2, 3))  # (rows, kv_heads, groups, stored)
-    out, lse = _masked_part(own, suffix_value, suffix_seen, params)
+    # a row's head as one of a batch: (rows * kv_heads, groups or stored, head_dim)
+    own = _masked_part(query.flatten(0, 1), suffix_key.flatten(0, 1), suffix_value.flatten(0, 1), suffix_seen, params)
+    out, lse = (part.unflatten(0, (rows, kv_heads)) for part in own)
     if prefix_key.shape[1]:
         way = way or _way(query, prefix_value)
         if way == "flash" and params.softcap is None and prefix_seen is None:
@@ -233,8 +233,7 @@ def decode_masked(
                 part[0] for part in _attend(packed, prefix_key[None], prefix_value[None], params.scale)
             )
         else:
-            products = torch.bmm(_packed(scaled), prefix_key.transpose(1, 2))  # (kv_heads, rows * groups, prefix)
-            shared, shared_lse = _masked_part(products, prefix_value, prefix_seen, params)
+            shared, shared_lse = _masked_part(_packed(query), prefix_key, prefix_value, prefix_seen, params)
         unpacked = _unpack(shared, rows, groups), _unpack(shared_lse[..., None], rows, groups)[..., 0]
         out, lse = merge(out, lse, *unpacked)
     if params.sinks is not None:
@@ -242,18 +241,34 @@ def decode_masked(
     return out.to(suffix_value.dtype)
 
 
-def _masked_part(products: Tensor, value: Tensor, seen: Tensor | None, params: AttentionParams) -> tuple[Tensor, Tensor]:
-    """Attention over some of the keys and its log-sum-exp. Where no key is seen that is so low that it weighs nothing.
+def _masked_part(
+    query: Tensor, key: Tensor, value: Tensor, seen: Tensor | None, params: AttentionParams
+) -> tuple[Tensor, Tensor]:
+    """Attention over some of the keys and its log-sum-exp, so low where no key is seen that it weighs nothing.
 
     Args:
-        products: (..., queries, keys), scaled.
-        value: (..., keys, head_dim of the values).
+        query: (batch, queries, head_dim).
+        key, value: (batch, keys, head_dim).
         seen: bool, (keys,); None = all.
+
+    Returns:
+        (batch, queries, head_dim of the values) and (batch, queries), float32.
     """
-    scores = _capped(products.float(), params)
+    scores = _capped(_wide_products(query, key) * params.scale, params)
     if seen is not None:
         scores = scores.masked_fill(~seen, torch.finfo(torch.float32).min)  # not infinite: no NaN where none is seen
-    return torch.matmul(scores.softmax(-1).to(value.dtype), value).float(), scores.logsumexp(-1)
+    return torch.bmm(scores.softmax(-1).to(value.dtype), value).float(), scores.logsumexp(-1)
+
+
+def _wide_products(query: Tensor, key: Tensor) -> Tensor:
+    """(batch, queries, d) x (batch, keys, d) -> (batch, queries, keys) in float32, as fused kernels have scores: not
+    rounded to half precision, which large ones do not bear."""
+    keys = key.transpose(1, 2)
+    if query.dtype == torch.float32:
+        return torch.bmm(query, keys)
+    if query.is_cuda and hasattr(torch.ops.aten.bmm, "dtype"):  # torch 2.8; keys are not copied
+        return torch.bmm(query, keys, out_dtype=torch.float32)
+    return torch.bmm(query.float(), keys.float())
 
 
 def _decode_math(
