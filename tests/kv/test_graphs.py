@@ -45,6 +45,17 @@ def test_what_is_replayed_computes_attention(
     counted("attention cases by graphs")
 
 
+@pytest.mark.parametrize("rounded", [False, True], ids=["", "rounded"])
+def test_scores_are_not_rounded_to_half_precision(
+    attention: graphs.RecordedAttention, rounded: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As they are not in fused kernels: of scores in the hundreds, half precision keeps no digit behind the point."""
+    if rounded:
+        monkeypatch.setattr(sdpa, "_wide_products", lambda query, key: torch.bmm(query, key.transpose(1, 2)).float())
+    found = contract.outcome(attention, Case("large scores", rows=30, scale=4.0), torch.bfloat16, CPU)
+    assert found.kept is not rounded, found
+
+
 def _changed(monkeypatch: pytest.MonkeyPatch, change: Callable[[Any, Any, Tensor], Tensor]) -> None:
     """The mask of the suffix, after all."""
     whole = graphs._Member.seen
