@@ -217,6 +217,11 @@ class _Recorded:
             place += member.rows
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
+    def wait(self) -> None:
+        """Until no replay is under way."""
+        if self._tokens.is_cuda:
+            torch.cuda.current_stream(self._tokens.device).synchronize()
+
     def newest(self) -> list[Tensor]:
         """Keys and values of the token that is fed, of live rows, by group and layer: (rows, kv_heads, head_dim)."""
         return [part for each in self.members for part in each.at(each.pool.length)]
@@ -231,12 +236,14 @@ class DecodeGraphs:
 
     Args:
         forward: the model, within a step.
+        obstacle: why the model cannot be recorded as it is now; None if nothing is known against it.
         name: of the model.
         positions: how many the model knows; 0 = that is not known.
     """
 
-    def __init__(self, forward: Forward, *, name: str, positions: int = 0) -> None:
+    def __init__(self, forward: Forward, obstacle: Callable[[], str | None], *, name: str, positions: int = 0) -> None:
         self._forward = forward
+        self._obstacle = obstacle
         self._name = name
         self._last_position = max(0, positions - 1)
         self._fits = False
@@ -249,8 +256,10 @@ class DecodeGraphs:
         droppable.add(self)
 
     def forget(self) -> None:
-        """Let a graph go."""
-        self._held = None
+        """Let a graph go, once the device is done with it."""
+        held, self._held = self._held, None
+        if held is not None:
+            held.wait()
 
     @contextmanager
     def active(self) -> Iterator[None]:
@@ -259,11 +268,12 @@ class DecodeGraphs:
         try:
             yield
         finally:
-            self._held = None
+            self.forget()
 
     def drop(self) -> None:
         """Memory has run out: the graph's is given back, and no other made until the next ``active``."""
-        self._held, self._pauses = None, True
+        self._pauses = True
+        self.forget()
 
     def step(self, groups: Groups, tokens: Tensor, ahead: int, plain: Region) -> Tensor:
         """(rows, vocab) logits of a decode step, which ``plain`` gives too.
@@ -274,7 +284,7 @@ class DecodeGraphs:
             ahead: tokens that every group is yet to decode.
         """
         if self._held is not None and not self._held.serves(groups):
-            self._held = None
+            self.forget()
         held = self._held
         if held is None:
             if self._pays(groups, ahead):
@@ -296,6 +306,8 @@ class DecodeGraphs:
 
     def _record(self, groups: Groups, tokens: Tensor, span: int) -> str | None:
         """Hold the graph of a step, or say why there is none. ``plain`` writes the step's keys and values again."""
+        if (reason := self._obstacle()) is not None:
+            return reason
         recorded = _Recorded(groups, tokens, self._forward, span)
         if not self._fits:  # found out first: a recording that fails leaves torch's generators unusable
             with contract.no_waiting() if tokens.is_cuda else nullcontext():
@@ -331,9 +343,10 @@ class DecodeGraphs:
 
     def refuse(self, reason: str | None) -> None:
         """Use no graph any more, and say so; None = there is no reason to."""
-        if reason is None:
+        if reason is None or self.off is not None:
             return
-        self.off, self._held = reason, None
+        self.off = reason
+        self.forget()
         logger.warning(
             "decode steps of %s are not replayed as CUDA graphs (%s): they run one kernel at a time, as without.",
             self._name,

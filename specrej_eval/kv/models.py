@@ -118,6 +118,14 @@ def reset_rotary(model: Any, device: torch.device) -> None:
             setattr(module, name, module.original_max_seq_len)
 
 
+def has_hooks(model: torch.nn.Module) -> bool:
+    """Whether somebody's code runs beside its forward passes."""
+    everywhere = torch.nn.modules.module
+    if everywhere._global_forward_hooks or everywhere._global_forward_pre_hooks:
+        return True
+    return any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
 def has_odd_widths(model: Any, *, apart_from: Any = None) -> bool:
     """Whether batches of a multiple of ``ROW_ALIGN`` rows are not enough on a CPU, only of twice as many.
 

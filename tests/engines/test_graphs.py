@@ -385,6 +385,25 @@ def test_a_model_that_asks_the_cache_where_it_is_is_not_recorded(
     assert not runner.replays and "takes its place in the text from a number" in caplog.text
 
 
+def test_hooks_of_somebody_are_called_in_every_step(caplog: pytest.LogCaptureFixture) -> None:
+    """What they do may depend on anything: here every third pass has a token forbidden."""
+
+    def answers(graphs: bool) -> tuple[list[Any], int]:
+        engine = make_engine(build("llama", vocab_size=261), graphs=graphs)
+        assert engine.runner.replays is graphs
+        calls: list[int] = []
+
+        def hook(module: Any, given: Any, logits: Tensor) -> Tensor | None:
+            calls.append(1)
+            return None if len(calls) % 3 else logits.index_fill(-1, torch.tensor([97]), -1e9)
+
+        engine.model.lm_head.register_forward_hook(hook)
+        return run(engine), len(calls)
+
+    assert answers(graphs=True) == answers(graphs=False)
+    assert caplog.text.count("somebody's hooks wait") == 1
+
+
 def test_attention_of_another_backend_is_not_recorded(caplog: pytest.LogCaptureFixture) -> None:
     other = choose.build("flash_attn")
     other.why_not = lambda *given: None  # type: ignore[method-assign]

@@ -33,7 +33,15 @@ from specrej_eval.kv.attention.base import AttentionBackend
 from specrej_eval.kv.cache import Prefix
 from specrej_eval.kv.experts import expert_configs, padded_experts
 from specrej_eval.kv.graphs import WORTH, DecodeGraphs
-from specrej_eval.kv.models import has_odd_widths, obstacle, our_attention, reset_rotary, rope_limit, windows_missing
+from specrej_eval.kv.models import (
+    has_hooks,
+    has_odd_widths,
+    obstacle,
+    our_attention,
+    reset_rotary,
+    rope_limit,
+    windows_missing,
+)
 from specrej_eval.kv.native.fused import FusedOperators
 from specrej_eval.kv.packed import PackedWeights
 from specrej_eval.kv.prefill import PromptReader, drained
@@ -132,22 +140,28 @@ class ModelRunner:
     def _probe_graphs(self) -> None:
         """Replay steps of this model from here on, if that gives its logits; says so if it cannot be done."""
         positions = getattr(self._text_config, "max_position_embeddings", None) or 0
-        self._graphs = DecodeGraphs(self._within, name=type(self.model).__name__, positions=positions)
-        reason = None
-        if self.path != "shared_prefix":
-            reason = f"it is decoded on the {self.path} path"
-        elif self.attention.name != SDPA.name:
-            reason = f"its attention is computed by {self.attention.name}"
-        elif not self._takes_positions:
-            reason = "it takes no position_ids"
-        elif {each.device for each in self.model.parameters()} != {self.device}:
-            reason = "it does not lie on one device as a whole"
+        name = type(self.model).__name__
+        self._graphs = DecodeGraphs(self._within, self._unrecordable, name=name, positions=positions)
+        reason = self._unrecordable()
         if reason is None:
             reason = tried(partial(self._probe_error, "shared_prefix", ahead=WORTH))
-            if reason is None and self._graphs.off is None and not self._graphs.taken:
+            if reason is None and not self._graphs.taken:
                 reason = "none was replayed when the model was tried"
-        if self._graphs.off is None:
-            self._graphs.refuse(reason)
+        self._graphs.refuse(reason)
+
+    def _unrecordable(self) -> str | None:
+        """Why a decode step cannot be done again without its Python, as far as that can be seen from outside."""
+        if self.path != "shared_prefix":
+            return f"it is decoded on the {self.path} path"
+        if self.attention.name != SDPA.name:
+            return f"its attention is computed by {self.attention.name}"
+        if not self._takes_positions:
+            return "it takes no position_ids"
+        if {each.device for each in self.model.parameters()} != {self.device}:
+            return "it does not lie on one device as a whole"
+        if has_hooks(self.model):
+            return "somebody's hooks wait for its forward passes"
+        return None
 
     @property
     def replays(self) -> bool:

@@ -224,7 +224,7 @@ def decode_masked(
     rows, kv_heads, groups, _ = query.shape
     # a row's head as one of a batch: (rows * kv_heads, groups or stored, head_dim)
     own = _masked_part(query.flatten(0, 1), suffix_key.flatten(0, 1), suffix_value.flatten(0, 1), suffix_seen, params)
-    out, lse = (part.unflatten(0, (rows, kv_heads)) for part in own)
+    out, lse = own[0].view(rows, kv_heads, groups, -1), own[1].view(rows, kv_heads, groups)
     if prefix_key.shape[1]:
         way = way or _way(query, prefix_value)
         if way == "flash" and params.softcap is None and prefix_seen is None:
