@@ -3,7 +3,10 @@ stand-in for CUDA graphs, on a GPU with CUDA graphs themselves. And that the sta
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -136,6 +139,88 @@ def test_what_is_replayed_computes_attention_on_the_gpu(case: Case) -> None:
     for dtype in contract.TOLERANCES:
         found = contract.outcome(choose.graphs(), case, dtype, torch.device("cuda"))
         assert found.kept and found.left_to is None, found
+
+
+# ---- how torch is asked ----------------------------------------------------------------------------------------------
+
+
+class Cuda:
+    """The names of ``torch.cuda`` that a recording uses, as torch's source has them: who ran on which stream."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *, fails: bool) -> None:
+        self.told: list[str] = []
+        self.now = self.Stream(name="main")
+        self.fails = fails
+        for name in ("current_stream", "Stream", "stream", "device", "CUDAGraph", "graph"):
+            monkeypatch.setattr(torch.cuda, name, getattr(self, name))
+        monkeypatch.setattr(graphs, "_streams", {})
+
+    def Stream(self, device: Any = None, *, name: str = "side") -> Any:
+        def wait_stream(other: Any) -> None:
+            self.told.append(f"{name} waits for {other.name}")
+
+        return SimpleNamespace(name=name, wait_stream=wait_stream)
+
+    def current_stream(self, device: Any) -> Any:
+        return self.now
+
+    @contextmanager
+    def stream(self, stream: Any) -> Iterator[None]:
+        before, self.now = self.now, stream
+        try:
+            yield
+        finally:
+            self.now = before
+
+    def device(self, device: Any) -> Any:
+        return nullcontext()
+
+    def CUDAGraph(self) -> str:
+        return "the graph"
+
+    @contextmanager
+    def graph(self, graph: str, *, stream: Any, capture_error_mode: str) -> Iterator[None]:
+        before, self.now = self.now, stream
+        self.told.append(f"recording, {capture_error_mode}")
+        try:
+            yield
+        finally:
+            self.told.append("recorded")
+            if self.fails:  # torch leaves its stream in place then
+                raise RuntimeError("CUDA error: operation failed due to a previous error during capture")
+            self.now = before
+
+
+@pytest.mark.parametrize("fails", [False, True], ids=["", "fails"])
+def test_a_region_is_run_and_then_recorded_on_one_stream_beside(fails: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda = Cuda(monkeypatch, fails=fails)
+    main = cuda.now
+
+    def region() -> Tensor:
+        cuda.told.append(f"run on {cuda.now.name}")
+        return torch.zeros(1)
+
+    with pytest.raises(RuntimeError, match="during capture") if fails else nullcontext():
+        assert graphs.on_cuda(region, torch.device("cuda"))[0] == "the graph"
+    assert cuda.now is main
+    recording = ["recording, thread_local", "run on side", "recorded"]
+    assert cuda.told == ["side waits for main", "run on side", "main waits for side", *recording]
+
+
+def test_the_main_stream_waits_for_a_first_run_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda = Cuda(monkeypatch, fails=False)
+
+    def region() -> Tensor:
+        raise torch.OutOfMemoryError
+
+    with pytest.raises(torch.OutOfMemoryError):
+        graphs.on_cuda(region, torch.device("cuda"))
+    assert cuda.told == ["side waits for main", "main waits for side"]
+
+
+def test_torch_has_what_is_asked_of_it() -> None:
+    assert {"stream", "capture_error_mode"} <= inspect.signature(torch.cuda.graph.__init__).parameters.keys()
+    assert callable(torch.cuda.CUDAGraph.replay) and callable(torch.cuda.set_sync_debug_mode)
 
 
 # ---- the stand-in ----------------------------------------------------------------------------------------------------

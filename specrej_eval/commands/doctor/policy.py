@@ -50,6 +50,7 @@ def check_decoding(engine: TransformersEngine) -> Iterator[Finding]:
     yield Finding("ok", "device", f"{told['dtype']} on {told['device_name']}, context {told['max_length']} tokens")
     if told["attention"] == "shared_prefix":
         kept = f"shared_prefix: a prompt's KV is kept once for all its rows; computed by {told['attention_backend']}"
+        kept += ", its decode steps replayed as CUDA graphs" if told["cuda_graphs"] else ""
         yield Finding("ok", "attention", kept)
     else:
         yield Finding("note", "attention", f"{told['attention']}: a slower path, with the same results")
