@@ -37,8 +37,9 @@ logger = logging.getLogger(__name__)
 
 HORIZON = 128
 """Tokens that a graph is recorded for. All of them are read in each step, seen or not."""
-WORTH = 32
-"""Tokens that must lie ahead: recording and comparing take about as long as four plain steps."""
+WORTH = 16
+"""Tokens that must lie ahead. Recording and comparing cost about four plain steps and what CUDA takes to build a graph:
+a guess until somebody has measured it (``benchmarks/roofline.py --compile``)."""
 
 Groups = Sequence[tuple[Prefix, SuffixPool]]
 Region = Callable[[], Tensor]
