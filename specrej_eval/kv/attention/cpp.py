@@ -222,17 +222,16 @@ def _is_noted(mine: Any, prefix: Prefix, pool: SuffixPool) -> bool:
 
 def noted(groups: Sequence[tuple[Prefix, SuffixPool]], layer: int, params: AttentionParams) -> Any:
     """``build.Decode`` of a layer, without what depends on its queries; None if a group's memory is not noted."""
-    mine = [pool.noted.get(layer) for _, pool in groups]
+    mine: list[Any] = [pool.noted.get(layer) for _, pool in groups]
     if not all(_is_noted(each, *group) for each, group in zip(mine, groups, strict=True)):
         return None
     count = len(groups)
-    arrays = (
-        (ctypes.c_void_p * count)(*[each.address for each in mine]),
-        (ctypes.c_int64 * count)(*[pool.rows for _, pool in groups]),
-        (ctypes.c_int64 * count)(*[pool.length + 1 for _, pool in groups]),
-    )
-    told: Any = build.Decode(*map(ctypes.addressof, arrays), count)
-    told.arrays = arrays  # they live as long as it
+    addresses = (ctypes.c_void_p * count)(*[each.address for each in mine])
+    rows = (ctypes.c_int64 * count)(*[pool.rows for _, pool in groups])
+    suffixes = (ctypes.c_int64 * count)(*[pool.length + 1 for _, pool in groups])
+    places = ctypes.addressof(addresses), ctypes.addressof(rows), ctypes.addressof(suffixes)
+    told: Any = build.Decode(*places, count)
+    told.arrays = addresses, rows, suffixes  # they live as long as it
     told.window, told.scale, told.softcap = params.window or 0, params.scale, params.softcap or 0
     return told
 
