@@ -34,6 +34,7 @@ from specrej_eval.kv.cache import Prefix
 from specrej_eval.kv.experts import expert_configs, padded_experts
 from specrej_eval.kv.models import has_odd_widths, obstacle, our_attention, reset_rotary, rope_limit, windows_missing
 from specrej_eval.kv.native.fused import FusedOperators
+from specrej_eval.kv.native.layers import FusedLayers
 from specrej_eval.kv.packed import PackedWeights
 from specrej_eval.kv.prefill import PromptReader, drained
 from specrej_eval.kv.probe import difference, may_be_bits, probe_ids, tried
@@ -79,6 +80,7 @@ class ModelRunner:
         kernels = attention is not None and attention.name == CPP
         self._packed = PackedWeights(model, kernels=kernels)
         self._fused = FusedOperators(model, wanted=kernels)
+        self._layers = FusedLayers(model, wanted=kernels)
         self._expert_configs = expert_configs(model) if self.device.type == "cpu" else []
         self.reader = PromptReader(
             self._prompt_logits,
@@ -262,7 +264,8 @@ class ModelRunner:
         """
         reset_rotary(self.model, self.device)
         packed = self._packed.active(unchanged=unchanged)
-        with padded_experts(self._expert_configs), packed, self._fused.active():
+        layers = self._layers.active(self._packed, self._fused)
+        with padded_experts(self._expert_configs), packed, self._fused.active(), layers:
             if self.path != "shared_prefix":
                 yield
                 return
