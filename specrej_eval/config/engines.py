@@ -101,8 +101,9 @@ class EngineArguments:
     compile: str = argument(
         "auto",
         on_off("auto", "on", "off"),
-        "C++ kernels for a CPU, compiled once on this machine (2 seconds): ``auto`` = where g++ is there, ``on`` = or "
-        "an error, ``off`` = never. They differ from PyTorch's in last bits.",
+        "C++ kernels for a CPU, compiled once on this machine (2 seconds): ``auto`` = where g++ is there (but as before, "
+        "where a journal is gone on with), ``on`` = or an error, ``off`` = never. They differ from PyTorch's in last "
+        "bits.",
         decides=Decides.PLACE,
         takes=(Takes.RUN, Takes.POLICY),
         engines=(TRANSFORMERS,),
