@@ -140,7 +140,7 @@ class _Layer:
         self._linear: dict[str, Any] = {name: module.get_submodule(path) for name, path in _LINEAR.items()}
         norms = _NORMS if form.heads else {name: path for name, path in _NORMS.items() if name not in _OF_HEADS}
         self._norms: dict[str, Any] = {name: module.get_submodule(path) for name, path in norms.items()}
-        self._parts = list(module.modules())[1:]
+        self._modules = list(module.modules())
         self._made_from: list[Any] = []
         self._told: Any = None
         self._params = AttentionParams(1.0)
@@ -148,10 +148,12 @@ class _Layer:
     def prepare(self, packed: PackedWeights, fused: FusedOperators) -> bool:
         """Note where its weights are. False if one of its operators is not computed by a kernel of ours now."""
         module, attention = self.module, self.module.self_attn
+        if list(module.modules()) != self._modules or _form_of(module) != self._form:  # an adapter, or a patch
+            return False
         if "forward" in vars(module) or "forward" in vars(attention) or not is_silu(module.mlp.act_fn):
             return False
-        if any(each._forward_hooks or each._forward_pre_hooks for each in self._parts):  # its own are called with it
-            return False
+        if any(each._forward_hooks or each._forward_pre_hooks for each in self._modules[1:]):
+            return False  # its own are called by whoever calls it
         kernels = {name: packed.kernel_of(layer) for name, layer in self._linear.items()}
         if not all(map(fused.stands_for, (module.mlp, *self._norms.values()))) or None in kernels.values():
             return False
@@ -251,15 +253,20 @@ def _told(
 
 def _known(module: Any) -> _Layer | None:
     """None if it is not a decoder layer whose code is known."""
-    attention = getattr(module, "self_attn", None)
-    if _digest(type(module).forward) not in _LAYERS or not isinstance(attention, torch.nn.Module):
-        return None
-    form = _ATTENTION.get(_digest(type(attention).forward) or "")
+    form = _form_of(module)
     if form is None:
         return None
     wanted = {path for name, path in (_LINEAR | _NORMS).items() if form.heads or name not in _OF_HEADS}
     parts = {name for name, part in module.named_modules() if name and not list(part.children())}
     return _Layer(module, form) if parts == wanted | {"mlp.act_fn"} else None
+
+
+def _form_of(module: Any) -> _Form | None:
+    """By the code of a decoder layer and of its attention."""
+    attention = getattr(module, "self_attn", None)
+    if _digest(type(module).forward) not in _LAYERS or not isinstance(attention, torch.nn.Module):
+        return None
+    return _ATTENTION.get(_digest(type(attention).forward) or "")
 
 
 @cache
