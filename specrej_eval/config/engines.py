@@ -101,9 +101,8 @@ class EngineArguments:
     compile: str = argument(
         "auto",
         on_off("auto", "on", "off"),
-        "C++ kernels for a CPU, compiled once on this machine (2 seconds): ``auto`` = where g++ is there (but as before, "
-        "where a journal is gone on with), ``on`` = or an error, ``off`` = never. They differ from PyTorch's in last "
-        "bits.",
+        "C++ kernels for a CPU, compiled once on this machine (2 seconds): ``auto`` = where g++ is there (a journal is "
+        "gone on with as it was begun), ``on`` = or an error, ``off`` = never. Last bits differ from PyTorch's.",
         decides=Decides.PLACE,
         takes=(Takes.RUN, Takes.POLICY),
         engines=(TRANSFORMERS,),
