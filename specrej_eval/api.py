@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from specrej_eval import budget
 from specrej_eval.config import RunConfig
-from specrej_eval.config.engines import TRANSFORMERS, engine_of
+from specrej_eval.config.engines import SDPA, TRANSFORMERS, engine_of
 from specrej_eval.errors import ConfigError
 from specrej_eval.ranks import started
 from specrej_eval.records import fingerprint, journal, jsonl, lock
@@ -73,11 +73,17 @@ class RunPlan:
         from specrej_eval.engines.choose import resolve_engine
         from specrej_eval.rewards.choose import resolve_reward
 
+        config = config.replace(**_as_begun(config, config.journal))
         engine = resolve_engine(config, host, check="pretrained" not in objects)
         reward = resolve_reward(config, token=host.get("token"))
         plan = cls(config=config, host=host, engine=engine, reward=reward, objects=objects)
         plan._check_records()
         return plan
+
+    def as_begun(self, path: str) -> Self:
+        """With the kernels that ``auto`` came to when a journal was begun, if it comes to others now."""
+        changes = _as_begun(self.config, path)
+        return self if not changes else type(self).of(self.config.replace(**changes), self.host, objects=self.objects)
 
     def _check_records(self) -> None:
         """Whether the run's files can be written, and a journal be gone on from; of several ranks the first asks."""
@@ -165,6 +171,18 @@ class RunPlan:
             # of the files as they were loaded: an edit from now on must not pass for what answers
             models = self.of_models()
         return Generator(engine=engine, reward=reward, config=self.config, fingerprint=models)
+
+
+def _as_begun(config: RunConfig, path: str | None) -> dict[str, Any]:
+    """Arguments that are to be what ``auto`` came to when a journal was begun, so that its answers are of one kind to
+    the last bit. Of one that is given, or that cannot be had here, a warning says that the run began with another."""
+    began = {} if path is None else journal.environment(path)
+    # which of the two was the reason; without compiled kernels auto comes to sdpa on a CPU
+    name, value = ("compile", "off") if began.get("compile") == "off" else ("attention_backend", SDPA)
+    found = {name: value} if getattr(config, name) == "auto" and began.get(name) == value else {}
+    if found:
+        _logger.info("journal=%r was begun with %s=%s, and goes on with it.", path, name, value)
+    return found
 
 
 def resolve(config: RunConfig, host: Mapping[str, Any]) -> RunPlan:

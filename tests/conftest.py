@@ -4,9 +4,11 @@
 """
 
 import gc
+import logging
 import os
 import signal
 import statistics
+import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -53,6 +55,19 @@ def what_is_alive_stays() -> None:
     """What was imported and kept by now: no ``gc.collect()``, as after memory ran out, need go through it again."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(autouse=True)
+def logging_of_lm_eval() -> Iterator[None]:
+    """Its commands set its logger up once in a process, for a screen that is a test's own, and out of others' sight."""
+    logger = logging.getLogger("lm_eval")
+    before = logger.handlers[:], logger.propagate, logger.level
+    yield
+    logger.handlers, logger.propagate = before[:2]
+    logger.setLevel(before[2])
+    utils = sys.modules.get("lm_eval.utils")
+    if utils is not None and hasattr(utils, "_LOGGING_CONFIGURED"):
+        utils._LOGGING_CONFIGURED = False
 
 
 @pytest.fixture(scope="session", autouse=True)

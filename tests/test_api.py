@@ -79,7 +79,7 @@ def test_a_plan_has_the_fingerprint_of_its_arguments() -> None:
     plan = api.resolve(config, host)
 
     def resolved(found: dict[str, Any]) -> dict[str, Any]:
-        return {**found, "environment": {**found["environment"], "attention_backend": plan.engine.attention.name}}
+        return {**found, "environment": {**found["environment"], **plan.engine.environment()}}
 
     assert plan.fingerprint(until=("a",)) == resolved(fingerprint.of_run(config, host, until=("a",)))
     assert plan.of_models() == resolved(fingerprint.of_models(config, host))

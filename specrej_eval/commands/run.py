@@ -241,17 +241,21 @@ def _run(
     folder = Path(own.get("output") or below("results", name, what="the run's name"))
     folder = folder if seed is None else folder / f"seed{seed}"
     store = OutputsFolder(folder, rank=ranks.rank, world_size=ranks.world_size, join=own["join"])
+    anew = bool(own.get("force"))
+    keeps = as_bool("keep_trajectories", own.get("keep_trajectories", True))
+    if keeps and not anew:
+        plan = plan.as_begun(str(store.trajectories_file))
+        fingerprint["environment"].update(plan.engine.environment())
     record = RunRecord(
         name=name,
         fingerprint=fingerprint,
         arguments={**plan.config.to_dict(), "prompts": str(own["prompts"]), "limit": limit},
     )
-    anew = bool(own.get("force"))
     nothing = f"nothing to do: {counted(len(questions), 'answer')} in {store.outputs_file} (--force draws them again)"
     if not anew and _is_complete(store, record, questions):
         print(nothing)
         return folder
-    if as_bool("keep_trajectories", own.get("keep_trajectories", True)):
+    if keeps:
         plan = plan.replace(journal=str(store.trajectories_file), join=own["join"])
     _check_join(plan, own)
     if ranks.main:

@@ -103,7 +103,8 @@ class EngineArguments:
         on_off("auto", "on", "off"),
         "On a CPU, C++ kernels, compiled once on this machine (2 seconds): ``auto`` = where g++ is there, ``on`` = or "
         "an error. On a GPU, decode steps replayed as CUDA graphs: ``auto`` = where ``doctor --attention`` found them "
-        "right, ``on`` = untried too. ``off`` = neither. They differ from PyTorch's own in last bits.",
+        "right, ``on`` = untried too. ``off`` = neither. Last bits differ; with ``auto`` a journal is gone on with as "
+        "it was begun.",
         decides=Decides.PLACE,
         takes=(Takes.RUN, Takes.POLICY),
         engines=(TRANSFORMERS,),

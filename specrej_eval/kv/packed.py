@@ -43,10 +43,10 @@ class _PackedForward:
 
     def __init__(self, layer: torch.nn.Linear, weight: Tensor | products.Packed) -> None:
         self._layer = layer
-        self._weight = weight
+        self.weight = weight
 
     def __call__(self, input: Tensor) -> Tensor:
-        layer, weight = self._layer, self._weight
+        layer, weight = self._layer, self.weight
         if input.dtype != layer.weight.dtype or torch.is_grad_enabled():
             return functional.linear(input, layer.weight, layer.bias)
         if isinstance(weight, Tensor):
@@ -89,6 +89,13 @@ class PackedWeights:
         if not self._layers:
             return None
         return "onednn" if self._kernels is None else "cpp"
+
+    def kernel_of(self, layer: torch.nn.Linear) -> products.Packed | None:
+        """Our kernel that computes a layer now; None if none does."""
+        forward = vars(layer).get("forward")
+        if not isinstance(forward, _PackedForward) or not isinstance(forward.weight, products.Packed):
+            return None
+        return forward.weight if layer in self._packed and forward.weight is self._packed[layer][1] else None
 
     def _is_ours(self, dtype: torch.dtype) -> bool:
         return self._kernels is not None and dtype == products.DTYPE

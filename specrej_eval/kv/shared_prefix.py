@@ -42,6 +42,11 @@ def running(step: AnyStep) -> Iterator[AnyStep]:
         _step = previous
 
 
+def in_progress() -> Step | None:
+    """The step that runs now."""
+    return _step
+
+
 def _current() -> Step:
     if _step is None:
         raise RuntimeError(f"attention implementation {NAME!r} was called outside a step of ours.")

@@ -93,6 +93,8 @@ class DecodeStep(Step):
         prefix, pool = groups[0]
         super().__init__(prefix.length + pool.length, attention)
         self.groups = groups
+        self.scratch = torch.empty(0, dtype=torch.uint8)
+        """What kernels work in, one layer after the other."""
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, params: AttentionParams) -> Tensor:
         """See ``Step.attend``; zeros for padding."""

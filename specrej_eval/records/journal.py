@@ -52,13 +52,14 @@ from specrej_eval.records.jsonl import (
     scanned,
 )
 from specrej_eval.records.lookup import look_up
-from specrej_eval.records.parts import beside, joined_paths, whole
+from specrej_eval.records.parts import beside, files, joined_paths, whole
 from specrej_eval.wording import counted
 
 logger = logging.getLogger(__name__)
 
 SCHEMA_VERSION = 2
 CAPACITY = "capacity_tokens"
+_LONGEST_HEADER = 1 << 24
 _REMEDY = "name another file for this configuration, or delete this one to start over."
 _BEGINNING = b'{"journal":'
 
@@ -138,6 +139,19 @@ def read(path: str | Path, *, argument: str = "journal") -> Contents:
             hint="name a file that journal= wrote, or the specrej_trajectories.jsonl of a run's folder.",
         )
     return found
+
+
+def environment(path: str | Path) -> Mapping[str, Any]:
+    """What a run was begun with that decides no more than last bits, of its journal or those of its processes; empty
+    if nothing is known of it. Says nothing of what may be wrong with them: ``check`` does."""
+    for file in files(path):
+        with contextlib.suppress(OSError, ValueError), file.open("rb") as opened:
+            for line in scanned(opened.readline(_LONGEST_HEADER)).lines:
+                found = line.record.get("fingerprint")
+                if "journal" in line.record and _is_header(line) and isinstance(found, dict):
+                    told = found.get("environment")
+                    return told if isinstance(told, dict) else {}
+    return {}
 
 
 def _began_as_journal(found: Scan) -> bool:

@@ -208,11 +208,10 @@ def test_graphs_of_another_version_are_not_verified(monkeypatch: pytest.MonkeyPa
 @pytest.mark.usefixtures("verified_graphs")
 def test_records_tell_of_graphs_and_a_resumed_run_is_told_of_a_change() -> None:
     found = {each: plan_on_a_gpu(compile=each).environment() for each in ("auto", "off")}
-    assert found["auto"] == {"attention_backend": "sdpa", "cuda_graphs": True}
-    assert found["off"] == {"attention_backend": "sdpa", "cuda_graphs": False}
+    assert found["auto"] == {"attention_backend": "sdpa", "compile": "on"}
+    assert found["off"] == {"attention_backend": "sdpa", "compile": "off"}
     before, now = ({"environment": each} for each in found.values())
-    assert fingerprint.compare(before, now).environment == ["cuda_graphs was True, is now False"]
-    assert "cuda_graphs" not in resolve_engine(*RunConfig.from_args({"device": "cpu"})).environment()
+    assert fingerprint.compare(before, now).environment == ["compile was 'on', is now 'off'"]
 
 
 # ---- what records say ------------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import traceback
 import warnings
@@ -23,6 +24,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
+from tqdm.std import tqdm
 
 SECONDS = 240.0
 
@@ -73,6 +75,7 @@ def start(work: Callable[[], Any], *, moments: Moments | None = None, env: dict[
         # torch makes the pool of its threads anew after a fork, when it is first asked for; of two threads that ask at
         # once, as when weights are loaded, one finds none and fails
         torch.set_num_threads(torch.get_num_threads())
+        _own_bars()
         if moments is not None:
             moments.install()
         code = int(work() or 0)
@@ -80,6 +83,17 @@ def start(work: Callable[[], Any], *, moments: Moments | None = None, env: dict[
         os.write(2, traceback.format_exc().encode())
     finally:
         os._exit(code)
+
+
+def _own_bars() -> None:
+    """The lock of progress bars is one for a process and all that are forked from it: one that is killed while it draws
+    would keep it for good, and the tests would wait for ever."""
+    lock = threading.RLock()
+    classes = [tqdm]
+    while classes:
+        each = classes.pop()
+        each.set_lock(lock)
+        classes += each.__subclasses__()
 
 
 def speaking(

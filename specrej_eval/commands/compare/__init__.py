@@ -144,6 +144,8 @@ def run(args: argparse.Namespace) -> int:
     )
 
     places = [Place(method, seed, root) for seed in seeds for method in sorted(methods, key=lambda m: m != pool)]
+    for place in () if anew else places:
+        plan = plan.as_begun(str(place.store.trajectories_file))
     for_pool = {name: value for name in ("score_every", "logprobs") if (value := getattr(plan.config, name))}
     decoder = Decoder(
         source=source,

@@ -29,7 +29,7 @@ from specrej_eval.kv import choose
 from specrej_eval.kv.attention.base import AttentionBackend
 from specrej_eval.kv.memory import clear_error, is_out_of_memory
 from specrej_eval.kv.models import with_softcap
-from specrej_eval.kv.native import products
+from specrej_eval.kv.native import build, products
 from specrej_eval.paths import is_folder
 
 UNSUPPORTED = {name: made.not_in_python for name, made in HOST.items() if made.not_in_python}
@@ -82,11 +82,13 @@ class EnginePlan(base.EnginePlan):
         )
 
     def environment(self) -> dict[str, Any]:
-        """What ``attention_backend=auto`` came to, who multiplies where that changes bits, and on a GPU whether CUDA
-        graphs are replayed. See ``base.EnginePlan``."""
-        found: dict[str, Any] = {"attention_backend": self.attention.name}
-        if self.device.startswith("cuda"):
-            found["cuda_graphs"] = self.graphs
+        """What ``attention_backend=auto`` and ``compile=auto`` came to, and who multiplies where that changes bits. See
+        ``base.EnginePlan``."""
+        found = {"attention_backend": self.attention.name}
+        if self.device == "cpu":
+            found["compile"] = "on" if self.config.compile != "off" and build.why_not() is None else "off"
+        elif self.device.startswith("cuda"):
+            found["compile"] = "on" if self.graphs else "off"
         if self.device == "cpu" and self.dtype != "float32":
             ours = self.attention.name == CPP and products.why_not() is None
             found["products"] = CPP if ours else "torch"

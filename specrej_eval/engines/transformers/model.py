@@ -43,6 +43,7 @@ from specrej_eval.kv.models import (
     windows_missing,
 )
 from specrej_eval.kv.native.fused import FusedOperators
+from specrej_eval.kv.native.layers import FusedLayers
 from specrej_eval.kv.packed import PackedWeights
 from specrej_eval.kv.prefill import PromptReader, drained
 from specrej_eval.kv.probe import difference, may_be_bits, probe_ids, tried
@@ -97,6 +98,7 @@ class ModelRunner:
         kernels = attention is not None and attention.name == CPP
         self._packed = PackedWeights(model, kernels=kernels)
         self._fused = FusedOperators(model, wanted=kernels)
+        self._layers = FusedLayers(model, wanted=kernels)
         self._expert_configs = expert_configs(model) if self.device.type == "cpu" else []
         self.reader = PromptReader(
             self._prompt_logits,
@@ -318,8 +320,9 @@ class ModelRunner:
         """
         reset_rotary(self.model, self.device)
         packed = self._packed.active(unchanged=unchanged)
+        layers = self._layers.active(self._packed, self._fused)
         graphs = nullcontext() if self._graphs is None else self._graphs.active()
-        with padded_experts(self._expert_configs), packed, self._fused.active(), graphs:
+        with padded_experts(self._expert_configs), packed, self._fused.active(), layers, graphs:
             if self.path != "shared_prefix":
                 yield
                 return

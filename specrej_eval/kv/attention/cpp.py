@@ -71,39 +71,23 @@ class Backend(AttentionBackend):
             return None
         batch, heads, _, _ = query.shape
         out = value.new_empty(batch, 1, heads, value.shape[-1])
-        noted: list[_Noted] = []
         for prefix, pool in groups:
-            mine: _Noted | None = pool.noted.get(layer)
-            if mine is None or mine.prefix is not prefix or mine.capacity < max(pool.capacity, pool.length + 1):
+            if not _is_noted(pool.noted.get(layer), prefix, pool):
                 mine = _note(prefix, pool, layer, query, out)
                 if mine is None:
                     return None
                 pool.noted[layer] = mine
-            noted.append(mine)
-        rows = [pool.rows for _, pool in groups]
-        count = len(groups)
-        addresses = (ctypes.c_void_p * count)(*[mine.address for mine in noted])
-        row_counts = (ctypes.c_int64 * count)(*rows)
-        suffixes = (ctypes.c_int64 * count)(*[pool.length + 1 for _, pool in groups])
-        told: Any = build.Decode(
-            ctypes.addressof(addresses),
-            ctypes.addressof(row_counts),
-            ctypes.addressof(suffixes),
-            count,
-            *(each.data_ptr() for each in new),
-            *(stride for each in new for stride in each.stride()[:2]),
-            out.data_ptr(),
-            *(out.stride(0), out.stride(2)),
-            None,
-            params.window or 0,
-            params.scale,
-            params.softcap or 0,
-        )
+        told = noted(groups, layer, params)
+        told.query, told.key, told.value = (each.data_ptr() for each in new)
+        for name, each in zip(("query", "key", "value", "out"), (*new, out.transpose(1, 2)), strict=True):
+            setattr(told, f"{name}_row", each.stride(0))
+            setattr(told, f"{name}_head", each.stride(1))
+        told.out = out.data_ptr()
         kernels = build.library()
         scratch = torch.empty(kernels.decode_bytes(ctypes.byref(told)), dtype=torch.uint8)
         told.scratch = scratch.data_ptr()
         kernels.decode(ctypes.byref(told))
-        if (ours := sum(rows)) < batch:
+        if (ours := sum(pool.rows for _, pool in groups)) < batch:
             out[ours:] = 0
         return out
 
@@ -228,6 +212,28 @@ class _Noted:
     told: Any
     """``build.Attention``; which rows of a step are its own, and how long its suffix is, are told with each step."""
     address: int
+
+
+def _is_noted(mine: Any, prefix: Prefix, pool: SuffixPool) -> bool:
+    """Whether it tells of where a layer's memory lies now, with room for the next token."""
+    known = isinstance(mine, _Noted) and mine.prefix is prefix
+    return known and mine.capacity >= max(pool.capacity, pool.length + 1)
+
+
+def noted(groups: Sequence[tuple[Prefix, SuffixPool]], layer: int, params: AttentionParams) -> Any:
+    """``build.Decode`` of a layer, without what depends on its queries; None if a group's memory is not noted."""
+    mine: list[Any] = [pool.noted.get(layer) for _, pool in groups]
+    if not all(_is_noted(each, *group) for each, group in zip(mine, groups, strict=True)):
+        return None
+    count = len(groups)
+    addresses = (ctypes.c_void_p * count)(*[each.address for each in mine])
+    rows = (ctypes.c_int64 * count)(*[pool.rows for _, pool in groups])
+    suffixes = (ctypes.c_int64 * count)(*[pool.length + 1 for _, pool in groups])
+    places = ctypes.addressof(addresses), ctypes.addressof(rows), ctypes.addressof(suffixes)
+    told: Any = build.Decode(*places, count)
+    told.arrays = addresses, rows, suffixes  # they live as long as it
+    told.window, told.scale, told.softcap = params.window or 0, params.scale, params.softcap or 0
+    return told
 
 
 def _note(prefix: Prefix, pool: SuffixPool, layer: int, query: Tensor, out: Tensor) -> _Noted | None:

@@ -81,6 +81,21 @@ class Weights(ctypes.Structure):
     _fields_ = (("numbers", ctypes.c_void_p), ("words", ctypes.c_int64), ("outputs", ctypes.c_int64))
 
 
+class Layer(ctypes.Structure):
+    """What ``layer`` of kernels.cpp is given of a decoder layer."""
+
+    LINEAR = ("query", "key", "value", "output", "gate", "up", "down")
+    NORMS = ("before_attention", "before_mlp", "of_queries", "of_keys")
+    _fields_ = (
+        *((name, Weights) for name in LINEAR),
+        *((f"{name}_bias", ctypes.c_void_p) for name in LINEAR),
+        *((name, ctypes.c_void_p) for name in NORMS),
+        ("width", ctypes.c_int64),
+        *((f"{name}_eps", ctypes.c_float) for name in NORMS),
+        ("rotates", ctypes.c_int32),
+    )
+
+
 _ADDRESS, _COUNT, _FLAG = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
 _SIGNATURES: dict[str, list[Any]] = {
     "attention": [ctypes.POINTER(Attention)],
@@ -89,6 +104,7 @@ _SIGNATURES: dict[str, list[Any]] = {
     "decode_bytes": [ctypes.POINTER(Decode)],
     "norm": [_ADDRESS, _ADDRESS, _ADDRESS, _COUNT, _COUNT, ctypes.c_float, _FLAG],
     "gate": [_ADDRESS, _ADDRESS, _ADDRESS, _COUNT, _FLAG],
+    "layer": [ctypes.POINTER(Layer), ctypes.POINTER(Decode), *[_ADDRESS] * 3, *[_COUNT] * 2, *[_ADDRESS] * 2, _COUNT],
     "largest": [_ADDRESS, _COUNT, _COUNT, _COUNT, _COUNT, _ADDRESS],
     "logsumexp": [_ADDRESS, _COUNT, _COUNT, _COUNT, _ADDRESS],
     "pack": [_ADDRESS, _COUNT, _COUNT, _ADDRESS],
@@ -251,7 +267,7 @@ def _loaded(built: Path) -> ctypes.CDLL:
             function = getattr(found, name)
             function.argtypes, function.restype = arguments, None
         found.multiplies.restype = ctypes.c_int32
-        found.scratch_bytes.restype = found.decode_bytes.restype = ctypes.c_int64
+        found.scratch_bytes.restype = found.decode_bytes.restype = found.layer.restype = ctypes.c_int64
     except (OSError, AttributeError) as error:
         raise _Broken(f"what was compiled cannot be loaded ({error})") from error
     threads = torch.get_num_threads()  # asked first: torch may set the number when it is asked for it

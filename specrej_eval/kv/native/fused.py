@@ -44,7 +44,7 @@ class _Norm:
         module: Any = self._module
         weight: Tensor = module.weight
         width = hidden_states.shape[-1]
-        able = _plain(hidden_states, weight) and weight.numel() == width
+        able = plain(hidden_states, weight) and weight.numel() == width
         if not able or not hidden_states.is_contiguous() or not weight.is_contiguous():
             found: Tensor = type(module).forward(module, hidden_states)
             return found
@@ -66,7 +66,7 @@ class _Gated:
     def __call__(self, x: Tensor) -> Tensor:
         module: Any = self._module
         gate, up = module.gate_proj(x), module.up_proj(x)
-        able = _plain(gate, up) and gate.shape == up.shape and _is_silu(module.act_fn)
+        able = plain(gate, up) and gate.shape == up.shape and is_silu(module.act_fn)
         if able and gate.is_contiguous() and up.is_contiguous():
             out = torch.empty_like(gate)
             addresses = gate.data_ptr(), up.data_ptr(), out.data_ptr()
@@ -89,7 +89,7 @@ class _Rotated:
         able = able and cos.shape[-1] == q.shape[-1] == k.shape[-1] and cos.shape[1] == q.shape[2] == k.shape[2]
         able = able and not cos.shape[-1] % 2
         able = able and cos.shape[0] in (1, q.shape[0]) and q.shape[0] == k.shape[0]
-        able = able and _plain(q, k, cos, sin) and cos.is_contiguous() and sin.is_contiguous()
+        able = able and plain(q, k, cos, sin) and cos.is_contiguous() and sin.is_contiguous()
         if not able or q.stride(-1) != 1 or k.stride(-1) != 1:
             return self._original(q, k, cos, sin, unsqueeze_dim=unsqueeze_dim)
         return self._rotated(q, cos, sin), self._rotated(k, cos, sin)
@@ -108,7 +108,7 @@ class _Rotated:
 _Strides = ctypes.c_int64 * 3
 
 
-def _plain(*tensors: Tensor) -> bool:
+def plain(*tensors: Tensor) -> bool:
     """Whether these are what the kernels take: plain tensors on a CPU, of one dtype, and nobody wants gradients."""
     dtype = tensors[0].dtype
     for each in tensors:
@@ -139,21 +139,29 @@ class FusedOperators:
         for module in model.modules():
             if "forward" in vars(module):  # somebody has put another there (accelerate's hooks do)
                 continue
-            code = _code(type(module).forward)
-            if code == _code(modeling_llama.LlamaRMSNorm.forward) and _has(module, "weight", "variance_epsilon"):
+            code = code_of(type(module).forward)
+            if code == code_of(modeling_llama.LlamaRMSNorm.forward) and _has(module, "weight", "variance_epsilon"):
                 self._forwards[module] = _Norm(module, kernels)
-            elif code == _code(modeling_llama.LlamaMLP.forward) and _is_silu(getattr(module, "act_fn", None)):
+            elif code == code_of(modeling_llama.LlamaMLP.forward) and is_silu(getattr(module, "act_fn", None)):
                 self._forwards[module] = _Gated(module, kernels)
             of = sys.modules.get(type(module).__module__)
             function = getattr(of, _ROTARY, None)
             if of is not None and inspect.isfunction(function) and of.__name__ not in self._rotary:
-                same = _code(function) == _code(modeling_llama.apply_rotary_pos_emb)
-                halves = _code(getattr(of, "rotate_half", None)) == _code(modeling_llama.rotate_half)
+                same = code_of(function) == code_of(modeling_llama.apply_rotary_pos_emb)
+                halves = code_of(getattr(of, "rotate_half", None)) == code_of(modeling_llama.rotate_half)
                 if same and halves:
                     self._rotary[of.__name__] = _Rotated(function, kernels)
 
     def __len__(self) -> int:
         return len(self._forwards) + len(self._rotary)
+
+    def stands_for(self, module: torch.nn.Module) -> bool:
+        """Whether a kernel computes it now."""
+        return module in self._forwards and vars(module).get("forward") is self._forwards[module]
+
+    def rotates(self, name: str) -> bool:
+        """Whether a kernel computes the rotary embeddings of a module of Python code now."""
+        return name in self._rotary and getattr(sys.modules[name], _ROTARY) is self._rotary[name]
 
     @contextmanager
     def active(self) -> Iterator[None]:
@@ -181,7 +189,7 @@ class FusedOperators:
                     del module.forward
 
 
-def _is_silu(function: Any) -> bool:
+def is_silu(function: Any) -> bool:
     """Whether it computes SiLU, and nobody listens to it: hooks run only where it is called."""
     if type(function) not in _SILU or "forward" in vars(function):
         return False
@@ -193,7 +201,7 @@ def _has(module: torch.nn.Module, *names: str) -> bool:
 
 
 @cache
-def _code(function: Any) -> str | None:
+def code_of(function: Any) -> str | None:
     """The arguments and statements of a function, without its name, decorators, docstring and annotations; None if they
     are unknown."""
     try:

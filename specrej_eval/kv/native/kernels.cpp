@@ -64,6 +64,17 @@ struct Weights {
     int64_t words, outputs;
 };
 
+// A layer of Llama's form, in bfloat16. The same fields as build.Layer.
+struct Layer {
+    Weights query, key, value, output, gate, up, down;
+    const void *query_bias, *key_bias, *value_bias, *output_bias, *gate_bias, *up_bias, *down_bias; // null: none
+    const void *before_attention, *before_mlp;             // weights of norms
+    const void *of_queries, *of_keys;                      // weights of the norms of each head, or null
+    int64_t width;                                         // of a head
+    float before_attention_eps, before_mlp_eps, of_queries_eps, of_keys_eps;
+    int32_t rotates;                                       // whether there are rotary embeddings
+};
+
 } // extern "C"
 
 namespace {
@@ -885,23 +896,57 @@ void multiply_tiles(const uint16_t *x, int64_t x_row, const Weights &w, const ui
     }
 }
 
-// x (rows, 2 * words), rows `x_row` apart -> out (rows, outputs), contiguous. Each thread has outputs of its own, so that
-// it reads its part of the weights from memory once, and while it computes with some it asks for the next.
-void multiply(const uint16_t *x, int64_t x_row, const Weights &w, const uint16_t *bias, uint16_t *out, int64_t rows) {
-    const int64_t vectors = (w.outputs + LANES - 1) / LANES;
-#pragma omp parallel if (vectors * w.words > SMALL)
+struct Product {
+    const Weights *weights;
+    const void *bias;
+    uint16_t *out; // (rows, outputs), contiguous
+};
+
+// x (rows, 2 * words), rows `x_row` apart, with weights of `count` layers. Each thread has outputs of its own, so that it
+// reads its part of the weights from memory once, and while it computes with some it asks for the next.
+void multiply(const uint16_t *x, int64_t x_row, const Product *products, int count, int64_t rows) {
+    int64_t numbers = 0;
+    for (int i = 0; i < count; i++)
+        numbers += (products[i].weights->outputs + LANES - 1) / LANES * products[i].weights->words;
+#pragma omp parallel if (numbers > SMALL)
     {
         const int64_t threads = omp_get_num_threads(), thread = omp_get_thread_num();
-        const int64_t begin = vectors * thread / threads, end = vectors * (thread + 1) / threads;
         Floats sums[TOGETHER * OUTPUTS];
-        for (int64_t row = 0; row < rows; row += TOGETHER)
-            for (int64_t first = begin; first < end; first += OUTPUTS)
-                multiply_tiles(x + row * x_row, x_row, w, bias, out + row * w.outputs,
-                               rows - row < TOGETHER ? rows - row : TOGETHER, first,
-                               end - first < OUTPUTS ? end - first : OUTPUTS,
-                               first + OUTPUTS < end ? first + OUTPUTS : begin, sums);
+        for (int i = 0; i < count; i++) {
+            const Weights &w = *products[i].weights;
+            const int64_t vectors = (w.outputs + LANES - 1) / LANES;
+            const int64_t begin = vectors * thread / threads, end = vectors * (thread + 1) / threads;
+            for (int64_t row = 0; row < rows; row += TOGETHER)
+                for (int64_t first = begin; first < end; first += OUTPUTS)
+                    multiply_tiles(x + row * x_row, x_row, w, (const uint16_t *)products[i].bias,
+                                   products[i].out + row * w.outputs, rows - row < TOGETHER ? rows - row : TOGETHER,
+                                   first, end - first < OUTPUTS ? end - first : OUTPUTS,
+                                   first + OUTPUTS < end ? first + OUTPUTS : begin, sums);
+        }
     }
 }
+
+// x + y, as torch rounds it
+void add_all(const uint16_t *x, const uint16_t *y, uint16_t *out, int64_t count) {
+    const int64_t vectors = count / LANES;
+#pragma omp parallel for schedule(static) if (count > SMALL)
+    for (int64_t v = 0; v < vectors; v++) {
+        const int64_t i = v * LANES;
+        narrow<Half>(out + i, round_to<Half>(wide<Half>(x + i) + wide<Half>(y + i)));
+    }
+    for (int64_t i = vectors * LANES; i < count; i++) out[i] = rounded(widened(x[i]) + widened(y[i]));
+}
+
+// What a layer has in memory besides its input and its output, for some rows. With no memory it tells how much it takes.
+struct Room {
+    char *next;
+    int64_t bytes = 0;
+    uint16_t *take(int64_t numbers) {
+        char *here = next + bytes;
+        bytes += (2 * numbers + 63) / 64 * 64;
+        return (uint16_t *)here;
+    }
+};
 
 } // namespace
 
@@ -982,7 +1027,64 @@ void pack(const void *weight, int64_t outputs, int64_t inputs, void *to) {
 }
 
 void product(const void *x, int64_t x_row, const Weights *weights, const void *bias, void *out, int64_t rows) {
-    multiply((const uint16_t *)x, x_row, *weights, (const uint16_t *)bias, (uint16_t *)out, rows);
+    const Product one = {weights, bias, (uint16_t *)out};
+    multiply((const uint16_t *)x, x_row, &one, 1, rows);
+}
+
+// A decode step of one layer: x -> out, (rows, hidden), the rows of `d.groups` and padding behind them. It rounds where
+// the model's own operators do, and what it stores are keys and values. Of `d`, what depends on the layer's own queries
+// is filled in here. cos, sin: (rows, width) or, with table_row 0, (1, width).
+// Returns 0, or the bytes of `scratch` that are needed if `bytes` are too few; then nothing is done.
+int64_t layer(const Layer *l, const Decode *groups, const void *x, const void *cos, const void *sin, int64_t table_row,
+              int64_t rows, void *out, void *scratch, int64_t bytes) {
+    const int64_t width = l->width, hidden = l->output.outputs, inner = l->gate.outputs;
+    const int64_t heads = l->query.outputs / width, kv_heads = l->key.outputs / width;
+    Room room{(char *)scratch};
+    uint16_t *normed = room.take(rows * hidden), *queries = room.take(rows * heads * width);
+    uint16_t *keys = room.take(rows * kv_heads * width), *values = room.take(rows * kv_heads * width);
+    uint16_t *attended = room.take(rows * heads * width), *added = room.take(rows * hidden);
+    uint16_t *gates = room.take(rows * inner), *ups = room.take(rows * inner);
+    Decode d = *groups;
+    d.query = queries, d.query_row = heads * width, d.query_head = width;
+    d.key = keys, d.key_row = kv_heads * width, d.key_head = width;
+    d.value = values, d.value_row = kv_heads * width, d.value_head = width;
+    d.out = attended, d.out_row = heads * width, d.out_head = width;
+    d.scratch = (char *)scratch + room.bytes;
+    const int64_t needed = room.bytes + decode_bytes(&d);
+    if (needed > bytes) return needed;
+
+    norm_rows<Half>((const uint16_t *)x, (const uint16_t *)l->before_attention, normed, rows, hidden,
+                    l->before_attention_eps);
+    const Product of_attention[] = {{&l->query, l->query_bias, queries},
+                                    {&l->key, l->key_bias, keys},
+                                    {&l->value, l->value_bias, values}};
+    multiply(normed, hidden, of_attention, 3, rows);
+    if (l->of_queries)
+        norm_rows<Half>(queries, (const uint16_t *)l->of_queries, queries, rows * heads, width, l->of_queries_eps);
+    if (l->of_keys)
+        norm_rows<Half>(keys, (const uint16_t *)l->of_keys, keys, rows * kv_heads, width, l->of_keys_eps);
+    for (auto [numbers, count] : {std::pair(queries, heads), std::pair(keys, kv_heads)}) {
+        if (!l->rotates) break;
+        const int64_t strides[] = {count * width, width, count * width};
+        rotate_heads<Half>(numbers, strides, numbers, strides, (const uint16_t *)cos, (const uint16_t *)sin, table_row,
+                           rows, count, 1, width);
+    }
+    int64_t ours = 0;
+    for (int64_t i = 0; i < d.count; i++) ours += d.rows[i];
+    decode(&d);
+    std::memset(attended + ours * heads * width, 0, 2 * (rows - ours) * heads * width);
+    const Product of_output = {&l->output, l->output_bias, normed};
+    multiply(attended, heads * width, &of_output, 1, rows);
+    add_all((const uint16_t *)x, normed, added, rows * hidden);
+
+    norm_rows<Half>(added, (const uint16_t *)l->before_mlp, normed, rows, hidden, l->before_mlp_eps);
+    const Product of_mlp[] = {{&l->gate, l->gate_bias, gates}, {&l->up, l->up_bias, ups}};
+    multiply(normed, hidden, of_mlp, 2, rows);
+    gate_all<Half>(gates, ups, gates, rows * inner);
+    const Product of_down = {&l->down, l->down_bias, normed};
+    multiply(gates, inner, &of_down, 1, rows);
+    add_all(added, normed, (uint16_t *)out, rows * hidden);
+    return 0;
 }
 
 int32_t threads() { return omp_get_max_threads(); }

@@ -42,18 +42,18 @@ class Packed:
 
     def __init__(self, weight: Tensor, kernels: ctypes.CDLL) -> None:
         self._kernels = kernels
-        self._outputs, self._inputs = weight.shape
+        self.outputs, self.inputs = weight.shape
         vectors, words = _laid_out(weight)
         self._numbers = torch.empty(vectors, words, 2 * _LANES, dtype=DTYPE)
-        kernels.pack(weight.data_ptr(), self._outputs, self._inputs, self._numbers.data_ptr())
-        self._told: Any = build.Weights(self._numbers.data_ptr(), words, self._outputs)
+        kernels.pack(weight.data_ptr(), self.outputs, self.inputs, self._numbers.data_ptr())
+        self.told: Any = build.Weights(self._numbers.data_ptr(), words, self.outputs)
 
     def takes(self, x: Tensor, bias: Tensor | None) -> bool:
         """Whether these are plain tensors on a CPU, bfloat16, of its sizes and not empty."""
         for each in (x,) if bias is None else (x, bias):
             if type(each) not in _TENSORS or each.dtype != DTYPE or not each.is_cpu:
                 return False
-        sized = x.dim() > 0 and x.shape[-1] == self._inputs and x.numel() > 0
+        sized = x.dim() > 0 and x.shape[-1] == self.inputs and x.numel() > 0
         return sized and (bias is None or bias.is_contiguous())
 
     def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
@@ -62,14 +62,14 @@ class Packed:
         Args:
             bias: (outputs,), contiguous; like ``x`` bfloat16 on a CPU.
         """
-        rows = x.reshape(-1, self._inputs)
-        if self._inputs % 2:
+        rows = x.reshape(-1, self.inputs)
+        if self.inputs % 2:
             rows = functional.pad(rows, (0, 1))
         elif rows.stride(1) != 1:
             rows = rows.contiguous()
-        out = torch.empty(*x.shape[:-1], self._outputs, dtype=DTYPE)
+        out = torch.empty(*x.shape[:-1], self.outputs, dtype=DTYPE)
         self._kernels.product(
-            *(rows.data_ptr(), rows.stride(0), self._told, None if bias is None else bias.data_ptr()),
+            *(rows.data_ptr(), rows.stride(0), self.told, None if bias is None else bias.data_ptr()),
             *(out.data_ptr(), rows.shape[0]),
         )
         return out

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import json
 import logging
 import os
 import stat
@@ -20,6 +21,9 @@ from specrej_eval.config import RunConfig
 from specrej_eval.errors import ConfigError, MissingDependencyError
 from specrej_eval.kv import choose
 from specrej_eval.kv.native import build
+from specrej_eval.records import journal
+from specrej_eval.records.fingerprint.comparing import _said
+from specrej_eval.records.jsonl import checked_line
 
 needs_compiler = pytest.mark.skipif(build.why_not() is not None, reason=f"no kernels here: {build.why_not()}")
 
@@ -270,3 +274,68 @@ def test_results_say_which_kernels_computed_them(quick: Path) -> None:
     )
     assert before["environment"]["attention_backend"] == "cpp"
     assert now["environment"]["attention_backend"] == "sdpa"
+
+
+GOES_ON = "goes on with it"
+STARTED_ELSEWHERE = "was started elsewhere"
+
+
+def answered(caplog: pytest.LogCaptureFixture, **args: Any) -> tuple[Any, str]:
+    """What a run with a journal says of itself and its arguments, and its log."""
+    _said.clear()
+    caplog.clear()
+    with caplog.at_level(logging.INFO):
+        generator = specrej_eval.load(device="cpu", n=2, max_gen_toks=4, **args)
+        generator.generate([f"{len(caplog.records)}+1=?"])
+    return {**generator.describe(), **generator.config.to_dict()}, caplog.text
+
+
+@needs_compiler
+@pytest.mark.parametrize("argument", [{"compile": "off"}, {"attention_backend": "sdpa"}])
+@pytest.mark.parametrize("name", ["run.jsonl", "run_rank0.jsonl"])
+def test_auto_goes_on_with_the_kernels_that_a_journal_was_begun_with(
+    quick: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, argument: dict[str, str], name: str
+) -> None:
+    place = str(tmp_path / "run.jsonl")
+    began, _ = answered(caplog, journal=place, **argument)
+    Path(place).rename(tmp_path / name)
+    then, said = answered(caplog, journal=place)
+    ((argument_name, value),) = argument.items()
+    assert began[argument_name] == then[argument_name] == value
+    assert GOES_ON in said and STARTED_ELSEWHERE not in said
+
+
+@needs_compiler
+def test_kernels_that_are_asked_for_are_taken_and_the_change_is_said(
+    quick: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    place = str(tmp_path / "run.jsonl")
+    answered(caplog, journal=place, compile="off")
+    then, said = answered(caplog, journal=place, compile="on")
+    assert then["compile"] == "on"
+    assert GOES_ON not in said and STARTED_ELSEWHERE in said
+
+
+def test_kernels_that_cannot_be_had_any_more_are_missed_aloud(
+    quick: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = tmp_path / "run.jsonl"
+    answered(caplog, journal=str(place))
+    header = place.read_text().splitlines()[0]
+    record = json.loads(header)
+    record["fingerprint"]["environment"] |= {"compile": "on", "attention_backend": "cpp"}
+    place.write_text(checked_line({name: value for name, value in record.items() if name != "checksum"}))
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    build._found.cache_clear()
+    then, said = answered(caplog, journal=str(place))
+    assert then["compile"] == "auto"
+    assert GOES_ON not in said and STARTED_ELSEWHERE in said
+
+
+@needs_compiler
+@pytest.mark.parametrize("content", [b"", b"{", b"\xff\n", b'{"journal": 2}\n', b"[1]\n", b"x" * 100])
+def test_a_journal_that_says_nothing_of_its_kernels_decides_nothing(tmp_path: Path, content: bytes) -> None:
+    place = tmp_path / "run.jsonl"
+    place.write_bytes(content)
+    assert journal.environment(place) == {}
+    assert journal.environment(tmp_path) == journal.environment(tmp_path / "none") == {}

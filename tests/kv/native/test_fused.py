@@ -146,7 +146,7 @@ def test_a_function_with_another_default_is_another() -> None:
     for default in (1, 2):
         linecache.cache[f"<{default}>"] = (0, None, source.format(default).splitlines(keepends=True), f"<{default}>")
         exec(compile(source.format(default), f"<{default}>", "exec"), space)
-        codes.append(fused._code(space["apply"]))
+        codes.append(fused.code_of(space["apply"]))
     assert None not in codes and codes[0] != codes[1]
 
 

@@ -206,7 +206,7 @@ def test_memory_is_counted_and_nothing_around_an_answer_is_written(sizes: tuple[
     x, out = whole_numbers(1, 5, inputs), torch.full((7, outputs), 7.0, dtype=DTYPE)
     given_rows = functional.pad(x, (0, inputs % 2))
     build.library().product(
-        *(given_rows.data_ptr(), given_rows.stride(0), mine._told, None, out[1].data_ptr(), 5),
+        *(given_rows.data_ptr(), given_rows.stride(0), mine.told, None, out[1].data_ptr(), 5),
     )
     assert torch.equal(out[1:6], mine.product(x, None))
     assert bool((out[[0, 6]] == 7).all())
@@ -334,7 +334,7 @@ def test_records_say_who_multiplied_where_that_changes_bits() -> None:
     def environment(**arguments: Any) -> dict[str, Any]:
         return resolve_engine(*RunConfig.from_args({"device": "cpu", **arguments})).environment()
 
-    assert environment(dtype="bfloat16") == {"attention_backend": "cpp", "products": "cpp"}
+    assert environment(dtype="bfloat16") == {"attention_backend": "cpp", "compile": "on", "products": "cpp"}
     assert environment(dtype="bfloat16", compile="off")["products"] == "torch"
     assert environment(dtype="bfloat16", attention_backend="sdpa")["products"] == "torch"
     assert "products" not in environment(dtype="float32")
