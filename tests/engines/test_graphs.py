@@ -13,12 +13,13 @@ import pytest
 import torch
 from support.engine_models import build, forced_token, prompt_of, shared_model
 from support.engine_runs import generate, make_engine, outcome
+from support.failing_allocations import MemoryRunsOut
 from support.recorded_graphs import Replay, as_on_a_gpu, record
 from torch import Tensor
 
 from specrej_eval.engines.transformers.groups import Group
 from specrej_eval.engines.transformers.model import ModelRunner
-from specrej_eval.kv import choose, graphs
+from specrej_eval.kv import choose, graphs, memory
 from specrej_eval.kv.cache import SuffixPool
 from specrej_eval.kv.probe import difference
 
@@ -437,6 +438,28 @@ def test_memory_that_runs_out_costs_the_graph_and_nothing_else(
         assert run(engine) == undisturbed("llama")
     assert len(failed) > 2, "graphs are made again later"
     assert not engine.oom_splits and engine.runner.replays and not caplog.records
+
+
+@pytest.mark.full
+def test_memory_may_run_out_in_every_line_of_a_graph(monkeypatch: pytest.MonkeyPatch, counted: Counted) -> None:
+    monkeypatch.setattr(memory.gc, "collect", lambda: 0)  # takes longer than the run
+    wanted = undisturbed("mistral")
+    engine = engine_of("mistral")
+    with MemoryRunsOut(traced=True) as traced:
+        assert run(engine) == wanted
+    assert traced.operations is not None
+    last: dict[tuple[str, ...], int] = {}
+    for number, operation in enumerate(traced.operations):
+        ours = tuple(line for line in operation.path if line.startswith("kv/graphs.py"))
+        if ours:
+            last[ours] = number
+    assert len(last) > 20
+    for number in last.values():
+        engine = engine_of("mistral")
+        with MemoryRunsOut(at=(number, number + 1)) as failing:
+            assert run(engine) == wanted, failing.failed
+        assert failing.failed and engine.runner.replays
+        counted("failed allocations in CUDA graphs")
 
 
 def test_a_wrong_replay_is_not_used_and_said_once(
