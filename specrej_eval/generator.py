@@ -238,15 +238,11 @@ class Generator:
                 num_tokens = scheduler.until_next_look(running)
                 if num_tokens:
                     self.engine.decode([work.session for work in running], num_tokens)
-                for each in running:
-                    if each.result is None and each.until_look and not each.remaining_tokens:
-                        prompts.score_aside(each)
-                at_look = [work for work in running if not work.until_look]
-                looking = [work for work in at_look if work.result is None]
-                pools = dict(zip((work.index for work in looking), prompts.pools(looking), strict=True))
-                for due in at_look:
-                    if due.result is None:
-                        if not prompts.look(due, pools[due.index], tracer):
+                waiting_for = [work for work in running if not work.remaining_tokens]
+                others = [work for work in running if work.remaining_tokens]
+                for due, look in prompts.looks(waiting_for, others):
+                    if look is not None:
+                        if not prompts.follow(due, look, tracer):
                             continue
                         due.result = prompts.result_of(due)
                     if prompts.audits(due):
