@@ -237,6 +237,7 @@ class InFlight:
 
         Each is scored when its turn comes. Where the reward model has devices of its own and there are ``others``, all
         of them are scored at once, in another thread, while those decode a few tokens more; none goes beyond its look.
+        Should all prompts be due at once, half of them are left to the next turn, in which the first half decodes.
 
         Yields:
             Prompts whose look is due, and those whose audit is, in order.
@@ -244,6 +245,8 @@ class InFlight:
         Raises:
             RewardError, OutOfMemoryError: scoring failed, or decoding did; what was scored before comes first.
         """
+        if self.overlaps and not others:
+            due = due[: (len(due) + 1) // 2]
         rows = {work.index: self._rows(work) for work in due if work.result is None}
         scored = self._scored(due, rows)
         if not (rows and others and self.overlaps):
