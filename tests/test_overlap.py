@@ -33,7 +33,9 @@ from specrej_eval.errors import OutOfMemoryError, RewardError
 from specrej_eval.generator import Generator
 from specrej_eval.in_flight import InFlight
 from specrej_eval.kv import shared_prefix
+from specrej_eval.kv.cache import Prefix
 from specrej_eval.kv.native import build
+from specrej_eval.kv.steps import PrefillStep, PromptPart
 from specrej_eval.overlap import overlapped
 from specrej_eval.rewards.checkpoints.forward import Forward
 from specrej_eval.rewards.checkpoints.reward import CheckpointReward
@@ -489,6 +491,19 @@ def test_what_failed_keeps_nothing_alive() -> None:
         assert kept[0]() is None
     finally:
         gc.enable()
+
+
+def test_a_step_of_attention_is_seen_in_its_own_thread_alone() -> None:
+    step = PrefillStep([PromptPart(Prefix(length=3), 0, 3)])
+    with shared_prefix.running(step):
+
+        def there() -> Iterator[Any]:
+            yield shared_prefix._here.step
+            with shared_prefix.running(step):
+                yield shared_prefix._here.step
+
+        assert overlapped(there(), lambda: None).items == [None, step]
+        assert shared_prefix._current() is step
 
 
 # when
