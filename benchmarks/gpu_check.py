@@ -44,7 +44,8 @@ def steps() -> list[Step]:
     found = [
         Step("tests", (sys.executable, "-m", "pytest", "-q", "-n", "0", "-m", "gpu", "tests/kv", "tests/engines"), 30)
     ]
-    for name in ("attention_backends", "roofline", "decode_throughput", "growth"):
+    two = ("two_gpus",) if torch.cuda.device_count() > 1 else ()
+    for name in ("attention_backends", "roofline", "decode_throughput", *two, "growth"):
         if (HERE / f"{name}.py").is_file():
             found.append(Step(name, (sys.executable, str(HERE / f"{name}.py")), 30))
     return found
