@@ -176,6 +176,7 @@ def in_use() -> ctypes.CDLL | None:
 @contextlib.contextmanager
 def used(kernels: ctypes.CDLL | None) -> Iterator[None]:
     """Inside, whoever asks for kernels ``in_use`` gets these."""
+    torch.get_num_threads()  # in a thread that is new, torch sets OpenMP's number of threads when it is asked for it
     before, _here.in_use = _here.in_use, kernels
     try:
         yield
