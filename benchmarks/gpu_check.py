@@ -44,17 +44,18 @@ def steps() -> list[Step]:
     found = [
         Step("tests", (sys.executable, "-m", "pytest", "-q", "-n", "0", "-m", "gpu", "tests/kv", "tests/engines"), 30)
     ]
-    graphs = ("--steps", "256", "--compile")  # so many that recording them shows, but is not all there is
-    benchmarks: tuple[tuple[str, str, tuple[str, ...]], ...] = (
-        ("attention_backends", "attention_backends", ()),
-        ("roofline", "roofline", (*graphs, "on")),
-        ("roofline_without_graphs", "roofline", (*graphs, "off")),
-        ("decode_throughput", "decode_throughput", ()),
-        ("growth", "growth", ()),
-    )
-    for name, script, options in benchmarks:
-        if (HERE / f"{script}.py").is_file():
-            found.append(Step(name, (sys.executable, str(HERE / f"{script}.py"), *options), 30))
+    recorded = ("--steps", "256", "--compile")  # so many that recording graphs shows, but is not all there is
+    benchmarks: dict[str, tuple[str, ...]] = {
+        "attention_backends": ("attention_backends.py",),
+        "roofline": ("roofline.py", *recorded, "on"),
+        "roofline_without_graphs": ("roofline.py", *recorded, "off"),
+        "decode_throughput": ("decode_throughput.py",),
+        **({"two_gpus": ("two_gpus.py",)} if torch.cuda.device_count() > 1 else {}),
+        "growth": ("growth.py",),
+    }
+    for name, (script, *options) in benchmarks.items():
+        if (HERE / script).is_file():
+            found.append(Step(name, (sys.executable, str(HERE / script), *options), 30))
     return found
 
 

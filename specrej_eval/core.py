@@ -312,6 +312,7 @@ class Ledger:
     """Tokens of the prompt (and of what forks have from their parents) that rows found in the engine's prefix cache;
     0 where the prompt is read once by construction."""
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
+    """By phase. Of scores made while rows of other prompts decoded, ``reward`` has what decoding waited for."""
     peak_bytes: int = 0
     """Peak memory: allocated by torch on a GPU, resident set of the process on a CPU."""
     audit_rows: int = 0

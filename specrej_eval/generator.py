@@ -238,30 +238,27 @@ class Generator:
                 num_tokens = scheduler.until_next_look(running)
                 if num_tokens:
                     self.engine.decode([work.session for work in running], num_tokens)
-                for each in running:
-                    if each.result is None and each.until_look and not each.remaining_tokens:
-                        prompts.score_aside(each)
-                at_look = [work for work in running if not work.until_look]
-                looking = [work for work in at_look if work.result is None]
-                pools = dict(zip((work.index for work in looking), prompts.pools(looking), strict=True))
-                for due in at_look:
-                    if due.result is None:
-                        if not prompts.look(due, pools[due.index], tracer):
+                due = [work for work in running if not work.remaining_tokens]
+                others = [work for work in running if work.remaining_tokens]
+                for each, look in prompts.looks(due, others):
+                    if each.result is None:
+                        assert look is not None
+                        if not prompts.follow(each, look, tracer):
                             continue
-                        due.result = prompts.result_of(due)
-                    if prompts.audits(due):
+                        each.result = prompts.result_of(each)
+                    if prompts.audits(each):
                         continue
-                    result = due.result
-                    running.remove(due)
+                    result = each.result
+                    running.remove(each)
                     self.totals.add(result.ledger)
                     tracer.request(result)
                     with stopping.held():
                         if journal is not None:
-                            journal.put(keys[due.index], result)
+                            journal.put(keys[each.index], result)
                         kept.add()
                     bar.finished(result)
                     state.finished(result)
-                    yield due.index, result
+                    yield each.index, result
                 bar.step([work.session for work in running])
                 state.step([work.session for work in running])
             if limit is not None and scheduler.num_waiting:

@@ -13,6 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 from specrej_eval import auditing
@@ -33,10 +34,11 @@ from specrej_eval.core import (
 )
 from specrej_eval.engines.base import Engine, EngineSession, Opening
 from specrej_eval.errors import OutOfMemoryError, RewardError
+from specrej_eval.overlap import overlapped
 from specrej_eval.records.journal import request_key
 from specrej_eval.records.trace import Tracer
 from specrej_eval.rewards.base import RewardModel, RewardSession
-from specrej_eval.scheduler import READ_A_TURN
+from specrej_eval.scheduler import READ_A_TURN, steps_beside
 from specrej_eval.strategies.base import State, Strategy, make_strategy
 
 logger = logging.getLogger(__name__)
@@ -113,6 +115,19 @@ class Running:
         tokens = self.tokens_at_look + self.session.tokens_since_look
         return min(self.until_look, 0 if tokens % every == 0 and tokens > self.aside_at else every - tokens % every)
 
+
+@dataclass(slots=True)
+class Look:
+    """The rows of a prompt whose look is due, and their scores."""
+
+    pool: Sequence[RowView]
+    scores: Sequence[float]
+    seconds: float
+    """That scoring took, as far as nothing else was done meanwhile."""
+
+
+Looks = Iterator[tuple[Running, Look | None]]
+"""Prompts that are due, in order, as they are scored; None of one that has its answer and is audited."""
 
 Admitted = tuple[int, Request, Budget]
 """A prompt that waits, or was let in: its place among the requests, and what was resolved of it."""
@@ -201,39 +216,101 @@ class InFlight:
             return None
         return self.reward.open(request.prompt.conversation, request.prompt.response_prefix)
 
-    def score_aside(self, work: Running) -> None:
-        """Score the live rows between two looks and keep the scores; nothing else changes, and nothing is charged."""
-        assert work.aside is not None
-        rows = [row for row in self.engine.pool(work.session) if not row.finished]
-        work.aside_at = rows[0].num_tokens
-        work.aside.keep([row.row for row in rows])
-        for row, score in zip(rows, work.aside.score(rows), strict=True):
-            work.look_scores.setdefault(row.row, []).append((row.num_tokens, finite_or_none(score)))
+    @property
+    def overlaps(self) -> bool:
+        """Whether the reward model may score while the engine decodes: each has devices of its own."""
+        engine, reward = self.engine.devices, self.reward.devices
+        return bool(engine and reward) and engine.isdisjoint(reward)
+
+    @cached_property
+    def _parameters(self) -> tuple[int, int]:
+        """Of the language model, and of the reward model."""
+        return self.engine.parameters_per_token(), self.reward.parameters_per_token()
 
     def _token_stats(self, config: RunConfig) -> set[TokenStat]:
         """What the engine is to record of every token."""
         wanted: set[TokenStat] = set(self.reward.needs_token_stats)
         return wanted | {"logprob"} if self.reward.needs_logprobs or config.logprobs else wanted
 
-    def pools(self, due: Sequence[Running]) -> list[list[RowView]]:
-        """The rows of prompts whose look is due; what scoring has to read of them is read together."""
-        pools = []
-        for work in due:
-            with _clocked(work.ledger, "other"):
-                pools.append(self.engine.pool(work.session))
-        if len(due) > 1:
-            started = time.perf_counter()
-            looks = [(work.scoring, pool) for work, pool in zip(due, pools, strict=True)]
-            self.reward.read_ahead(looks, exact=self.engine.promises == "bits")
-            seconds = (time.perf_counter() - started) / max(1, sum(map(len, pools)))
-            for work, pool in zip(due, pools, strict=True):
-                work.ledger.seconds["reward"] += seconds * len(pool)
-        return pools
+    def looks(self, due: Sequence[Running], others: Sequence[Running]) -> Looks:
+        """Score prompts that are due: at their look, or aside.
 
-    def look(self, work: Running, pool: Sequence[RowView], tracer: Tracer) -> bool:
-        """Score the pool, ask the strategy, follow its plan. True if the prompt is done."""
-        with _clocked(work.ledger, "reward"):
+        Each is scored when its turn comes. Where the reward model has devices of its own and there are ``others``, all
+        of them are scored at once, in another thread, while those decode a few tokens more; none goes beyond its look.
+        Should all prompts be due at once, half of them are left to the next turn, in which the first half decodes.
+
+        Yields:
+            Prompts whose look is due, and those whose audit is, in order.
+
+        Raises:
+            RewardError, OutOfMemoryError: scoring failed, or decoding did; what was scored before comes first.
+        """
+        if self.overlaps and not others:
+            due = due[: (len(due) + 1) // 2]
+        rows = {work.index: self._rows(work) for work in due if work.result is None}
+        scored = self._scored(due, rows)
+        if not (rows and others and self.overlaps):
+            return scored
+        new = sum(max(0, row.num_tokens - work.tokens_at_look) for work in due for row in rows.get(work.index, ()))
+        new += sum(work.session.prompt_tokens for work in due if not work.rounds)
+        steps = steps_beside(new, reward_parameters=self._parameters[1], parameters=self._parameters[0])
+        return self._scored_beside(scored, others, min(steps, *(work.remaining_tokens for work in others)))
+
+    def _scored_beside(self, scored: Looks, others: Sequence[Running], num_tokens: int) -> Looks:
+        """All of it is scored while the others decode so many tokens."""
+        sessions = [work.session for work in others]
+        taken = overlapped(scored, lambda: self.engine.decode(sessions, num_tokens))
+        for work, look in taken:
+            if look is not None:
+                look.seconds *= taken.share  # the rest is in what decoding took
+            yield work, look
+
+    def _rows(self, work: Running) -> list[RowView]:
+        """Those to be scored: of a look its pool, aside the live ones."""
+        if not work.until_look:
+            with _clocked(work.ledger, "other"):
+                return self.engine.pool(work.session)
+        assert work.aside is not None
+        rows = [row for row in self.engine.pool(work.session) if not row.finished]
+        work.aside_at = rows[0].num_tokens
+        work.aside.keep([row.row for row in rows])
+        return rows
+
+    def _scored(self, due: Sequence[Running], rows: Mapping[int, Sequence[RowView]]) -> Looks:
+        """Calls the reward model and nothing else, and changes nothing but what is known of these prompts: the engine
+        may be at work in another thread.
+
+        Scores aside are kept; nothing else changes by them, and nothing is charged.
+        """
+        for work in due:
+            if work.until_look:
+                assert work.aside is not None
+                mine = rows[work.index]
+                for row, score in zip(mine, work.aside.score(mine), strict=True):
+                    work.look_scores.setdefault(row.row, []).append((row.num_tokens, finite_or_none(score)))
+        at_look = [work for work in due if not work.until_look]
+        seconds = self._read_together([(work.scoring, rows[work.index]) for work in at_look if work.index in rows])
+        for work in at_look:
+            if work.index not in rows:
+                yield work, None
+                continue
+            pool = rows[work.index]
+            started = time.perf_counter()
             scores = self._score(work, pool)
+            yield work, Look(pool, scores, seconds * len(pool) + time.perf_counter() - started)
+
+    def _read_together(self, looks: Sequence[tuple[RewardSession, Sequence[RowView]]]) -> float:
+        """What scoring has to read of several prompts is read together; the seconds that it took for each row."""
+        if len(looks) < 2:
+            return 0.0
+        started = time.perf_counter()
+        self.reward.read_ahead(looks, exact=self.engine.promises == "bits")
+        return (time.perf_counter() - started) / max(1, sum(len(pool) for _, pool in looks))
+
+    def follow(self, work: Running, look: Look, tracer: Tracer) -> bool:
+        """Ask the strategy what becomes of the rows of a look, and follow its plan. True if the prompt is done."""
+        pool, scores = look.pool, look.scores
+        work.ledger.seconds["reward"] += look.seconds
         with _clocked(work.ledger, "other"):
             work.state, plan = work.strategy.step(work.state, pool, scores, work.budget)
             round_ = _round_of(pool, scores, plan or _STOP, work.session.kv_tokens_peak)

@@ -20,6 +20,11 @@ READ_A_TURN = 4096
 takes several turns."""
 FIXED_PROMPTS = 4
 """What it comes to where memory is not known; where company may change a result, the least."""
+READ_A_STEP = 128
+"""Tokens that a reward model as large as the language model reads while that decodes one more for each of its rows, on
+another GPU: a step takes as long as reading the weights once, in which time a GPU multiplies each of them with so many
+tokens (about half of the ratio of its FLOP/s in bfloat16 to its bytes/s). An estimate: nothing but speed depends on it.
+That it is no measurement is on purpose: what decodes together would depend on the clock, and with it last bits."""
 
 
 def auto_prompts(rows: int, tokens: int, capacity_tokens: Callable[[], int], *, bits: bool) -> int:
@@ -37,6 +42,16 @@ def auto_prompts(rows: int, tokens: int, capacity_tokens: Callable[[], int], *, 
     if prompts <= FIXED_PROMPTS:
         return prompts
     return max(FIXED_PROMPTS, min(prompts, capacity_tokens() // tokens))
+
+
+def steps_beside(tokens: int, *, reward_parameters: int, parameters: int) -> int:
+    """Steps in which a reward model on another device may read so many tokens, at least 1.
+
+    Args:
+        reward_parameters, parameters: of the two models; 0 = unknown.
+    """
+    ratio = reward_parameters / parameters if reward_parameters and parameters else 1.0
+    return max(1, round(tokens * ratio / READ_A_STEP))
 
 
 class Schedulable(Protocol):

@@ -28,7 +28,7 @@ LAYERS = (
     {"budget", "auditing", "vllm_adapter"},
     {"kv", "strategies", "records", "demo"},
     {"engines", "rewards"},  # never each other
-    {"scheduler", "progress", "forecast"},
+    {"scheduler", "progress", "forecast", "overlap"},
     {"in_flight"},
     {"generator"},
     {"api", "answering", "options", "evidence"},
@@ -46,7 +46,7 @@ SIDE_BY_SIDE = {
 }
 # What is below the loop is known above it by its protocols only; putting the parts together is done inside functions.
 PROTOCOLS = {"specrej_eval.engines.base", "specrej_eval.rewards.base", "specrej_eval.strategies.base"}
-ABOVE_THE_LOOP = {"scheduler", "progress", "in_flight", "generator", "answering", "harness", "commands"}
+ABOVE_THE_LOOP = {"scheduler", "progress", "overlap", "in_flight", "generator", "answering", "harness", "commands"}
 # The engine and the reward models keep KV behind a shared prefix in the same way: kv. These rooms own tensors.
 HEAVY_ROOMS = {"kv", "engines", "rewards", "harness"}
 TORCH_FREE = "# torch-free"

@@ -117,6 +117,8 @@ class Engine(ABC):
 
     device: Any = "cpu"
     """Where rows are decoded; a reward model lies there unless ``reward_device`` says otherwise."""
+    devices: frozenset[Any] = frozenset()
+    """All those that ``decode`` computes on, and rows of no other session go on while it does; empty = unknown."""
     promises: Promise = "distribution"
     finishes_rejected: bool = False
     """Whether ``again`` is there."""

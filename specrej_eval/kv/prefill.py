@@ -8,6 +8,7 @@ each prompt by itself.
 
 from __future__ import annotations
 
+import threading
 from array import array
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -69,7 +70,7 @@ class ChunkStore:
     """Chunks that several prompts have in common, the newest within a share of memory.
 
     Holds nothing of chunks that only one prompt has: a chunk is kept from the second prompt on that has it, or from the
-    first, if both are read at the same time.
+    first, if both are read at the same time. Another thread that runs out of memory may ``drop`` them at any time.
 
     Args:
         limit: most bytes; None = ``STORE_SHARE`` of the memory that is free when the first chunk is kept.
@@ -80,6 +81,7 @@ class ChunkStore:
         self.held = 0
         """Bytes."""
         self._device = device
+        self._guard = threading.Lock()
         self._chunks: OrderedDict[bytes, Chunk] = OrderedDict()
         self._noted: OrderedDict[bytes, int] = OrderedDict()
         """Prompts that had a chunk, so far."""
@@ -107,9 +109,10 @@ class ChunkStore:
 
     def get(self, key: bytes) -> Chunk | None:
         """A chunk, if it is held."""
-        if key in self._chunks:
-            self._chunks.move_to_end(key)
-        return self._chunks.get(key)
+        with self._guard:
+            if key in self._chunks:
+                self._chunks.move_to_end(key)
+            return self._chunks.get(key)
 
     def wants(self, key: bytes) -> bool:
         """Whether a chunk should be kept."""
@@ -119,19 +122,21 @@ class ChunkStore:
         """Keep a chunk, if there is room: those that no prompt being read has make room for it, the oldest first."""
         if self.limit is None:
             self.limit = int(free_bytes(self._device) * STORE_SHARE)
-        spare = iter([old for old in self._chunks if old not in self._in_use])
-        while self.held + chunk.nbytes > self.limit:
-            old = next(spare, None)
-            if old is None:
-                return
-            self.held -= self._chunks.pop(old).nbytes
-        self._chunks[key] = chunk
-        self.held += chunk.nbytes
+        with self._guard:
+            spare = iter([old for old in self._chunks if old not in self._in_use])
+            while self.held + chunk.nbytes > self.limit:
+                old = next(spare, None)
+                if old is None:
+                    return
+                self.held -= self._chunks.pop(old).nbytes
+            self._chunks[key] = chunk
+            self.held += chunk.nbytes
 
     def drop(self) -> None:
         """Let all chunks go; what is known of prompts stays."""
-        self._chunks.clear()
-        self.held = 0
+        with self._guard:
+            self._chunks.clear()
+            self.held = 0
 
 
 @dataclass(slots=True)

@@ -1,7 +1,7 @@
 """The attention function transformers calls while we run a model, and the cache object handed to the model.
 
 Registered as ``specrej_shared_prefix``. A model reaches it in every layer with rotary position already applied. What
-it attends to is the step in progress, which is handed over in a variable of this module: keyword arguments of a
+it attends to is the step in progress, which is handed over in a variable of the thread: keyword arguments of a
 model's ``forward`` would be the way, but some models drop them between decoder layer and attention (stablelm,
 nemotron), and a cache is shown keys and values only.
 """
@@ -9,6 +9,7 @@ nemotron), and a cache is shown keys and values only.
 from __future__ import annotations
 
 import inspect
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -28,29 +29,34 @@ ROW_ALIGN = 16
 """On CPU a batch is padded to a multiple of this many rows, so that every thread's share of a matmul has at least 4
 rows: with fewer, MKL takes another kernel and a row's bits would depend on its company."""
 
-_step: Step | None = None
+
+class _Here(threading.local):
+    step: Step | None = None
+
+
+_here = _Here()
+"""Of each thread: a reward model on a device of its own reads in another (``overlap``)."""
 
 
 @contextmanager
 def running(step: AnyStep) -> Iterator[AnyStep]:
     """Make ``step`` the one the attention function and the cache see."""
-    global _step
-    previous, _step = _step, step
+    previous, _here.step = _here.step, step
     try:
         yield step
     finally:
-        _step = previous
+        _here.step = previous
 
 
 def in_progress() -> Step | None:
-    """The step that runs now."""
-    return _step
+    """The step that runs now, in this thread."""
+    return _here.step
 
 
 def _current() -> Step:
-    if _step is None:
+    if _here.step is None:
         raise RuntimeError(f"attention implementation {NAME!r} was called outside a step of ours.")
-    return _step
+    return _here.step
 
 
 class _Layer(CacheLayerMixin):

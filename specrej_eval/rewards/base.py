@@ -65,6 +65,8 @@ class RewardModel(ABC):
     """Whether scores are ranks, which hold only among the rows of one call."""
     members: Sequence[RewardModel] = ()
     """The rewards that it is made of; empty for a single one."""
+    devices: frozenset[Any] = frozenset()
+    """All those that scores are computed on, by models that nobody else uses; empty = unknown, or none of its own."""
     renderer: Any = None
     """What makes token ids of a conversation, where that is done on our side (``checkpoints.renderer``)."""
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 from support import FULL, ROOT
 
-PAIRED = ["decode_throughput", "many_prompts", "specrej_vs_reference", "roofline", "growth", "engines"]
+PAIRED = ["decode_throughput", "many_prompts", "specrej_vs_reference", "roofline", "growth", "engines", "two_gpus"]
 SMALL = ["--model", "tiny", "--pairs", "1"]
 
 
@@ -282,3 +282,17 @@ def test_random_models_are_the_same_in_every_process(script: Callable[[str], Any
     assert all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
     another, _ = bench.load_model("tiny", "float32", seed=4)
     assert not torch.equal(one.lm_head.weight, another.lm_head.weight)
+
+
+# two devices
+
+
+@pytest.mark.slow
+def test_scores_beside_decoding_are_compared_with_one_thing_after_the_other(written: Callable[..., Any]) -> None:
+    sizes = {"prompts": 3, "prompt": 20, "rows": 4, "tokens": 12, "batch-size": 2}
+    words = [word for name, value in sizes.items() for word in (f"--{name}", str(value))]
+    result, markdown = written("two_gpus", *words, "--dtype", "float32", "--threads", "1", "--reward-device", "cpu")
+    assert result["same_answers"] == result["prompts"] == 3 and result["prompts_in_flight"] == 2
+    (pair,) = result["runs"]
+    assert pair.keys() == {"overlapped", "in turns"} and result["speedup"]["median"] > 0
+    assert "3 of 3 answers are the same" in markdown

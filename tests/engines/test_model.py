@@ -89,7 +89,7 @@ def test_put_back_after_an_exception(place: str, monkeypatch: pytest.MonkeyPatch
         generate(engine, PROMPTS[1:3])
     hook.remove()
     assert settings_of(model.config) == before
-    assert shared_prefix._step is None
+    assert shared_prefix._here.step is None
     assert torch.equal(padded_loglikelihood(model), loglikelihood)
 
 

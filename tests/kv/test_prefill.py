@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -273,6 +274,27 @@ def test_the_store_goes_first_when_memory_runs_out() -> None:
     assert (store.held, held(store)) == (0, "")
     assert read(store, "ab") == "ab"
     assert read(store, "ab") == ""
+
+
+def test_another_thread_may_drop_the_store_at_any_moment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A reward model that reads in a thread of its own may run out of memory while a prompt is read here."""
+    size, store = chunk().nbytes, ChunkStore(torch.device("cpu"), limit=3 * chunk().nbytes)
+    read(store, "abc", "abc")
+    threads: list[threading.Thread] = []
+
+    def nbytes(_: Chunk) -> int:  # asked for in the middle of ``put``
+        threads.append(threading.Thread(target=store.drop))
+        threads[-1].start()
+        threads[-1].join(0.05)
+        return size
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Chunk, "nbytes", property(nbytes))
+        store.put(b"d", chunk())
+        for thread in threads:
+            thread.join()
+    assert len(threads) >= 2
+    assert store.held == size * len(store._chunks)
 
 
 def test_what_is_remembered_of_prompts_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:

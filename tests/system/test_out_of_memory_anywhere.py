@@ -320,7 +320,7 @@ def check_nothing_is_left(engine: TransformersEngine, body: SharedBody) -> None:
         assert not any("forward" in vars(module) for module in model.modules())
     for active in (engine.runner._packed, engine.runner._fused, body._packed, body._fused):
         assert active._depth == 0
-    assert build.in_use() is None and shared_prefix._step is None
+    assert build.in_use() is None and shared_prefix._here.step is None
     for reader in (engine.runner.reader, body.reader):
         assert not reader.store._in_use
     assert not any(session.groups or session._prefix for session in engine._open_sessions)

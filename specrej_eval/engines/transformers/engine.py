@@ -74,6 +74,7 @@ class TransformersEngine(Engine):
             self.runner = twice(lambda: ModelRunner(model, path=path, attention=attention, graphs=graphs))
         self.promises = self.runner.promises
         self.device = self.runner.device
+        self.devices = frozenset(parameter.device for parameter in model.parameters())
         self.most_rows_unasked = MOST_ROWS_ON_A_CPU if self.device.type == "cpu" else None
         self.eos_ids = stop_ids(model, tokenizer)
         self._decoder = Decoder(self.runner)

@@ -18,6 +18,7 @@ import shutil
 import stat
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -160,23 +161,27 @@ def library() -> ctypes.CDLL:
     return found
 
 
-_in_use: ctypes.CDLL | None = None
+class _Here(threading.local):
+    in_use: ctypes.CDLL | None = None
+
+
+_here = _Here()
 
 
 def in_use() -> ctypes.CDLL | None:
-    """The kernels, inside ``used``; else None."""
-    return _in_use
+    """The kernels, inside ``used``, in this thread; else None."""
+    return _here.in_use
 
 
 @contextlib.contextmanager
 def used(kernels: ctypes.CDLL | None) -> Iterator[None]:
     """Inside, whoever asks for kernels ``in_use`` gets these."""
-    global _in_use
-    before, _in_use = _in_use, kernels
+    torch.get_num_threads()  # in a thread that is new, torch sets OpenMP's number of threads when it is asked for it
+    before, _here.in_use = _here.in_use, kernels
     try:
         yield
     finally:
-        _in_use = before
+        _here.in_use = before
 
 
 def _named() -> tuple[list[str], Path, Path]:

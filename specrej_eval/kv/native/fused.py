@@ -13,7 +13,8 @@ import ctypes
 import inspect
 import sys
 import textwrap
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
 from typing import Any
@@ -78,14 +79,16 @@ class _Gated:
 
 
 class _Rotated:
-    """In the place of a module's ``apply_rotary_pos_emb``."""
+    """In the place of a module's ``apply_rotary_pos_emb``, which all models of its kind share: a thread in which no
+    kernels are in use finds the module's own."""
 
     def __init__(self, original: Rotary, kernels: ctypes.CDLL) -> None:
         self._original = original
         self._kernels = kernels
 
     def __call__(self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1) -> tuple[Tensor, Tensor]:
-        able = unsqueeze_dim == 1 and q.dim() == k.dim() == 4 and cos.dim() == 3 and cos.shape == sin.shape
+        able = build.in_use() is not None
+        able = able and unsqueeze_dim == 1 and q.dim() == k.dim() == 4 and cos.dim() == 3 and cos.shape == sin.shape
         able = able and cos.shape[-1] == q.shape[-1] == k.shape[-1] and cos.shape[1] == q.shape[2] == k.shape[2]
         able = able and not cos.shape[-1] % 2
         able = able and cos.shape[0] in (1, q.shape[0]) and q.shape[0] == k.shape[0]
@@ -106,6 +109,31 @@ class _Rotated:
 
 
 _Strides = ctypes.c_int64 * 3
+_guard = threading.Lock()
+_exchanged: dict[str, tuple[Any, int]] = {}
+"""Modules of Python code, by name, whose function is exchanged: what it was, and how often it is."""
+
+
+@contextmanager
+def _exchange(rotary: Mapping[str, _Rotated]) -> Iterator[None]:
+    """Inside, modules have these functions. Two models, each in a thread of its own, may both be in here: the first of
+    them exchanges a function, and the last puts it back."""
+    with _guard:
+        for name, function in rotary.items():
+            original, times = _exchanged.get(name) or (getattr(sys.modules[name], _ROTARY), 0)
+            _exchanged[name] = original, times + 1
+            if not times:
+                setattr(sys.modules[name], _ROTARY, function)
+    try:
+        yield
+    finally:
+        with _guard:
+            for name in rotary:
+                original, times = _exchanged.pop(name)
+                if times > 1:
+                    _exchanged[name] = original, times - 1
+                else:
+                    setattr(sys.modules[name], _ROTARY, original)
 
 
 def plain(*tensors: Tensor) -> bool:
@@ -161,7 +189,9 @@ class FusedOperators:
 
     def rotates(self, name: str) -> bool:
         """Whether a kernel computes the rotary embeddings of a module of Python code now."""
-        return name in self._rotary and getattr(sys.modules[name], _ROTARY) is self._rotary[name]
+        if name not in self._rotary or build.in_use() is None:
+            return False
+        return isinstance(getattr(sys.modules[name], _ROTARY), _Rotated)  # perhaps another model's, which came first
 
     @contextmanager
     def active(self) -> Iterator[None]:
@@ -170,20 +200,14 @@ class FusedOperators:
             yield
             return
         self._depth += 1
-        exchanged: dict[str, Any] = {}
         try:
             for module, forward in self._forwards.items():
                 if "forward" not in vars(module):
                     module.forward = forward
-            for name, rotary in self._rotary.items():
-                exchanged[name] = getattr(sys.modules[name], _ROTARY)
-                setattr(sys.modules[name], _ROTARY, rotary)
-            with build.used(self._kernels):
+            with _exchange(self._rotary), build.used(self._kernels):
                 yield
         finally:
             self._depth -= 1
-            for name, original in exchanged.items():
-                setattr(sys.modules[name], _ROTARY, original)
             for module, forward in self._forwards.items():
                 if vars(module).get("forward") is forward:
                     del module.forward

@@ -27,6 +27,7 @@ class CheckpointReward(Forward, RewardModel):
     def __init__(self, body: Any, head: Head | None, renderer: Renderer, **options: Any) -> None:
         super().__init__(body, head, renderer, **options)
         self.name = renderer.name
+        self.devices = frozenset(parameter.device for parameter in body.parameters())
 
     def parameters_per_token(self) -> int:
         """Those of the body; the head reads few tokens."""

@@ -111,6 +111,8 @@ class Ensemble(RewardModel):
         self.members = list(members)
         self.weights = list(weights)
         self.by_rank = by_rank
+        if all(member.devices for member in members):
+            self.devices = frozenset().union(*(member.devices for member in members))
         self.needs_logprobs = any(member.needs_logprobs for member in members)
         wanted: dict[TokenStat, None] = dict.fromkeys(stat for member in members for stat in member.needs_token_stats)
         self.needs_token_stats = tuple(wanted)

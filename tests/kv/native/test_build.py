@@ -8,6 +8,7 @@ import logging
 import os
 import stat
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -202,6 +203,13 @@ def test_threads_follow_torch() -> None:
         for threads in (1, 2):
             torch.set_num_threads(threads)
             assert build.library().threads() == threads
+
+            def used() -> int:
+                with build.used(build.library()):
+                    return int(build.library().threads())
+
+            with ThreadPoolExecutor(1) as pool:
+                assert pool.submit(used).result() == threads, "in a thread that is new"
     finally:
         torch.set_num_threads(before)
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import linecache
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from typing import Any
 
 import pytest
@@ -178,6 +181,45 @@ def test_nothing_is_left_behind_whatever_happens() -> None:
     assert modeling_llama.apply_rotary_pos_emb is rotary
     assert not any("forward" in vars(module) for module in model.modules())
     assert build.in_use() is None
+
+
+@pytest.mark.parametrize("ours_ends_first", [True, False])
+def test_two_models_of_one_kind_may_compute_in_two_threads(ours_ends_first: bool) -> None:
+    """A thread in which no kernels are in use finds the module's own function, whatever goes on in the other."""
+    ours, theirs = FusedOperators(tiny_causal_lm()), FusedOperators(tiny_causal_lm(seed=1))
+    rotary = modeling_llama.apply_rotary_pos_emb
+    given = [drawn(seed, torch.float32, 1, 2, 3, 8) for seed in (0, 1)] + [drawn(2, torch.float32, 1, 3, 8)] * 2
+    plain: set[int] = set()
+
+    def original(*args: Any, **kwargs: Any) -> Any:
+        plain.add(threading.get_ident())
+        return rotary(*args, **kwargs)
+
+    for operators in (ours, theirs):
+        for function in operators._rotary.values():
+            function._original = original
+
+    def by_kernels() -> bool:
+        plain.clear()
+        with torch.inference_mode():
+            found, want = modeling_llama.apply_rotary_pos_emb(*given), rotary(*given)
+        assert all(torch.equal(one, two) for one, two in zip(found, want, strict=True))
+        return not plain
+
+    with ThreadPoolExecutor(1) as pool:
+        here, there = ExitStack(), ExitStack()
+        here.enter_context(ours.active())
+        assert by_kernels() and not pool.submit(by_kernels).result()
+        pool.submit(there.enter_context, theirs.active()).result()
+        assert by_kernels() and pool.submit(by_kernels).result()
+        if ours_ends_first:
+            here.close()
+            assert not by_kernels() and pool.submit(by_kernels).result()
+        pool.submit(there.close).result()
+        if not ours_ends_first:
+            assert by_kernels() and not pool.submit(by_kernels).result()
+            here.close()
+    assert modeling_llama.apply_rotary_pos_emb is rotary
 
 
 def test_a_module_that_somebody_else_changed_is_left_alone() -> None:
