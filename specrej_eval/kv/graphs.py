@@ -284,9 +284,10 @@ class DecodeGraphs:
             tokens: (rows,), int64.
             ahead: tokens that every group is yet to decode.
         """
-        if self._held is not None and not self._held.serves(groups):
+        held = self._held  # looked at once: a reward model that runs out of memory in another thread may drop it
+        if held is not None and not held.serves(groups):
+            held = None
             self.forget()
-        held = self._held
         if held is None:
             if self._pays(groups, ahead):
                 span = ahead if ahead < HORIZON + WORTH else HORIZON

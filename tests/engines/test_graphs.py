@@ -440,6 +440,21 @@ def test_memory_that_runs_out_costs_the_graph_and_nothing_else(
     assert not engine.oom_splits and engine.runner.replays and not caplog.records
 
 
+def test_another_threads_memory_may_run_out_at_any_time(monkeypatch: pytest.MonkeyPatch, recorded: list[Replay]) -> None:
+    engine = engine_of("llama")
+    whole = graphs._Recorded.serves
+
+    def serves(self: Any, groups: Any) -> bool:
+        found = whole(self, groups)
+        engine.runner._graphs.drop()  # as ``release_memory`` does there
+        return found
+
+    monkeypatch.setattr(graphs._Recorded, "serves", serves)
+    recorded.clear()
+    assert run(engine) == undisturbed("llama")
+    assert recorded and engine.runner.replays
+
+
 @pytest.mark.full
 def test_memory_may_run_out_in_every_line_of_a_graph(monkeypatch: pytest.MonkeyPatch, counted: Counted) -> None:
     monkeypatch.setattr(memory.gc, "collect", lambda: 0)  # takes longer than the run
