@@ -440,7 +440,9 @@ def test_memory_that_runs_out_costs_the_graph_and_nothing_else(
     assert not engine.oom_splits and engine.runner.replays and not caplog.records
 
 
-def test_another_threads_memory_may_run_out_at_any_time(monkeypatch: pytest.MonkeyPatch, recorded: list[Replay]) -> None:
+def test_another_threads_memory_may_run_out_at_any_time(
+    monkeypatch: pytest.MonkeyPatch, recorded: list[Replay]
+) -> None:
     engine = engine_of("llama")
     whole = graphs._Recorded.serves
 
