@@ -303,7 +303,7 @@ def test_a_comparison_that_was_stopped_goes_on_and_comes_out_the_same(
     words = ("--tasks", "specrej_arithmetic", "--limit", "2", "--resamples", "100", "--n", "2,4", "--device", "cpu")
     words = (*words, "--alpha", "0.5", "--timed", "1")
     report, output = compare(tmp_path / "whole", *words), tmp_path / "again"
-    honest, count = InFlight.look, itertools.count()
+    honest, count = InFlight.follow, itertools.count()
 
     def dies(self: InFlight, *args: Any) -> bool:
         if next(count) == 5:
@@ -311,7 +311,7 @@ def test_a_comparison_that_was_stopped_goes_on_and_comes_out_the_same(
         return honest(self, *args)
 
     with monkeypatch.context() as patched:
-        patched.setattr(InFlight, "look", dies)
+        patched.setattr(InFlight, "follow", dies)
         assert cli.main(["compare", "--output", str(output), *words]) != 0
     assert not (output / "comparison.json").exists(), "nothing is written half"
     kept = sum(len(OutputsFolder(path.parent).answers()) for path in output.rglob("specrej_run.json"))
