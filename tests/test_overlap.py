@@ -374,6 +374,7 @@ def _slowly(scored: Any) -> Any:
     return later
 
 
+@pytest.mark.usefixtures("ctrl_c_is_not_ignored")
 @pytest.mark.parametrize("beside", [True, False], ids=["while decoding", "while waiting"])
 def test_an_interrupt_waits_for_the_thread_and_a_rerun_goes_on(
     beside: bool, forced: Forced, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
