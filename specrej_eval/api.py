@@ -179,9 +179,11 @@ def _as_begun(config: RunConfig, path: str | None) -> dict[str, Any]:
     began = {} if path is None else journal.environment(path)
     # which of the two was the reason; without compiled kernels auto comes to sdpa on a CPU
     name, value = ("compile", "off") if began.get("compile") == "off" else ("attention_backend", SDPA)
-    found = {name: value} if getattr(config, name) == "auto" and began.get(name) == value else {}
+    given = config.compile == "on" or getattr(config, name) != "auto"
+    found = {name: value} if not given and began.get(name) == value else {}
     if found:
-        _logger.info("journal=%r was begun with %s=%s, and goes on with it.", path, name, value)
+        told = "journal=%r was begun with %s=%s, and goes on with it, so that its answers are of one kind."
+        _logger.warning(told, path, name, value)
     return found
 
 

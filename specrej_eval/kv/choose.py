@@ -101,6 +101,11 @@ def resolve(asked: str, device: str, compiled: str = "auto") -> AttentionBackend
         return next((backend for backend in able if _trusted(backend, place)), build(SDPA))
     if asked == CPP and compiled == "off":
         raise ConfigError(f"attention_backend={CPP} needs kernels that compile=off forbids.", hint="leave one out.")
+    if asked == SDPA and compiled == "on" and place.type == "cpu":
+        raise ConfigError(
+            f"compile=on: the C++ kernels of a CPU compute attention too, and attention_backend={SDPA} forbids that.",
+            hint="leave one of the two out.",
+        )
     backend = build(asked)
     if compiled == "on" and graphed and asked != SDPA:
         raise ConfigError(

@@ -134,6 +134,15 @@ def test_report_tells_apart_runs_that_would_share_a_name(tmp_path: Path, capsys:
     assert "n=16, seed=0" in text and "n=16, seed=1" in text
 
 
+def test_runs_in_folders_side_by_side_are_told_apart_by_their_own(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folders = [a_run(tmp_path / name, [an_answer("a"), an_answer("b")]) for name in ("one", "two")]
+    assert cli.main(["report", *folders]) == 0
+    told = capsys.readouterr().out
+    assert f"({tmp_path / 'one'})" in told and f"({tmp_path / 'two'})" in told
+
+
 def test_report_names_metrics_filters_and_tasks_where_there_are_several(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -241,8 +241,10 @@ def named(runs: Sequence[Run]) -> list[Run]:
     own = dict(zip(map(id, runs), names, strict=True))
     found = []
     for run, name, same in zip(runs, names, alike, strict=True):
-        twin = sum(own[id(other)] == name for other in same) > 1
-        found.append(replace(run, name=f"{name} ({run.path.parent})" if twin else name))
+        twins = [other for other in same if own[id(other)] == name]
+        apart = len({other.path.parent for other in twins}) == len(twins)
+        place = run.path.parent if apart else run.path
+        found.append(replace(run, name=f"{name} ({place})" if len(twins) > 1 else name))
     return found
 
 

@@ -108,12 +108,12 @@ class Decoder:
 
     def _run(self, batch: Batch, *, stop_early: bool) -> None:
         while batch := [(session, group) for session, group in batch if group.num_rows and not group.is_done]:
+            rows = [group.num_rows for _, group in batch]  # before any ends: those that do were decoded too
             started = time.perf_counter()
             emptied = self._commit(batch, self._draw(batch))
             seconds = time.perf_counter() - started
-            rows = sum(group.num_rows for _, group in batch) or 1
-            for session, group in batch:
-                session.decode_seconds += seconds * (group.num_rows or 1) / rows
+            for (session, _), mine in zip(batch, rows, strict=True):
+                session.decode_seconds += seconds * mine / sum(rows)
             if stop_early and emptied:
                 return
 

@@ -115,7 +115,8 @@ def warnings_of(found: Comparison, *, what: str) -> list[str]:
     warnings = []
     if found.environment:
         warnings.append(
-            f"{what} was started elsewhere ({'; '.join(found.environment)}): the last bits of numbers may differ."
+            f"{what} was begun under other conditions ({'; '.join(found.environment)}): the last bits of numbers may "
+            "differ."
         )
     if found.lacking:
         warnings.append(

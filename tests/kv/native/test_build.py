@@ -285,7 +285,7 @@ def test_results_say_which_kernels_computed_them(quick: Path) -> None:
 
 
 GOES_ON = "goes on with it"
-STARTED_ELSEWHERE = "was started elsewhere"
+STARTED_ELSEWHERE = "was begun under other conditions"
 
 
 def answered(caplog: pytest.LogCaptureFixture, **args: Any) -> tuple[Any, str]:
@@ -347,3 +347,8 @@ def test_a_journal_that_says_nothing_of_its_kernels_decides_nothing(tmp_path: Pa
     place.write_bytes(content)
     assert journal.environment(place) == {}
     assert journal.environment(tmp_path) == journal.environment(tmp_path / "none") == {}
+
+
+def test_all_kernels_and_none_for_attention_contradict_each_other() -> None:
+    with pytest.raises(ConfigError, match="compute attention too"):
+        resolve(*RunConfig.from_args({"device": "cpu", "compile": "on", "attention_backend": "sdpa"}))
